@@ -1,0 +1,74 @@
+"""What every pattern offers: a definition, the number of pairs it computes, and attention over them.
+
+Shapes, everywhere in this package: q ``[batch, heads, length, head_dim]``, k and v ``[batch, kv_heads, length, head_dim]``
+with ``heads`` a multiple of ``kv_heads``, any strides, fp32, fp16 or bf16. Grouped-query attention is native: query head
+``h`` reads key head ``h // (heads // kv_heads)``, and k and v are never repeated in memory.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of a pattern: its name in results, the device types it runs on, and its function."""
+
+    name: str
+    devices: tuple[str, ...]
+    attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]
+    """``attend(pattern, q, k, v, scale)`` returns ``[batch, heads, length, head_dim]`` in q's type."""
+
+
+class Pattern(abc.ABC):
+    """Which (query, key) pairs one layer computes. Subclasses are frozen dataclasses of the paper's parameters."""
+
+    name: ClassVar[str]
+    backends: ClassVar[tuple[Backend, ...]]
+    """In order of preference; the first that runs on the tensors' device is used."""
+
+    @abc.abstractmethod
+    def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+        """The definition: which pairs are computed, bool ``[batch or 1, heads or 1, length, length]``. Quadratic."""
+
+    @abc.abstractmethod
+    def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
+        """How many (query, key) pairs the pattern computes on these tensors, summed over batch and heads."""
+
+    def backend(self, device: torch.device) -> Backend:
+        """The backend that serves ``device``; raises ValueError where there is none."""
+        for backend in self.backends:
+            if device.type in backend.devices:
+                return backend
+        raise ValueError(f"the pattern {self.name} has no backend for device '{device.type}'")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Causal attention over the pattern's pairs: ``[batch, heads, length, head_dim]``, in q's type.
+
+        ``scale`` multiplies the logits; None means ``head_dim ** -0.5``. Raises ValueError for shapes that do not fit.
+        """
+        check_shapes(q, k, v)
+        return self.backend(q.device).attend(self, q, k, v, default_scale(q, scale))
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """``scale``, or the usual ``head_dim ** -0.5``."""
+    return float(q.shape[-1]) ** -0.5 if scale is None else scale
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v are one prefill: equal lengths, grouped heads, one type and device."""
+    if q.dim() != 4 or k.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q, k, v must be [batch, heads, length, head_dim], not {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, length or head_dim")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
+    if q.dtype != k.dtype or q.dtype != v.dtype or q.device != k.device or q.device != v.device:
+        raise ValueError("q, k and v must have one type and live on one device")

@@ -1,0 +1,1 @@
+"""RULER's thirteen tasks: prompts of an exact length, and their scores."""
