@@ -1,0 +1,144 @@
+"""Rows survive: whole after a kill or a full disk, newest first in the reading, and foreign files are named."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tmbench import results
+from tmbench.errors import UserError
+from tmbench.results import CorruptResultsError, RulerRow, TtftRow, append, csv_path, newest, read, read_all
+
+ROW = TtftRow(
+    time="2026-01-01T00:00:00+00:00",
+    device="some-gpu",
+    method="tri_mix",
+    model="a/model",
+    weights="random",
+    dtype="bfloat16",
+    length=4096,
+    seed=42,
+    starting_layer=16,
+    threads=2,
+    device_name="Some GPU",
+    tmbench="0.1.0",
+    python="3.12",
+    torch="2.13.0",
+    transformers="5.24.0",
+    environment="abc",
+    prompt="kv",
+    repeats=3,
+    warmup=1,
+    interleaved="dense tri_mix",
+    ttft_median_s=0.1 + 0.2,
+    coverage=1 / 3,
+    same_token_as_dense=False,
+)
+PATH = ("some-gpu", "ttft", "tri_mix.csv")
+
+
+def test_a_row_comes_back_as_it_was(tmp_path):
+    path = append(tmp_path, ROW)
+    assert path == tmp_path.joinpath(*PATH)
+    assert read(path, TtftRow) == [ROW]
+
+
+@given(st.text(), st.floats(allow_nan=False), st.integers() | st.none())
+def test_any_content_stays_one_line(tmp_path_factory, text, number, token):
+    root = tmp_path_factory.mktemp("rows")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    row = replace(ROW, error=text, ttft_median_s=number, first_token=token)
+    path = append(root, row)
+    assert path.read_bytes().count(b"\n") == 2
+    assert read(path, TtftRow) == [replace(row, error=" ".join(text.split()))]
+
+
+def test_the_newest_row_of_a_key_wins(tmp_path):
+    append(tmp_path, ROW)
+    append(tmp_path, replace(ROW, starting_layer=8))
+    latest = replace(ROW, ttft_median_s=0.1, time="2026-01-02T00:00:00+00:00")
+    append(tmp_path, latest)
+    assert read_all(tmp_path, TtftRow) == [latest, replace(ROW, starting_layer=8)]
+    assert newest(tmp_path, TtftRow, "some-gpu", "tri_mix")[ROW.key] == latest
+    assert newest(tmp_path, TtftRow, "some-gpu", "dense") == {}
+    assert read_all(tmp_path, RulerRow) == []
+
+
+def test_what_decides_the_key():
+    assert replace(ROW, ttft_median_s=9.0, torch="2.14", repeats=9).key == ROW.key
+    for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}, {"last_n": 0}):
+        assert replace(ROW, **change).key != ROW.key
+
+
+@pytest.mark.parametrize("cut", [1, 10, 200])
+def test_a_line_cut_by_a_kill_is_dropped_and_replaced(tmp_path, cut):
+    append(tmp_path, ROW)
+    path = append(tmp_path, replace(ROW, length=8192))
+    os.truncate(path, path.stat().st_size - cut)
+    assert read(path, TtftRow) == [ROW]
+    append(tmp_path, replace(ROW, length=16384))
+    assert [row.length for row in read(path, TtftRow)] == [4096, 16384]
+
+
+def test_a_header_cut_by_a_kill_is_written_again(tmp_path):
+    path = append(tmp_path, ROW)
+    os.truncate(path, 20)
+    assert read(path, TtftRow) == []
+    append(tmp_path, ROW)
+    assert read(path, TtftRow) == [ROW]
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+    path = append(tmp_path, ROW)
+    before = path.read_bytes()
+    write = os.pwrite
+    monkeypatch.setattr(results.os, "pwrite", lambda fd, data, at: write(fd, data[:30], at))
+    with pytest.raises(UserError, match="--output-dir: .*No space left on device.*kept"):
+        append(tmp_path, replace(ROW, length=8192))
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output-dir: .*cannot be written"):
+        append(tmp_path / "file", ROW)
+
+
+def test_writers_that_append_at_once_lose_nothing(tmp_path):
+    # The lock belongs to the open file, so threads contend for it just as processes do.
+    rows = [replace(ROW, length=length, threads=writer) for writer in (1, 2, 3, 4) for length in range(1, 31)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda row: append(tmp_path, row), rows))
+    assert sorted((row.threads, row.length) for row in read(tmp_path.joinpath(*PATH), TtftRow)) == sorted((row.threads, row.length) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a,b,c\n1,2,3\n", "its columns differ"),
+        (b"\xff\xfe\x00\n", "not text"),
+        (",".join(TtftRow.columns()).encode() + b"\n1,2\n", "line 2 has 2 fields"),
+    ],
+)
+def test_a_foreign_file_is_named_and_left_alone(tmp_path, content, reason):
+    path = csv_path(tmp_path, TtftRow, "some-gpu", "tri_mix")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(CorruptResultsError, match=f"tri_mix.csv .*{reason}.*move it out"):
+        read_all(tmp_path, TtftRow)
+    assert path.read_bytes() == content
+
+
+def test_a_text_where_a_number_belongs_is_named(tmp_path):
+    path = append(tmp_path, ROW)
+    path.write_text(path.read_text().replace(",4096,", ",many,"))
+    with pytest.raises(CorruptResultsError, match="line 2: length is 'many', not a number"):
+        read(path, TtftRow)

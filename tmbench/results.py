@@ -1,0 +1,292 @@
+"""Result files: one CSV per device, command and method; every row complete in itself and written whole.
+
+``<root>/<device>/ttft/<method>.csv`` and ``<root>/<device>/ruler/<method>.csv``. A row is appended by one write to a file
+opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves whole
+rows. Measuring the same thing again appends a newer row, which readers prefer; nothing is ever rewritten.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
+
+from tmbench.errors import UserError
+
+SCHEMA_VERSION = 1
+OK: Final = "ok"
+OUT_OF_MEMORY: Final = "out_of_memory"
+FAILED: Final = "failed"
+Status = Literal["ok", "out_of_memory", "failed"]
+
+
+class CorruptResultsError(UserError):
+    """A file in the results folder that tmbench did not write, or that was damaged since."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is not a results file of this version ({reason}): move it out of the results folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What every measurement records. ``key`` names what was measured; the rest says how it came out and where."""
+
+    kind: ClassVar[str]
+    extra_key: ClassVar[tuple[str, ...]]
+
+    schema_version: int = SCHEMA_VERSION
+    time: str
+    """When the row was written: UTC, ISO 8601."""
+    status: str = OK
+    error: str = ""
+    device: str
+    """The folder's name: the device, made safe for a path."""
+    method: str
+    model: str
+    revision: str = ""
+    weights: str
+    dtype: str
+    length: int
+    """Tokens: of the prompt for TTFT; of prompt and answer together for RULER."""
+    seed: int
+    starting_layer: int | None = None
+    starting_layer_source: str = ""
+    n_init: int | None = None
+    n_local: int | None = None
+    last_n: int | None = None
+    patterns: str = ""
+    backends: str = ""
+    """What ran: pattern:backend, joined by "+"."""
+    threads: int
+    """CPU threads that torch used."""
+    device_name: str
+    driver: str = ""
+    tmbench: str
+    commit: str = ""
+    dirty: bool = False
+    python: str
+    torch: str
+    triton: str = ""
+    transformers: str
+    environment: str
+    """The name of the environment record beside the CSVs, without ".json"."""
+
+    SHARED_KEY: ClassVar[tuple[str, ...]] = (
+        "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
+        "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads",
+    )  # fmt: skip
+
+    @classmethod
+    def key_fields(cls) -> tuple[str, ...]:
+        """The fields that say what was measured: two rows that agree in them measured the same thing."""
+        return (*cls.SHARED_KEY, *cls.extra_key)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.key_fields())
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def parse(cls, texts: dict[str, str]) -> Self:
+        """A row from a CSV's texts; raises ValueError for a text that its column cannot hold."""
+        hints = get_type_hints(cls)
+        return cls(**{name: _parse(text, hints[name], name) for name, text in texts.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TtftRow(Row):
+    """One time to first token: a method on a prompt of one length. Times in seconds."""
+
+    kind: ClassVar[str] = "ttft"
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    prompt: str
+    repeats: int
+    warmup: int
+    interleaved: str
+    """The methods measured in turns with this one."""
+    ttft_median_s: float | None = None
+    ttft_min_s: float | None = None
+    ttft_max_s: float | None = None
+    samples_s: str = ""
+    """Every timed repeat, in order, joined by spaces."""
+    coverage: float | None = None
+    """Part of the causal (query, key) pairs that attention computed, over all layers: 1 for dense."""
+    flop: float | None = None
+    """Operations that this method must do: linear layers, and attention over the pairs it keeps."""
+    matrix_rate_flops: float | None = None
+    """Operations per second of a large matrix product on this device, in this run."""
+    floor_s: float | None = None
+    ttft_over_floor: float | None = None
+    first_token: int | None = None
+    same_token_as_dense: bool | None = None
+    logit_error: float | None = None
+    """RMS of (logits - dense logits) over the RMS of the dense logits, last position; empty where dense did not run."""
+    peak_memory_bytes: int | None = None
+    """Device memory at its peak, model included; empty on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulerRow(Row):
+    """One RULER score: a method on one task at one length."""
+
+    kind: ClassVar[str] = "ruler"
+    extra_key: ClassVar[tuple[str, ...]] = ("task", "wording", "wording_hash", "source", "chat_template")
+
+    task: str
+    samples: int
+    score: float | None = None
+    """0 to 100, as RULER publishes it."""
+    nulls: int | None = None
+    """Predictions that were empty."""
+    wording: str
+    wording_hash: str
+    source: str
+    """What the prompts are made of: noise, essays, generated prose, squad, a folder, ..."""
+    chat_template: bool
+    prompt_tokens_mean: float | None = None
+    seconds_per_sample: float | None = None
+    predictions: str = ""
+    """The JSONL file of predictions, relative to the CSV's folder."""
+
+
+ROW_KINDS: tuple[type[Row], ...] = (TtftRow, RulerRow)
+
+
+def csv_path(root: Path, row: type[Row], device: str, method: str) -> Path:
+    return root / device / row.kind / f"{method}.csv"
+
+
+def append(root: Path, row: Row) -> Path:
+    """Append one row to its CSV, whole or not at all; raises UserError where the folder cannot be written."""
+    path = csv_path(root, type(row), row.device, row.method)
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append_text(path, _line(row.columns()), _line([_text(value) for value in asdict(row).values()]))
+    return path
+
+
+def read(path: Path, row: type[Row]) -> list[Row]:
+    """All rows of one CSV, oldest first; raises CorruptResultsError for anything that is not one of ours."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptResultsError(path, "not text") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    complete = text[: text.rfind("\n") + 1]  # a line without its end was being written when the machine died
+    lines = list(csv.reader(io.StringIO(complete)))
+    if not lines:
+        return []
+    if lines[0] != row.columns():
+        raise CorruptResultsError(path, "its columns differ")
+    rows: list[Row] = []
+    for number, values in enumerate(lines[1:], start=2):
+        if len(values) != len(lines[0]):
+            raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(lines[0])}")
+        try:
+            rows.append(row.parse(dict(zip(lines[0], values, strict=True))))
+        except ValueError as error:
+            raise CorruptResultsError(path, f"line {number}: {error}") from error
+    return rows
+
+
+def read_all(root: Path, row: type[Row]) -> list[Row]:
+    """The newest row of every key under a results folder, all devices and methods, in a stable order."""
+    newest: dict[tuple[Any, ...], Row] = {}
+    for path in sorted(root.glob(f"*/{row.kind}/*.csv")):
+        for entry in read(path, row):
+            newest[entry.key] = entry
+    return list(newest.values())
+
+
+def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[Any, ...], Row]:
+    """The newest row of every key in one method's CSV; empty where there is none yet."""
+    path = csv_path(root, row, device, method)
+    return {entry.key: entry for entry in read(path, row)} if path.exists() else {}
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into one sentence that names the option."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--output-dir: {path} cannot be written ({reason}); rows written before are kept") from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line of text to a file, whole or not at all; the line brings no line end of its own."""
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append_text(path, "", line + "\n")
+
+
+def _append_text(path: Path, header: str, line: str) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        end = _whole_lines(descriptor)
+        payload = ((header if end == 0 else "") + line).encode()
+        try:
+            written = os.pwrite(descriptor, payload, end)
+            if written < len(payload):
+                raise OSError(28, "No space left on device")
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, end)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _whole_lines(descriptor: int) -> int:
+    """Cut a line that was being written when its process died; return where the next one starts."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return size
+    end = os.pread(descriptor, size, 0).rfind(b"\n") + 1
+    os.ftruncate(descriptor, end)
+    return end
+
+
+def _line(values: list[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    # A row is one line of the file, whatever an error message holds.
+    return repr(value) if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _parse(text: str, hint: Any, name: str) -> Any:
+    kinds = getattr(hint, "__args__", (hint,))
+    if text == "" and type(None) in kinds:
+        return None
+    if bool in kinds:
+        if text not in ("yes", "no"):
+            raise ValueError(f"{name} is {text!r}, not yes or no")
+        return text == "yes"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                raise ValueError(f"{name} is {text!r}, not a number") from None
+    return text
