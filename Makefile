@@ -1,4 +1,57 @@
-# Everything a newcomer types. `make demo` and `make test` need Python 3.11 or newer, pip and git.
+# What a newcomer types: `make demo` and `make test`. Both need Python 3.11 or newer with pip, git and make, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+
+# The demo's size; continuous integration runs a smaller one.
+DEMO ?= demo
+DEMO_LENGTHS ?= 2K 4K 8K 16K
+DEMO_REPEATS ?= 3
+DEMO_RULER_LENGTH ?= 2K
+DEMO_SAMPLES ?= 3
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit figures lock clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## Make .venv from requirements.lock
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tmbench needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@# The type checker reads kernels/ under the name that it is installed with.
+	@mkdir -p $(VENV)/typing && ln -sfn ../../kernels $(VENV)/typing/tmbench_kernels
+	@touch $@
+
+demo: install  ## Time four methods, run the 13 RULER tasks and render the report, on the embedded model
+	$(BIN)/tmbench ttft $(DEMO_LENGTHS:%=--length %) --repeats $(DEMO_REPEATS) --output-dir $(DEMO)
+	$(BIN)/tmbench ruler --length $(DEMO_RULER_LENGTH) --samples $(DEMO_SAMPLES) --offline --output-dir $(DEMO)
+	$(BIN)/tmbench report --results $(DEMO) --output $(DEMO)/report.md --plots $(DEMO)/plots
+	$(BIN)/tmbench report --results $(DEMO)
+
+test: lint types unit  ## Lint, check the types, and run every test
+
+lint: install  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## Check the types
+	$(BIN)/mypy -p tmbench -p tmbench_kernels -p ruler_tasks
+
+unit: install  ## Run every test
+	$(BIN)/pytest
+
+figures: install  ## Render docs/report.md and its pictures from the measurements in results/
+	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
+
+lock: install  ## Write requirements.lock from what is installed now
+	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \
+	  | sed -e '/^pip==/d' -e 's/+cpu//' -e 's/^triton==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:  ## Remove .venv and the demo's results
+	rm -rf $(VENV) $(DEMO)
