@@ -1,1 +1,28 @@
-"""tmbench: what an attention method costs and what it keeps when a language model reads a long prompt."""
+"""tmbench: what an attention method costs and what it keeps when a language model reads a long prompt.
+
+>>> with tmbench.applied(model, "tri_mix", starting_layer=16):
+...     model.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tmbench.attention import Applied, applied
+    from tmbench.errors import UnsupportedModelError, UserError
+    from tmbench.methods import METHODS
+
+__all__ = ["METHODS", "Applied", "UnsupportedModelError", "UserError", "applied"]
+__version__ = "0.1.0"
+
+_HOME = {"applied": "attention", "Applied": "attention", "METHODS": "methods"}
+
+
+def __getattr__(name: str) -> object:
+    # Imported on first use: the command line's help must not wait for torch and transformers.
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f"tmbench.{_HOME.get(name, 'errors')}"), name)
+    raise AttributeError(f"module 'tmbench' has no attribute {name!r}")

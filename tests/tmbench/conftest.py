@@ -1,0 +1,51 @@
+"""Small models of several families with random weights, built from their configs: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+MakeModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """``make_model("llama", **config)``: a model in evaluation mode, float32, on the CPU."""
+
+    def make(family: str, **changes: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[family](**(SMALL | changes))
+        # Random weights of the usual size make attention nearly uniform: larger ones make a wrong mask show.
+        config.initializer_range = 0.2
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def prompt() -> Callable[[int, int], torch.Tensor]:
+    """``prompt(length, batch)``: random token ids."""
+
+    def make(length: int, batch: int = 1) -> torch.Tensor:
+        return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+
+    return make

@@ -1,0 +1,211 @@
+"""How patterns get into a model: transformers' own attention interface, one pattern per attention module.
+
+No model class is patched, copied or subclassed. ``applied`` sets the patterns and restores the model on exit; the function
+registered with transformers reads the pattern from the module that calls it. A prefill (more than one query, the first at
+position 0) uses the pattern; decoding (one query) is dense over the full cache, so every layer's cache stays complete.
+Whatever a pattern cannot honour is refused with one sentence, never silently computed wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from tmbench.errors import UnsupportedModelError
+from tmbench.methods import ModelShape, Plan, Settings, get_method
+from tmbench_kernels import Pattern
+
+IMPLEMENTATION = "tmbench"
+"""The name under which the functions below are registered. Names with "flash" or a slash are intercepted by transformers."""
+
+PLACE = "_tmbench_slot"
+"""The attribute of an attention module that holds its pattern while a method is applied."""
+
+Observer = Callable[[int, Pattern, Tensor, Tensor, float], None]
+"""Called before each prefill attention with (layer, pattern, q, k, scale); see ``Applied.observer``."""
+
+
+@dataclass
+class Applied:
+    """A method at work on a model, as ``applied`` yields it."""
+
+    plan: Plan
+    calls: int = 0
+    """How many prefill attentions have gone through the patterns so far: one per layer and prompt."""
+    observer: Observer | None = None
+    """Set to look at the tensors of a prefill, for instance to count the pairs that a dynamic pattern keeps."""
+    backends: set[str] = field(default_factory=set)
+    """The backends that have run, as "pattern:backend"."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    pattern: Pattern
+    session: Applied
+
+
+@contextmanager
+def applied(
+    model: PreTrainedModel,
+    method: str,
+    *,
+    starting_layer: int | None = None,
+    n_init: int = 8,
+    n_local: int = 512,
+    last_n: int = 128,
+    patterns: Path | str | None = None,
+) -> Iterator[Applied]:
+    """Run ``model``'s prefills with a method inside a ``with`` block; the model is as before afterwards.
+
+    Args:
+        model: any decoder-only transformers model that uses the attention interface.
+        method: a name from ``METHODS``.
+        starting_layer: first deep layer, from 0; None takes the published one, or half the depth.
+        n_init, n_local, last_n: the triangle's first keys, local window and last rows, in tokens.
+        patterns: a JSON file of per-head budgets in MInference's format.
+
+    Raises:
+        UserError: an unknown method, or parameters that do not fit the model.
+        UnsupportedModelError: a feature of the model or of a later call that the patterns cannot honour.
+    """
+    settings = Settings(starting_layer, n_init, n_local, last_n, Path(patterns) if patterns else None)
+    with applied_plan(model, get_method(method).plan(ModelShape.of(model), settings)) as session:
+        yield session
+
+
+@contextmanager
+def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
+    """As ``applied``, for a plan already made."""
+    modules = attention_modules(model)
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    session = Applied(plan)
+    before = model.config._attn_implementation
+    try:
+        for module in modules:
+            setattr(module, PLACE, _Slot(plan.patterns[module.layer_idx], session))
+        model.set_attn_implementation(IMPLEMENTATION)
+        if any(module.config._attn_implementation != IMPLEMENTATION for module in modules):
+            raise UnsupportedModelError(f"{type(model).__name__} did not accept an attention function from outside")
+        yield session
+    finally:
+        model.set_attn_implementation(before)
+        for module in modules:
+            if hasattr(module, PLACE):
+                delattr(module, PLACE)
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The model's self-attention modules in layer order; raises UnsupportedModelError where patterns cannot be right."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+        raise UnsupportedModelError(f"{name} does not use transformers' attention interface, so no method can be applied")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; methods are for decoder-only models")
+    text = model.config.get_text_config()
+    modules = sorted(_self_attentions(model), key=lambda module: int(module.layer_idx))
+    if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
+        raise UnsupportedModelError(
+            f"{name} has {text.num_hidden_layers} layers but {len(modules)} attention modules that can be served: "
+            "models that mix attention with other kinds of layer are not supported"
+        )
+    for layer, module in enumerate(modules):
+        if hasattr(module, PLACE):
+            raise UnsupportedModelError(f"{name} is already running {getattr(module, PLACE).session.plan.method}")
+        if feature := _own_feature(module, text, layer):
+            raise UnsupportedModelError(f"layer {layer} of {name} has {feature}, which no method here can honour")
+    return modules
+
+
+def _self_attentions(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) is not None and hasattr(module, "is_causal"):
+            yield module
+
+
+def _own_feature(module: Any, config: Any, layer: int) -> str | None:
+    """What sets this layer's attention apart from plain causal softmax attention, in words."""
+    layer_types = getattr(config, "layer_types", None)
+    # Some models keep the window on the module, where None means that this layer has none; others pass the config's along.
+    window = getattr(module, "sliding_window", None if layer_types else getattr(config, "sliding_window", None))
+    if window is not None:
+        return f"a sliding window of {window}"
+    if layer_types is not None and layer_types[layer] != "full_attention":
+        return f"attention of type {layer_types[layer]}"
+    if getattr(module, "sinks", None) is not None:
+        return "learned attention sinks"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "soft-capped logits"
+    if not module.is_causal:
+        return "attention that is not causal"
+    return None
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of one layer: q ``[batch, heads, queries, dim]`` in, ``[batch, queries, heads, dim]`` out."""
+    slot: _Slot | None = getattr(module, PLACE, None)
+    if slot is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} shares its config with a model under tmbench.applied: give each model its own config"
+        )
+    where = f"layer {module.layer_idx}"
+    for keyword, feature in (("sliding_window", "a sliding window"), ("softcap", "soft-capping"), ("s_aux", "sinks")):
+        if kwargs.get(keyword) is not None:
+            raise UnsupportedModelError(f"{where} asks for {feature}, which {slot.pattern.name} attention cannot honour")
+    queries = query.shape[2]
+    if queries == 1:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out, None
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{where} was given a mask of its own; {slot.pattern.name} attention takes none")
+    if module.training and kwargs.get("dropout"):
+        raise UnsupportedModelError(f"{where} drops attention weights out: call model.eval() first")
+    # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
+    key, value = key[:, :, :queries], value[:, :, :queries]
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if slot.session.observer is not None:
+        slot.session.observer(module.layer_idx, slot.pattern, query, key, scale)
+    slot.session.calls += 1
+    slot.session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query.device).name}")
+    return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward pass: None for a plain prefill, transformers' own for decoding, an error otherwise."""
+    if mask_function is not causal_mask_function:
+        raise UnsupportedModelError("this call adds a mask to causal attention (packed sequences, images, windows)")
+    if q_length == 1:
+        mask: Tensor | None = sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+        )
+        return mask
+    if int(q_offset) != 0 or kv_offset != 0:
+        raise UnsupportedModelError(
+            f"{q_length} tokens continue a cache of {int(q_offset)}: a chunked prefill is not supported, "
+            "pass the whole prompt in one call"
+        )
+    if attention_mask is not None and not torch.all(attention_mask):
+        raise UnsupportedModelError("the batch is padded: the methods take prompts of one length, without padding")
+    return None
