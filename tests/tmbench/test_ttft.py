@@ -1,0 +1,149 @@
+"""TTFT rows: what they hold, what is skipped, and what a failure becomes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tmbench import environment, floor, ttft
+from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.models import LoadedModel
+from tmbench.prefill import first_token
+from tmbench.results import TtftRow, read_all
+from tmbench.ttft import TtftJob, run
+
+NAMES = ("dense", "tri_mix", "minference", "streaming")
+
+
+@pytest.fixture
+def job(make_model, tmp_path):
+    def make(names=NAMES, lengths=(96, 160), **changes):
+        model = make_model("llama")
+        loaded = LoadedModel("small", model, None, "random", "")
+        settings = Settings(n_init=2, n_local=16, last_n=8)
+        plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in names]
+        values = {"prompt": "random", "repeats": 2} | changes
+        return TtftJob(loaded, plans, lengths, environment.current(torch.device("cpu")), tmp_path, **values)
+
+    return make
+
+
+def rows_of(job):
+    return {(row.method, row.length): row for row in read_all(job.root, TtftRow)}
+
+
+def test_a_first_token_is_the_models_own(make_model, prompt):
+    model, ids = make_model("llama"), prompt(40)
+    first = first_token(model, ids)
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    torch.testing.assert_close(first.logits, logits)
+    assert first.token == int(logits.argmax())
+    assert first.seconds > 0
+
+
+def test_rows_hold_what_was_measured(job):
+    work = job()
+    total = work.work()
+    assert sum(step.work for step in run(work)) == pytest.approx(total), "the progress bar must end where it says"
+    rows = rows_of(work)
+    assert set(rows) == {(name, length) for name in NAMES for length in (96, 160)}
+    for row in rows.values():
+        assert row.status == "ok"
+        samples = [float(text) for text in row.samples_s.split()]
+        assert len(samples) == row.repeats == 2
+        assert row.ttft_min_s == pytest.approx(min(samples), abs=1e-6)
+        assert row.ttft_min_s <= row.ttft_median_s <= row.ttft_max_s
+        assert row.floor_s == pytest.approx(row.flop / row.matrix_rate_flops)
+        assert row.ttft_over_floor == pytest.approx(row.ttft_median_s / row.floor_s)
+        assert row.interleaved == " ".join(NAMES)
+        assert row.transformers
+        assert row.environment == work.environment.name
+
+
+def test_coverage_and_flop_are_counted_from_the_definition(job):
+    work = job(lengths=(96,))
+    list(run(work))
+    rows = rows_of(work)
+    causal = 96 * 97 // 2
+    triangle = sum(1 for i in range(96) for j in range(i + 1) if j < 2 or i - j < 16 or i >= 88)
+    assert rows["dense", 96].coverage == 1
+    assert rows["tri_mix", 96].coverage == pytest.approx((2 * causal + 2 * triangle) / (4 * causal))
+    assert rows["minference", 96].coverage == 1, "a budget above the length is dense"
+    # Per layer: q and o 64x64, k and v 64x32, three of 64x96; the head of 97 works on one position.
+    linear = 2 * 96 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 2 * 64 * 97
+    assert rows["dense", 96].flop == linear + 4 * 16 * causal * 4 * 4
+    assert floor.linear_flop(work.loaded.model, 96) == linear
+
+
+def test_fidelity_is_measured_against_dense(job):
+    work = job(lengths=(96,))
+    list(run(work))
+    rows = rows_of(work)
+    assert rows["dense", 96].logit_error == 0
+    assert rows["minference", 96].logit_error == pytest.approx(0, abs=1e-4)
+    assert rows["minference", 96].same_token_as_dense
+    assert rows["streaming", 96].logit_error > 0.01
+
+
+def test_without_dense_there_is_no_fidelity(job):
+    work = job(names=("streaming",), lengths=(96,))
+    list(run(work))
+    assert rows_of(work)["streaming", 96].logit_error is None
+
+
+def test_rows_that_are_there_are_skipped(job):
+    list(run(job(lengths=(96,))))
+    assert job(lengths=(96,)).pending() == {}
+    assert set(job(lengths=(96, 160)).pending()) == {160}
+    assert set(job(lengths=(96,), repeats=3).pending()) == {96}, "more repeats are a new measurement"
+    assert set(job(lengths=(96,), overwrite=True).pending()) == {96}
+    assert job(lengths=(96,)).work() == 0
+
+
+def fail_for(monkeypatch, method, error):
+    real = ttft.first_token
+
+    def first(model, ids):
+        pattern = model.model.layers[-1].self_attn._tmbench_slot.session.plan.method
+        if pattern == method:
+            raise error
+        return real(model, ids)
+
+    monkeypatch.setattr(ttft, "first_token", first)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory"),
+        (RuntimeError("a kernel broke\nwith details"), "failed"),
+    ],
+)
+def test_a_failure_is_a_row_and_the_rest_goes_on(job, monkeypatch, error, status):
+    work = job(lengths=(96,))
+    fail_for(monkeypatch, "tri_mix", error)
+    list(run(work))
+    rows = rows_of(work)
+    assert rows["tri_mix", 96].status == status
+    assert rows["tri_mix", 96].ttft_median_s is None
+    assert "\n" not in rows["tri_mix", 96].error
+    assert rows["streaming", 96].status == rows["dense", 96].status == "ok"
+    assert ("tri_mix" in [plan.method for plan in job(lengths=(96,)).pending().get(96, [])]) == (status == "failed")
+
+
+def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
+    work = job()
+    real = ttft.first_token
+
+    def first(model, ids):
+        if ids.shape[1] == 160:
+            raise KeyboardInterrupt
+        return real(model, ids)
+
+    monkeypatch.setattr(ttft, "first_token", first)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(work))
+    assert {length for _, length in rows_of(work)} == {96}
+    assert work.loaded.model.config._attn_implementation == "sdpa"

@@ -1,0 +1,34 @@
+"""Which failures of a run are measurements: out of memory is a row, and the rest goes on."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from tmbench.errors import UserError
+from tmbench.results import FAILED, OUT_OF_MEMORY, Status
+
+_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def status_of(error: Exception) -> Status:
+    """The row status of an exception raised while a model ran; re-raises what the user must mend."""
+    if isinstance(error, UserError):
+        raise error
+    text = str(error).lower()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in text for phrase in _MEMORY_PHRASES):
+        return OUT_OF_MEMORY
+    return FAILED
+
+
+def describe(error: Exception) -> str:
+    """The first line of an error, with its type."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def release_memory() -> None:
+    """Give back what a failed run left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

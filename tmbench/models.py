@@ -1,0 +1,156 @@
+"""Models by name: the embedded ``tiny``, a Hugging Face id, or a checkpoint folder; with its weights or random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from tmbench.errors import UserError
+
+TINY = "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Weights = Literal["checkpoint", "random"]
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to measure, and what a result row says of it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where random weights were asked for and the checkpoint has no tokenizer."""
+    weights: Weights
+    revision: str
+    """The commit of a Hub checkpoint, where transformers knows it."""
+
+    @property
+    def device(self) -> torch.device:
+        place: torch.device = self.model.device
+        return place
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def max_length(self) -> int | None:
+        """The most positions the model has, prompt and answer together; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(self, length: int) -> None:
+        """Raise UserError for a length past the model's positions."""
+        if self.max_length is not None and length > self.max_length:
+            raise UserError(
+                f"--length {length} is more than the {self.max_length} positions of {self.name}: "
+                f"give {self.max_length} or less, or another --model"
+            )
+
+    def need_tokenizer(self, wish: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, or a UserError that says what it was wanted for."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer, which {wish} needs: use --prompt random, or another --model")
+        return self.tokenizer
+
+
+def model_path(name: str) -> str:
+    """Where a model of this name is loaded from: the package's folder for ``tiny``, the name itself otherwise."""
+    return str(Path(__file__).parent / TINY) if name == TINY else name
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device of that name; raises UserError where this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used here ({reason}): try --device {default_device()}") from error
+    return device
+
+
+def check_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The torch type of that name; None means bfloat16 on a GPU and float32 elsewhere."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name} is unknown: choose from {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(
+    name: str = TINY, *, weights: Weights = "checkpoint", device: str | None = None, dtype: str | None = None
+) -> LoadedModel:
+    """Load a model for measuring, in evaluation mode on one device.
+
+    Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown.
+    """
+    place = check_device(device or default_device())
+    kind = check_dtype(dtype, place)
+    path = model_path(name)
+    disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if weights == "random":
+            model = _random_model(config, place, kind)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(place)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{name} in {kind} does not fit in the memory of {place}: try a smaller --dtype") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model {name} cannot be loaded: {_first_sentence(error)}") from error
+    model.eval()
+    return LoadedModel(
+        name=name.rstrip("/"),
+        model=model,
+        tokenizer=_tokenizer(path, required=weights == "checkpoint"),
+        weights=weights,
+        revision=str(getattr(config, "_commit_hash", None) or ""),
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone; raises UserError where there is none."""
+    tokenizer = _tokenizer(model_path(name), required=True)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint's exact geometry with freshly drawn weights, made on the device itself."""
+    torch.manual_seed(RANDOM_SEED)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _tokenizer(path: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if required:
+            raise UserError(f"the tokenizer of --model {path} cannot be loaded: {_first_sentence(error)}") from error
+        return None
+    # For a folder without tokenizer files transformers makes an empty tokenizer, which turns any text into nothing.
+    if not tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]:
+        if required:
+            raise UserError(f"--model {path} has no tokenizer files: add them, or use --weights random --prompt random")
+        return None
+    # Prompts longer than a tokenizer's own limit are the point here; it would only print a warning.
+    tokenizer.model_max_length = 10**9
+    return tokenizer
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    end = text.find(". ")
+    return text if end < 0 else text[: end + 1]

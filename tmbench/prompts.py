@@ -1,0 +1,67 @@
+"""Prompts of an exact number of tokens, for timing: data-dependent methods cost what their prompt makes them cost."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+
+import torch
+from torch import Tensor
+
+from ruler_tasks import TASKS, Sources, examples
+from tmbench.errors import UserError
+from tmbench.models import LoadedModel
+
+KEPT_END = 256
+"""How many tokens of a long text's end always stay: the question must survive the cut."""
+
+
+def prompt_kinds() -> tuple[str, ...]:
+    """What ``--prompt`` takes: key-value retrieval, any RULER task, or random token ids."""
+    return ("kv", "random", *TASKS)
+
+
+def check_kind(kind: str) -> None:
+    """Raise UserError for a kind of prompt that there is none of."""
+    if kind not in prompt_kinds():
+        raise UserError(f"--prompt {kind} is unknown: choose from {', '.join(prompt_kinds())}")
+
+
+def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> Tensor:
+    """Token ids ``[1, length]`` on the model's device; the same for the same (kind, length, seed, tokenizer)."""
+    check_kind(kind)
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        return torch.randint(vocabulary, (1, length), generator=generator).to(loaded.device)
+    tokenizer = loaded.need_tokenizer(f"--prompt {kind}")
+    if kind == "kv":
+        ids = tokenizer(key_value_text(_pairs_for(length), seed))["input_ids"]
+    else:
+        # A RULER example may fill a little less than it is asked to, so ask for more and cut.
+        asked = length + length // 16 + TASKS[kind].tokens_to_generate + KEPT_END
+        example = next(iter(examples(kind, asked, [0], tokenizer=tokenizer, seed=seed, sources=Sources(offline=True))))
+        ids = tokenizer(example.prompt)["input_ids"]
+    return torch.tensor([_cut_to(ids, length)], device=loaded.device)
+
+
+def key_value_text(pairs: int, seed: int) -> str:
+    """A JSON object of so many UUID pairs and a question for one of its values."""
+    draw = random.Random(seed)
+    data = {str(uuid.UUID(int=draw.getrandbits(128))): str(uuid.UUID(int=draw.getrandbits(128))) for _ in range(pairs)}
+    asked = draw.choice(list(data))
+    return f'Find a value in this JSON object.\n{json.dumps(data, indent=0)}\nThe value stored under "{asked}" is "'
+
+
+def _pairs_for(length: int) -> int:
+    # Two UUIDs of 32 hexadecimal digits and 4 hyphens, with quotes: no tokenizer in use makes fewer than 12 tokens of them.
+    return length // 12 + 2
+
+
+def _cut_to(ids: list[int], length: int) -> list[int]:
+    """Exactly ``length`` of the ids: the start, a cut in the middle, and the end with its question."""
+    if len(ids) < length:
+        raise ValueError(f"the prompt has {len(ids)} tokens, fewer than the {length} it is for")
+    end = min(KEPT_END, length // 2)
+    return ids[: length - end] + ids[len(ids) - end :]

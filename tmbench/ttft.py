@@ -1,0 +1,216 @@
+"""Time to first token: every method of a run at one length, warmed up there, then measured in turns.
+
+Methods are interleaved (A B C A B C) because a GPU slows down as it warms up and a CPU shares its cores: what changes over
+time then changes all of them. Median, minimum, maximum and every repeat are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmbench import floor
+from tmbench.attention import applied_plan
+from tmbench.environment import Environment
+from tmbench.failures import describe, release_memory, status_of
+from tmbench.methods import Plan
+from tmbench.models import LoadedModel
+from tmbench.prefill import FirstToken, first_token
+from tmbench.prompts import prompt_ids
+from tmbench.results import FAILED, OK, Status, TtftRow, append, newest
+from tmbench_kernels import Pattern
+
+
+@dataclass(frozen=True)
+class TtftJob:
+    """What one ``tmbench ttft`` measures."""
+
+    loaded: LoadedModel
+    plans: Sequence[Plan]
+    lengths: Sequence[int]
+    environment: Environment
+    root: Path
+    prompt: str = "kv"
+    repeats: int = 3
+    warmup: int = 1
+    seed: int = 42
+    overwrite: bool = False
+
+    def identity(self, plan: Plan, length: int) -> dict[str, Any]:
+        """The columns of a row that are known before it is measured."""
+        return {
+            **self.environment.row_fields(),
+            **plan.parameters,
+            "starting_layer_source": plan.starting_layer_source,
+            "method": plan.method,
+            "model": self.loaded.name,
+            "revision": self.loaded.revision,
+            "weights": self.loaded.weights,
+            "dtype": self.loaded.dtype,
+            "length": length,
+            "seed": self.seed,
+            "prompt": self.prompt,
+            "repeats": self.repeats,
+            "warmup": self.warmup,
+        }
+
+    def pending(self) -> dict[int, list[Plan]]:
+        """What is still to be measured at each length: a row with as many repeats is not measured again."""
+        todo: dict[int, list[Plan]] = {length: [] for length in self.lengths}
+        for plan in self.plans:
+            have = {} if self.overwrite else newest(self.root, TtftRow, self.environment.device, plan.method)
+            for length in self.lengths:
+                key = TtftRow(time="", interleaved="", **self.identity(plan, length)).key
+                row = have.get(key)
+                done = isinstance(row, TtftRow) and row.status != FAILED and row.repeats >= self.repeats
+                if not done:
+                    todo[length].append(plan)
+        return {length: plans for length, plans in todo.items() if plans}
+
+    def work(self) -> float:
+        """How much there is to do, in the unit of ``Step.work``."""
+        passes = self.warmup + self.repeats
+        return sum(passes * self.expected_flop(plan, n) for n, plans in self.pending().items() for plan in plans)
+
+    def expected_flop(self, plan: Plan, length: int) -> float:
+        """Operations of one prefill, before it is known what a dynamic pattern keeps."""
+        text = self.loaded.model.config.get_text_config()
+        shape = torch.empty(1, text.num_attention_heads, length, 1, device="meta")
+        pairs = sum(
+            text.num_attention_heads * floor.causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape)
+            for pattern in plan.patterns
+        )
+        return floor.linear_flop(self.loaded.model, length) + floor.attention_flop(pairs, head_dim(self.loaded))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass done: how much of the work it was, what comes next, and the row where one was finished."""
+
+    text: str
+    work: float = 0.0
+    row: TtftRow | None = None
+
+
+@dataclass
+class _Trial:
+    """One method at one length while it is being measured."""
+
+    plan: Plan
+    status: Status = OK
+    error: str = ""
+    seconds: list[float] = field(default_factory=list)
+    first: FirstToken | None = None
+    pairs: int = 0
+    backends: str = ""
+    peak_memory: int | None = None
+
+
+def run(job: TtftJob) -> Iterator[Step]:
+    """Measure whatever is pending, shortest length first, and append each row as it is finished.
+
+    Raises UserError for a model or a folder that cannot be used; a method that runs out of memory or fails becomes a row.
+    """
+    pending = job.pending()
+    if not pending:
+        return
+    rate = floor.matrix_rate(job.loaded.device, job.loaded.model.dtype)
+    for length in sorted(pending):
+        yield from _measure_length(job, length, pending[length], rate)
+
+
+def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan], rate: float) -> Iterator[Step]:
+    ids = prompt_ids(job.prompt, length, job.loaded, job.seed)
+    trials = [_Trial(plan) for plan in plans]
+    for turn in range(job.warmup + job.repeats):
+        for trial in trials:
+            work = job.expected_flop(trial.plan, length)
+            phase = "warm-up" if turn < job.warmup else f"repeat {turn - job.warmup + 1} of {job.repeats}"
+            yield Step(f"{trial.plan.method} at {length}, {phase}")
+            if trial.status == OK:
+                _pass(job.loaded, trial, ids, timed=turn >= job.warmup, observed=turn == 0)
+            yield Step("", work)
+    dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.status == OK), None)
+    for trial in trials:
+        row = _row(job, length, trial, rate, trials, dense)
+        append(job.root, row)
+        yield Step("", row=row)
+
+
+def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, observed: bool) -> None:
+    """One prefill. The first one, a warm-up, also counts the pairs that each layer's pattern keeps."""
+
+    def count(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float) -> None:
+        trial.pairs += pattern.pairs(q, k, scale=scale)
+
+    cuda = ids.device.type == "cuda"
+    try:
+        with applied_plan(loaded.model, trial.plan) as session:
+            session.observer = count if observed else None
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(ids.device)
+            first = first_token(loaded.model, ids)
+            trial.backends = "+".join(sorted(session.backends))
+            if session.calls != len(trial.plan.patterns):
+                raise RuntimeError(f"{session.calls} of {len(trial.plan.patterns)} layers went through the patterns")
+    except Exception as error:
+        trial.status = status_of(error)
+        trial.error = describe(error)
+        release_memory()
+        return
+    if timed:
+        trial.seconds.append(first.seconds)
+        trial.first = first
+        if cuda:
+            trial.peak_memory = max(trial.peak_memory or 0, torch.cuda.max_memory_allocated(ids.device))
+
+
+def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence[_Trial], dense: _Trial | None) -> TtftRow:
+    measured: dict[str, Any] = {}
+    if trial.status == OK and trial.first is not None:
+        heads = job.loaded.model.config.get_text_config().num_attention_heads
+        layers = len(trial.plan.patterns)
+        flop = floor.linear_flop(job.loaded.model, length) + floor.attention_flop(trial.pairs, head_dim(job.loaded))
+        median = statistics.median(trial.seconds)
+        measured = {
+            "ttft_median_s": median,
+            "ttft_min_s": min(trial.seconds),
+            "ttft_max_s": max(trial.seconds),
+            "samples_s": " ".join(f"{seconds:.6f}" for seconds in trial.seconds),
+            "coverage": trial.pairs / (layers * heads * floor.causal_pairs(length)),
+            "flop": flop,
+            "floor_s": flop / rate,
+            "ttft_over_floor": median * rate / flop,
+            "first_token": trial.first.token,
+            "peak_memory_bytes": trial.peak_memory,
+        }
+        if dense is not None and dense.first is not None:
+            measured["same_token_as_dense"] = trial.first.token == dense.first.token
+            measured["logit_error"] = _relative_rms(trial.first.logits, dense.first.logits)
+    return TtftRow(
+        **job.identity(trial.plan, length),
+        **measured,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        status=trial.status,
+        error=trial.error,
+        backends=trial.backends,
+        interleaved=" ".join(other.plan.method for other in trials),
+        matrix_rate_flops=rate,
+    )
+
+
+def head_dim(loaded: LoadedModel) -> int:
+    """The size of one attention head."""
+    text = loaded.model.config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _relative_rms(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).square().mean().sqrt() / reference.square().mean().sqrt())
