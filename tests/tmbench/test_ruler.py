@@ -1,0 +1,204 @@
+"""RULER runs: samples shared by all methods, predictions that survive, chat templates, and prepared data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ruler_tasks import TASKS, Example, Frame, Sources, load_wording, write_dataset
+from tmbench import environment, models, ruler
+from tmbench.attention import applied
+from tmbench.errors import UserError
+from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.models import LoadedModel
+from tmbench.results import RulerRow, read_all
+from tmbench.ruler import RulerJob, chat_frame, generate, predictions_path, read_predictions, run
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer("tiny")
+
+
+@pytest.fixture
+def job(make_model, tokenizer, tmp_path):
+    def make(**changes):
+        model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
+        loaded = LoadedModel("small", model, tokenizer, "random", "")
+        plans = [METHODS[name].plan(ModelShape.of(model), Settings()) for name in ("dense", "streaming")]
+        values = {
+            "loaded": loaded, "tokenizer": tokenizer, "plans": plans, "lengths": (1024,), "samples": 3,
+            "tasks": ("niah_single_1", "vt"), "environment": environment.current(torch.device("cpu")), "root": tmp_path,
+            "wording": load_wording(None), "sources": Sources(offline=True), "frame": Frame(),
+        }  # fmt: skip
+        return RulerJob(**(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Stands in for generation: answers with the right reference for dense, with nothing for any other method."""
+    asked = []
+
+    def answer(job, plan, example):
+        asked.append((plan.method, example.task, example.index, example.prompt))
+        text = " ".join(example.outputs) if plan.method == "dense" else " "
+        score = TASKS[example.task].score(text, example.outputs)
+        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5), "dense:sdpa"
+
+    monkeypatch.setattr(ruler, "_answer", answer)
+    return asked
+
+
+def rows_of(root):
+    return {(row.method, row.task, row.length): row for row in read_all(root, RulerRow)}
+
+
+def test_all_methods_answer_the_same_samples(job, answers):
+    work = job()
+    assert sum(step.samples for step in run(work)) == 2 * 2 * 3
+    rows = rows_of(work.root)
+    assert set(rows) == {(method, task, 1024) for method in ("dense", "streaming") for task in ("niah_single_1", "vt")}
+    dense, other = rows["dense", "vt", 1024], rows["streaming", "vt", 1024]
+    assert (dense.score, dense.nulls, dense.samples) == (100.0, 0, 3)
+    assert (other.score, other.nulls, other.samples) == (0.0, 3, 3)
+    assert (dense.source, dense.wording, dense.prompt_tokens_mean, dense.seconds_per_sample) == (
+        "noise",
+        "tmbench-1",
+        400,
+        0.5,
+    )
+    prompts = {method: [entry[1:] for entry in answers if entry[0] == method] for method in ("dense", "streaming")}
+    assert prompts["dense"] == prompts["streaming"]
+    assert len({entry[-1] for entry in prompts["dense"]}) == 6
+
+
+def test_predictions_are_kept_and_scored_from_the_file(job, answers):
+    work = job(save_samples=True, tasks=("vt",))
+    list(run(work))
+    row = rows_of(work.root)["dense", "vt", 1024]
+    path = work.root / row.device / "ruler" / row.predictions
+    assert path == predictions_path(work.root, row)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2]
+    assert all(line["prompt"].count(line["outputs"][0]) for line in lines)
+    assert row.score == 100 * sum(line["score"] for line in lines) / 3
+
+
+def test_more_samples_only_add(job, answers):
+    list(run(job(samples=2)))
+    before = len(answers)
+    work = job(samples=3)
+    list(run(work))
+    assert [entry[2] for entry in answers[before:]] == [2] * 4
+    assert rows_of(work.root)["dense", "vt", 1024].samples == 3
+    list(run(job(samples=2)))
+    assert len(answers) == before + 4, "fewer samples than there are need nothing new"
+    list(run(job(samples=3, overwrite=True)))
+    assert len(answers) == before + 4 + 12
+
+
+def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch):
+    whole = job(root=job().root / "whole")
+    list(run(whole))
+    work = job(root=job().root / "cut")
+    real, left = ruler._answer, [8]
+
+    def stop(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(ruler, "_answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(work))
+    monkeypatch.setattr(ruler, "_answer", real)
+    answers.clear()
+    list(run(work))
+    assert len(answers) == 12 - 7
+    assert {key: replace(row, time="") for key, row in rows_of(work.root).items()} == {
+        key: replace(row, time="") for key, row in rows_of(whole.root).items()
+    }
+
+
+def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
+    real = ruler._answer
+
+    def fail(job, plan, example):
+        if plan.method == "dense" and example.task == "vt" and example.index == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(job, plan, example)
+
+    monkeypatch.setattr(ruler, "_answer", fail)
+    work = job()
+    list(run(work))
+    rows = rows_of(work.root)
+    assert (rows["dense", "vt", 1024].status, rows["dense", "vt", 1024].score) == ("out_of_memory", None)
+    assert rows["streaming", "vt", 1024].status == rows["dense", "niah_single_1", 1024].status == "ok"
+
+
+def test_real_answers_decode_what_the_model_generates(job):
+    work = job(samples=1, tasks=("vt",), plans=[METHODS["dense"].plan(ModelShape("", 4, 4), Settings())])
+    list(run(work))
+    row = rows_of(work.root)["dense", "vt", 1024]
+    prediction = read_predictions(predictions_path(work.root, row))[0]
+    example = work.examples("vt", 1024)[0]
+    ids = torch.tensor([work.tokenizer(example.prompt)["input_ids"]])
+    # Under the same method: random weights leave near ties, which another kernel's rounding would turn.
+    with applied(work.loaded.model, "dense"):
+        new = work.loaded.model.generate(ids, do_sample=False, max_new_tokens=30)[0, ids.shape[1] :]
+    assert prediction.prediction == work.tokenizer.decode(new, skip_special_tokens=True)
+    assert prediction.new_tokens == len(new) <= 30
+    assert row.backends == "dense:sdpa"
+    assert ids.shape[1] + 30 <= 1024
+
+
+def test_generation_ends_at_the_models_end_token(make_model, prompt):
+    model, ids = make_model("llama"), prompt(20)
+    model.generation_config.eos_token_id = None
+    with applied(model, "dense"):
+        free = generate(model, ids, 8)
+        model.generation_config.eos_token_id = free[3]
+        assert generate(model, ids, 8) == free[: free.index(free[3]) + 1]
+    assert len(free) == 8
+
+
+def test_a_file_that_is_no_prediction_is_named(tmp_path):
+    path = tmp_path / "vt.jsonl"
+    path.write_text('{"index": 0}\n')
+    with pytest.raises(UserError, match="line 1 is not a prediction.*--overwrite"):
+        read_predictions(path)
+
+
+def test_prepared_data_take_the_place_of_our_own(job, answers, tmp_path):
+    samples = [Example("vt", number, f"Question {number}?", " Answer:", ("ABC",), 900, 30, "noise") for number in range(5)]
+    write_dataset(tmp_path / "data", samples)
+    work = job(data=tmp_path / "data", tasks=("vt",), samples=4)
+    list(run(work))
+    row = rows_of(work.root)["dense", "vt", 1024]
+    assert (row.samples, row.wording, row.score) == (4, "prepared", 100.0)
+    assert answers[0][-1] == "Question 0? Answer:"
+
+
+def test_a_chat_template_is_taken_apart(tokenizer):
+    with pytest.raises(UserError, match="--apply-chat-template: .*no chat template"):
+        chat_frame(tokenizer)
+    try:
+        tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"
+        assert chat_frame(tokenizer) == Frame("<s>[user] ", "[assistant]", add_special_tokens=False)
+        tokenizer.chat_template = "nothing of yours"
+        with pytest.raises(UserError, match="drops the user's message"):
+            chat_frame(tokenizer)
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_length_too_short_for_a_task_is_refused_before_anything_runs(job):
+    job().check_lengths()
+    with pytest.raises(ValueError, match="--length 64 is too short for niah_single_1, which needs"):
+        job(lengths=(1024, 64)).check_lengths()

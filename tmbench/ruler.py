@@ -1,0 +1,257 @@
+"""RULER accuracy: all methods answer the same samples; each prediction is kept as it is made.
+
+Predictions go to a JSONL file beside the CSV, one line per sample, so that a killed run continues with the next sample and a
+larger ``--samples`` only adds to what is there. A CSV row is the score over one file's first samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import ruler_tasks
+from ruler_tasks import TASKS, Example, Frame, Sources, TaskLengthError, Wording
+from tmbench.attention import applied_plan
+from tmbench.environment import Environment
+from tmbench.errors import UserError
+from tmbench.failures import describe, release_memory, status_of
+from tmbench.methods import Plan
+from tmbench.models import LoadedModel
+from tmbench.results import FAILED, OK, RulerRow, Status, append, append_line, csv_path, newest, writable
+
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for the task's text while a chat template is taken apart."""
+
+
+@dataclass(frozen=True)
+class RulerJob:
+    """What one ``tmbench ruler`` measures."""
+
+    loaded: LoadedModel
+    tokenizer: PreTrainedTokenizerBase
+    plans: Sequence[Plan]
+    lengths: Sequence[int]
+    tasks: Sequence[str]
+    samples: int
+    environment: Environment
+    root: Path
+    wording: Wording
+    sources: Sources
+    frame: Frame
+    chat_template: bool = False
+    seed: int = 42
+    data: Path | None = None
+    """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
+    overwrite: bool = False
+    save_samples: bool = False
+
+    def check_lengths(self) -> None:
+        """Raise TaskLengthError before anything is measured if a length is too short for one of the tasks."""
+        for task in self.tasks if self.data is None else ():
+            least = ruler_tasks.minimum_length(task, self.tokenizer, self.wording, self.frame, sources=self.sources)
+            for length in self.lengths:
+                if length < least:
+                    raise TaskLengthError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+
+    def examples(self, task: str, length: int) -> list[Example]:
+        """The samples of a task, the same for every method."""
+        if self.data is not None:
+            return ruler_tasks.read_dataset(self.data, task, length, limit=self.samples)
+        return list(
+            ruler_tasks.examples(
+                task,
+                length,
+                range(self.samples),
+                tokenizer=self.tokenizer,
+                seed=self.seed,
+                wording=self.wording,
+                sources=self.sources,
+                frame=self.frame,
+            )
+        )
+
+    def identity(self, plan: Plan, task: str, length: int, examples: Sequence[Example]) -> dict[str, Any]:
+        """The columns of a row that are known before it is measured."""
+        prepared = self.data is not None
+        return {
+            **self.environment.row_fields(),
+            **plan.parameters,
+            "starting_layer_source": plan.starting_layer_source,
+            "method": plan.method,
+            "model": self.loaded.name,
+            "revision": self.loaded.revision,
+            "weights": self.loaded.weights,
+            "dtype": self.loaded.dtype,
+            "length": length,
+            "seed": self.seed,
+            "task": task,
+            "samples": len(examples),
+            "wording": "prepared" if prepared else self.wording.name,
+            "wording_hash": _digest(*(example.prompt for example in examples[:1])) if prepared else self.wording.hash,
+            "source": examples[0].source,
+            "chat_template": self.chat_template,
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sample done, or a task begun: what to show, how many samples it was, and the row where one was finished."""
+
+    text: str
+    samples: int = 0
+    row: RulerRow | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answered to one sample: a line of the JSONL file."""
+
+    index: int
+    prediction: str
+    outputs: tuple[str, ...]
+    score: float
+    """0 to 1."""
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+def run(job: RulerJob) -> Iterator[Step]:
+    """Evaluate task by task, so that every method has answered a task before the next one begins.
+
+    Raises UserError for a model, data or a folder that cannot be used; a method that fails on a task becomes a row.
+    """
+    for length in job.lengths:
+        for task in job.tasks:
+            yield Step(f"{task} at {length}: preparing {job.samples} samples")
+            examples = job.examples(task, length)
+            if not examples:
+                raise UserError(f"--data {job.data} holds no samples of {task}")
+            for plan in job.plans:
+                yield from _evaluate(job, plan, task, length, examples)
+
+
+def predictions_path(root: Path, row: RulerRow) -> Path:
+    """The JSONL file of a row: its name holds a hash of everything that was measured."""
+    name = f"{row.task}-{row.length}-{_digest(*map(str, row.key))}.jsonl"
+    return csv_path(root, RulerRow, row.device, row.method).parent / "predictions" / row.method / name
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The text that a model's chat template puts around a user's message, up to where the answer begins."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("--apply-chat-template: this model's tokenizer has no chat template; leave the option out")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True)
+    prefix, mark, suffix = str(text).partition(MARK)
+    if not mark:
+        raise UserError("--apply-chat-template: the chat template drops the user's message")
+    return Frame(prefix=prefix, suffix=suffix, add_special_tokens=False)
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> list[int]:
+    """Greedy decoding of ``ids`` ``[1, length]``: the new ids, at most so many, ending at the model's own end token."""
+    own = model.generation_config
+    end = own.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Sequence[Example]) -> Iterator[Step]:
+    row = RulerRow(**job.identity(plan, task, length, examples), time=_now())
+    path = predictions_path(job.root, row)
+    have = newest(job.root, RulerRow, row.device, row.method).get(row.key)
+    if job.overwrite:
+        with writable(path):
+            path.unlink(missing_ok=True)
+    elif isinstance(have, RulerRow) and have.status != FAILED and have.samples >= len(examples):
+        yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples))
+        return
+    known = read_predictions(path)
+    status: Status = OK
+    error = ""
+    backends = ""
+    for done, example in enumerate(examples):
+        if example.index not in known and status == OK:
+            yield Step(f"{plan.method} on {task} at {length}, sample {done + 1} of {len(examples)}")
+            try:
+                known[example.index], backends = _answer(job, plan, example)
+            except Exception as problem:
+                status, error = status_of(problem), describe(problem)
+                release_memory()
+            else:
+                append_line(path, _json_line(known[example.index], example if job.save_samples else None))
+        yield Step("", samples=1)
+    measured: dict[str, Any] = {"status": status, "error": error, "time": _now(), "backends": backends}
+    if status == OK:
+        predictions = [known[example.index] for example in examples]
+        texts = [prediction.prediction for prediction in predictions]
+        measured |= {
+            "score": ruler_tasks.score(task, texts, [example.outputs for example in examples]),
+            "nulls": sum(not text.strip() for text in texts),
+            "prompt_tokens_mean": statistics.mean(prediction.prompt_tokens for prediction in predictions),
+            "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
+            "predictions": str(path.relative_to(csv_path(job.root, RulerRow, row.device, row.method).parent)),
+        }
+    finished = RulerRow(**(job.identity(plan, task, length, examples) | measured))
+    append(job.root, finished)
+    yield Step("", row=finished)
+
+
+def _answer(job: RulerJob, plan: Plan, example: Example) -> tuple[Prediction, str]:
+    encoded = job.tokenizer(example.prompt, add_special_tokens=job.frame.add_special_tokens)
+    ids = torch.tensor([encoded["input_ids"]], device=job.loaded.device)
+    start = time.perf_counter()
+    with applied_plan(job.loaded.model, plan) as session:
+        new = generate(job.loaded.model, ids, example.max_new_tokens)
+    seconds = time.perf_counter() - start
+    if session.calls != len(plan.patterns):
+        raise RuntimeError(f"{session.calls} of {len(plan.patterns)} layers went through the patterns")
+    text = str(job.tokenizer.decode(new, skip_special_tokens=True))
+    score = TASKS[example.task].score(text, example.outputs)
+    prediction = Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds)
+    return prediction, "+".join(sorted(session.backends))
+
+
+def read_predictions(path: Path) -> dict[int, Prediction]:
+    """The predictions of a JSONL file by sample index; raises UserError for a file that tmbench did not write."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            fields = {name: entry[name] for name in Prediction.__dataclass_fields__}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number} is not a prediction: move the file away, or use --overwrite") from error
+        found[int(entry["index"])] = Prediction(**(fields | {"outputs": tuple(fields["outputs"])}))
+    return found
+
+
+def _json_line(prediction: Prediction, example: Example | None) -> str:
+    entry: dict[str, Any] = dict(vars(prediction))
+    if example is not None:
+        entry["prompt"] = example.prompt
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
