@@ -1,0 +1,446 @@
+"""A report says what the rows say: figures computed by hand, published tables rebuilt, and a caveat where one is due."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+
+from ruler_tasks import TASKS
+from tmbench.errors import UserError
+from tmbench.groups import length_name, significant
+from tmbench.report import build
+from tmbench.results import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow, append, csv_path
+
+COMMON = {
+    "time": "2026-01-01T00:00:00+00:00",
+    "device": "some-gpu",
+    "device_name": "Some GPU",
+    "driver": "570.1",
+    "method": "dense",
+    "model": "a/model",
+    "weights": "checkpoint",
+    "dtype": "bfloat16",
+    "length": 4096,
+    "seed": 42,
+    "threads": 2,
+    "tmbench": "0.1.0",
+    "commit": "aaaa",
+    "python": "3.12",
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "environment": "abc",
+}
+TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix minference tri_mix_minference"}
+RULER = {"samples": 100, "wording": "reference-ruler", "wording_hash": "f00d", "source": "noise", "chat_template": False}
+TRIANGLE = {"starting_layer": 16, "starting_layer_source": "published", "n_init": 8, "n_local": 512, "last_n": 128}
+OWN = {"tri_mix": TRIANGLE, "minference": {"patterns": "default"}, "tri_mix_minference": {**TRIANGLE, "patterns": "default"}}
+
+# TriangleMix's README: Llama-3.1-8B on an A100, seconds.
+PUBLISHED_LENGTHS = [32 * 1024, 48 * 1024, 64 * 1024, 80 * 1024, 96 * 1024, 112 * 1024, 128 * 1024]
+PUBLISHED_SECONDS = {
+    "dense": [4.1, 7.3, 11.2, 15.9, 21.3, 27.5, 34.5],
+    "tri_mix": [3.6, 5.9, 8.6, 11.7, 15.2, 19.1, 23.4],
+    "minference": [5.5, 7.8, 10.1, 12.3, 13.4, 15.9, 18.0],
+    "tri_mix_minference": [4.2, 6.0, 7.7, 9.5, 10.9, 12.7, 14.5],
+}
+PUBLISHED_SCORES = {
+    "dense": [100, 96, 100, 95, 91, 62, 97.25, 98.5, 90.0, 2.2, 57.33, 77, 43],
+    "tri_mix": [100, 96, 100, 95, 91, 63, 97.75, 98.0, 93.2, 0.0, 50.67, 77, 43],
+}
+
+
+def add_ttft(root, method="dense", length=4096, seconds=None, **changes):
+    times = {} if seconds is None else {"ttft_median_s": seconds, "ttft_min_s": 0.9 * seconds, "ttft_max_s": 1.1 * seconds}
+    row = COMMON | TTFT | OWN.get(method, {}) | times | {"method": method, "length": length} | changes
+    append(root, TtftRow(**row))
+
+
+def add_ruler(root, method="dense", task="niah_single_1", score=100.0, **changes):
+    append(
+        root, RulerRow(**(COMMON | RULER | OWN.get(method, {}) | {"method": method, "task": task, "score": score} | changes))
+    )
+
+
+def add_published(root):
+    for method, times in PUBLISHED_SECONDS.items():
+        for length, seconds in zip(PUBLISHED_LENGTHS, times, strict=True):
+            add_ttft(root, method, length, seconds)
+    for method, scores in PUBLISHED_SCORES.items():
+        for task, score in zip(TASKS, scores, strict=True):
+            add_ruler(root, method, task, score, length=131072)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A results folder with the published figures; not to be written to."""
+    root = tmp_path_factory.mktemp("published")
+    add_published(root)
+    return root
+
+
+def tables_of(markdown):
+    """Every table as {first cell: {header: cell}}, the first cells of repeated ones joined with the second."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+        assert len({len(line) for line in lines}) == 1, f"unequal columns in {block}"
+        header, rule, *body = lines
+        assert all(re.fullmatch(r":?-+:?", cell) for cell in rule)
+        tables.append([dict(zip(header, line, strict=True)) for line in body])
+    return tables
+
+
+def table_with(markdown, column):
+    """The one table that has a column of that name, by its first column."""
+    (table,) = [table for table in tables_of(markdown) if column in table[0]]
+    return {next(iter(line.values())): line for line in table}
+
+
+def test_nothing_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"^no results under .*: run tmbench ttft or tmbench ruler first$"):
+        build(tmp_path / "absent")
+
+
+def test_a_foreign_file_is_named(tmp_path):
+    path = csv_path(tmp_path, TtftRow, "some-gpu", "dense")
+    path.parent.mkdir(parents=True)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"dense\.csv"):
+        build(tmp_path)
+
+
+def test_the_published_ttft_table(published):
+    table = table_with(build(published).markdown(), "128K")
+    assert list(table) == list(PUBLISHED_SECONDS)
+    assert list(table["dense"]) == ["method", "32K", "48K", "64K", "80K", "96K", "112K", "128K", "fidelity"]
+    assert table["dense"]["32K"] == "4.10"
+    assert table["dense"]["128K"] == "34.5"
+    assert table["tri_mix"]["32K"] == "3.60 (-12 %)"
+    assert table["tri_mix"]["128K"] == "23.4 (-32 %)"
+    assert table["minference"]["32K"] == "5.50 (+34 %)"
+    assert table["tri_mix_minference"]["128K"] == "14.5 (-58 %)"
+
+
+def test_the_published_break_even_lengths(published):
+    report = build(published)
+    table = table_with(report.markdown(), "faster than dense")
+    assert {method: row["faster than dense"] for method, row in table.items()} == {
+        "tri_mix": "from 32K on, the shortest measured",
+        "minference": "from 64K on",
+        "tri_mix_minference": "from 48K on",
+    }
+    assert table["tri_mix"]["parameters"] == "starting_layer 16 (published), n_init 8, n_local 512, last_n 128"
+    lengths = {"tri_mix": 32768, "minference": 65536, "tri_mix_minference": 49152}
+    assert report.ttft[0].summary() == {"break_even_length": lengths}
+
+
+def test_the_published_ruler_table(published):
+    table = table_with(build(published).markdown(), "task")
+    assert list(table) == [*TASKS, "average of 13"]
+    assert table["fwe"] == {"task": "fwe", "samples": "100", "dense": "57.33", "tri_mix": "50.67"}
+    assert table["niah_multivalue"]["tri_mix"] == "97.75"
+    # 1009.28 / 13 = 77.637 and 1004.62 / 13 = 77.278, published as 77.6 and 77.3
+    assert table["average of 13"]["dense"] == "77.6"
+    assert table["average of 13"]["tri_mix"] == "77.3 (-0.4)"
+
+
+def test_a_speed_up_stands_beside_what_was_kept(tmp_path):
+    add_published(tmp_path)
+    add_ttft(tmp_path, "tri_mix", 32768, 3.6, logit_error=0.031)
+    add_ttft(tmp_path, "tri_mix", 131072, 23.4, logit_error=0.0044)
+    table = table_with(build(tmp_path).markdown(), "128K")
+    assert table["tri_mix"]["fidelity"] == "logit error 0.031 at 32K; RULER 77.3 (dense 77.6, 13 tasks at 128K)"
+    assert table["minference"]["fidelity"] == "not measured"
+    assert table["dense"]["fidelity"] == "the reference"
+
+
+def test_a_logit_error_that_is_no_number_is_the_worst(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5, logit_error=0.5)
+    add_ttft(tmp_path, "tri_mix", 4096, 0.9, logit_error=float("nan"))
+    report = build(tmp_path)
+    assert report.fidelity(report.ttft[0], "tri_mix") == "logit error nan at 4K"
+    rows = json.loads(report.json())[0]["rows"]
+    assert [row["logit_error"] for row in rows if row["method"] == "tri_mix"] == [0.5, None]
+
+
+def test_accuracy_counts_only_with_the_same_parameters_weights_and_type(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5)
+    for method in ("dense", "tri_mix"):
+        add_ruler(tmp_path, method, dtype="float32")
+        add_ruler(tmp_path, method, **({"starting_layer": 4} if method == "tri_mix" else {}))
+    report = build(tmp_path)
+    assert report.fidelity(report.ttft[0], "tri_mix") == "not measured"
+
+
+def test_out_of_memory_and_failure_are_shown_and_compared_with_nothing(tmp_path):
+    for length, dense, sparse in ((2048, 1.0, 0.8), (4096, 3.0, 2.0)):
+        add_ttft(tmp_path, "dense", length, dense)
+        add_ttft(tmp_path, "tri_mix", length, sparse)
+        add_ttft(tmp_path, "minference", length, sparse)
+    add_ttft(tmp_path, "dense", 8192, status=OUT_OF_MEMORY, error="OutOfMemoryError: no")
+    add_ttft(tmp_path, "tri_mix", 8192, 7.0)
+    add_ttft(tmp_path, "minference", 4096, status=FAILED, error="RuntimeError: a | b")
+    add_ttft(tmp_path, "streaming", 8192, 2.0)
+    markdown = build(tmp_path).markdown()
+    times, break_even = table_with(markdown, "2K"), table_with(markdown, "faster than dense")
+    assert times["dense"]["8K"] == "out of memory"
+    assert times["tri_mix"]["8K"] == "7.00"
+    assert times["minference"]["4K"] == "failed"
+    assert times["minference"]["8K"] == "-"
+    assert break_even["tri_mix"]["faster than dense"] == "from 2K on, the shortest measured"
+    assert break_even["minference"]["faster than dense"] == "not at 4K, the longest measured"
+    assert break_even["streaming"]["faster than dense"] == "not compared: dense has no time at these lengths"
+    assert "- minference failed at 4K: RuntimeError: a | b." in markdown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "length", "words"),
+    [
+        ([2, 2, 2], None, "slower than dense at every length measured"),
+        ([1, 1, 1], None, "slower than dense at every length measured"),
+        ([2, 0.5, 2], None, "not at 8K, the longest measured"),
+        ([0.5, 2, 0.5], 8192, "from 8K on"),
+        ([0.5, 0.5, 0.5], 2048, "from 2K on, the shortest measured"),
+    ],
+)
+def test_break_even(tmp_path, seconds, length, words):
+    for place, value in zip((2048, 4096, 8192), seconds, strict=True):
+        add_ttft(tmp_path, "dense", place, 1.0)
+        add_ttft(tmp_path, "tri_mix", place, float(value))
+    assert build(tmp_path).ttft[0].break_even("tri_mix") == (length, words)
+
+
+def test_details_of_each_measurement(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0, coverage=1.0, ttft_over_floor=1.523, backends="dense:sdpa")
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5, coverage=0.1234, logit_error=0.0312, same_token_as_dense=False)
+    (details,) = [table for table in tables_of(build(tmp_path).markdown()) if "coverage" in table[0]]
+    assert details[0] == {
+        "method": "dense", "length": "2K", "min s": "0.900", "max s": "1.10", "repeats": "3", "coverage": "100.0%",
+        "TTFT / floor": "1.52", "logit error": "-", "same first token": "-", "backends": "dense:sdpa",
+    }  # fmt: skip
+    assert details[1]["coverage"] == "12.3%"
+    assert details[1]["logit error"] == "0.031"
+    assert details[1]["same first token"] == "no"
+
+
+def test_variants_are_told_apart_by_what_differs(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0)
+    add_ttft(tmp_path, "minference", 2048, 2.0)
+    for start, last in ((4, 128), (6, 128), (6, 0)):
+        add_ttft(tmp_path, "tri_mix", 2048, 0.5 + start / 100, starting_layer=start, last_n=last)
+    labels = build(tmp_path).ttft[0].labels
+    assert labels == [
+        "dense",
+        "tri_mix (starting_layer 4, last_n 128)",
+        "tri_mix (starting_layer 6, last_n 0)",
+        "tri_mix (starting_layer 6, last_n 128)",
+        "minference",
+    ]
+
+
+def test_devices_models_and_settings_are_kept_apart(tmp_path):
+    add_ttft(tmp_path, length=2048, seconds=1.0)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.25, device="a-cpu", device_name="A CPU", driver="", dtype="float32")
+    add_ttft(tmp_path, "tri_mix", 2048, 0.25, model="b/model", prompt="vt", torch="2.14.0", commit="bbbb", dirty=True)
+    report = build(tmp_path)
+    markdown = report.markdown()
+    assert re.findall(r"^## .*$", markdown, flags=re.MULTILINE) == ["## A CPU (a-cpu)", "## Some GPU (some-gpu)"]
+    assert len(report.ttft) == 3
+    assert "torch 2.13.0 and 2.14.0; transformers 5.24.0; tmbench 0.1.0; commit aaaa and bbbb (edited)." in markdown
+    # Only the group that has a dense row compares with it.
+    assert markdown.count("(-50 %)") == 1
+    assert markdown.count("(-75 %)") == 0
+    assert markdown.count("Dense has no time here") == 2
+
+
+def test_the_newest_row_counts(tmp_path):
+    add_ttft(tmp_path, length=2048, seconds=1.0)
+    add_ttft(tmp_path, length=2048, seconds=2.0)
+    assert table_with(build(tmp_path).markdown(), "2K")["dense"]["2K"] == "2.00"
+
+
+def test_the_average_is_over_the_tasks_that_all_have(tmp_path):
+    for task, dense, sparse in (
+        ("niah_single_1", 100.0, 90.0),
+        ("vt", 50.0, 40.0),
+        ("cwe", 80.0, None),
+        ("qa_2", 30.0, 35.0),
+    ):
+        add_ruler(tmp_path, "dense", task, dense)
+        if sparse is not None:
+            add_ruler(tmp_path, "tri_mix", task, sparse)
+    add_ruler(tmp_path, "tri_mix", "fwe", None, status=OUT_OF_MEMORY)
+    add_ruler(tmp_path, "dense", "fwe", 60.0)
+    report = build(tmp_path)
+    table = table_with(report.markdown(), "task")
+    assert list(table) == ["niah_single_1", "vt", "cwe", "fwe", "qa_2", "average of 3"]
+    assert table["average of 3"] == {"task": "average of 3", "samples": "", "dense": "60.0", "tri_mix": "55.0 (-5.0)"}
+    assert table["cwe"]["tri_mix"] == "-"
+    assert table["fwe"]["tri_mix"] == "out of memory"
+    missing = [task for task in TASKS if task not in ("niah_single_1", "vt", "qa_2")]
+    assert (
+        f"The average is over the 3 tasks that every method has; missing somewhere: {', '.join(missing)}."
+        in report.markdown()
+    )
+    assert report.ruler[0].summary() == {
+        "averages": {"dense": 60.0, "tri_mix": 55.0},
+        "average_over": ["niah_single_1", "vt", "qa_2"],
+    }
+
+
+def test_no_task_in_common_is_no_average(tmp_path):
+    add_ruler(tmp_path, "dense", "vt")
+    add_ruler(tmp_path, "tri_mix", "cwe")
+    table = table_with(build(tmp_path).markdown(), "task")
+    assert table["average of 0"] == {"task": "average of 0", "samples": "", "dense": "-", "tri_mix": "-"}
+
+
+def test_older_data_have_a_table_of_their_own(tmp_path):
+    for method in ("dense", "tri_mix"):
+        add_ruler(tmp_path, method, "niah_single_1", 100.0)
+        add_ruler(tmp_path, method, "niah_single_2", 10.0, source="generated prose")
+    add_ruler(tmp_path, "dense", "niah_single_2", 90.0, source="essays", time="2026-02-01T00:00:00+00:00")
+    newest, older = build(tmp_path).ruler
+    assert newest.scores["dense"].to_dict() == {"niah_single_1": 100.0, "niah_single_2": 90.0}
+    assert newest.averages == {"dense": 100.0, "tri_mix": 100.0}
+    assert older.scores["tri_mix"].to_dict() == {"niah_single_2": 10.0}
+    assert older.title.endswith("older data 1")
+
+
+def test_prepared_prompts_are_one_table(tmp_path):
+    for number, task in enumerate(TASKS):
+        add_ruler(tmp_path, "dense", task, 50.0, wording="prepared", wording_hash=f"hash{number}", source="prepared")
+    (group,) = build(tmp_path).ruler
+    assert group.averages == {"dense": 50.0}
+    assert "The prompts were prepared elsewhere, so their wording is not known here." in group.notes()
+
+
+def test_lengths_wordings_and_templates_are_kept_apart(tmp_path):
+    for changes in (
+        {},
+        {"length": 8192},
+        {"wording": "own"},
+        {"wording_hash": "be"},
+        {"chat_template": True},
+        {"threads": 4},
+    ):
+        add_ruler(tmp_path, **changes)
+    titles = [group.title for group in build(tmp_path).ruler]
+    assert len(set(titles)) == 6
+    start = "RULER at 4K: a/model, checkpoint weights, bfloat16, wording"
+    assert f"{start} reference-ruler f00d, with chat template, 2 CPU threads, seed 42" in titles
+    assert f"{start} own f00d, without chat template, 2 CPU threads, seed 42" in titles
+
+
+def test_no_caveat_without_a_reason(published):
+    report = build(published)
+    assert [group.notes() for group in report.groups] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"weights": "random"}, "The weights are random: methods that choose keys by the data cost more"),
+        ({"repeats": 2}, "Fewer than 3 repeats, so the spread is hardly known: all rows."),
+        ({"dirty": True}, "2 of 2 rows come from an edited checkout"),
+    ],
+)
+def test_ttft_caveats(tmp_path, changes, note):
+    add_ttft(tmp_path, "dense", 2048, 1.0, **changes)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5, **changes)
+    assert f"- {note}" in build(tmp_path).markdown()
+
+
+def test_rows_measured_apart_from_dense_are_named(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0, interleaved="dense tri_mix")
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5, interleaved="dense tri_mix")
+    add_ttft(tmp_path, "minference", 2048, 0.5, interleaved="minference")
+    add_ttft(tmp_path, "minference", 4096, 0.5, interleaved="minference")
+    # Named beside dense, but dense was measured again since.
+    add_ttft(tmp_path, "streaming", 2048, 0.5, interleaved="dense streaming")
+    (note,) = build(tmp_path).ttft[0].notes()
+    assert note.endswith("may have changed in between: minference at 2K; streaming at 2K.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"weights": "random"}, "The weights are random: these scores say nothing about a trained model."),
+        ({"wording": "tmbench-1"}, "The wording is not the published one: published scores compare only under `--wording"),
+        ({"samples": 19}, "Only 19 samples of some task: fewer than 20 say little about a difference."),
+        ({"task": "qa_1", "source": "generated documents"}, "Generated text stood in for SQuAD: scores of qa_1 do not"),
+        ({"task": "qa_2", "source": "generated documents"}, "Generated text stood in for HotpotQA: scores of qa_2 do not"),
+        (
+            {"task": "niah_single_2", "source": "generated prose"},
+            "Generated text stood in for essays: scores of niah_single_2",
+        ),
+        ({"status": FAILED, "score": None, "error": "KeyError: 1"}, "dense failed at niah_single_1: KeyError: 1."),
+    ],
+)
+def test_ruler_caveats(tmp_path, changes, note):
+    add_ruler(tmp_path, **changes)
+    notes = build(tmp_path).ruler[0].notes()
+    assert next(sentence for sentence in notes if not sentence.startswith("The average")).startswith(note)
+
+
+def test_unequal_samples_are_shown(tmp_path):
+    add_ruler(tmp_path, "dense", samples=50)
+    add_ruler(tmp_path, "tri_mix", samples=25)
+    assert table_with(build(tmp_path).markdown(), "task")["niah_single_1"]["samples"] == "25 / 50"
+
+
+def test_a_pipe_does_not_break_a_table(tmp_path):
+    add_ttft(tmp_path, "minference", 2048, 1.0, patterns="a|b:12345678", backends="x|y")
+    assert table_with(build(tmp_path).markdown(), "parameters")["minference"]["parameters"] == r"patterns a\|b:12345678"
+
+
+def test_csv_has_a_line_for_each_figure(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 2.0, coverage=1.0)
+    add_ttft(tmp_path, "tri_mix", 2048, 1.5, coverage=0.5, logit_error=0.125)
+    add_ttft(tmp_path, "minference", 2048, status=OUT_OF_MEMORY)
+    add_ruler(tmp_path, "dense", score=80.0)
+    add_ruler(tmp_path, "tri_mix", score=60.0)
+    lines = list(csv.DictReader(io.StringIO(build(tmp_path).csv())))
+    figures = {(line["kind"], line["method"], line["figure"]): line for line in lines}
+    assert len(figures) == len(lines) == 4 + 5 + 1 + 1 + 1
+    median = figures["ttft", "tri_mix", "ttft_median_s"]
+    assert (float(median["value"]), float(median["percent_vs_dense"]), median["repeats"]) == (1.5, -25.0, "3")
+    assert median["parameters"] == "starting_layer 16, n_init 8, n_local 512, last_n 128"
+    assert figures["ttft", "tri_mix", "logit_error"]["value"] == "0.125"
+    assert figures["ttft", "tri_mix", "logit_error"]["percent_vs_dense"] == ""
+    assert figures["ttft", "dense", "ttft_median_s"]["percent_vs_dense"] == ""
+    assert figures["ttft", "minference", "ttft_median_s"]["status"] == OUT_OF_MEMORY
+    assert figures["ttft", "minference", "ttft_median_s"]["value"] == ""
+    assert float(figures["ruler", "tri_mix", "score"]["percent_vs_dense"]) == -25.0
+    assert figures["ruler", "tri_mix", "score"]["task"] == "niah_single_1"
+
+
+def test_json_holds_rows_and_what_follows_from_them(published):
+    times, scores = json.loads(build(published).json())
+    assert times["setting"]["device"] == "some-gpu"
+    assert times["break_even_length"]["minference"] == 65536
+    assert len(times["rows"]) == 28
+    assert times["rows"][0]["ttft_median_s"] == 4.1
+    assert scores["averages"]["dense"] == pytest.approx(1009.28 / 13)
+    assert scores["average_over"] == list(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("length", "name"), [(2048, "2K"), (131072, "128K"), (1000, "1000"), (32000, "32000"), (1048576, "1024K")]
+)
+def test_length_name(length, name):
+    assert length_name(length) == name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04123, "0.0412"), (3.6, "3.60"), (34.5, "34.5"), (127.6, "128"), (1234.5, "1234"), (0.0, "0")]
+)
+def test_significant(seconds, text):
+    assert significant(seconds) == text

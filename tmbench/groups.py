@@ -1,0 +1,316 @@
+"""Rows that may be held against each other, one device, model and setting: their tables, and what must be said of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+from ruler_tasks import TASKS
+from tmbench.methods import METHODS
+from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
+
+MODEL = ("device", "model", "revision", "weights", "dtype")
+SETTING = {
+    "ttft": (*MODEL, "prompt", "threads", "seed"),
+    "ruler": (*MODEL, "length", "wording", "wording_version", "chat_template", "threads", "seed", "older_data"),
+}
+FIGURES = {
+    kind: names.split()
+    for kind, names in {
+        "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
+        "ruler": "score nulls prompt_tokens_mean seconds_per_sample",
+    }.items()
+}
+"""The columns that hold figures; the first of each kind is compared with dense."""
+PARAMETERS = ("starting_layer", "n_init", "n_local", "last_n", "patterns")
+STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
+STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
+NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that may be held against each other: they agree in ``setting`` and differ in method, and in length or task."""
+
+    setting: Mapping[str, Any]
+    rows: Sequence[Record]
+    """The columns of the result files, and ``kind``, ``label``, ``parameters``, ``percent_vs_dense``; dense first."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The methods, with the parameters that tell variants of one method apart."""
+        return list(dict.fromkeys(row["label"] for row in self.rows))
+
+    def measured(self, label: str | None = None) -> list[Record]:
+        """The rows that came out well: of one label, shortest length or first task first, or of all."""
+        well = [row for row in self.rows if row["status"] == OK and row[FIGURES[row["kind"]][0]] is not None]
+        return [row for row in well if label in (None, row["label"])]
+
+    @property
+    def subject(self) -> str:
+        """The model, in words."""
+        about = self.setting
+        revision = f" at {about['revision'][:8]}" if about["revision"] else ""
+        return f"{about['model']}{revision}, {about['weights']} weights, {about['dtype']}"
+
+    def notes(self) -> list[str]:
+        """What a reader must know before using the figures: sentences, only those that apply."""
+        edited = sum(row["dirty"] for row in self.rows)
+        notes = [f"{edited} of {len(self.rows)} rows come from an edited checkout: their commit does not say what ran."]
+        return notes[: bool(edited)] + [
+            f"{row['label']} failed at {row.get('task', length_name(row['length']))}: {row['error'] or 'reason unknown'}."
+            for row in self.rows
+            if row["status"] == FAILED
+        ]
+
+
+class TtftGroup(Group):
+    """Times to first token of one model on one prompt."""
+
+    @property
+    def title(self) -> str:
+        about = self.setting
+        setting = f"prompt {about['prompt']}, {about['threads']} CPU threads, seed {about['seed']}"
+        return f"Time to first token: {self.subject}, {setting}"
+
+    def break_even(self, label: str) -> tuple[int | None, str]:
+        """The shortest length from which on the method is faster than dense wherever both ran, in tokens and in words."""
+        dense = {row["length"] for row in self.measured("dense")}
+        rows = [row for row in self.rows if row["label"] == label and row["length"] in dense]
+        faster = {row["length"]: (row["percent_vs_dense"] or 0) < 0 for row in rows}
+        slower = [length for length in faster if not faster[length]]
+        start = min((length for length in faster if length > max(slower, default=0)), default=None)
+        if not faster:
+            return None, "not compared: dense has no time at these lengths"
+        if start is not None:
+            return start, f"from {length_name(start)} on" + ("" if slower else ", the shortest measured")
+        if len(slower) < len(faster):
+            return None, f"not at {length_name(max(slower))}, the longest measured"
+        return None, "slower than dense at every length measured"
+
+    def summary(self) -> Record:
+        """What follows from the rows together, for JSON: break-even lengths in tokens, null where there is none."""
+        return {"break_even_length": {name: self.break_even(name)[0] for name in self.labels if name != "dense"}}
+
+    def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
+        """Captions and tables of texts; ``fidelity`` says what the method of a label kept."""
+        cells = [{"method": row["label"], "length": row["length"], "cell": _cell(row, significant)} for row in self.rows]
+        times = pd.DataFrame(cells).pivot(index="method", columns="length", values="cell").reindex(self.labels)
+        times.columns = pd.Index([length_name(int(length)) for length in times.columns])
+        times["fidelity"] = ["the reference" if name == "dense" else fidelity(self, name) for name in self.labels]
+        first = {row["label"]: row for row in reversed(self.rows) if row["method"] != "dense"}
+        break_even = [
+            {"method": name, "faster than dense": self.break_even(name)[1], "parameters": _parameters(first[name], True)}
+            for name in self.labels
+            if name in first
+        ]
+        details = [
+            {
+                "method": row["label"],
+                "length": length_name(row["length"]),
+                "min s": _text(row["ttft_min_s"], significant),
+                "max s": _text(row["ttft_max_s"], significant),
+                "repeats": row["repeats"],
+                "coverage": _text(row["coverage"], ".1%"),
+                "TTFT / floor": _text(row["ttft_over_floor"], ".3g"),
+                "logit error": _text(row["logit_error"], ".2g"),
+                "same first token": {True: "yes", False: "no"}.get(row["same_token_as_dense"], NOTHING),
+                "backends": row["backends"],
+            }
+            for row in self.measured()
+        ]
+        return {
+            "Median seconds; in brackets the time against dense, so less is faster:": times.reset_index(),
+            "Break-even, the shortest prompt from which on a method is faster than dense:": pd.DataFrame(break_even),
+            "Details:": pd.DataFrame(details),
+        }
+
+    def notes(self) -> list[str]:
+        dense = {row["length"]: row for row in self.measured("dense")}
+        rows = self.measured()
+        apart = [row for row in rows if row["length"] in dense and not _in_turns(row, dense[row["length"]])]
+        few = [row for row in rows if row["repeats"] < FEW_REPEATS]
+        notes = {
+            "The weights are random: methods that choose keys by the data cost more than on trained weights, and what they "
+            "keep means nothing. These figures do not transfer to a trained model.": self.setting["weights"] == "random",
+            "Dense has no time here, so there is nothing to compare with.": not dense,
+            f"Not measured in turns with dense, so the machine may have changed in between: {_places(apart, rows)}.": apart,
+            f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {_places(few, rows)}.": few,
+        }
+        return [note for note, applies in notes.items() if applies] + super().notes()
+
+
+class RulerGroup(Group):
+    """RULER scores of one model at one length, under one wording and on one set of data."""
+
+    @property
+    def title(self) -> str:
+        about = self.setting
+        wording = f"wording {about['wording']} {about['wording_version']}".rstrip()
+        template = f"{'with' if about['chat_template'] else 'without'} chat template"
+        setting = f"{wording}, {template}, {about['threads']} CPU threads, seed {about['seed']}"
+        older = f", older data {about['older_data']}" if about["older_data"] else ""
+        return f"RULER at {length_name(about['length'])}: {self.subject}, {setting}{older}"
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """Scores (0 to 100) by task and label, in RULER's order; NaN where there is none."""
+        table = pd.DataFrame(list(self.rows)).pivot(index="task", columns="label", values="score").astype(float)
+        return table.reindex(index=[task for task in TASKS if task in table.index], columns=self.labels)
+
+    @property
+    def common_tasks(self) -> list[str]:
+        """The tasks that every label has a score for."""
+        return list(self.scores.dropna().index)
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """Each label's mean score over ``common_tasks``; empty where there are none."""
+        return {str(label): float(mean) for label, mean in self.scores.dropna().mean().dropna().items()}
+
+    def summary(self) -> Record:
+        """What follows from the rows together, for JSON: the averages, and the tasks that they are over."""
+        return {"averages": self.averages, "average_over": self.common_tasks}
+
+    def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
+        """A caption and a table of texts: scores by task and method, and their averages."""
+        texts = {(row["task"], row["label"]): _cell(row, lambda score: f"{round(score, 2):g}") for row in self.rows}
+        counts = {task: sorted({row["samples"] for row in self.rows if row["task"] == task}) for task in self.scores.index}
+        lines = [
+            {"task": task, "samples": " / ".join(map(str, count)), **{name: texts.get((task, name)) for name in self.labels}}
+            for task, count in counts.items()
+        ]
+        means = self.averages
+        average = {name: f"{mean:.1f}" for name, mean in means.items()}
+        average |= {n: f"{m:.1f} ({m - means['dense']:+.1f})" for n, m in means.items() if n != "dense" and "dense" in means}
+        lines.append({"task": f"average of {len(self.common_tasks)}", "samples": "", **average})
+        return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines)}
+
+    def notes(self) -> list[str]:
+        common, wording = self.common_tasks, self.setting["wording"]
+        missing = ", ".join(task for task in TASKS if task not in common)
+        stand_ins: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            if row["source"].startswith("generated"):
+                stand_ins.setdefault(STOOD_IN_FOR.get(row["task"], "essays"), {})[row["task"]] = None
+        few = min(row["samples"] for row in self.rows)
+        notes = {
+            "The weights are random: these scores say nothing about a trained model.": self.setting["weights"] == "random",
+            f"The average is over the {len(common)} tasks that every method has; missing somewhere: {missing}.": missing,
+            **{
+                f"Generated text stood in for {text}: scores of {', '.join(tasks)} do not compare with published ones.": True
+                for text, tasks in stand_ins.items()
+            },
+            "The prompts were prepared elsewhere, so their wording is not known here.": wording == "prepared",
+            "The wording is not the published one: published scores compare only under `--wording reference`.": (
+                wording != "prepared" and not wording.startswith("reference")
+            ),
+            f"Only {few} samples of some task: fewer than {FEW_SAMPLES} say little about a difference.": few < FEW_SAMPLES,
+        }
+        return [note for note, applies in notes.items() if applies] + super().notes()
+
+
+def length_name(length: int) -> str:
+    """A number of tokens as people say it: 32768 is 32K, 1000 stays 1000."""
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def significant(value: float) -> str:
+    """Seconds with three significant digits: 0.0412, 3.60, 34.5, 128."""
+    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+def record(row: Row) -> Record:
+    """A result row as a group holds it."""
+    record = {"kind": row.kind, **asdict(row)}
+    if isinstance(row, RulerRow):
+        # Prepared prompts are hashed task by task: their hash names the data, not the wording.
+        prepared = row.wording == "prepared"
+        record["wording_version"] = "" if prepared else row.wording_hash
+        record["data"] = f"{row.source} {row.wording_hash}" if prepared else row.source
+    return record | {"parameters": _parameters(record)}
+
+
+def grouped(rows: list[Record]) -> list[tuple[Record, list[Record]]]:
+    """The rows of one kind, sorted into groups: each its setting and its rows, methods in their order, dense first."""
+    _mark_older_data([row for row in rows if row["kind"] == "ruler"])
+    together: dict[tuple[Any, ...], list[Record]] = {}
+    for row in sorted(rows, key=_order):
+        together.setdefault(tuple(row[name] for name in SETTING[row["kind"]]), []).append(row)
+    for members in together.values():
+        _label(members)
+        figure, place = FIGURES[members[0]["kind"]][0], "task" if "task" in members[0] else "length"
+        dense = {row[place]: row[figure] for row in members if row["method"] == "dense"}
+        for row in members:
+            compared = row["method"] != "dense" and row[figure] is not None and dense.get(row[place])
+            row["percent_vs_dense"] = 100 * (row[figure] / dense[row[place]] - 1) if compared else None
+    names = SETTING[rows[0]["kind"]] if rows else ()
+    return [(dict(zip(names, key, strict=True)), together[key]) for key in sorted(together)]
+
+
+def _mark_older_data(rows: list[Record]) -> None:
+    """Number the data that a task was measured on from the newest: methods are compared on the same data only."""
+    newest: dict[tuple[Any, ...], dict[str, str]] = {}
+    places = [tuple(row[name] for name in (*SETTING["ruler"][:-1], "task")) for row in rows]
+    for row, place in zip(rows, places, strict=True):
+        times = newest.setdefault(place, {})
+        times[row["data"]] = max(times.get(row["data"], ""), row["time"])
+    for row, place in zip(rows, places, strict=True):
+        times = newest[place]
+        row["older_data"] = sorted(times, key=times.__getitem__, reverse=True).index(row["data"])
+
+
+def _order(row: Record) -> tuple[Any, ...]:
+    methods, tasks = list(METHODS), list(TASKS)
+    method = methods.index(row["method"]) if row["method"] in methods else len(methods)
+    task = tasks.index(row["task"]) if row.get("task") in tasks else len(tasks)
+    return method, row["method"], *((row[name] in (None, ""), row[name]) for name in PARAMETERS), row["length"], task
+
+
+def _label(rows: list[Record]) -> None:
+    variants: dict[str, list[Record]] = {}
+    for row in rows:
+        variants.setdefault(row["method"], []).append(row)
+    for method, own in variants.items():
+        differing = [name for name in PARAMETERS if len({row[name] for row in own}) > 1]
+        for row in own:
+            row["label"] = f"{method} ({', '.join(f'{name} {row[name]}' for name in differing)})" if differing else method
+
+
+def _parameters(row: Record, source: bool = False) -> str:
+    given = {name: row[name] for name in PARAMETERS if row[name] not in (None, "")}
+    origin = f" ({row['starting_layer_source']})" if source and row["starting_layer_source"] else ""
+    return ", ".join(f"{name} {value}{origin * (name == 'starting_layer')}" for name, value in given.items())
+
+
+def _cell(row: Record, text: Callable[[float], str]) -> str:
+    value, percent = row[FIGURES[row["kind"]][0]], row["percent_vs_dense"]
+    if row["status"] != OK or value is None:
+        return STATUS_WORDS.get(row["status"], NOTHING)
+    rounded = "" if percent is None or row["kind"] == "ruler" else f" ({round(percent):+d} %)".replace("+0", "0")
+    return text(value) + rounded
+
+
+def _text(value: float | None, form: str | Callable[[float], str]) -> str:
+    if value is None:
+        return NOTHING
+    return format(value, form) if isinstance(form, str) else form(value)
+
+
+def _in_turns(row: Record, dense: Record) -> bool:
+    return "dense" in row["interleaved"].split() and row["method"] in dense["interleaved"].split()
+
+
+def _places(rows: Sequence[Record], whole: Sequence[Record]) -> str:
+    if len(rows) == len(whole):
+        return "all rows"
+    lengths: dict[str, list[str]] = {}
+    for row in rows:
+        lengths.setdefault(row["label"], []).append(length_name(row["length"]))
+    return "; ".join(f"{label} at {', '.join(names)}" for label, names in lengths.items())

@@ -1,0 +1,116 @@
+"""Reports from result files alone: tables in the layout of the publications, and every figure in long form.
+
+A speed-up never stands without a figure of what the method kept, or the words that none was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from tmbench.errors import UserError
+from tmbench.groups import FIGURES, MODEL, NOTHING, Record, RulerGroup, TtftGroup, grouped, length_name, record
+from tmbench.results import RulerRow, TtftRow, read_all
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a results folder holds, in groups of comparable rows."""
+
+    ttft: Sequence[TtftGroup]
+    ruler: Sequence[RulerGroup]
+
+    @property
+    def groups(self) -> list[TtftGroup | RulerGroup]:
+        """All groups: first those of TTFT, then those of RULER."""
+        return [*self.ttft, *self.ruler]
+
+    def fidelity(self, group: TtftGroup, label: str) -> str:
+        """What a method kept, in words: its worst logit error, and its RULER average at the longest length that has one."""
+        rows = [row for row in group.rows if row["label"] == label]
+        errors = [(row["logit_error"], length_name(row["length"])) for row in rows if row["logit_error"] is not None]
+        # A logit error that is not a number is the worst there is, and compares with nothing.
+        worst = max(errors, key=lambda error: (math.isnan(error[0]), error[0]), default=None)
+        kept = [f"logit error {worst[0]:.2g} at {worst[1]}"] if worst else []
+        same = [other for other in self.ruler if all(other.setting[name] == group.setting[name] for name in MODEL)]
+        for other in sorted(same, key=lambda other: (-other.setting["length"], other.setting["older_data"])):
+            means, names = other.averages, {(row["method"], row["parameters"]): row["label"] for row in other.rows}
+            own, dense = means.get(names.get((rows[0]["method"], rows[0]["parameters"]), "")), means.get("dense")
+            if own is not None and dense is not None:
+                over = f"{len(other.common_tasks)} tasks at {length_name(other.setting['length'])}"
+                kept.append(f"RULER {own:.1f} (dense {dense:.1f}, {over})")
+                break
+        return "; ".join(kept) or "not measured"
+
+    def markdown(self) -> str:
+        """The report as Markdown: a section for each device, and in it the groups with their notes."""
+        lines = ["# tmbench report"]
+        for device in sorted({group.setting["device"] for group in self.groups}):
+            here = [group for group in self.groups if group.setting["device"] == device]
+            rows = [row for group in here for row in group.rows]
+            lines += [f"## {' / '.join(_unique(rows, 'device_name'))} ({device})", _environment(rows)]
+            for group in here:
+                tables = {caption: table for caption, table in group.tables(self.fidelity).items() if len(table)}
+                lines += [f"### {group.title}", *(f"{caption}\n\n{_markdown(tables[caption])}" for caption in tables)]
+                lines += ["\n".join(f"- {note}" for note in group.notes())]
+        return "\n\n".join(line for line in lines if line) + "\n"
+
+    def csv(self) -> str:
+        """Every figure on a line of its own, with all columns of its row; times in seconds, scores from 0 to 100."""
+        frames = []
+        for group in self.groups:
+            frame = pd.DataFrame(list(group.rows))
+            figures = FIGURES[frame["kind"][0]]
+            rest = [column for column in frame.columns if column not in figures]
+            long = frame.melt(id_vars=rest, value_vars=figures, var_name="figure")
+            long.loc[long["figure"] != figures[0], "percent_vs_dense"] = None
+            frames.append(long[(long["figure"] == figures[0]) | long["value"].notna()])
+        whole = pd.concat(frames, ignore_index=True)
+        front = ["kind", *MODEL, "prompt", "threads", "seed", "wording", "method", "label", "parameters", "length", "task"]
+        front = [name for name in (*front, "status", "figure", "value", "percent_vs_dense") if name in whole.columns]
+        whole = whole[[*front, *whole.columns.difference(front, sort=False)]].convert_dtypes()
+        return str(whole.to_csv(index=False, lineterminator="\n"))
+
+    def json(self) -> str:
+        """The groups with their rows, what follows from them, and the notes; figures that are not finite are null."""
+        groups = []
+        for group in self.groups:
+            rows = [_finite(row) for row in group.rows]
+            groups.append({"setting": group.setting, **group.summary(), "notes": group.notes(), "rows": rows})
+        return json.dumps(groups, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def build(root: Path) -> Report:
+    """The report on all rows under a results folder; raises UserError where there are none, or a file is not ours."""
+    ttft = [record(row) for row in read_all(root, TtftRow)]
+    ruler = [record(row) for row in read_all(root, RulerRow)]
+    if not ttft and not ruler:
+        raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
+    return Report([TtftGroup(*group) for group in grouped(ttft)], [RulerGroup(*group) for group in grouped(ruler)])
+
+
+def _unique(rows: Iterable[Record], name: str) -> list[str]:
+    return sorted({str(row[name]) for row in rows if row[name]})
+
+
+def _environment(rows: Sequence[Record]) -> str:
+    parts = {"driver": "driver", "torch": "torch", "triton": "triton", "transformers": "transformers", "tmbench": "tmbench"}
+    words = [f"{word} {' and '.join(_unique(rows, name))}" for name, word in parts.items() if _unique(rows, name)]
+    commits = sorted({row["commit"] + " (edited)" * row["dirty"] for row in rows if row["commit"]})
+    return "; ".join([*words, f"commit {' and '.join(commits)}"] if commits else words) + "."
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    cells = table.fillna(NOTHING).astype(str).map(lambda text: text.replace("|", "\\|") or " ")
+    words = ("method", "task", "parameters", "faster than dense", "fidelity", "backends")
+    sides = ["left" if name in words else "right" for name in cells.columns]
+    return str(cells.to_markdown(index=False, disable_numparse=True, colalign=sides))
+
+
+def _finite(row: Record) -> Record:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
