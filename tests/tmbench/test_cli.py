@@ -1,0 +1,259 @@
+"""The command line as its users meet it: help, results, errors, interruptions, and runs that are killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tmbench import cli
+from tmbench.results import RulerRow, TtftRow, read_all
+
+COMMANDS = ("ttft", "ruler", "ruler-data", "report", "list", "env")
+PROGRAM = [sys.executable, "-c", "from tmbench.cli import main; main()"]
+FAST_TTFT = ("ttft", "--length", "256", "--repeats", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def tmbench(capsys, monkeypatch, tmp_path):
+    """``tmbench("ttft", ...)`` in this process, in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tmbench", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def patterns_of_another_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("patterns") / "other.json"
+    path.write_text(json.dumps([{"0": ["vertical_and_slash", 100, 800, 1.0]}] * 2))
+    return str(path)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_comes_at_once(command):
+    start = time.perf_counter()
+    done = subprocess.run([*PROGRAM, *command, "--help"], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    assert "Usage" in done.stdout
+    assert seconds < 3, "heavy imports belong into the commands: alone on a core this takes half a second"
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, tmbench.cli; sys.exit(bool({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_command_has_25_options():
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands
+    assert set(commands) == set(COMMANDS)
+    assert max(len(command.params) for command in commands.values()) < 25
+
+
+def test_ttft_to_report(tmbench, tmp_path):
+    code, out, err = tmbench(*FAST_TTFT, "--method", "dense", "--method", "tri_mix", "--n-local", "32", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(row["method"], row["length"], row["status"]) for row in rows] == [("dense", 256, "ok"), ("tri_mix", 256, "ok")]
+    assert rows[1]["starting_layer"] == 4
+    assert "tri_mix: no starting layer is published for tiny" in err
+    assert len(read_all(Path("results"), TtftRow)) == 2
+    environment = json.loads(next(Path("results").glob("*/environments/*.json")).read_text())
+    assert environment["packages"]["torch"] == rows[0]["torch"]
+
+    code, out, _ = tmbench(*FAST_TTFT, "--dry-run", "--method", "dense", "--length", "512")
+    assert code == 0
+    assert "measured before" in out
+    assert "to measure" in out
+
+    code, out, _ = tmbench("report", "--plots", "plots", "--output", "report.md")
+    assert code == 0
+    assert "tri_mix" in Path("report.md").read_text()
+    assert list(Path("plots").glob("*.png"))
+    code, out, _ = tmbench("report", "--format", "json")
+    assert code == 0
+    assert json.loads(out)
+    code, out, _ = tmbench("report", "--format", "csv")
+    assert len(list(csv.reader(out.splitlines()))) > 2
+
+
+def test_ruler_and_its_data(tmbench):
+    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2", "--offline")
+    code, _, _ = tmbench("ruler-data", "--output", "data", *common)
+    assert code == 0
+    lines = Path("data/1024/data/niah_single_1/validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+
+    generated = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--save-samples")
+    prepared = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--data", "data")
+    assert generated[0] == prepared[0] == 0
+    scores = {row.wording: row.score for row in read_all(Path("results"), RulerRow)}
+    assert scores["tmbench-1"] == scores["prepared"]
+
+
+def test_list_and_env(tmbench):
+    code, out, _ = tmbench("list")
+    assert code == 0
+    for word in ("tri_mix_minference", "niah_multiquery", "2507.21526", "qwen2.5-7b", "torch"):
+        assert word in out
+    code, out, _ = tmbench("env", "--json", "--device", "cpu")
+    assert code == 0
+    assert json.loads(out)["dense_backends"]["sdpa flash_attention"] == "works"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ttft", "--method", "trimix"), "--method trimix is unknown: choose from dense, tri_mix"),
+        (("ttft", "--length", "32X"), "32768 or 32K"),
+        (("ttft", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
+        (("ttft", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("ttft", "--model", "no/such-folder/anywhere"), "--model no/such-folder/anywhere cannot be loaded"),
+        (("ttft", "--dtype", "float8"), "float32"),
+        (("ttft", "--device", "nonsense"), "--device nonsense cannot be used here"),
+        (("ttft", "--repeats", "0"), "--repeats"),
+        (("ttft", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
+        (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
+        (("ttft", "--method", "dense", "--n-local", "4"), "--n-local changes none of dense: leave it out"),
+        (("ttft", "--patterns", "none.json"), "--patterns: "),
+        (("ruler", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
+        (("ruler", "--task", "cwe", "--length", "300", "--offline"), "--length 300 is too short for cwe"),
+        (("ruler", "--length", "131072"), "--length 131072 is more than the 16384 positions of tiny"),
+        (("ruler", "--data", "none"), "--data needs --length"),
+        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "none"),
+        (("ruler", "--data-dir", "none"), "none"),
+        (("ruler", "--wording", "none.toml"), "none.toml"),
+        (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
+        (("report",), "tmbench ttft"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tmbench, arguments, words):
+    code, _, err = tmbench(*arguments)
+    assert code == 2
+    assert words in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert not list(Path().glob("results/*/*/*.csv"))
+
+
+def test_budgets_for_another_model(tmbench, patterns_of_another_model):
+    code, _, err = tmbench("ttft", "--method", "minference", "--patterns", patterns_of_another_model)
+    assert code == 2
+    assert "2 layers" in err
+
+
+def test_a_corrupt_csv_is_named_and_kept(tmbench):
+    assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
+    path = next(Path("results").glob("*/ttft/dense.csv"))
+    path.write_text("something,else\n1,2\n")
+    for command in (FAST_TTFT, ("report",)):
+        code, _, err = tmbench(*command)
+        assert code == 2
+        assert "dense.csv is not a results file of this version" in " ".join(err.split())
+    assert path.read_text() == "something,else\n1,2\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmbench):
+    Path("results").mkdir(mode=0o500)
+    code, _, err = tmbench(*FAST_TTFT)
+    assert code == 2
+    assert "--output-dir: " in err
+
+
+def test_a_folder_that_is_a_file(tmbench):
+    Path("results").write_text("")
+    code, _, err = tmbench(*FAST_TTFT, "--method", "dense")
+    assert code == 2
+    assert "--output-dir: " in err
+
+
+def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
+    from tmbench import ttft
+
+    def fail(model, ids):
+        raise RuntimeError("a kernel broke")
+
+    monkeypatch.setattr(ttft, "first_token", fail)
+    code, out, _ = tmbench(*FAST_TTFT, "--method", "dense")
+    assert code == 1
+    assert "failed" in out
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*PROGRAM, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(count, condition, process, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline and condition() < count:
+        time.sleep(0.02)
+
+
+def lines_in(folder: Path, pattern: str) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob(pattern))
+
+
+def test_ctrl_c_keeps_finished_rows_and_exits_with_130(tmp_path):
+    process = start(
+        "ttft", "--method", "dense", "--length", "256", "--length", "16K", "--device", "cpu", cwd=tmp_path
+    )  # fmt: skip
+    wait_for(2, lambda: lines_in(tmp_path, "results/*/ttft/dense.csv"), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert [row.length for row in read_all(tmp_path / "results", TtftRow)] == [256]
+
+
+RULER = ("ruler", "--method", "dense", "--method", "streaming", "--length", "768", "--samples", "3", "--offline",
+         "--task", "vt", "--task", "qa_1", "--device", "cpu")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_ruler_run_ends_with_the_rows_of_one_never_killed(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert start(*RULER, cwd=whole).wait(300) == 0
+    for lines in (2, 7):
+        process = start(*RULER, cwd=killed)
+        wait_for(lines, lambda: lines_in(killed, "results/*/ruler/predictions/*/*.jsonl"), process)
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL, "it should have been killed in its middle"
+    assert start(*RULER, cwd=killed).wait(300) == 0
+
+    def outcome(folder):
+        rows = [row for row in read_all(folder / "results", RulerRow) if isinstance(row, RulerRow)]
+        return {(row.key, row.samples, row.score, row.nulls, row.prompt_tokens_mean, row.status) for row in rows}
+
+    assert outcome(killed) == outcome(whole)
+    assert len(outcome(whole)) == 4
+    assert lines_in(killed, "results/*/ruler/predictions/*/*.jsonl") == 12
+
+
+@pytest.mark.slow
+def test_a_killed_ttft_run_ends_with_the_rows_of_one_never_killed(tmp_path):
+    arguments = ("ttft", "--length", "256", "--length", "512", "--length", "1K", "--repeats", "1", "--device", "cpu")
+    for rows in (2, 7):
+        process = start(*arguments, cwd=tmp_path)
+        wait_for(rows, lambda: lines_in(tmp_path, "results/*/ttft/*.csv"), process)
+        process.kill()
+        process.wait(60)
+    assert start(*arguments, cwd=tmp_path).wait(300) == 0
+    keys = [row.key for row in read_all(tmp_path / "results", TtftRow)]
+    assert len(keys) == len(set(keys)) == 12
+    assert lines_in(tmp_path, "results/*/ttft/*.csv") == 12 + 4, "nothing is measured twice"

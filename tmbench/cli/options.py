@@ -1,0 +1,147 @@
+"""The options that commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tmbench.errors import UserError
+from tmbench.methods import DEFAULT_METHODS, METHODS, ModelShape, Plan, Settings, get_method
+
+if TYPE_CHECKING:
+    from tmbench.models import LoadedModel
+
+RESULTS = Path("results")
+UNITS = {"k": 2**10, "m": 2**20}
+
+
+def parse_length(text: str) -> int:
+    """Tokens from a text such as 32768, 32K or 1M (K is 1024)."""
+    number, unit = text.strip().lower(), 1
+    if number[-1:] in UNITS:
+        number, unit = number[:-1], UNITS[number[-1:]]
+    try:
+        length = float(number) * unit
+    except ValueError:
+        length = 0
+    if length < 1 or length != int(length):
+        raise typer.BadParameter(f"{text!r} is no number of tokens: give for instance 32768 or 32K")
+    return int(length)
+
+
+MEASURED, ATTENTION, MACHINE, OUTPUT, PROMPTS = (
+    "What is measured",
+    "Attention",
+    "Model and machine",
+    "Output",
+    "Prompts",
+)
+
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method", metavar="METHOD",
+        help=f"A method; repeat for several. One of {', '.join(METHODS)}.", rich_help_panel=MEASURED,
+        show_default=" ".join(DEFAULT_METHODS),
+    ),
+]  # fmt: skip
+LengthOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--length", parser=parse_length, metavar="TOKENS", help="Tokens, such as 32768 or 32K; repeat for several.",
+        rich_help_panel=MEASURED, show_default="what fits the model",
+    ),
+]  # fmt: skip
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the prompts.", rich_help_panel=MEASURED)]
+ModelOption = Annotated[
+    str, typer.Option(help="tiny (embedded), a Hugging Face id, or a checkpoint folder.", rich_help_panel=MACHINE)
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="A torch device.", rich_help_panel=MACHINE, show_default="cuda if there is one")
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="The model's type.", rich_help_panel=MACHINE, show_default="bfloat16 on a GPU, else float32"),
+]
+WeightsOption = Annotated[
+    Literal["checkpoint", "random"],
+    typer.Option(help="Random weights need only the config; dynamic methods then cost more.", rich_help_panel=MACHINE),
+]
+StartingLayerOption = Annotated[
+    int | None,
+    typer.Option(
+        help="First triangle layer, from 0.", rich_help_panel=ATTENTION, show_default="published, else half the depth"
+    ),
+]
+NInitOption = Annotated[
+    int | None, typer.Option(help="First keys that all queries see.", rich_help_panel=ATTENTION, show_default="8")
+]
+NLocalOption = Annotated[
+    int | None, typer.Option(help="Local window, the query included.", rich_help_panel=ATTENTION, show_default="512")
+]
+LastNOption = Annotated[
+    int | None, typer.Option(help="Last queries, which see all keys.", rich_help_panel=ATTENTION, show_default="128")
+]
+PatternsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="MInference-format JSON of each head's budgets.", rich_help_panel=ATTENTION, show_default="1000, 6096 each"
+    ),
+]
+OutputDirOption = Annotated[Path, typer.Option(help="Folder of the result files.", rich_help_panel=OUTPUT)]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Measure again what is there already.", rich_help_panel=OUTPUT)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.", rich_help_panel=OUTPUT)]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be measured, and stop.", rich_help_panel=OUTPUT)
+]
+
+
+def settings_for(
+    methods: list[str],
+    starting_layer: int | None,
+    n_init: int | None,
+    n_local: int | None,
+    last_n: int | None,
+    patterns: Path | None,
+) -> Settings:
+    """The methods' parameters; raises UserError for an option that none of the chosen methods reads."""
+    options: dict[str, Any] = {
+        "starting_layer": starting_layer,
+        "n_init": n_init,
+        "n_local": n_local,
+        "last_n": last_n,
+        "patterns": patterns,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    read = {parameter for name in methods for parameter in get_method(name).parameters}
+    for name in given:
+        if name not in read:
+            raise UserError(f"--{name.replace('_', '-')} changes none of {', '.join(methods)}: leave it out")
+    return Settings(**given)
+
+
+def plans_for(methods: list[str], loaded: LoadedModel, settings: Settings) -> list[Plan]:
+    """One plan per method for this model, each checked against the model once, before anything is measured."""
+    from tmbench.attention import attention_modules
+    from tmbench.cli.screen import say
+
+    attention_modules(loaded.model)
+    plans = [get_method(name).plan(ModelShape.of(loaded.model), settings) for name in dict.fromkeys(methods)]
+    for plan in plans:
+        if plan.starting_layer_source == "half the depth":
+            say(
+                f"{plan.method}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
+                f"its depth, layer {plan.parameters['starting_layer']}; --starting-layer chooses another"
+            )
+    return plans
+
+
+def default_lengths(loaded: LoadedModel, wanted: tuple[int, ...]) -> list[int]:
+    """Those of the wanted lengths that fit the model, or the longest that does."""
+    limit = loaded.max_length
+    fitting = [length for length in wanted if limit is None or length <= limit]
+    return fitting or [limit or wanted[0]]

@@ -1,0 +1,44 @@
+"""``tmbench report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tmbench.cli import options as o
+
+
+def report(
+    results: Annotated[Path, typer.Option("--results", help="Folder of result files.")] = o.RESULTS,
+    form: Annotated[
+        Literal["md", "csv", "json"], typer.Option("--format", help="Tables, or every figure in long form.")
+    ] = "md",
+    output: Annotated[Path | None, typer.Option(help="Write to this file.", show_default="the terminal")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
+) -> None:
+    """Render what was measured, from the result files alone: TTFT, break-even lengths and RULER, one section per device."""
+    from tmbench.cli.screen import console, say
+    from tmbench.report import build
+    from tmbench.results import writable
+
+    built = build(results)
+    text = {"md": built.markdown, "csv": built.csv, "json": built.json}[form]()
+    if plots is not None:
+        from tmbench.plots import draw
+
+        with writable(plots):
+            for path in draw(built, plots):
+                say(f"drew {path}")
+    if output is not None:
+        with writable(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+        say(f"wrote {output}")
+    elif form == "md" and console().is_terminal:
+        from rich.markdown import Markdown
+
+        console().print(Markdown(text))
+    else:
+        typer.echo(text)

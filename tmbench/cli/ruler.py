@@ -1,0 +1,258 @@
+"""``tmbench ruler`` and ``tmbench ruler-data``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tmbench.cli import options as o
+from tmbench.errors import UserError
+from tmbench.methods import DEFAULT_METHODS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from rich.progress import Progress, TaskID
+
+    from ruler_tasks import Example, Sources
+    from tmbench.results import RulerRow
+    from tmbench.ruler import RulerJob
+
+TINY_LENGTHS = (4096,)
+LENGTHS = (131072,)
+
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task", metavar="TASK", help="A RULER task; repeat for several.", rich_help_panel=o.MEASURED, show_default="all 13"
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Samples per task.", rich_help_panel=o.MEASURED)]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Essays, SQuAD and HotpotQA in their published files.", rich_help_panel=o.PROMPTS),
+]
+WordingOption = Annotated[
+    str,
+    typer.Option(help="tmbench, reference (an installed lm-eval), a RULER checkout, or a file.", rich_help_panel=o.PROMPTS),
+]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Download nothing: generated texts stand in.", rich_help_panel=o.PROMPTS)
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option("--apply-chat-template", help="Ask as a user's message in the model's format.", rich_help_panel=o.PROMPTS),
+]
+
+
+def ruler(
+    method: o.MethodOption = None,
+    length: o.LengthOption = None,
+    task: TaskOption = None,
+    samples: SamplesOption = 20,
+    seed: o.SeedOption = 42,
+    model: o.ModelOption = "tiny",
+    weights: o.WeightsOption = "checkpoint",
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    starting_layer: o.StartingLayerOption = None,
+    n_init: o.NInitOption = None,
+    n_local: o.NLocalOption = None,
+    last_n: o.LastNOption = None,
+    patterns: o.PatternsOption = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)
+    ] = None,
+    data_dir: DataDirOption = None,
+    wording: WordingOption = "tmbench",
+    apply_chat_template: ChatOption = False,
+    offline: OfflineOption = False,
+    output_dir: o.OutputDirOption = o.RESULTS,
+    overwrite: o.OverwriteOption = False,
+    save_samples: Annotated[
+        bool, typer.Option("--save-samples", help="Keep each prompt with its prediction.", rich_help_panel=o.OUTPUT)
+    ] = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Accuracy on the 13 RULER tasks. All methods answer the same samples, and every prediction is kept.
+
+    A length is the whole budget: prompt, special tokens and answer.
+    """
+    methods = list(method or DEFAULT_METHODS)
+    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns)
+    tasks = _tasks(task)
+    if data is not None and not length:
+        raise UserError("--data needs --length: the length that its samples were prepared for")
+    if data is not None and apply_chat_template:
+        raise UserError(
+            "--apply-chat-template does not go with --data: prepared samples carry the template they were made for"
+        )
+
+    from ruler_tasks import Frame, load_wording
+    from tmbench import environment, models
+    from tmbench.ruler import RulerJob, chat_frame
+
+    texts = load_wording(wording)
+    sources = _sources(tasks if data is None else [], data_dir, offline)
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    lengths = list(dict.fromkeys(length or o.default_lengths(loaded, TINY_LENGTHS if model == "tiny" else LENGTHS)))
+    for tokens in lengths:
+        loaded.check_length(tokens)
+    tokenizer = loaded.need_tokenizer("RULER")
+    here = environment.current(loaded.device)
+    job = RulerJob(
+        loaded=loaded,
+        tokenizer=tokenizer,
+        plans=o.plans_for(methods, loaded, settings),
+        lengths=lengths,
+        tasks=tasks,
+        samples=samples,
+        environment=here,
+        root=output_dir,
+        wording=texts,
+        sources=sources,
+        frame=chat_frame(tokenizer) if apply_chat_template else Frame(),
+        chat_template=apply_chat_template,
+        seed=seed,
+        data=data,
+        overwrite=overwrite,
+        save_samples=save_samples,
+    )
+    job.check_lengths()
+    environment.write_record(output_dir, here)
+    rows = _evaluate(job)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _show(rows)
+    if any(row.status != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+def ruler_data(
+    output: Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel=o.OUTPUT)],
+    length: o.LengthOption = None,
+    task: TaskOption = None,
+    samples: SamplesOption = 500,
+    seed: o.SeedOption = 42,
+    model: Annotated[str, typer.Option(help="Whose tokenizer counts: tiny, a Hugging Face id or a folder.")] = "tiny",
+    data_dir: DataDirOption = None,
+    wording: WordingOption = "tmbench",
+    apply_chat_template: ChatOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Write RULER samples in the published format, <output>/<length>/data/<task>/validation.jsonl, and evaluate nothing."""
+    tasks = _tasks(task)
+
+    import ruler_tasks
+    from ruler_tasks import Frame, load_wording
+    from tmbench import models
+    from tmbench.cli.screen import console, progress_bar
+    from tmbench.results import writable
+    from tmbench.ruler import chat_frame
+
+    texts = load_wording(wording)
+    sources = _sources(tasks, data_dir, offline)
+    tokenizer = models.load_tokenizer(model)
+    frame = chat_frame(tokenizer) if apply_chat_template else Frame()
+    lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
+    with progress_bar() as bar:
+        shown = bar.add_task("RULER data", total=sum(lengths) * len(tasks) * samples)
+        for tokens in lengths:
+            for name in tasks:
+                bar.update(shown, description=f"{name} at {tokens}")
+                examples = ruler_tasks.examples(
+                    name,
+                    tokens,
+                    range(samples),
+                    tokenizer=tokenizer,
+                    seed=seed,
+                    wording=texts,
+                    sources=sources,
+                    frame=frame,
+                )
+                with writable(output):
+                    ruler_tasks.write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
+        bar.update(shown, description="RULER data written")
+    console().print(f"{len(lengths) * len(tasks)} files under {output}", highlight=False)
+
+
+def _tasks(names: list[str] | None) -> list[str]:
+    from ruler_tasks import TASKS
+
+    for name in names or ():
+        if name not in TASKS:
+            raise UserError(f"--task {name} is unknown: choose from {', '.join(TASKS)}")
+    return list(dict.fromkeys(names or TASKS))
+
+
+def _sources(tasks: list[str], data_dir: Path | None, offline: bool) -> Sources:
+    """Load what the tasks read before anything is measured, and say what stands in for what could not be had."""
+    import logging
+
+    from ruler_tasks import TASKS, Sources
+    from tmbench.cli.screen import say
+
+    # The notes are printed here; without a handler of its own the package would print them once more.
+    logging.getLogger("ruler_tasks").addHandler(logging.NullHandler())
+    sources = Sources(data_dir, offline=offline)
+    for kind in dict.fromkeys(need for task in tasks for need in TASKS[task].needs):
+        getattr(sources, kind)()
+    for note in sources.notes:
+        say(note)
+    return sources
+
+
+def _advance(bar: Progress, shown: TaskID, work: int, examples: Iterable[Example]) -> Iterator[Example]:
+    for example in examples:
+        yield example
+        bar.update(shown, advance=work)
+
+
+def _evaluate(job: RulerJob) -> list[RulerRow]:
+    from tmbench.cli.screen import progress_bar
+    from tmbench.ruler import run
+
+    rows = []
+    with progress_bar() as bar:
+        shown = bar.add_task("RULER", total=len(job.lengths) * len(job.tasks) * len(job.plans) * job.samples)
+        for step in run(job):
+            bar.update(shown, description=step.text or None, advance=step.samples)
+            if step.row is not None:
+                rows.append(step.row)
+        bar.update(shown, description="RULER evaluated")
+    return rows
+
+
+def _show(rows: list[RulerRow]) -> None:
+    from rich.table import Table
+
+    from tmbench.cli.screen import console
+
+    methods = list(dict.fromkeys(row.method for row in rows))
+    for length in sorted({row.length for row in rows}):
+        table = Table("task", title=f"RULER at {length} tokens")
+        for method in methods:
+            table.add_column(method, justify="right")
+        cells = {(row.task, row.method): row for row in rows if row.length == length}
+        tasks = list(dict.fromkeys(task for task, _ in cells))
+        for task in tasks:
+            table.add_row(task, *(_cell(cells.get((task, method))) for method in methods))
+        table.add_section()
+        table.add_row(f"mean of {len(tasks)}", *(_mean([cells.get((task, method)) for task in tasks]) for method in methods))
+        console().print(table)
+
+
+def _cell(row: RulerRow | None) -> str:
+    if row is None:
+        return ""
+    return row.status.replace("_", " ") if row.score is None else f"{row.score:.1f}"
+
+
+def _mean(rows: list[RulerRow | None]) -> str:
+    scores = [row.score for row in rows if row is not None and row.score is not None]
+    return f"{sum(scores) / len(scores):.1f}" if len(scores) == len(rows) else ""

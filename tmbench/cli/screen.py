@@ -1,0 +1,36 @@
+"""What the commands show: progress with the time left on standard error, tables on standard output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def console() -> Console:
+    """Where results go."""
+    return Console()
+
+
+def error_console() -> Console:
+    """Where everything else goes, so that results can be piped."""
+    return Console(stderr=True)
+
+
+def progress_bar() -> Progress:
+    """A bar with the elapsed time and an estimate of the time left, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=error_console(),
+        # Passes differ in length by orders of magnitude: the estimate must not forget the long ones.
+        speed_estimate_period=3600,
+    )
+
+
+def say(text: str) -> None:
+    """One line to the user about what is done on their behalf."""
+    error_console().print(text, soft_wrap=True, highlight=False, style="dim")

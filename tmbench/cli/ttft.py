@@ -1,0 +1,147 @@
+"""``tmbench ttft``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tmbench.cli import options as o
+from tmbench.methods import DEFAULT_METHODS
+
+if TYPE_CHECKING:
+    from tmbench.results import TtftRow
+    from tmbench.ttft import TtftJob
+
+TINY_LENGTHS = (2048, 4096, 8192, 16384)
+LENGTHS = (32768, 65536, 131072)
+
+
+def ttft(
+    method: o.MethodOption = None,
+    length: o.LengthOption = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats.", rich_help_panel=o.MEASURED)] = 3,
+    warmup: Annotated[int, typer.Option(min=1, help="Untimed passes before.", rich_help_panel=o.MEASURED)] = 1,
+    prompt: Annotated[
+        str, typer.Option(help="kv (key-value retrieval), a RULER task, or random.", rich_help_panel=o.MEASURED)
+    ] = "kv",
+    seed: o.SeedOption = 42,
+    model: o.ModelOption = "tiny",
+    weights: o.WeightsOption = "checkpoint",
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    starting_layer: o.StartingLayerOption = None,
+    n_init: o.NInitOption = None,
+    n_local: o.NLocalOption = None,
+    last_n: o.LastNOption = None,
+    patterns: o.PatternsOption = None,
+    output_dir: o.OutputDirOption = o.RESULTS,
+    overwrite: o.OverwriteOption = False,
+    as_json: o.JsonOption = False,
+    dry_run: o.DryRunOption = False,
+) -> None:
+    """Time from token ids on the device to the first new token on the host, with the cache filled for decoding.
+
+    Each length is warmed up, then all methods are measured in turns. Rows that are there already are not measured again.
+    """
+    methods = list(method or DEFAULT_METHODS)
+    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns)
+
+    from tmbench import environment, models
+    from tmbench.prompts import check_kind
+    from tmbench.ttft import TtftJob
+
+    check_kind(prompt)
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    lengths = list(dict.fromkeys(length or o.default_lengths(loaded, TINY_LENGTHS if model == "tiny" else LENGTHS)))
+    for tokens in lengths:
+        loaded.check_length(tokens)
+    here = environment.current(loaded.device)
+    plans = o.plans_for(methods, loaded, settings)
+    job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite)
+    if dry_run:
+        _show_plan(job)
+        return
+    environment.write_record(output_dir, here)
+    _measure(job)
+    rows = _rows(job)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _show(rows)
+    if any(row.status != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+def _measure(job: TtftJob) -> None:
+    from tmbench.cli.screen import progress_bar
+    from tmbench.ttft import run
+
+    with progress_bar() as bar:
+        task = bar.add_task("TTFT", total=job.work())
+        for step in run(job):
+            bar.update(task, description=step.text or None, advance=step.work)
+        bar.update(task, description="TTFT measured")
+
+
+def _rows(job: TtftJob) -> list[TtftRow]:
+    """The newest rows of what was asked for, by length, in the order of the methods."""
+    from tmbench.results import TtftRow, newest
+
+    rows = []
+    for plan in job.plans:
+        have = newest(job.root, TtftRow, job.environment.device, plan.method)
+        for length in job.lengths:
+            row = have.get(TtftRow(time="", interleaved="", **job.identity(plan, length)).key)
+            if isinstance(row, TtftRow):
+                rows.append(row)
+    return sorted(rows, key=lambda row: row.length)
+
+
+def _show_plan(job: TtftJob) -> None:
+    from rich.table import Table
+
+    from tmbench.cli.screen import console
+
+    pending = job.pending()
+    table = Table("length", "method", "parameters", "state", title=f"{job.loaded.name} on {job.environment.device}")
+    for length in job.lengths:
+        for plan in job.plans:
+            parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
+            state = "to measure" if plan in pending.get(length, []) else "measured before"
+            table.add_row(str(length), plan.method, parameters, state)
+    console().print(table)
+
+
+def _show(rows: list[TtftRow]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from tmbench.cli.screen import console
+
+    table = Table(title="Time to first token", box=SIMPLE_HEAD)
+    table.add_column("tokens", justify="right")
+    table.add_column("method", no_wrap=True)
+    for column in ("seconds", "vs dense", "coverage", "over floor", "logit error"):
+        table.add_column(column, justify="right")
+    dense = {row.length: row.ttft_median_s for row in rows if row.method == "dense"}
+    for number, row in enumerate(rows):
+        if number and row.length != rows[number - 1].length:
+            table.add_section()
+        table.add_row(str(row.length), row.method, *_figures(row, dense.get(row.length)))
+    console().print(table)
+
+
+def _figures(row: TtftRow, dense: float | None) -> list[str]:
+    if row.ttft_median_s is None:
+        return [row.status.replace("_", " ")]
+    compared = dense is not None and row.method != "dense"
+    return [
+        f"{row.ttft_median_s:.3f}",
+        f"{row.ttft_median_s / dense - 1:+.0%}" if dense is not None and compared else "",
+        f"{row.coverage:.3f}",
+        f"{row.ttft_over_floor:.2f}",
+        "" if row.logit_error is None or not compared else f"{row.logit_error:.1e}",
+    ]
