@@ -1,1 +1,33 @@
-"""RULER's thirteen tasks: prompts of an exact length, and their scores."""
+"""RULER's thirteen tasks: prompts of an exact length, and their scores.
+
+The tasks are those of Hsieh et al. 2024, "RULER: What's the Real Context Size of Your Long-Context Language Models?",
+arXiv 2404.06654. The package knows text and a tokenizer; it knows no model.
+"""
+
+from ruler_tasks.dataset import read_dataset, write_dataset
+from ruler_tasks.errors import DatasetError, SourceError, TaskLengthError, UnknownTaskError, WordingError
+from ruler_tasks.example import Example, Frame
+from ruler_tasks.sources import Sources
+from ruler_tasks.tasks import TASKS, Task, examples, get_task, minimum_length, score
+from ruler_tasks.wording import Wording, load_wording
+
+__all__ = [
+    "TASKS",
+    "DatasetError",
+    "Example",
+    "Frame",
+    "SourceError",
+    "Sources",
+    "Task",
+    "TaskLengthError",
+    "UnknownTaskError",
+    "Wording",
+    "WordingError",
+    "examples",
+    "get_task",
+    "load_wording",
+    "minimum_length",
+    "read_dataset",
+    "score",
+    "write_dataset",
+]

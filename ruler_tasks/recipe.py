@@ -1,0 +1,60 @@
+"""What all tasks have in common: the setting of a sample, and the recipe that drafts one in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ruler_tasks.example import Frame
+from ruler_tasks.fit import Draft
+from ruler_tasks.tokens import TokenCounter
+from ruler_tasks.wording import Wording
+
+if TYPE_CHECKING:
+    from ruler_tasks.sources import Sources
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the samples of one task at one length share.
+
+    Attributes:
+        task: the task's name.
+        length: tokens of a prompt and its answer together.
+        answer: tokens kept free for the answer.
+        seed: what all random choices start from.
+    """
+
+    task: str
+    length: int
+    answer: int
+    seed: int
+    tokens: TokenCounter
+    wording: Wording
+    frame: Frame
+    sources: Sources
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a prompt may take, special tokens included."""
+        return self.length - self.answer
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """The exact tokens of whole prompts, special tokens included where the frame has them added."""
+        return self.tokens.count(texts, add_special_tokens=self.frame.add_special_tokens)
+
+    def count_one(self, text: str) -> int:
+        """The exact tokens of one whole prompt."""
+        return self.count([text])[0]
+
+
+class Recipe(Protocol):
+    """How a task makes its samples."""
+
+    def source(self, setting: Setting) -> str:
+        """Where the text of the samples comes from."""
+
+    def draft(self, setting: Setting, index: int, rng: random.Random) -> Draft:
+        """Sample number `index`, with every random choice taken from `rng` and its size left open."""
