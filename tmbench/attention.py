@@ -41,11 +41,18 @@ class Applied:
 
     plan: Plan
     calls: int = 0
-    """How many prefill attentions have gone through the patterns so far: one per layer and prompt."""
+    """How many prefill attentions have gone through the patterns so far: most models make one per layer and prompt."""
+    layers: set[int] = field(default_factory=set)
+    """The layers whose prefill has gone through their pattern."""
     observer: Observer | None = None
     """Set to look at the tensors of a prefill, for instance to count the pairs that a dynamic pattern keeps."""
     backends: set[str] = field(default_factory=set)
     """The backends that have run, as "pattern:backend"."""
+
+    def check_complete(self) -> None:
+        """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
+        if len(self.layers) != len(self.plan.patterns):
+            raise RuntimeError(f"only {len(self.layers)} of {len(self.plan.patterns)} layers went through their patterns")
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,7 @@ def _attention(
     if slot.session.observer is not None:
         slot.session.observer(module.layer_idx, slot.pattern, query, key, scale)
     slot.session.calls += 1
+    slot.session.layers.add(module.layer_idx)
     slot.session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query.device).name}")
     return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous(), None
 

@@ -118,7 +118,9 @@ def dense_backends(device: torch.device) -> dict[str, str]:
                 torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             results[f"sdpa {name.lower()}"] = "works"
         except RuntimeError as error:
-            results[f"sdpa {name.lower()}"] = str(error).splitlines()[0]
+            # torch says why only in warnings; its error is the same for every cause.
+            reason = "not on this device" if "No viable backend" in str(error) else str(error).splitlines()[0]
+            results[f"sdpa {name.lower()}"] = reason
     for package in ("flash-attn-4", "flash-attn"):
         results[package] = _versions().get(package, "not installed")
     return results

@@ -64,7 +64,7 @@ class Row:
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     threads: int
-    """CPU threads that torch used."""
+    """CPU threads that torch used; 0 where the device is not the CPU."""
     device_name: str
     driver: str = ""
     tmbench: str

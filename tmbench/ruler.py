@@ -217,8 +217,7 @@ def _answer(job: RulerJob, plan: Plan, example: Example) -> tuple[Prediction, st
     with applied_plan(job.loaded.model, plan) as session:
         new = generate(job.loaded.model, ids, example.max_new_tokens)
     seconds = time.perf_counter() - start
-    if session.calls != len(plan.patterns):
-        raise RuntimeError(f"{session.calls} of {len(plan.patterns)} layers went through the patterns")
+    session.check_complete()
     text = str(job.tokenizer.decode(new, skip_special_tokens=True))
     score = TASKS[example.task].score(text, example.outputs)
     prediction = Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds)

@@ -158,8 +158,7 @@ def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, obser
                 torch.cuda.reset_peak_memory_stats(ids.device)
             first = first_token(loaded.model, ids)
             trial.backends = "+".join(sorted(session.backends))
-            if session.calls != len(trial.plan.patterns):
-                raise RuntimeError(f"{session.calls} of {len(trial.plan.patterns)} layers went through the patterns")
+            session.check_complete()
     except Exception as error:
         trial.status = status_of(error)
         trial.error = describe(error)

@@ -117,7 +117,9 @@ def test_writers_that_append_at_once_lose_nothing(tmp_path):
     rows = [replace(ROW, length=length, threads=writer) for writer in (1, 2, 3, 4) for length in range(1, 31)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda row: append(tmp_path, row), rows))
-    assert sorted((row.threads, row.length) for row in read(tmp_path.joinpath(*PATH), TtftRow)) == sorted((row.threads, row.length) for row in rows)
+    assert sorted((row.threads, row.length) for row in read(tmp_path.joinpath(*PATH), TtftRow)) == sorted(
+        (row.threads, row.length) for row in rows
+    )
 
 
 @pytest.mark.parametrize(

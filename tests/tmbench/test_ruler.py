@@ -151,7 +151,9 @@ def test_real_answers_decode_what_the_model_generates(job):
     ids = torch.tensor([work.tokenizer(example.prompt)["input_ids"]])
     # Under the same method: random weights leave near ties, which another kernel's rounding would turn.
     with applied(work.loaded.model, "dense"):
-        new = work.loaded.model.generate(ids, do_sample=False, max_new_tokens=30)[0, ids.shape[1] :]
+        new = work.loaded.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)[
+            0, ids.shape[1] :
+        ]
     assert prediction.prediction == work.tokenizer.decode(new, skip_special_tokens=True)
     assert prediction.new_tokens == len(new) <= 30
     assert row.backends == "dense:sdpa"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -15,8 +17,14 @@ from tmbench.ttft import TtftJob, run
 NAMES = ("dense", "tri_mix", "minference", "streaming")
 
 
+RATE = 1e11
+
+
 @pytest.fixture
-def job(make_model, tmp_path):
+def job(make_model, tmp_path, monkeypatch):
+    # A large matrix product for every test would take longer than the tests.
+    monkeypatch.setattr(floor, "matrix_rate", lambda device, dtype: RATE)
+
     def make(names=NAMES, lengths=(96, 160), **changes):
         model = make_model("llama")
         loaded = LoadedModel("small", model, None, "random", "")
@@ -42,6 +50,14 @@ def test_a_first_token_is_the_models_own(make_model, prompt):
     assert first.seconds > 0
 
 
+def test_the_matrix_rate_is_a_rate():
+    start = time.perf_counter()
+    rate = floor.matrix_rate(torch.device("cpu"), torch.float32, repeats=1)
+    seconds = time.perf_counter() - start
+    assert rate > 2 * 2 * 2048**3 / seconds, "two products and more fit into the time that all of it took"
+    assert rate < 1e14
+
+
 def test_rows_hold_what_was_measured(job):
     work = job()
     total = work.work()
@@ -54,7 +70,8 @@ def test_rows_hold_what_was_measured(job):
         assert len(samples) == row.repeats == 2
         assert row.ttft_min_s == pytest.approx(min(samples), abs=1e-6)
         assert row.ttft_min_s <= row.ttft_median_s <= row.ttft_max_s
-        assert row.floor_s == pytest.approx(row.flop / row.matrix_rate_flops)
+        assert row.matrix_rate_flops == RATE
+        assert row.floor_s == pytest.approx(row.flop / RATE)
         assert row.ttft_over_floor == pytest.approx(row.ttft_median_s / row.floor_s)
         assert row.interleaved == " ".join(NAMES)
         assert row.transformers

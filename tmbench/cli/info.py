@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 from tmbench.cli import options as o
-from tmbench.methods import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS, Settings
+from tmbench.methods import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS
 
 
 def list_() -> None:
     """The methods with their parameters and papers, the tasks, the models, and the backends that run here."""
-    from rich.table import Table
-
     from ruler_tasks import TASKS
-    from tmbench.cli.screen import console
+    from tmbench.cli.screen import console, table
     from tmbench_kernels import Dense, Triangle, VerticalSlash
 
     screen = console()
-    methods = Table("method", "what it does", "parameters (default)", "paper", title="Methods")
-    defaults = Settings()
+    methods = table("Methods", "method", "what it does", "options it reads", "paper")
     for method in METHODS.values():
-        parameters = []
-        for name in method.parameters:
-            value = getattr(defaults, name)
-            parameters.append(f"{name} ({'see --help' if value is None else value})")
-        methods.add_row(method.name, method.summary, "\n".join(parameters), "\n".join(PAPERS[p] for p in method.papers))
+        parameters = ", ".join(f"--{name.replace('_', '-')}" for name in method.parameters)
+        methods.add_row(method.name, method.summary, parameters, "; ".join(PAPERS[paper] for paper in method.papers))
     screen.print(methods)
 
-    tasks = Table(
-        "task", "what is asked", "answer tokens", "scored", title="RULER tasks (Hsieh et al. 2024, arXiv 2404.06654)"
+    tasks = table(
+        "RULER tasks (Hsieh et al. 2024, arXiv 2404.06654)",
+        "task",
+        "what is asked",
+        "references",
+        "answer tokens",
+        right=("answer tokens",),
     )
     for task in TASKS.values():
-        scored = "part of all references" if task.metric == "all" else "any reference"
-        tasks.add_row(task.name, task.summary, str(task.tokens_to_generate), scored)
+        score = "share found" if task.metric == "all" else "any found"
+        tasks.add_row(task.name, task.summary, score, str(task.tokens_to_generate))
     screen.print(tasks)
 
-    models = Table("model", "what it is", title="Models")
+    models = table("Models", "model", "what it is")
     models.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")
-    models.add_row("a Hugging Face id or a folder", "any decoder-only transformers model with the attention interface")
-    for known, layer in PUBLISHED_STARTING_LAYERS.items():
-        models.add_row(f"... {known}", f"triangle attention starts at layer {layer}, as published")
+    models.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
     screen.print(models)
 
-    backends = Table("pattern", "backend", "runs on", title="Backends")
+    layers = table("First triangle layer, unless --starting-layer gives one", "model", "layer")
+    for known, layer in PUBLISHED_STARTING_LAYERS.items():
+        layers.add_row(known, f"{layer}, as published")
+    layers.add_row("any other", "half its depth")
+    screen.print(layers)
+
+    backends = table("Backends", "pattern", "backend", "runs on")
     for pattern in (Dense, Triangle, VerticalSlash):
         for backend in pattern.backends:
             backends.add_row(pattern.name, backend.name, ", ".join(backend.devices))
@@ -53,10 +56,9 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
     from dataclasses import asdict
 
     import typer
-    from rich.table import Table
 
     from tmbench import environment, models
-    from tmbench.cli.screen import console
+    from tmbench.cli.screen import console, table
 
     place = models.check_device(device or models.default_device())
     here = environment.current(place)
@@ -64,12 +66,12 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({**asdict(here), "dense_backends": dense}, indent=2))
         return
-    table = Table(show_header=False, title="Environment")
+    shown = table("Environment", "what", "here")
     for name, value in asdict(here).items():
         if name != "packages":
-            table.add_row(name, str(value))
+            shown.add_row(name.replace("_", " "), str(value))
     for package, version in here.packages.items():
-        table.add_row(package, version)
+        shown.add_row(package, version)
     for backend, state in dense.items():
-        table.add_row(f"dense attention: {backend}", state)
-    console().print(table)
+        shown.add_row(f"dense: {backend}", state)
+    console().print(shown)

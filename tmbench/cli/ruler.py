@@ -229,22 +229,18 @@ def _evaluate(job: RulerJob) -> list[RulerRow]:
 
 
 def _show(rows: list[RulerRow]) -> None:
-    from rich.table import Table
-
-    from tmbench.cli.screen import console
+    from tmbench.cli.screen import console, table
 
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):
-        table = Table("task", title=f"RULER at {length} tokens")
-        for method in methods:
-            table.add_column(method, justify="right")
+        shown = table(f"RULER at {length} tokens", "task", *methods, right=tuple(methods))
         cells = {(row.task, row.method): row for row in rows if row.length == length}
         tasks = list(dict.fromkeys(task for task, _ in cells))
         for task in tasks:
-            table.add_row(task, *(_cell(cells.get((task, method))) for method in methods))
-        table.add_section()
-        table.add_row(f"mean of {len(tasks)}", *(_mean([cells.get((task, method)) for task in tasks]) for method in methods))
-        console().print(table)
+            shown.add_row(task, *(_cell(cells.get((task, method))) for method in methods))
+        shown.add_section()
+        shown.add_row(f"mean of {len(tasks)}", *(_mean([cells.get((task, method)) for task in tasks]) for method in methods))
+        console().print(shown)
 
 
 def _cell(row: RulerRow | None) -> str:

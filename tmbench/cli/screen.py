@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 def console() -> Console:
@@ -14,6 +16,14 @@ def console() -> Console:
 def error_console() -> Console:
     """Where everything else goes, so that results can be piped."""
     return Console(stderr=True)
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table for the terminal; the columns named in ``right`` hold figures."""
+    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=number == 0)
+    return made
 
 
 def progress_bar() -> Progress:

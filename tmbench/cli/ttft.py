@@ -101,37 +101,29 @@ def _rows(job: TtftJob) -> list[TtftRow]:
 
 
 def _show_plan(job: TtftJob) -> None:
-    from rich.table import Table
-
-    from tmbench.cli.screen import console
+    from tmbench.cli.screen import console, table
 
     pending = job.pending()
-    table = Table("length", "method", "parameters", "state", title=f"{job.loaded.name} on {job.environment.device}")
+    shown = table(f"{job.loaded.name} on {job.environment.device}", "tokens", "method", "parameters", "state")
     for length in job.lengths:
         for plan in job.plans:
             parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
             state = "to measure" if plan in pending.get(length, []) else "measured before"
-            table.add_row(str(length), plan.method, parameters, state)
-    console().print(table)
+            shown.add_row(str(length), plan.method, parameters, state)
+    console().print(shown)
 
 
 def _show(rows: list[TtftRow]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from tmbench.cli.screen import console, table
 
-    from tmbench.cli.screen import console
-
-    table = Table(title="Time to first token", box=SIMPLE_HEAD)
-    table.add_column("tokens", justify="right")
-    table.add_column("method", no_wrap=True)
-    for column in ("seconds", "vs dense", "coverage", "over floor", "logit error"):
-        table.add_column(column, justify="right")
+    figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
+    shown = table("Time to first token", "tokens", "method", *figures, right=("tokens", *figures))
     dense = {row.length: row.ttft_median_s for row in rows if row.method == "dense"}
     for number, row in enumerate(rows):
         if number and row.length != rows[number - 1].length:
-            table.add_section()
-        table.add_row(str(row.length), row.method, *_figures(row, dense.get(row.length)))
-    console().print(table)
+            shown.add_section()
+        shown.add_row(str(row.length), row.method, *_figures(row, dense.get(row.length)))
+    console().print(shown)
 
 
 def _figures(row: TtftRow, dense: float | None) -> list[str]:
