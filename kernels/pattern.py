@@ -30,6 +30,8 @@ class Pattern(abc.ABC):
     """Which (query, key) pairs one layer computes. Subclasses are frozen dataclasses of the paper's parameters."""
 
     name: ClassVar[str]
+    dynamic: ClassVar[bool] = False
+    """Whether the pairs depend on the data; if not, ``pairs`` reads shapes only and takes tensors of the meta device."""
     backends: ClassVar[tuple[Backend, ...]]
     """In order of preference; the first that runs on the tensors' device is used."""
 

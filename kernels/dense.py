@@ -1,0 +1,33 @@
+"""Dense causal attention: every query attends to itself and to every key before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tmbench_kernels.masks import causal_mask
+from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.sdpa import sdpa
+
+
+def _attend_sdpa(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return sdpa(q, k, v, scale, causal=True)
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Full causal attention. It has no parameters."""
+
+    name: ClassVar[str] = "dense"
+    backends: ClassVar[tuple[Backend, ...]] = (Backend("sdpa", ("cpu", "cuda"), _attend_sdpa),)
+
+    def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+        """Bool ``[1, 1, length, length]``; the values of q and k do not matter."""
+        return causal_mask(q.shape[2], q.device)[None, None]
+
+    def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
+        """``length * (length + 1) / 2`` for each batch and head."""
+        batch, heads, length = q.shape[:3]
+        return batch * heads * length * (length + 1) // 2

@@ -1,0 +1,174 @@
+"""Vertical-slash attention over a given selection, in torch: gathered keys, memory linear in length.
+
+A selection arrives as two sets, columns and distances, bool ``[batch, heads, length]``. ``runs`` turns the distances into
+blocks of 64 keys for each block of 64 queries; ``visible_keys`` adds the columns; ``attend_selected`` attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tmbench_kernels.sdpa import sdpa
+
+BLOCK = 64
+"""Queries that share their keys, and keys that a distance widens to."""
+PREPARED = 32
+"""Blocks of queries whose keys are worked out at a time, for all heads."""
+STRIP = 16
+"""Blocks of queries of one head that are multiplied at a time where they see much the same keys."""
+_SMALL_BLOCK_COST = 1.2
+"""What a pair costs when every block has its own keys, against a strip over the union of its blocks' keys. Measured."""
+_FEWEST_BLOCKS = 4
+"""A strip whose blocks see different keys is halved down to so many, which then go as a batch, each with its own keys."""
+
+
+def runs(distances: Tensor, first: int, last: int) -> Tensor:
+    """Where the key blocks of the query blocks first..last-1 start: int64 ``[batch, heads, blocks, steps]``, ascending.
+
+    Blocks are 64 keys wide, disjoint and not aligned; -1 fills up. Walks from block to block, not from distance to
+    distance: the next block depends only on where the last one ends and on the largest distance that reaches beyond.
+    """
+    length = distances.shape[2]
+    end = BLOCK * torch.arange(first + 1, last + 1, device=distances.device)
+    below = _largest_below(distances)
+    reach = torch.zeros(*distances.shape[:2], last - first, dtype=torch.int64, device=distances.device)
+    starts = []
+    for step in range(last):
+        open_ = reach < end
+        wanted = (end - reach).clamp_(0, length)
+        next_end = (end - below.gather(2, wanted)).clamp_(min=BLOCK)
+        if step == 0:
+            reach = next_end
+        else:
+            reach = torch.where(open_, torch.where(next_end <= reach + BLOCK, reach + BLOCK, next_end), reach)
+        starts.append(torch.where(open_, reach - BLOCK, -1))
+        if not bool((reach < end).any()):
+            break
+    return torch.stack(starts, dim=-1)
+
+
+def _largest_below(distances: Tensor) -> Tensor:
+    """For n in 0..length the largest selected distance below n, or -1: int64 ``[batch, heads, length + 1]``."""
+    positions = torch.arange(distances.shape[2], device=distances.device)
+    return F.pad(torch.where(distances, positions, -1).cummax(2).values, (1, 0), value=-1)
+
+
+def visible_keys(columns: Tensor, distances: Tensor, first: int, last: int) -> Tensor:
+    """Which keys the query blocks first..last-1 see, bool ``[batch, heads, blocks, keys]``, keys up to the last block's end.
+
+    Keys after a block's end are excluded, keys inside the block are not yet compared with its queries: all are visible.
+    """
+    keys = min(last * BLOCK, columns.shape[2])
+    starts = runs(distances, first, last)
+    unused = starts < 0
+    edges = torch.zeros(*starts.shape[:3], (last + 2) * BLOCK, dtype=torch.int8, device=columns.device)
+    one = torch.ones_like(starts, dtype=torch.int8)
+    edges.scatter_add_(3, starts.masked_fill(unused, edges.shape[3] - 1), one)
+    edges.scatter_add_(3, (starts + BLOCK).masked_fill_(unused, edges.shape[3] - 1), -one)
+    inside = edges[..., :keys].cumsum(3, dtype=torch.int8) > 0
+    ends = BLOCK * torch.arange(first + 1, last + 1, device=columns.device)
+    return (inside | columns[:, :, None, :keys]) & (torch.arange(keys, device=columns.device) < ends[:, None])
+
+
+def count_pairs(columns: Tensor, distances: Tensor) -> int:
+    """How many (query, key) pairs the selection stands for, over batch and heads."""
+    batch, heads, length = columns.shape
+    total = 0
+    for blocks in _parts(range(-(-length // BLOCK)), PREPARED):
+        seen = visible_keys(columns, distances, blocks.start, blocks.stop).sum((0, 1, 3)).tolist()
+        for block, keys in zip(blocks, seen, strict=True):
+            rows = min(BLOCK, length - block * BLOCK)
+            # Of the visible keys the block's own are seen by its later queries only.
+            total += rows * keys - batch * heads * rows * (rows - 1) // 2
+    return total
+
+
+def attend_selected(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, distances: Tensor, scale: float) -> Tensor:
+    """Attention over a selection: ``[batch, heads, length, head_dim]``, in q's type."""
+    heads, length = q.shape[1:3]
+    groups = heads // k.shape[1]
+    whole = _sees_everything(distances)
+    if bool(whole.all()):
+        return sdpa(q, k, v, scale, causal=True)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for b, h in whole.nonzero().tolist():
+        kv = h // groups
+        out[b, h] = sdpa(q[b, h][None, None], k[b, kv][None, None], v[b, kv][None, None], scale, causal=True)[0, 0]
+    sparse = (~whole).nonzero().tolist()
+    # One buffer for all strips: fresh memory of this size would cost more in page faults than the masks themselves.
+    scratch = q.new_empty(min(STRIP * BLOCK, length) * length)
+    for blocks in _parts(range(-(-length // BLOCK)), PREPARED):
+        seen = visible_keys(columns, distances, blocks.start, blocks.stop)
+        for strip in _parts(blocks, STRIP):
+            rows = slice(strip.start * BLOCK, strip.stop * BLOCK)
+            for b, h in sparse:
+                keys = seen[b, h, strip.start - blocks.start : strip.stop - blocks.start, : rows.stop]
+                kv = h // groups
+                _attend_strip(q[b, h, rows], k[b, kv], v[b, kv], keys, rows.start, scale, scratch, out[b, h, rows])
+    return out
+
+
+def _parts(blocks: range, size: int) -> Iterator[range]:
+    for first in blocks[::size]:
+        yield range(first, min(first + size, blocks.stop))
+
+
+def _sees_everything(distances: Tensor) -> Tensor:
+    """Heads whose runs leave no gap anywhere, bool ``[batch, heads]``: no 64 neighbouring distances are all unselected."""
+    length = distances.shape[2]
+    ends = torch.arange(BLOCK, -(-length // BLOCK) * BLOCK + 1, device=distances.device)
+    return (ends - _largest_below(distances)[:, :, ends.clamp(max=length)] <= BLOCK).all(2)
+
+
+def _attend_strip(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, start: int, scale: float, scratch: Tensor, out: Tensor
+) -> None:
+    """One head's queries ``[rows, dim]`` from ``start`` on, into ``out``; ``seen`` is bool ``[blocks, keys]``."""
+    union = seen.any(0)
+    together = int(union.sum())
+    widest = int(seen.sum(1).max())
+    rows = q.shape[0]
+    if widest * _SMALL_BLOCK_COST < together:
+        blocks = seen.shape[0]
+        if blocks <= _FEWEST_BLOCKS:
+            out[:] = _attend_blocks(q, k, v, seen, widest, start, scale)
+            return
+        half = blocks // 2 * BLOCK
+        _attend_strip(q[:half], k, v, seen[: blocks // 2], start, scale, scratch, out[:half])
+        _attend_strip(q[half:], k, v, seen[blocks // 2 :], start + half, scale, scratch, out[half:])
+        return
+    keys = union.nonzero().flatten()
+    if together == seen.shape[1]:
+        k, v = k[:together], v[:together]
+    else:
+        k, v, seen = k.index_select(0, keys), v.index_select(0, keys), seen.index_select(1, keys)
+    by_block = q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    bias = scratch[: rows * together].view(rows, together)
+    for block in range(seen.shape[0]):
+        bias[block * BLOCK : (block + 1) * BLOCK] = by_block[block]
+    late = int((keys < start).sum())
+    positions = torch.arange(start, start + rows, device=q.device)
+    bias[:, late:].masked_fill_(keys[late:] > positions[:, None], -torch.inf)
+    out[:] = sdpa(q[None, None], k[None, None], v[None, None], scale, bias=bias)[0, 0]
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, widest: int, start: int, scale: float) -> Tensor:
+    """As a batch of blocks, each over its own keys, filled up to the widest."""
+    blocks, rows = seen.shape[0], q.shape[0]
+    counts = seen.sum(1, keepdim=True)
+    filled = torch.arange(widest, device=q.device) < counts
+    keys = torch.full((blocks, widest), start + blocks * BLOCK, device=q.device)
+    keys[filled] = seen.nonzero()[:, 1]
+    bias = q.new_zeros(blocks, 1, BLOCK, widest)
+    # Only a block's own keys, at most 64 and the last of its list, can be in the future of its queries.
+    late = max(int(counts.min()) - BLOCK, 0)
+    positions = torch.arange(start, start + blocks * BLOCK, device=q.device).view(blocks, 1, BLOCK, 1)
+    bias[..., late:].masked_fill_(keys[:, None, None, late:] > positions, -torch.inf)
+    keys = keys.clamp_(max=k.shape[0] - 1).flatten()
+    k, v = (x.index_select(0, keys).view(blocks, 1, widest, -1) for x in (k, v))
+    padded = F.pad(q, (0, 0, 0, blocks * BLOCK - rows)).view(blocks, 1, BLOCK, -1)
+    return sdpa(padded, k, v, scale, bias=bias).flatten(0, 2)[:rows]

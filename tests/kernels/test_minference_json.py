@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from tmbench_kernels import HeadPattern, load_budgets, load_head_patterns
+
+ENTRY = ["vertical_and_slash", 30, 800, 0.98]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content):
+        path = tmp_path / "patterns.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_reads_every_head_in_order(write):
+    path = write([{"1": ["stream_llm", 100, 800, 17], "0": ENTRY}, {"0": ENTRY, "1": ["block_sparse", 1, 2, 0.5]}])
+    assert load_head_patterns(path, layers=2, heads=2) == [
+        (HeadPattern("vertical_and_slash", 30, 800, 0.98), HeadPattern("stream_llm", 100, 800, 17.0)),
+        (HeadPattern("vertical_and_slash", 30, 800, 0.98), HeadPattern("block_sparse", 1, 2, 0.5)),
+    ]
+
+
+def test_a_missing_head_gets_the_published_default(write):
+    path = write([{"1": ENTRY}, {}])
+    assert load_budgets(path, layers=2, heads=2) == [((1000, 6096), (30, 800)), ((1000, 6096), (1000, 6096))]
+
+
+def test_types_that_are_not_served_are_refused_by_place(write):
+    path = write([{"0": ENTRY, "1": ["stream_llm", 100, 800, 1.0]}])
+    with pytest.raises(ValueError, match="layer 0, head 1: type stream_llm is not served"):
+        load_budgets(path, layers=1, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{not json", "not valid JSON"),
+        ({"0": ENTRY}, "a list with one object per layer"),
+        ([[ENTRY]], "a list with one object per layer"),
+        ([{"0": ENTRY}], "a model with 1 layers, but this one has 2"),
+        ([{"0": ENTRY}, {"0": ENTRY}], "a model with 1 query heads, but this one has 2"),
+        ([{"5": ENTRY}, {"0": ENTRY}], "a model with 6 query heads, but this one has 2"),
+        ([{"one": ENTRY}, {}], "layer 0: 'one' is not the number of a head"),
+        ([{"1": ENTRY}, {"0": ENTRY[:3]}], "layer 1, head 0: expected"),
+        ([{"1": ["vertical", 30, 800, 1]}, {}], 'layer 0, head 1: unknown type "vertical"'),
+        ([{"1": ["vertical_and_slash", -3, 800, 1]}, {}], "layer 0, head 1: the number of columns must be a count"),
+        ([{"1": ["vertical_and_slash", 30, "800", 1]}, {}], "layer 0, head 1: the number of distances must be a count"),
+        ([{"1": ["vertical_and_slash", 30, 800, None]}, {}], "layer 0, head 1: the score must be a number"),
+        ([{"1": [["vertical_and_slash"], 30, 800, 1]}, {}], "layer 0, head 1: unknown type"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(write, content, reason):
+    path = write(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_budgets(path, layers=2, heads=2)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

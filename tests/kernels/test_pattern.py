@@ -1,0 +1,57 @@
+"""What all patterns share: the checks of shapes, the choice of a backend, and the oracle itself."""
+
+import math
+
+import pytest
+import torch
+
+from tmbench_kernels import Dense, Triangle, VerticalSlash
+from tmbench_kernels.masks import masked_attention
+
+
+@pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
+@pytest.mark.parametrize(
+    ("q", "k", "v", "reason"),
+    [
+        ((1, 4, 8, 16), (1, 2, 9, 16), (1, 2, 9, 16), "differ"),
+        ((2, 4, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16), "differ"),
+        ((1, 4, 8, 16), (1, 2, 8, 32), (1, 2, 8, 32), "differ"),
+        ((1, 4, 8, 16), (1, 3, 8, 16), (1, 3, 8, 16), "share"),
+        ((1, 4, 8, 16), (1, 2, 8, 16), (1, 2, 7, 16), "must be"),
+        ((4, 8, 16), (2, 8, 16), (2, 8, 16), "must be"),
+    ],
+)
+def test_refuses_shapes_that_are_no_prefill(pattern, q, k, v, reason):
+    with pytest.raises(ValueError, match=reason):
+        pattern.attend(torch.zeros(q), torch.zeros(k), torch.zeros(v))
+
+
+@pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
+def test_refuses_mixed_types(pattern):
+    x = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="one type"):
+        pattern.attend(x, x, x.half())
+
+
+@pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
+def test_names_its_backend(pattern):
+    assert pattern.backend(torch.device("cpu")) in pattern.backends
+    with pytest.raises(ValueError, match=f"{pattern.name} has no backend for device 'meta'"):
+        pattern.backend(torch.device("meta"))
+
+
+def test_oracle_against_a_loop_over_pairs():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    mask = torch.rand(1, 4, 5, 5) < 0.5
+    mask[0, :, 2] = False
+    out = masked_attention(q, k, v, mask, scale=0.3)
+    for h in range(4):
+        for i in range(5):
+            keys = [j for j in range(5) if mask[0, h, i, j]]
+            weights = [math.exp(0.3 * float(q[0, h, i].double() @ k[0, h // 2, j].double())) for j in keys]
+            expected = sum(
+                (w / sum(weights) * v[0, h // 2, j].double() for w, j in zip(weights, keys, strict=True)),
+                torch.zeros(8, dtype=torch.float64),
+            )
+            torch.testing.assert_close(out[0, h, i], expected)

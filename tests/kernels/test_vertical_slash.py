@@ -1,0 +1,164 @@
+"""MInference's rule, written a second time in plain Python, against the selection, the definition and the backend."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tmbench_kernels import Dense, VerticalSlash
+from tmbench_kernels import vertical_slash_torch as backend
+from tmbench_kernels.vertical_slash import Selection, selection_mask
+
+
+def published_selection(q, k, columns, distances, scale):
+    """One head, in float64, one query and one key at a time: the two sets as sorted lists."""
+    length = len(k)
+    vertical, slash = [0.0] * length, [0.0] * length
+    for i in range(max(length - 64, 0), length):
+        logits = np.array([float(q[i] @ k[j]) * scale for j in range(i + 1)])
+        weights = np.exp(logits - logits.max())
+        for j, p in enumerate(weights / weights.sum()):
+            vertical[j] += p
+            slash[i - j] += p
+    vertical[:30] = [float("inf")] * min(30, length)
+    slash[:100] = [float("inf")] * min(100, length)
+
+    def best(scores, count):
+        return sorted(sorted(range(length), key=lambda n: (-scores[n], n))[:count])
+
+    return best(vertical, min(length, max(columns, 30))), best(slash, min(length, max(distances, 50)))
+
+
+def published_keys(columns, distances, row_block):
+    """The converter, literally: one scan over descending distances and ascending columns. Keys may lie in the future."""
+    end_of_block = 64 * row_block + 64
+    ends = [max(end_of_block - s, 64) for s in sorted(distances, reverse=True) if s < end_of_block]
+    start, stop = ends[0] - 64, ends[0]
+    blocks, pending, kept = [], sorted(columns), []
+    for end in [*ends[1:], None]:
+        if end is None or end > stop + 64:
+            while pending and pending[0] < stop:
+                column = pending.pop(0)
+                if column < start:
+                    kept.append(column)
+            blocks += range(start, stop)
+            if end is not None:
+                start, stop = end - 64, end
+        elif end > stop:
+            stop += 64
+    assert len(set(blocks)) == len(blocks)
+    return {*blocks, *kept}
+
+
+def published_mask(columns, distances, length):
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        keys = [j for j in published_keys(columns, distances, i // 64) if j <= i]
+        mask[i, keys] = True
+    return mask
+
+
+def random_selection(length, heads, density, seed):
+    """Sets that a search could return: distance 0 is always there; sparse sets leave gaps between runs."""
+    random = torch.Generator().manual_seed(seed)
+    columns = torch.rand(1, heads, length, generator=random) < density
+    distances = torch.rand(1, heads, length, generator=random) < density
+    distances[..., 0] = True
+    return Selection(columns, distances)
+
+
+@pytest.mark.parametrize(
+    ("length", "budget"), [(1, (5, 5)), (40, (35, 60)), (150, (0, 0)), (331, (60, 130)), (260, (31, 180))]
+)
+def test_selection_follows_the_published_rule(make_qkv, length, budget):
+    q, k, _ = make_qkv(length, heads=4, kv_heads=2, dim=16)
+    chosen = VerticalSlash((budget,)).select(q, k, scale=0.4)
+    for h in range(4):
+        head = q[0, h].double().numpy(), k[0, h // 2].double().numpy()
+        columns, distances = published_selection(*head, *budget, 0.4)
+        assert chosen.columns[0, h].nonzero().flatten().tolist() == columns
+        assert chosen.distances[0, h].nonzero().flatten().tolist() == distances
+
+
+def test_each_head_has_its_own_budget(make_qkv):
+    q, k, _ = make_qkv(500, heads=4, batch=2)
+    chosen = VerticalSlash(((0, 0), (40, 120), (200, 100), (9999, 9999))).select(q, k)
+    assert chosen.columns.sum(2).tolist() == [[30, 40, 200, 500]] * 2
+    assert chosen.distances.sum(2).tolist() == [[50, 120, 100, 500]] * 2
+    assert chosen.columns[..., :30].all()
+    assert chosen.distances[0, 0].nonzero().flatten().tolist() == list(range(50))
+    assert chosen.distances[0, 2].nonzero().flatten().tolist() == list(range(100))
+
+
+def test_ties_go_to_the_smaller_index(make_qkv):
+    q, k, _ = make_qkv(400, heads=1, kv_heads=1)
+    chosen = VerticalSlash(((50, 130),)).select(torch.zeros_like(q), k)
+    assert chosen.columns[0, 0].nonzero().flatten().tolist() == list(range(50))
+    assert chosen.distances[0, 0].nonzero().flatten().tolist() == list(range(130))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.sampled_from([0.002, 0.01, 0.03, 0.3]), st.integers(0, 2**16))
+def test_definition_and_converter_follow_the_published_converter(length, density, seed):
+    chosen = random_selection(length, 1, density, seed)
+    columns, distances = (x[0, 0].nonzero().flatten().tolist() for x in (chosen.columns, chosen.distances))
+    assert torch.equal(selection_mask(chosen)[0, 0], published_mask(columns, distances, length))
+    blocks = -(-length // 64)
+    seen = backend.visible_keys(chosen.columns, chosen.distances, 0, blocks)[0, 0]
+    for block in range(blocks):
+        expected = {j for j in published_keys(columns, distances, block) if j < min(64 * block + 64, length)}
+        assert set(seen[block].nonzero().flatten().tolist()) == expected
+    first = blocks // 2
+    later = backend.visible_keys(chosen.columns, chosen.distances, first, blocks)
+    assert torch.equal(later[0, 0], seen[first:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 1200), st.sampled_from([0.001, 0.01, 0.1, 0.9]), st.sampled_from([0.0, 1.2, 1e9]), st.integers(0, 99))
+def test_attention_on_given_indices(make_qkv, assert_exact, length, density, small_block_cost, seed):
+    """0 forces blocks one by one, 1e9 whole strips; the middle one is what is used."""
+    q, k, v = make_qkv(length, heads=4, kv_heads=2, dim=16, seed=seed)
+    chosen = random_selection(length, 4, density, seed)
+    chosen.distances[:, 1] = True
+    mask = selection_mask(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_SMALL_BLOCK_COST", small_block_cost)
+        out = backend.attend_selected(q, k, v, chosen.columns, chosen.distances, 0.25)
+    assert_exact(out, q, k, v, mask, 0.25)
+    assert backend.count_pairs(chosen.columns, chosen.distances) == int(mask.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "batch"), [(4, 4, 64, 1), (2, 1, 96, 2), (3, 1, 128, 1)])
+@pytest.mark.parametrize("length", [1, 333, 640])
+def test_shapes_and_types(make_qkv, assert_exact, dtype, heads, kv_heads, dim, batch, length):
+    q, k, v = make_qkv(length, heads=heads, kv_heads=kv_heads, dim=dim, batch=batch, dtype=dtype)
+    pattern = VerticalSlash(((35, 104),))
+    mask = pattern.mask(q, k)
+    assert_exact(pattern.attend(q, k, v), q, k, v, mask)
+    assert pattern.pairs(q, k) == int(mask.sum())
+
+
+def test_a_full_budget_is_dense(make_qkv):
+    q, k, v = make_qkv(700, batch=2)
+    pattern = VerticalSlash(((700, 700),))
+    assert pattern.pairs(q, k) == Dense().pairs(q, k)
+    torch.testing.assert_close(pattern.attend(q, k, v), Dense().attend(q, k, v))
+
+
+def test_the_scale_decides_the_selection(make_qkv):
+    q, k, _ = make_qkv(600)
+    pattern = VerticalSlash(((40, 110),))
+    assert not torch.equal(pattern.mask(q, k, scale=0.01), pattern.mask(q, k, scale=2.0))
+
+
+@pytest.mark.parametrize("budgets", [(), ((1, 2, 3),), ((-1, 5),), ((5, 2.5),), ((30, 100), (True, 100))])
+def test_malformed_budgets_are_refused(budgets):
+    with pytest.raises(ValueError, match="budgets"):
+        VerticalSlash(budgets)
+
+
+def test_budgets_for_another_number_of_heads_are_refused(make_qkv):
+    with pytest.raises(ValueError, match="budgets for 3 heads, but q has 4"):
+        VerticalSlash(((30, 100),) * 3).attend(*make_qkv(10))
