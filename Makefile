@@ -8,7 +8,7 @@ DEMO ?= demo
 DEMO_LENGTHS ?= 2K 4K 8K 16K
 DEMO_REPEATS ?= 3
 DEMO_RULER_LENGTH ?= 2K
-DEMO_SAMPLES ?= 3
+DEMO_SAMPLES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types unit figures lock clean

@@ -31,6 +31,24 @@ PATTERNS: tuple[Pattern, ...] = (
     VerticalSlash(((3500, 100),)),
 )
 
+COLUMNS = [
+    "pattern",
+    "backend",
+    "length",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "dtype",
+    "threads",
+    "torch",
+    "coverage",
+    "relative_error",
+    "seconds_min",
+    "seconds_median",
+    "seconds_max",
+    "speedup_over_dense",
+]
+
 
 def sampled_mask(pattern: Pattern, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     """Those rows of the pattern's mask, without the rest: bool, broadcasting to ``[1, heads, rows, length]``."""
@@ -69,10 +87,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["pattern", "backend", "length", "heads", "kv_heads", "head_dim", "dtype", "threads", "torch", "coverage"]
-            + ["relative_error", "seconds_min", "seconds_median", "seconds_max", "speedup_over_dense"]
-        )
+        writer.writerow(COLUMNS)
         for length in options.lengths:
             for row in measure(length, options):
                 writer.writerow(row)

@@ -58,6 +58,11 @@ class Group:
         revision = f" at {about['revision'][:8]}" if about["revision"] else ""
         return f"{about['model']}{revision}, {about['weights']} weights, {about['dtype']}"
 
+    @property
+    def machine(self) -> str:
+        """The CPU threads in words, where the device is a CPU."""
+        return f"{self.setting['threads']} CPU threads, " if self.setting["threads"] else ""
+
     def notes(self) -> list[str]:
         """What a reader must know before using the figures: sentences, only those that apply."""
         edited = sum(row["dirty"] for row in self.rows)
@@ -75,7 +80,7 @@ class TtftGroup(Group):
     @property
     def title(self) -> str:
         about = self.setting
-        setting = f"prompt {about['prompt']}, {about['threads']} CPU threads, seed {about['seed']}"
+        setting = f"prompt {about['prompt']}, {self.machine}seed {about['seed']}"
         return f"Time to first token: {self.subject}, {setting}"
 
     def break_even(self, label: str) -> tuple[int | None, str]:
@@ -153,7 +158,7 @@ class RulerGroup(Group):
         about = self.setting
         wording = f"wording {about['wording']} {about['wording_version']}".rstrip()
         template = f"{'with' if about['chat_template'] else 'without'} chat template"
-        setting = f"{wording}, {template}, {about['threads']} CPU threads, seed {about['seed']}"
+        setting = f"{wording}, {template}, {self.machine}seed {about['seed']}"
         older = f", older data {about['older_data']}" if about["older_data"] else ""
         return f"RULER at {length_name(about['length'])}: {self.subject}, {setting}{older}"
 

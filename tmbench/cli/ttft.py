@@ -117,13 +117,13 @@ def _show(rows: list[TtftRow]) -> None:
     from tmbench.cli.screen import console, table
 
     figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
-    shown = table("Time to first token", "tokens", "method", *figures, right=("tokens", *figures))
-    dense = {row.length: row.ttft_median_s for row in rows if row.method == "dense"}
-    for number, row in enumerate(rows):
-        if number and row.length != rows[number - 1].length:
-            shown.add_section()
-        shown.add_row(str(row.length), row.method, *_figures(row, dense.get(row.length)))
-    console().print(shown)
+    for length in sorted({row.length for row in rows}):
+        here = [row for row in rows if row.length == length]
+        dense = next((row.ttft_median_s for row in here if row.method == "dense"), None)
+        shown = table(f"Time to first token of {length} tokens", "method", *figures, right=figures)
+        for row in here:
+            shown.add_row(row.method, *_figures(row, dense))
+        console().print(shown)
 
 
 def _figures(row: TtftRow, dense: float | None) -> list[str]:
