@@ -10,27 +10,30 @@ import torch
 from tmbench_kernels import Dense, Triangle
 
 
-def fastest(*calls, repeats=4):
-    """Seconds of each call: the least of several runs, interleaved, so that a busy machine disturbs all alike."""
+def processor_seconds(*calls, repeats=2):
+    """Processor time of each call on one thread, the least of interleaved runs: other processes hardly disturb it."""
     best = [float("inf")] * len(calls)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(repeats):
         for n, call in enumerate(calls):
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            best[n] = min(best[n], time.perf_counter() - start)
+            best[n] = min(best[n], time.thread_time() - start)
+    torch.set_num_threads(threads)
     return best
 
 
 @pytest.mark.slow
 def test_triangle_is_several_times_faster_than_dense_and_linear():
-    """8 heads of 64. On two calm cores the factors are above 6 and about 2; the limits leave room for busy ones."""
+    """8 heads of 64. On a calm machine the factors are about 7 and 2; the limits leave room for a shared cache."""
     x = torch.randn(1, 8, 16384, 64)
     y = torch.randn(1, 8, 32768, 64)
-    dense, short, long = fastest(
+    dense, short, long = processor_seconds(
         lambda: Dense().attend(x, x, x), lambda: Triangle().attend(x, x, x), lambda: Triangle().attend(y, y, y)
     )
     assert dense / short > 4
-    assert long / short < 3
+    assert long / short < 2.6
 
 
 MEASURE_PEAK = """
