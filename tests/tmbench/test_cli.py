@@ -17,7 +17,12 @@ from tmbench import cli
 from tmbench.results import RulerRow, TtftRow, read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "report", "list", "env")
-PROGRAM = [sys.executable, "-c", "from tmbench.cli import main; main()"]
+# A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
+PROGRAM = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tmbench.cli import main; main()",
+]
 FAST_TTFT = ("ttft", "--length", "256", "--repeats", "1", "--device", "cpu")
 
 
