@@ -8,6 +8,7 @@ import uuid
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ruler_tasks import TASKS, Sources, examples
 from tmbench.errors import UserError
@@ -37,7 +38,7 @@ def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> T
         return torch.randint(vocabulary, (1, length), generator=generator).to(loaded.device)
     tokenizer = loaded.need_tokenizer(f"--prompt {kind}")
     if kind == "kv":
-        ids = tokenizer(key_value_text(_pairs_for(length), seed))["input_ids"]
+        ids = tokenizer(key_value_text(_pairs_for(length, tokenizer), seed))["input_ids"]
     else:
         # A RULER example may fill a little less than it is asked to, so ask for more and cut.
         asked = length + length // 16 + TASKS[kind].tokens_to_generate + KEPT_END
@@ -54,9 +55,12 @@ def key_value_text(pairs: int, seed: int) -> str:
     return f'Find a value in this JSON object.\n{json.dumps(data, indent=0)}\nThe value stored under "{asked}" is "'
 
 
-def _pairs_for(length: int) -> int:
-    # Two UUIDs of 32 hexadecimal digits and 4 hyphens, with quotes: no tokenizer in use makes fewer than 12 tokens of them.
-    return length // 12 + 2
+def _pairs_for(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many pairs surely make so many tokens, with few to spare: what is cut may hold the answer."""
+    few, many = 1, 65
+    shorter, longer = (len(tokenizer(key_value_text(pairs, seed=0))["input_ids"]) for pairs in (few, many))
+    # Pairs differ by a few tokens: a thirty-second more than the mean asks for.
+    return length * (many - few) * 33 // ((longer - shorter) * 32) + 2
 
 
 def _cut_to(ids: list[int], length: int) -> list[int]:
