@@ -77,6 +77,10 @@ class Plan:
     starting_layer_source: str = ""
     """Where the starting layer comes from: "given", "published", "half the depth", or "" for methods without one."""
 
+    def row_fields(self) -> dict[str, int | str]:
+        """The columns that a result row takes from here."""
+        return {"method": self.method, **self.parameters, "starting_layer_source": self.starting_layer_source}
+
 
 @dataclass(frozen=True)
 class Method:

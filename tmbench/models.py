@@ -39,6 +39,10 @@ class LoadedModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    def row_fields(self) -> dict[str, str]:
+        """The columns that a result row takes from here."""
+        return {"model": self.name, "revision": self.revision, "weights": self.weights, "dtype": self.dtype}
+
     @property
     def max_length(self) -> int | None:
         """The most positions the model has, prompt and answer together; None where its config does not say."""

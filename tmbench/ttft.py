@@ -47,13 +47,8 @@ class TtftJob:
         """The columns of a row that are known before it is measured."""
         return {
             **self.environment.row_fields(),
-            **plan.parameters,
-            "starting_layer_source": plan.starting_layer_source,
-            "method": plan.method,
-            "model": self.loaded.name,
-            "revision": self.loaded.revision,
-            "weights": self.loaded.weights,
-            "dtype": self.loaded.dtype,
+            **self.loaded.row_fields(),
+            **plan.row_fields(),
             "length": length,
             "seed": self.seed,
             "prompt": self.prompt,
