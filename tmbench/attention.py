@@ -31,7 +31,7 @@ IMPLEMENTATION = "tmbench"
 PLACE = "_tmbench_slot"
 """The attribute of an attention module that holds its pattern while a method is applied."""
 
-Observer = Callable[[int, Pattern, Tensor, Tensor, float], None]
+Observer = Callable[[int, Pattern, Tensor, Tensor, float | None], None]
 """Called before each prefill attention with (layer, pattern, q, k, scale); see ``Applied.observer``."""
 
 
@@ -182,7 +182,6 @@ def _attention(
     # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
     key, value = key[:, :, :queries], value[:, :, :queries]
     scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if slot.session.observer is not None:
         slot.session.observer(module.layer_idx, slot.pattern, query, key, scale)
     slot.session.calls += 1

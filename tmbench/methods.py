@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from tmbench_kernels import Pattern
 
 PAPERS = {
@@ -76,6 +78,10 @@ class Plan:
     """The parameters that this method reads, with the values used; the same names as the options."""
     starting_layer_source: str = ""
     """Where the starting layer comes from: "given", "published", "half the depth", or "" for methods without one."""
+
+    def backends(self, device: torch.device) -> str:
+        """What runs the patterns on this device, as rows name it: pattern:backend, joined by "+"."""
+        return "+".join(sorted({f"{pattern.name}:{pattern.backend(device).name}" for pattern in self.patterns}))
 
     def row_fields(self) -> dict[str, int | str]:
         """The columns that a result row takes from here."""
@@ -154,7 +160,7 @@ def _triangle(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
 def _a_shape(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
     from tmbench_kernels import Triangle
 
-    return [Triangle(settings.n_init, settings.n_local, last_n=0)] * shape.layers
+    return [Triangle.streaming(settings.n_init, settings.n_local)] * shape.layers
 
 
 def _vertical_slash(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
 
@@ -159,7 +160,9 @@ class RulerRow(Row):
     """The JSONL file of predictions, relative to the CSV's folder."""
 
 
-ROW_KINDS: tuple[type[Row], ...] = (TtftRow, RulerRow)
+def now() -> str:
+    """The time as rows hold it: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def csv_path(root: Path, row: type[Row], device: str, method: str) -> Path:

@@ -11,8 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
-from tmbench.results import FAILED, OK, RulerRow, Status, append, append_line, csv_path, newest, writable
+from tmbench.results import FAILED, OK, RulerRow, Status, append, append_line, csv_path, newest, now, writable
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -130,8 +129,6 @@ def run(job: RulerJob) -> Iterator[Step]:
         for task in job.tasks:
             yield Step(f"{task} at {length}: preparing {job.samples} samples")
             examples = job.examples(task, length)
-            if not examples:
-                raise UserError(f"--data {job.data} holds no samples of {task}")
             for plan in job.plans:
                 yield from _evaluate(job, plan, task, length, examples)
 
@@ -165,7 +162,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> 
 
 
 def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Sequence[Example]) -> Iterator[Step]:
-    row = RulerRow(**job.identity(plan, task, length, examples), time=_now())
+    row = RulerRow(**job.identity(plan, task, length, examples), time=now())
     path = predictions_path(job.root, row)
     have = newest(job.root, RulerRow, row.device, row.method).get(row.key)
     if job.overwrite:
@@ -177,19 +174,18 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
     known = read_predictions(path)
     status: Status = OK
     error = ""
-    backends = ""
     for done, example in enumerate(examples):
         if example.index not in known and status == OK:
             yield Step(f"{plan.method} on {task} at {length}, sample {done + 1} of {len(examples)}")
             try:
-                known[example.index], backends = _answer(job, plan, example)
+                known[example.index] = _answer(job, plan, example)
             except Exception as problem:
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
                 append_line(path, _json_line(known[example.index], example if job.save_samples else None))
         yield Step("", samples=1)
-    measured: dict[str, Any] = {"status": status, "error": error, "time": _now(), "backends": backends}
+    measured: dict[str, Any] = {}
     if status == OK:
         predictions = [known[example.index] for example in examples]
         texts = [prediction.prediction for prediction in predictions]
@@ -200,12 +196,13 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
             "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
             "predictions": str(path.relative_to(csv_path(job.root, RulerRow, row.device, row.method).parent)),
         }
-    finished = RulerRow(**(job.identity(plan, task, length, examples) | measured))
+    backends = plan.backends(job.loaded.device)
+    finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)
     append(job.root, finished)
     yield Step("", row=finished)
 
 
-def _answer(job: RulerJob, plan: Plan, example: Example) -> tuple[Prediction, str]:
+def _answer(job: RulerJob, plan: Plan, example: Example) -> Prediction:
     encoded = job.tokenizer(example.prompt, add_special_tokens=job.frame.add_special_tokens)
     ids = torch.tensor([encoded["input_ids"]], device=job.loaded.device)
     start = time.perf_counter()
@@ -215,8 +212,7 @@ def _answer(job: RulerJob, plan: Plan, example: Example) -> tuple[Prediction, st
     session.check_complete()
     text = str(job.tokenizer.decode(new, skip_special_tokens=True))
     score = TASKS[example.task].score(text, example.outputs)
-    prediction = Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds)
-    return prediction, "+".join(sorted(session.backends))
+    return Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds)
 
 
 def read_predictions(path: Path) -> dict[int, Prediction]:
@@ -245,7 +241,3 @@ def _json_line(prediction: Prediction, example: Example | None) -> str:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tmbench.methods import Plan
 from tmbench.models import LoadedModel
 from tmbench.prefill import FirstToken, first_token
 from tmbench.prompts import prompt_ids
-from tmbench.results import FAILED, OK, Status, TtftRow, append, newest
+from tmbench.results import FAILED, OK, Status, TtftRow, append, newest, now
 from tmbench_kernels import Pattern
 
 
@@ -56,14 +55,17 @@ class TtftJob:
             "warmup": self.warmup,
         }
 
+    def key(self, plan: Plan, length: int) -> tuple[Any, ...]:
+        """The key of the row that this plan makes at this length."""
+        return TtftRow(time="", interleaved="", **self.identity(plan, length)).key
+
     def pending(self) -> dict[int, list[Plan]]:
         """What is still to be measured at each length: a row with as many repeats is not measured again."""
         todo: dict[int, list[Plan]] = {length: [] for length in self.lengths}
         for plan in self.plans:
             have = {} if self.overwrite else newest(self.root, TtftRow, self.environment.device, plan.method)
             for length in self.lengths:
-                key = TtftRow(time="", interleaved="", **self.identity(plan, length)).key
-                row = have.get(key)
+                row = have.get(self.key(plan, length))
                 done = isinstance(row, TtftRow) and row.status != FAILED and row.repeats >= self.repeats
                 if not done:
                     todo[length].append(plan)
@@ -104,7 +106,6 @@ class _Trial:
     seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
     pairs: int = 0
-    backends: str = ""
     peak_memory: int | None = None
 
 
@@ -142,7 +143,7 @@ def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan], rate: floa
 def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, observed: bool) -> None:
     """One prefill. The first one, a warm-up, also counts the pairs that each layer's pattern keeps."""
 
-    def count(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float) -> None:
+    def count(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
         trial.pairs += pattern.pairs(q, k, scale=scale)
 
     cuda = ids.device.type == "cuda"
@@ -152,7 +153,6 @@ def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, obser
             if cuda:
                 torch.cuda.reset_peak_memory_stats(ids.device)
             first = first_token(loaded.model, ids)
-            trial.backends = "+".join(sorted(session.backends))
             session.check_complete()
     except Exception as error:
         trial.status = status_of(error)
@@ -191,10 +191,10 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
     return TtftRow(
         **job.identity(trial.plan, length),
         **measured,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        time=now(),
         status=trial.status,
         error=trial.error,
-        backends=trial.backends,
+        backends=trial.plan.backends(job.loaded.device),
         interleaved=" ".join(other.plan.method for other in trials),
         matrix_rate_flops=rate,
     )

@@ -243,7 +243,9 @@ def test_a_killed_ruler_run_ends_with_the_rows_of_one_never_killed(tmp_path):
 
     def outcome(folder):
         rows = [row for row in read_all(folder / "results", RulerRow) if isinstance(row, RulerRow)]
-        return {(row.key, row.samples, row.score, row.nulls, row.prompt_tokens_mean, row.status) for row in rows}
+        return {
+            (row.key, row.samples, row.score, row.nulls, row.prompt_tokens_mean, row.status, row.backends) for row in rows
+        }
 
     assert outcome(killed) == outcome(whole)
     assert len(outcome(whole)) == 4

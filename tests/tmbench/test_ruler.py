@@ -48,7 +48,7 @@ def answers(monkeypatch):
         asked.append((plan.method, example.task, example.index, example.prompt))
         text = " ".join(example.outputs) if plan.method == "dense" else " "
         score = TASKS[example.task].score(text, example.outputs)
-        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5), "dense:sdpa"
+        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5)
 
     monkeypatch.setattr(ruler, "_answer", answer)
     return asked
@@ -124,6 +124,21 @@ def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch
     assert {key: replace(row, time="") for key, row in rows_of(work.root).items()} == {
         key: replace(row, time="") for key, row in rows_of(whole.root).items()
     }
+
+
+def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job, answers):
+    work = job(tasks=("vt",))
+    list(run(work))
+    before = rows_of(work.root)
+    for path in work.root.glob("*/ruler/*.csv"):
+        path.unlink()
+    answers.clear()
+    list(run(work))
+    assert not answers
+    assert {key: replace(row, time="") for key, row in rows_of(work.root).items()} == {
+        key: replace(row, time="") for key, row in before.items()
+    }
+    assert before["dense", "vt", 1024].backends == "dense:sdpa"
 
 
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):

@@ -140,8 +140,14 @@ def plans_for(methods: list[str], loaded: LoadedModel, settings: Settings) -> li
     return plans
 
 
-def default_lengths(loaded: LoadedModel, wanted: tuple[int, ...]) -> list[int]:
-    """Those of the wanted lengths that fit the model, or the longest that does."""
+def lengths_for(loaded: LoadedModel, given: list[int] | None, wanted: tuple[int, ...]) -> list[int]:
+    """The given lengths, each once; without any, those of the wanted ones that fit the model, or the longest that does.
+
+    Raises UserError for a given length that the model cannot read.
+    """
     limit = loaded.max_length
     fitting = [length for length in wanted if limit is None or length <= limit]
-    return fitting or [limit or wanted[0]]
+    lengths = list(dict.fromkeys(given or fitting or [limit or wanted[0]]))
+    for length in lengths:
+        loaded.check_length(length)
+    return lengths

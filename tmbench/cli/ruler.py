@@ -99,9 +99,7 @@ def ruler(
     texts = load_wording(wording)
     sources = _sources(tasks if data is None else [], data_dir, offline)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
-    lengths = list(dict.fromkeys(length or o.default_lengths(loaded, TINY_LENGTHS if model == "tiny" else LENGTHS)))
-    for tokens in lengths:
-        loaded.check_length(tokens)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
     here = environment.current(loaded.device)
     job = RulerJob(

@@ -55,9 +55,7 @@ def ttft(
 
     check_kind(prompt)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
-    lengths = list(dict.fromkeys(length or o.default_lengths(loaded, TINY_LENGTHS if model == "tiny" else LENGTHS)))
-    for tokens in lengths:
-        loaded.check_length(tokens)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
     plans = o.plans_for(methods, loaded, settings)
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite)
@@ -94,7 +92,7 @@ def _rows(job: TtftJob) -> list[TtftRow]:
     for plan in job.plans:
         have = newest(job.root, TtftRow, job.environment.device, plan.method)
         for length in job.lengths:
-            row = have.get(TtftRow(time="", interleaved="", **job.identity(plan, length)).key)
+            row = have.get(job.key(plan, length))
             if isinstance(row, TtftRow):
                 rows.append(row)
     return sorted(rows, key=lambda row: row.length)
