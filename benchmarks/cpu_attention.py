@@ -110,7 +110,7 @@ def measure(length: int, options: argparse.Namespace) -> list[list[object]]:
     dense_pairs = Dense().pairs(q, k)
     shape = [length, options.heads, options.kv_heads, options.head_dim, options.dtype]
     return [
-        [str(pattern), pattern.backend(q.device).name, *shape, torch.get_num_threads(), torch.__version__]
+        [str(pattern), pattern.backend(q, k, v).name, *shape, torch.get_num_threads(), torch.__version__]
         + [f"{pattern.pairs(q, k) / dense_pairs:.4f}", f"{error:.2e}"]
         + [f"{f(samples):.4f}" for f in (min, statistics.median, max)]
         + [f"{min(seconds[0]) / min(samples):.2f}"]

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tmbench_kernels.dense_cuda import CUDA_BACKENDS
 from tmbench_kernels.masks import causal_mask
 from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.sdpa import sdpa
@@ -18,10 +19,28 @@ def _attend_sdpa(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float) 
 
 @dataclass(frozen=True)
 class Dense(Pattern):
-    """Full causal attention. It has no parameters."""
+    """Full causal attention. Its only parameter does not change the pairs: it chooses who computes them.
+
+    ``forced`` names the one backend to use, so that it is an error where that one is absent or refuses; "" takes the first
+    that serves. Raises ValueError for a name that there is none of.
+    """
+
+    forced: str = ""
 
     name: ClassVar[str] = "dense"
-    backends: ClassVar[tuple[Backend, ...]] = (Backend("sdpa", ("cpu", "cuda"), _attend_sdpa),)
+    backends: ClassVar[tuple[Backend, ...]] = (*CUDA_BACKENDS, Backend("sdpa", ("cpu", "cuda"), _attend_sdpa))
+
+    def __post_init__(self) -> None:
+        if self.forced and not self.candidates:
+            names = ", ".join(backend.name for backend in self.backends)
+            raise ValueError(f"dense attention has no backend {self.forced}: choose from {names}")
+
+    @property
+    def candidates(self) -> tuple[Backend, ...]:
+        """All backends, or the forced one alone."""
+        if not self.forced:
+            return self.backends
+        return tuple(backend for backend in self.backends if backend.name == self.forced)
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
         """Bool ``[1, 1, length, length]``; the values of q and k do not matter."""

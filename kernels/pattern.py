@@ -12,18 +12,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
+
+
+def _nothing(*_: Any) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of a pattern: its name in results, the device types it runs on, and its function."""
+    """One implementation of a pattern: its name in results, what it runs on, and its function.
+
+    ``missing`` and ``refuses`` are asked at every call of ``attend``, so they take no longer than a few microseconds. Their
+    reasons go on from the backend's name: "is not installed (pip install flash-attn-4)".
+    """
 
     name: str
     devices: tuple[str, ...]
     attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]
     """``attend(pattern, q, k, v, scale)`` returns ``[batch, heads, length, head_dim]`` in q's type."""
+    missing: Callable[[], str] = _nothing
+    """"" where the backend is installed, otherwise how to install it."""
+    refuses: Callable[[Any, Tensor, Tensor, Tensor], str] = _nothing
+    """``refuses(pattern, q, k, v)``: "" where the backend serves these tensors, otherwise why it does not."""
+
+    def obstacle(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """Why the backend cannot attend over these tensors here; "" where it can. Their values do not matter."""
+        if q.device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {q.device.type}"
+        return self.missing() or self.refuses(pattern, q, k, v)
 
 
 class Pattern(abc.ABC):
@@ -33,7 +50,7 @@ class Pattern(abc.ABC):
     dynamic: ClassVar[bool] = False
     """Whether the pairs depend on the data; if not, ``pairs`` reads shapes only and takes tensors of the meta device."""
     backends: ClassVar[tuple[Backend, ...]]
-    """In order of preference; the first that runs on the tensors' device is used."""
+    """In order of preference; the first that is installed and serves the tensors is used."""
 
     @abc.abstractmethod
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -43,20 +60,27 @@ class Pattern(abc.ABC):
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """How many (query, key) pairs the pattern computes on these tensors, summed over batch and heads."""
 
-    def backend(self, device: torch.device) -> Backend:
-        """The backend that serves ``device``; raises ValueError where there is none."""
-        for backend in self.backends:
-            if device.type in backend.devices:
+    @property
+    def candidates(self) -> tuple[Backend, ...]:
+        """The backends to choose from, in order of preference."""
+        return self.backends
+
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> Backend:
+        """The backend that serves these tensors; raises ValueError with the reasons where there is none."""
+        for backend in self.candidates:
+            if not backend.obstacle(self, q, k, v):
                 return backend
-        raise ValueError(f"the pattern {self.name} has no backend for device '{device.type}'")
+        reasons = "; ".join(f"{backend.name} {backend.obstacle(self, q, k, v)}" for backend in self.candidates)
+        raise ValueError(f"no backend of the pattern {self.name} serves these tensors: {reasons}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Causal attention over the pattern's pairs: ``[batch, heads, length, head_dim]``, in q's type.
 
-        ``scale`` multiplies the logits; None means ``head_dim ** -0.5``. Raises ValueError for shapes that do not fit.
+        ``scale`` multiplies the logits; None means ``head_dim ** -0.5``. Raises ValueError for shapes that do not fit, and
+        where no backend serves them.
         """
         check_shapes(q, k, v)
-        return self.backend(q.device).attend(self, q, k, v, default_scale(q, scale))
+        return self.backend(q, k, v).attend(self, q, k, v, default_scale(q, scale))
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:

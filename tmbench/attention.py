@@ -186,7 +186,7 @@ def _attention(
         slot.session.observer(module.layer_idx, slot.pattern, query, key, scale)
     slot.session.calls += 1
     slot.session.layers.add(module.layer_idx)
-    slot.session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query.device).name}")
+    slot.session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
     return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous(), None
 
 

@@ -1,11 +1,12 @@
 """What all patterns share: the checks of shapes, the choice of a backend, and the oracle itself."""
 
 import math
+import re
 
 import pytest
 import torch
 
-from tmbench_kernels import Dense, Triangle, VerticalSlash
+from tmbench_kernels import Backend, Dense, Triangle, VerticalSlash
 from tmbench_kernels.masks import masked_attention
 
 
@@ -35,9 +36,35 @@ def test_refuses_mixed_types(pattern):
 
 @pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
 def test_names_its_backend(pattern):
-    assert pattern.backend(torch.device("cpu")) in pattern.backends
-    with pytest.raises(ValueError, match=f"{pattern.name} has no backend for device 'meta'"):
-        pattern.backend(torch.device("meta"))
+    x = torch.zeros(1, 2, 8, 16)
+    assert pattern.backend(x, x, x) in pattern.backends
+    x = x.to("meta")
+    with pytest.raises(ValueError, match=f"no backend of the pattern {pattern.name} serves these tensors: .*, not on meta"):
+        pattern.backend(x, x, x)
+
+
+def test_takes_the_first_backend_that_is_there_and_serves():
+    class Choosy(Dense):
+        backends = (
+            Backend("gpu", ("cuda",), nothing),
+            Backend("absent", ("cpu",), nothing, missing=lambda: "is not installed (pip install absent)"),
+            Backend("narrow", ("cpu",), nothing, refuses=lambda pattern, q, k, v: "is narrow" if q.shape[3] > 16 else ""),
+            Backend("even", ("cpu",), nothing, refuses=lambda pattern, q, k, v: "" if q.shape[2] % 2 == 0 else "is even"),
+        )
+
+    def chosen(length, dim):
+        x = torch.zeros(1, 2, length, dim)
+        return Choosy().backend(x, x, x).name
+
+    assert chosen(7, 16) == "narrow"
+    assert chosen(8, 32) == "even"
+    reasons = "gpu runs on cuda, not on cpu; absent is not installed (pip install absent); narrow is narrow; even is even"
+    with pytest.raises(ValueError, match=re.escape(reasons)):
+        chosen(7, 32)
+
+
+def nothing(pattern, q, k, v, scale):
+    return v
 
 
 def test_oracle_against_a_loop_over_pairs():

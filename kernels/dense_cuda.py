@@ -1,0 +1,168 @@
+"""Dense causal attention by the libraries that are fastest on CUDA: FlashAttention 4, 3 and 2, and cuDNN through torch.
+
+None of them is required. Each says whether it is installed and which tensors it serves, as far as its own checks tell:
+FlashAttention 4 in ``flash_attn/cute/interface.py``, FlashAttention 3 and 2 in their ``flash_api.cpp``, and cuDNN in torch's
+``sdp_utils.cpp``, by which cuDNN takes grouped heads natively, as the others do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tmbench_kernels.pattern import Backend, Pattern
+
+Refuses = Callable[[int, int], str]
+"""``(capability, head_dim)``: "" or why this GPU has no kernel of that head size; capability 9 is Hopper."""
+
+
+@cache
+def function(module: str) -> tuple[Callable[..., Any] | None, str]:
+    """``flash_attn_func`` of a module and "", or None and why it cannot be had."""
+    try:
+        # FlashAttention 2 and 4 share the package flash_attn, so only the module itself tells which of them is there.
+        if importlib.util.find_spec(module) is None:
+            return None, "is not installed"
+        return importlib.import_module(module).flash_attn_func, ""
+    except Exception as error:
+        # A library that was built for another torch, CUDA or Python fails to load in ways of its own.
+        if isinstance(error, ModuleNotFoundError) and error.name and module.startswith(error.name):
+            return None, "is not installed"
+        return None, f"cannot be imported ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+
+@cache
+def _missing_module(module: str, install: str) -> str:
+    _, reason = function(module)
+    return f"{reason} ({install})" if reason else ""
+
+
+@cache
+def cudnn_version() -> int:
+    """The version of torch's cuDNN, such as 91501 for 9.15.1; 0 where torch has none."""
+    cudnn: Any = torch.backends.cudnn
+    return (cudnn.version() or 0) if cudnn.is_available() else 0
+
+
+def _missing_cudnn() -> str:
+    return "" if cudnn_version() >= 90000 else "is not installed (it comes with torch's builds for CUDA)"
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The major compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@cache
+def _refuses_type(limits: Refuses, device: torch.device, dtype: torch.dtype, dim: int, v_dim: int) -> str:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if v_dim != dim:
+        return f"takes values as wide as queries, not {v_dim} and {dim}"
+    if dim % 8:
+        return f"takes head sizes that are multiples of 8, not {dim}"
+    return limits(capability(device), dim)
+
+
+def _refuses(limits: Refuses, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
+    return _refuses_type(limits, q.device, q.dtype, q.shape[-1], v.shape[-1])
+
+
+def _flash_4_limits(major: int, dim: int) -> str:
+    if major < 9:
+        return f"takes a GPU of compute capability 9 or newer, not {major}"
+    # Hopper serves every size up to 256, the newer ones every size up to 128 and, data-centre Blackwell only, 256 itself.
+    served = dim <= (256 if major == 9 else 128) or (major in (10, 11) and dim == 256)
+    return "" if served else f"has no kernel of head size {dim} for compute capability {major}"
+
+
+def _flash_3_limits(major: int, dim: int) -> str:
+    if major != 9:
+        return f"takes a GPU of compute capability 9, not {major}"
+    return "" if dim <= 256 else f"takes head sizes up to 256, not {dim}"
+
+
+def _flash_2_limits(major: int, dim: int) -> str:
+    if major < 8:
+        return f"takes a GPU of compute capability 8 or newer, not {major}"
+    return "" if dim <= 256 else f"takes head sizes up to 256, not {dim}"
+
+
+def _cudnn_limits(major: int, dim: int) -> str:
+    if major < 8:
+        return f"takes a GPU of compute capability 8 or newer, not {major}"
+    return "" if dim <= 128 else f"takes head sizes up to 128, not {dim}"
+
+
+def _refuses_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
+    if reason := _refuses(_cudnn_limits, pattern, q, k, v):
+        return reason
+    if q.shape[2] == 1:
+        return "takes prompts of 2 tokens or more"
+    if torch.are_deterministic_algorithms_enabled():
+        return "is not deterministic, and torch.use_deterministic_algorithms is on"
+    # torch itself trusts such lengths to cuDNN only from 9.15.1 on.
+    if q.shape[2] % 128 and cudnn_version() <= 91500:
+        return "takes lengths that are multiples of 128 in this version of cuDNN"
+    return ""
+
+
+def _length_first(x: Tensor) -> Tensor:
+    """``[batch, heads, length, dim]`` as ``[batch, length, heads, dim]``, mostly without a copy."""
+    x = x.transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _attend_flash(module: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    flash, reason = function(module)
+    if flash is None:
+        raise ValueError(f"{module} {reason}")
+    q, k, v = (_length_first(x) for x in (q, k, v))
+    # Some versions return the logarithm of the softmax's sum as well.
+    out = flash(q, k, v, softmax_scale=scale, causal=True)
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor.transpose(1, 2)
+
+
+def _attend_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _flash(name: str, module: str, limits: Refuses, install: str) -> Backend:
+    return Backend(
+        name,
+        ("cuda",),
+        partial(_attend_flash, module),
+        missing=partial(_missing_module, module, install),
+        refuses=partial(_refuses, limits),
+    )
+
+
+CUDA_BACKENDS = (
+    _flash("flash-attn-4", "flash_attn.cute", _flash_4_limits, "pip install flash-attn-4"),
+    _flash("flash-attn-3", "flash_attn_interface", _flash_3_limits, "build the folder hopper of Dao-AILab/flash-attention"),
+    Backend("cudnn", ("cuda",), _attend_cudnn, missing=_missing_cudnn, refuses=_refuses_cudnn),
+    _flash("flash-attn-2", "flash_attn.flash_attn_interface", _flash_2_limits, "pip install flash-attn"),
+)
+"""Fastest first, as benchmarks/attention.csv has them: milliseconds on an H200 of one layer with 32 query and 8 key heads of
+size 128, bfloat16. FlashAttention 3 was not measured; it is built for the same GPU as 4.
+
+=====================================  ====  =======  =========
+tokens                                  32K    64K      128K
+=====================================  ====  =======  =========
+flash-attn-4                           12.9   52.0     217
+cudnn                                  12.9   58-60    244-252
+FlashAttention 2, as torch carries it  26.6    102      440
+=====================================  ====  =======  =========
+"""

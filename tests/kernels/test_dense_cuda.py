@@ -1,0 +1,213 @@
+"""Which CUDA backend of dense attention is chosen, on machines that have none: the libraries are stood in for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tmbench_kernels import Dense, dense_cuda
+from tmbench_kernels.dense_cuda import CUDA_BACKENDS
+from tmbench_kernels.masks import masked_attention
+
+BACKENDS = {backend.name: backend for backend in Dense.backends}
+FLASH = {
+    "flash-attn-4": "flash_attn/cute/__init__.py",
+    "flash-attn-3": "flash_attn_interface.py",
+    "flash-attn-2": "flash_attn/flash_attn_interface.py",
+}
+CALLED = """
+import torch.nn.functional as F
+calls = []
+def flash_attn_func(q, k, v, *, softmax_scale, causal):
+    calls.append((q.shape, q.stride(), k.shape, softmax_scale, causal))
+    x, y, z = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(x, y, z, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+    return RETURNED
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """``install("flash-attn-4")``: a stand-in that keeps its calls and computes with torch, until the test ends."""
+
+    def forget():
+        for cached in (dense_cuda.function, dense_cuda._missing_module, dense_cuda.capability, dense_cuda._refuses_type):
+            cached.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
+            del sys.modules[name]
+
+    def make(name, returned="out.transpose(1, 2), None", content=CALLED):
+        path = tmp_path / FLASH[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content.replace("RETURNED", returned))
+        if name == "flash-attn-2":
+            path.with_name("__init__.py").write_text("from flash_attn.flash_attn_interface import flash_attn_func\n")
+        forget()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield make
+    forget()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """``gpu(9)``: CUDA devices are said to have this compute capability, and torch to come with this cuDNN."""
+
+    def make(major=9, cudnn=91700):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn > 0)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        for cached in (dense_cuda.capability, dense_cuda._refuses_type, dense_cuda.cudnn_version):
+            cached.cache_clear()
+
+    torch.use_deterministic_algorithms(False)
+    yield make
+    torch.use_deterministic_algorithms(True)
+    for cached in (dense_cuda.capability, dense_cuda._refuses_type, dense_cuda.cudnn_version):
+        cached.cache_clear()
+
+
+def on_cuda(dim=128, *, v_dim=None, length=256, dtype=torch.bfloat16):
+    """What backends ask of q, k and v on a GPU: no tensor can be there, so nothing is computed with these."""
+    q, k, v = (
+        SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=torch.Size((1, heads, length, width)))
+        for heads, width in ((8, dim), (2, dim), (2, v_dim or dim))
+    )
+    return q, k, v
+
+
+def chosen(*q_k_v, forced=""):
+    return Dense(forced).backend(*q_k_v).name
+
+
+def test_order_of_preference(install, gpu):
+    gpu(9)
+    assert chosen(*on_cuda()) == "cudnn"
+    install("flash-attn-2")
+    assert chosen(*on_cuda()) == "cudnn"
+    install("flash-attn-3")
+    assert chosen(*on_cuda()) == "flash-attn-3"
+    install("flash-attn-4")
+    assert chosen(*on_cuda()) == "flash-attn-4"
+    assert list(BACKENDS) == ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("major", "changes", "names"),
+    [
+        (9, {}, ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2"]),
+        (9, {"dim": 256}, ["flash-attn-4", "flash-attn-3", "flash-attn-2"]),
+        (9, {"dim": 264}, []),
+        (9, {"dim": 100}, []),
+        (9, {"v_dim": 64}, []),
+        (9, {"dtype": torch.float32}, []),
+        (9, {"length": 1}, ["flash-attn-4", "flash-attn-3", "flash-attn-2"]),
+        (10, {}, ["flash-attn-4", "cudnn", "flash-attn-2"]),
+        (10, {"dim": 192}, ["flash-attn-2"]),
+        (10, {"dim": 256}, ["flash-attn-4", "flash-attn-2"]),
+        (12, {"dim": 256}, ["flash-attn-2"]),
+        (8, {}, ["cudnn", "flash-attn-2"]),
+        (7, {"dtype": torch.float16}, []),
+    ],
+)
+def test_what_each_serves(install, gpu, major, changes, names):
+    gpu(major)
+    for name in FLASH:
+        install(name)
+    q_k_v = on_cuda(**changes)
+    assert [backend.name for backend in CUDA_BACKENDS if not backend.obstacle(Dense(), *q_k_v)] == names
+    assert chosen(*q_k_v) == [*names, "sdpa"][0]
+
+
+def test_cudnn_of_an_older_version(gpu):
+    gpu(9, cudnn=91002)
+    assert chosen(*on_cuda(length=256)) == "cudnn"
+    assert chosen(*on_cuda(length=257)) == "sdpa"
+    gpu(9, cudnn=0)
+    assert chosen(*on_cuda(length=256)) == "sdpa"
+
+
+def test_cudnn_is_not_deterministic(gpu):
+    gpu(9)
+    torch.use_deterministic_algorithms(True)
+    assert chosen(*on_cuda()) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("forced", "changes", "reason"),
+    [
+        ("flash-attn-4", {}, "flash-attn-4 is not installed (pip install flash-attn-4)"),
+        ("flash-attn-3", {}, "flash-attn-3 is not installed (build"),
+        ("cudnn", {"dtype": torch.float32}, "cudnn takes float16 or bfloat16, not float32"),
+        ("cudnn", {"dim": 256}, "cudnn takes head sizes up to 128, not 256"),
+    ],
+)
+def test_a_forced_backend_is_used_or_an_error(install, gpu, forced, changes, reason):
+    gpu(9)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        chosen(*on_cuda(**changes), forced=forced)
+    assert chosen(*on_cuda(), forced="sdpa") == "sdpa"
+    install("flash-attn-2")
+    assert chosen(*on_cuda(), forced="flash-attn-2") == "flash-attn-2"
+
+
+def test_a_name_that_there_is_none_of():
+    with pytest.raises(ValueError, match="no backend flash-attn-5: choose from flash-attn-4, flash-attn-3, cudnn"):
+        Dense("flash-attn-5")
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_one_flash_attention_is_not_taken_for_another(install, name):
+    install(name)
+    assert [other for other in FLASH if not BACKENDS[other].missing()] == [name]
+
+
+def test_a_library_that_does_not_load_is_passed_over(install, gpu):
+    gpu(9)
+    install("flash-attn-4", content="raise OSError('undefined symbol: _ZN3c10')\n")
+    reason = BACKENDS["flash-attn-4"].missing()
+    assert reason == "cannot be imported (OSError: undefined symbol: _ZN3c10) (pip install flash-attn-4)"
+    assert chosen(*on_cuda()) == "cudnn"
+
+
+def test_a_package_that_breaks_its_submodules(install):
+    install("flash-attn-4")
+    install("flash-attn-2", content="raise ImportError('libcudart.so.11.0: cannot open shared object file')\n")
+    for name in ("flash-attn-4", "flash-attn-2"):
+        assert "cannot be imported (ImportError: libcudart.so.11.0" in BACKENDS[name].missing()
+
+
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize("returned", ["out.transpose(1, 2)", "(out.transpose(1, 2), None)"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_call_and_its_layout(install, make_qkv, name, returned, contiguous):
+    install(name, returned)
+    q, k, v = make_qkv(70, heads=6, kv_heads=2, dim=32)
+    if not contiguous:
+        q, k, v = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v))
+    out = BACKENDS[name].attend(Dense(), q, k, v, 0.3)
+    torch.testing.assert_close(out.double(), masked_attention(q, k, v, Dense().mask(q, k), scale=0.3), rtol=0, atol=1e-5)
+    module = FLASH[name].removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
+    assert sys.modules[module].calls == [((1, 70, 6, 32), (70 * 6 * 32, 6 * 32, 32, 1), (1, 70, 2, 32), 0.3, True)]
+
+
+def test_the_call_of_cudnn(monkeypatch, make_qkv):
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, **options):
+        calls.append((q.stride(-1), k.shape[1], options))
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+            return real(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    q, k, v = make_qkv(70, heads=6, kv_heads=2, dim=32)
+    q = q.transpose(-1, -2).contiguous().transpose(-1, -2)
+    out = BACKENDS["cudnn"].attend(Dense(), q, k, v, 0.3)
+    assert calls == [(1, 2, {"is_causal": True, "scale": 0.3, "enable_gqa": True})]
+    torch.testing.assert_close(out.double(), masked_attention(q, k, v, Dense().mask(q, k), scale=0.3), rtol=0, atol=1e-5)
