@@ -27,6 +27,7 @@ FIGURES = {
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
 PARAMETERS = ("starting_layer", "n_init", "n_local", "last_n", "patterns")
+"""What decides which pairs a method computes, and so what it keeps: the backend of dense attention does not."""
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
@@ -251,9 +252,9 @@ def grouped(rows: list[Record]) -> list[tuple[Record, list[Record]]]:
     for members in together.values():
         _label(members)
         figure, place = FIGURES[members[0]["kind"]][0], "task" if "task" in members[0] else "length"
-        dense = {row[place]: row[figure] for row in members if row["method"] == "dense"}
+        dense = {row[place]: row[figure] for row in members if row["label"] == "dense"}
         for row in members:
-            compared = row["method"] != "dense" and row[figure] is not None and dense.get(row[place])
+            compared = row["label"] != "dense" and row[figure] is not None and dense.get(row[place])
             row["percent_vs_dense"] = 100 * (row[figure] / dense[row[place]] - 1) if compared else None
     names = SETTING[rows[0]["kind"]] if rows else ()
     return [(dict(zip(names, key, strict=True)), together[key]) for key in sorted(together)]
@@ -275,7 +276,9 @@ def _order(row: Record) -> tuple[Any, ...]:
     methods, tasks = list(METHODS), list(TASKS)
     method = methods.index(row["method"]) if row["method"] in methods else len(methods)
     task = tasks.index(row["task"]) if row.get("task") in tasks else len(tasks)
-    return method, row["method"], *((row[name] in (None, ""), row[name]) for name in PARAMETERS), row["length"], task
+    # Dense attention as tmbench chooses it comes before what a user forced.
+    values = [row["dense_backend"], *((row[name] in (None, ""), row[name]) for name in PARAMETERS)]
+    return method, row["method"], *values, row["length"], task
 
 
 def _label(rows: list[Record]) -> None:
@@ -283,9 +286,10 @@ def _label(rows: list[Record]) -> None:
     for row in rows:
         variants.setdefault(row["method"], []).append(row)
     for method, own in variants.items():
-        differing = [name for name in PARAMETERS if len({row[name] for row in own}) > 1]
+        differing = [name for name in (*PARAMETERS, "dense_backend") if len({row[name] for row in own}) > 1]
         for row in own:
-            row["label"] = f"{method} ({', '.join(f'{name} {row[name]}' for name in differing)})" if differing else method
+            values = ", ".join(f"{name} {row[name]}" for name in differing if row[name] not in (None, ""))
+            row["label"] = f"{method} ({values})" if values else method
 
 
 def _parameters(row: Record, source: bool = False) -> str:

@@ -2,7 +2,8 @@
 
 ``<root>/<device>/ttft/<method>.csv`` and ``<root>/<device>/ruler/<method>.csv``. A row is appended by one write to a file
 opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves whole
-rows. Measuring the same thing again appends a newer row, which readers prefer; nothing is ever rewritten.
+rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from before a
+column was added is read with that column's default, and is given the column when a row is next appended to it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import csv
 import fcntl
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
 from tmbench.errors import UserError
 
 SCHEMA_VERSION = 1
+"""Rises when a column goes or changes its meaning. One that is added with a default leaves it: see ``Row.ADDED``."""
 OK: Final = "ok"
 OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
@@ -62,6 +64,8 @@ class Row:
     n_local: int | None = None
     last_n: int | None = None
     patterns: str = ""
+    dense_backend: str = ""
+    """The backend that dense attention was held to; "" where tmbench chose it."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     threads: int
@@ -80,8 +84,10 @@ class Row:
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
-        "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads",
+        "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads", "dense_backend",
     )  # fmt: skip
+    ADDED: ClassVar[tuple[str, ...]] = ("dense_backend",)
+    """Columns that files of the first release lack; each has a default."""
 
     @classmethod
     def key_fields(cls) -> tuple[str, ...]:
@@ -92,9 +98,25 @@ class Row:
     def key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.key_fields())
 
+    @property
+    def name_parts(self) -> tuple[str, ...]:
+        """The key as names of files are made from it: an added column counts only where it is not at its default."""
+        added = {name: value for name, value in self.defaults().items() if name in self.ADDED}
+        return tuple(str(getattr(self, n)) for n in self.key_fields() if n not in added or getattr(self, n) != added[n])
+
     @classmethod
     def columns(cls) -> list[str]:
         return [field.name for field in fields(cls)]
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The columns that have a default, and it."""
+        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+
+    @classmethod
+    def is_header(cls, names: list[str]) -> bool:
+        """Whether these are the columns of this version or of an older one, in order."""
+        return names == [name for name in cls.columns() if name in names or name not in cls.ADDED]
 
     @classmethod
     def parse(cls, texts: dict[str, str]) -> Self:
@@ -174,7 +196,7 @@ def append(root: Path, row: Row) -> Path:
     path = csv_path(root, type(row), row.device, row.method)
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _append_text(path, _line(row.columns()), _line([_text(value) for value in asdict(row).values()]))
+        _append_text(path, _line(row.columns()), _line_of(row), lambda: _upgrade(path, type(row)))
     return path
 
 
@@ -190,7 +212,7 @@ def read(path: Path, row: type[Row]) -> list[Row]:
     lines = list(csv.reader(io.StringIO(complete)))
     if not lines:
         return []
-    if lines[0] != row.columns():
+    if not row.is_header(lines[0]):
         raise CorruptResultsError(path, "its columns differ")
     rows: list[Row] = []
     for number, values in enumerate(lines[1:], start=2):
@@ -235,11 +257,17 @@ def append_line(path: Path, line: str) -> None:
         _append_text(path, "", line + "\n")
 
 
-def _append_text(path: Path, header: str, line: str) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def _append_text(path: Path, header: str, line: str, upgrade: Callable[[], None] | None = None) -> None:
+    """Append under a lock; ``upgrade`` replaces the file where it starts with another header."""
+    descriptor = _locked(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         end = _whole_lines(descriptor)
+        if upgrade is not None and end and os.pread(descriptor, len(header.encode()), 0) != header.encode():
+            upgrade()
+            # Writers that wait for the file that was replaced will find that they hold no file of that name any more.
+            replaced, descriptor = descriptor, _locked(path)
+            os.close(replaced)
+            end = _whole_lines(descriptor)
         payload = ((header if end == 0 else "") + line).encode()
         try:
             written = os.pwrite(descriptor, payload, end)
@@ -253,6 +281,34 @@ def _append_text(path: Path, header: str, line: str) -> None:
         os.close(descriptor)
 
 
+def _locked(path: Path) -> int:
+    """A descriptor of the file that is at ``path`` once the lock is there: another writer may have replaced it meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _upgrade(path: Path, row: type[Row]) -> None:
+    """Replace the file of an older version by one with all columns; raises CorruptResultsError for one that is not ours."""
+    rows = read(path, row)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(_line(row.columns()) + "".join(map(_line_of, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _whole_lines(descriptor: int) -> int:
     """Cut a line that was being written when its process died; return where the next one starts."""
     size = os.fstat(descriptor).st_size
@@ -261,6 +317,10 @@ def _whole_lines(descriptor: int) -> int:
     end = os.pread(descriptor, size, 0).rfind(b"\n") + 1
     os.ftruncate(descriptor, end)
     return end
+
+
+def _line_of(row: Row) -> str:
+    return _line([_text(value) for value in asdict(row).values()])
 
 
 def _line(values: list[str]) -> str:

@@ -135,7 +135,7 @@ def run(job: RulerJob) -> Iterator[Step]:
 
 def predictions_path(root: Path, row: RulerRow) -> Path:
     """The JSONL file of a row: its name holds a hash of everything that was measured."""
-    name = f"{row.task}-{row.length}-{_digest(*map(str, row.key))}.jsonl"
+    name = f"{row.task}-{row.length}-{_digest(*row.name_parts)}.jsonl"
     return csv_path(root, RulerRow, row.device, row.method).parent / "predictions" / row.method / name
 
 

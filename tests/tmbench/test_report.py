@@ -244,6 +244,19 @@ def test_variants_are_told_apart_by_what_differs(tmp_path):
     ]
 
 
+def test_a_forced_dense_backend_is_a_variant_compared_with_the_chosen_one(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 2.0, dense_backend="sdpa")
+    add_ttft(tmp_path, "dense", 2048, 1.0)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5)
+    add_ruler(tmp_path, "dense", score=90.0)
+    add_ruler(tmp_path, "tri_mix", score=80.0)
+    report = build(tmp_path)
+    group = report.ttft[0]
+    assert group.labels == ["dense", "dense (dense_backend sdpa)", "tri_mix"]
+    assert [row["percent_vs_dense"] for row in group.rows] == [None, 100, -50]
+    assert [report.fidelity(group, label)[:10] for label in group.labels[1:]] == ["RULER 90.0", "RULER 80.0"]
+
+
 def test_devices_models_and_settings_are_kept_apart(tmp_path):
     add_ttft(tmp_path, length=2048, seconds=1.0)
     add_ttft(tmp_path, "tri_mix", 2048, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -76,6 +77,64 @@ def test_what_decides_the_key():
     assert replace(ROW, ttft_median_s=9.0, torch="2.14", repeats=9).key == ROW.key
     for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}, {"last_n": 0}):
         assert replace(ROW, **change).key != ROW.key
+    assert replace(ROW, dense_backend="cudnn").key != ROW.key
+
+
+def older(path):
+    """Take from a file the columns that were added since the first release."""
+    lines = list(csv.reader(path.read_text().splitlines()))
+    kept = [n for n, name in enumerate(lines[0]) if name not in TtftRow.ADDED]
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([line[n] for n in kept] for line in lines)
+
+
+def test_a_file_without_an_added_column_is_read_and_appended_to(tmp_path):
+    path = append(tmp_path, ROW)
+    older(path)
+    assert "dense_backend" not in path.read_text()
+    assert read(path, TtftRow) == [ROW]
+    forced = replace(ROW, dense_backend="cudnn")
+    append(tmp_path, forced)
+    assert read(path, TtftRow) == [ROW, forced]
+    assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_older_file_cut_by_a_kill_is_upgraded_without_the_cut_line(tmp_path):
+    append(tmp_path, ROW)
+    path = append(tmp_path, replace(ROW, length=8192))
+    older(path)
+    os.truncate(path, path.stat().st_size - 3)
+    append(tmp_path, replace(ROW, length=16384))
+    assert [row.length for row in read(path, TtftRow)] == [4096, 16384]
+
+
+def test_an_upgrade_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkeypatch):
+    path = append(tmp_path, ROW)
+    older(path)
+    before = path.read_bytes()
+
+    def refuse(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "fsync", refuse)
+    with pytest.raises(UserError, match="No space left on device"):
+        append(tmp_path, ROW)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("column", ["patterns", "model"])
+def test_only_an_added_column_may_be_absent(tmp_path, column):
+    path = append(tmp_path, ROW)
+    path.write_text(path.read_text().replace(f",{column},", ",", 1))
+    before = path.read_bytes()
+    with pytest.raises(CorruptResultsError, match="its columns differ"):
+        read(path, TtftRow)
+    with pytest.raises(CorruptResultsError, match="its columns differ"):
+        append(tmp_path, ROW)
+    assert path.read_bytes() == before
+    assert set(TtftRow.ADDED) <= set(TtftRow.defaults())
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
@@ -114,11 +173,14 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
 
 def test_writers_that_append_at_once_lose_nothing(tmp_path):
     # The lock belongs to the open file, so threads contend for it just as processes do.
+    # One of them replaces the file of an older version while the others wait for it.
     rows = [replace(ROW, length=length, threads=writer) for writer in (1, 2, 3, 4) for length in range(1, 31)]
+    older(append(tmp_path, rows.pop(0)))
+    first = read(tmp_path.joinpath(*PATH), TtftRow)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda row: append(tmp_path, row), rows))
     assert sorted((row.threads, row.length) for row in read(tmp_path.joinpath(*PATH), TtftRow)) == sorted(
-        (row.threads, row.length) for row in rows
+        (row.threads, row.length) for row in first + rows
     )
 
 

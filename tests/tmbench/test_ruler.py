@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_all_methods_answer_the_same_samples(job, answers):
     prompts = {method: [entry[1:] for entry in answers if entry[0] == method] for method in ("dense", "streaming")}
     assert prompts["dense"] == prompts["streaming"]
     assert len({entry[-1] for entry in prompts["dense"]}) == 6
+
+
+def test_files_of_predictions_keep_the_names_that_they_have_in_older_results():
+    root = Path(__file__).parents[2] / "results"
+    rows = [row for row in read_all(root, RulerRow) if isinstance(row, RulerRow) and row.predictions]
+    assert rows
+    for row in rows:
+        assert predictions_path(root, row) == root / row.device / "ruler" / row.predictions
+        assert predictions_path(root, replace(row, dense_backend="sdpa")) != predictions_path(root, row)
 
 
 def test_predictions_are_kept_and_scored_from_the_file(job, answers):
