@@ -8,16 +8,20 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmbench import __version__
 from tmbench.results import writable
+from tmbench_kernels import Dense
 
 PACKAGES = (
     "torch",
@@ -25,6 +29,7 @@ PACKAGES = (
     "tokenizers",
     "triton",
     "flash-attn-4",
+    "flash-attn-3",
     "flash-attn",
     "datasets",
     "numpy",
@@ -108,22 +113,35 @@ def write_record(root: Path, environment: Environment) -> Path:
 
 
 def dense_backends(device: torch.device) -> dict[str, str]:
-    """Which implementations of dense attention run on this device, tried on a small prefill: "works", or why not."""
+    """What computes dense attention on this device, each tried on a small prefill: "works", or why not.
+
+    Heads of size 128, in bfloat16 on a GPU and float32 elsewhere; "works, picked" is what such a model gets. Behind the
+    backends come the kernels that torch may choose from for the last of them, ``sdpa``.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = (torch.randn(1, heads, 256, 64, device=device, dtype=dtype) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, 256, 128, device=device, dtype=dtype) for heads in (4, 2, 2))
     results = {}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        try:
-            with sdpa_kernel(SDPBackend.__members__[name]):
-                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            results[f"sdpa {name.lower()}"] = "works"
-        except RuntimeError as error:
-            # torch says why only in warnings; its error is the same for every cause.
-            reason = "not on this device" if "No viable backend" in str(error) else str(error).splitlines()[0]
-            results[f"sdpa {name.lower()}"] = reason
-    for package in ("flash-attn-4", "flash-attn"):
-        results[package] = _versions().get(package, "not installed")
+    for name in (backend.name for backend in Dense.backends):
+        pattern = Dense(name)
+        results[name] = pattern.candidates[0].obstacle(pattern, q, k, v) or _tried(partial(pattern.attend, q, k, v))
+    results[Dense().backend(q, k, v).name] += ", picked"
+    for kernel in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        with sdpa_kernel(SDPBackend.__members__[kernel]):
+            results[f"sdpa {kernel.lower()}"] = _tried(
+                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            )
     return results
+
+
+def _tried(attend: Callable[[], Any]) -> str:
+    """ "works", or why it does not: what a library raises is its own choice."""
+    try:
+        attend()
+    except Exception as error:
+        # torch says why only in warnings; its error is the same for every cause.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return "not on this device" if "No viable backend" in reason else reason
+    return "works"
 
 
 def _device(device: torch.device) -> tuple[str, str, int]:

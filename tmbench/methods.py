@@ -6,7 +6,7 @@ never code of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from tmbench_kernels import Pattern
 
@@ -28,6 +28,10 @@ PUBLISHED_STARTING_LAYERS = {"llama-3.1-8b": 16, "llama-3-8b-instruct-262k": 16,
 """First triangle layer of the models that TriangleMix was published on (its speed test), by a part of their name."""
 
 
+DENSE_BACKENDS = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa")
+"""What computes dense attention, in order of preference: the names of ``tmbench_kernels.Dense.backends``."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The parameters of all methods, as given by the user. Those that a method does not read leave it unchanged."""
@@ -39,6 +43,8 @@ class Settings:
     last_n: int = 128
     patterns: Path | None = None
     """A JSON file in MInference's format with each head's budgets; None means (1000, 6096) for every head."""
+    dense_backend: str | None = None
+    """The one backend to compute dense attention with; None takes the fastest that is installed and serves the model."""
 
     def __post_init__(self) -> None:
         for option in ("n_init", "n_local", "last_n"):
@@ -46,6 +52,8 @@ class Settings:
                 raise UserError(f"--{option.replace('_', '-')} must be 0 or more, not {getattr(self, option)}")
         if self.n_init == 0 and self.n_local == 0:
             raise UserError("--n-init and --n-local are both 0, so most queries would see no key: raise one of them")
+        if self.dense_backend is not None and self.dense_backend not in DENSE_BACKENDS:
+            raise UserError(f"--dense-backend {self.dense_backend} is unknown: choose from {', '.join(DENSE_BACKENDS)}")
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,19 @@ class Plan:
     method: str
     patterns: tuple[Pattern, ...]
     parameters: Mapping[str, int | str] = field(default_factory=dict)
-    """The parameters that this method reads, with the values used; the same names as the options."""
+    """The parameters that this method reads, with the values used; the same names as the options.
+
+    One that was left to tmbench, as the backend of dense attention may be, is not among them.
+    """
     starting_layer_source: str = ""
     """Where the starting layer comes from: "given", "published", "half the depth", or "" for methods without one."""
 
-    def backends(self, device: torch.device) -> str:
-        """What runs the patterns on this device, as rows name it: pattern:backend, joined by "+"."""
-        return "+".join(sorted({f"{pattern.name}:{pattern.backend(device).name}" for pattern in self.patterns}))
+    def backends(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What will run the patterns on such tensors, as rows name it: pattern:backend, joined by "+".
+
+        Raises ValueError with the reasons where a pattern has no backend for them.
+        """
+        return backends_name(f"{pattern.name}:{pattern.backend(q, k, v).name}" for pattern in set(self.patterns))
 
     def row_fields(self) -> dict[str, int | str]:
         """The columns that a result row takes from here."""
@@ -115,9 +129,15 @@ class Method:
             patterns[start:] = self.deep(settings, shape)[start:]
             parameters["starting_layer"] = start
         for name in self.reads:
-            value = getattr(settings, name)
-            parameters[name] = budgets_name(value) if name == "patterns" else value
+            value = budgets_name(settings.patterns) if name == "patterns" else getattr(settings, name)
+            if value is not None:
+                parameters[name] = value
         return Plan(self.name, tuple(patterns), parameters, source)
+
+
+def backends_name(backends: Iterable[str]) -> str:
+    """How results name what ran: the "pattern:backend" texts, joined by "+"."""
+    return "+".join(sorted(set(backends)))
 
 
 def starting_layer(shape: ModelShape, settings: Settings) -> tuple[int, str]:
@@ -148,7 +168,7 @@ def budgets_name(path: Path | None) -> str:
 def _dense(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
     from tmbench_kernels import Dense
 
-    return [Dense()] * shape.layers
+    return [Dense(settings.dense_backend or "")] * shape.layers
 
 
 def _triangle(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
@@ -176,18 +196,19 @@ def _vertical_slash(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
 
 
 WINDOW = ("n_init", "n_local", "last_n")
+DENSE = ("dense_backend",)
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("dense", "every query sees all keys before it, in every layer", (), _dense),
+        Method("dense", "every query sees all keys before it, in every layer", (), _dense, reads=DENSE),
         Method(
             "tri_mix",
             "TriangleMix: dense shallow layers, triangle attention in the deep ones",
             ("TriangleMix",),
             _dense,
             _triangle,
-            WINDOW,
+            (*WINDOW, *DENSE),
         ),
         Method(
             "minference",

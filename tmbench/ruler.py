@@ -196,7 +196,7 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
             "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
             "predictions": str(path.relative_to(csv_path(job.root, RulerRow, row.device, row.method).parent)),
         }
-    backends = plan.backends(job.loaded.device)
+    backends = plan.backends(*job.loaded.qkv(length))
     finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)
     append(job.root, finished)
     yield Step("", row=finished)

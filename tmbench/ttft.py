@@ -19,7 +19,7 @@ from tmbench import floor
 from tmbench.attention import applied_plan
 from tmbench.environment import Environment
 from tmbench.failures import describe, release_memory, status_of
-from tmbench.methods import Plan
+from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prefill import FirstToken, first_token
 from tmbench.prompts import prompt_ids
@@ -84,7 +84,7 @@ class TtftJob:
             text.num_attention_heads * floor.causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape)
             for pattern in plan.patterns
         )
-        return floor.linear_flop(self.loaded.model, length) + floor.attention_flop(pairs, head_dim(self.loaded))
+        return floor.linear_flop(self.loaded.model, length) + floor.attention_flop(pairs, self.loaded.head_dim)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class _Trial:
     seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
     pairs: int = 0
+    backends: set[str] = field(default_factory=set)
+    """What has run, as "pattern:backend"."""
     peak_memory: int | None = None
 
 
@@ -153,6 +155,7 @@ def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, obser
             if cuda:
                 torch.cuda.reset_peak_memory_stats(ids.device)
             first = first_token(loaded.model, ids)
+            trial.backends |= session.backends
             session.check_complete()
     except Exception as error:
         trial.status = status_of(error)
@@ -171,7 +174,7 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
     if trial.status == OK and trial.first is not None:
         heads = job.loaded.model.config.get_text_config().num_attention_heads
         layers = len(trial.plan.patterns)
-        flop = floor.linear_flop(job.loaded.model, length) + floor.attention_flop(trial.pairs, head_dim(job.loaded))
+        flop = floor.linear_flop(job.loaded.model, length) + floor.attention_flop(trial.pairs, job.loaded.head_dim)
         median = statistics.median(trial.seconds)
         measured = {
             "ttft_median_s": median,
@@ -194,16 +197,10 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
         time=now(),
         status=trial.status,
         error=trial.error,
-        backends=trial.plan.backends(job.loaded.device),
+        backends=backends_name(trial.backends) or trial.plan.backends(*job.loaded.qkv(length)),
         interleaved=" ".join(other.plan.method for other in trials),
         matrix_rate_flops=rate,
     )
-
-
-def head_dim(loaded: LoadedModel) -> int:
-    """The size of one attention head."""
-    text = loaded.model.config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _relative_rms(value: Tensor, reference: Tensor) -> float:

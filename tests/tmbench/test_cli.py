@@ -112,6 +112,22 @@ def test_ruler_and_its_data(tmbench):
     assert scores["tmbench-1"] == scores["prepared"]
 
 
+def test_a_dense_backend_can_be_forced(tmbench):
+    for forced in ((), ("--dense-backend", "sdpa")):
+        assert tmbench(*FAST_TTFT, "--method", "dense", *forced)[0] == 0
+    rows = read_all(Path("results"), TtftRow)
+    assert [(row.dense_backend, row.backends) for row in rows] == [("", "dense:sdpa"), ("sdpa", "dense:sdpa")]
+    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "1", "--offline", "--device", "cpu")
+    assert tmbench("ruler", *common, "--method", "dense", "--dense-backend", "sdpa")[0] == 0
+    assert [row.dense_backend for row in read_all(Path("results"), RulerRow)] == ["sdpa"]
+
+
+def test_help_names_dense_backends(tmbench):
+    _, out, _ = tmbench("ttft", "--help")
+    text = " ".join(out.replace("│", " ").split())
+    assert "flash-attn-4, flash-attn-3, cudnn, flash-attn-2, sdpa" in text
+
+
 def test_list_and_env(tmbench):
     code, out, _ = tmbench("list")
     assert code == 0
@@ -119,7 +135,9 @@ def test_list_and_env(tmbench):
         assert word in out
     code, out, _ = tmbench("env", "--json", "--device", "cpu")
     assert code == 0
-    assert json.loads(out)["dense_backends"]["sdpa flash_attention"] == "works"
+    dense = json.loads(out)["dense_backends"]
+    assert dense["sdpa flash_attention"] == "works"
+    assert (dense["sdpa"], dense["flash-attn-4"]) == ("works, picked", "runs on cuda, not on cpu")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +155,13 @@ def test_list_and_env(tmbench):
         (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
         (("ttft", "--method", "dense", "--n-local", "4"), "--n-local changes none of dense: leave it out"),
         (("ttft", "--patterns", "none.json"), "--patterns: "),
+        (
+            ("ttft", "--dense-backend", "fa5"),
+            "--dense-backend fa5 is unknown: choose from flash-attn-4, flash-attn-3, cudnn",
+        ),
+        (("ttft", "--device", "cpu", "--dense-backend", "cudnn"), "cudnn runs on cuda, not on cpu: as things are, tiny at"),
+        (("ttft", "--method", "streaming", "--dense-backend", "sdpa"), "--dense-backend changes none of streaming"),
+        (("ruler", "--device", "cpu", "--offline", "--dense-backend", "cudnn"), "--dense-backend cudnn runs on cuda"),
         (("ruler", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
         (("ruler", "--task", "cwe", "--length", "300", "--offline"), "--length 300 is too short for cwe"),
         (("ruler", "--length", "131072"), "--length 131072 is more than the 16384 positions of tiny"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS, METHODS, PAPERS, ModelShape, Settings, get_method
+from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, PAPERS, ModelShape, Settings, get_method
 from tmbench_kernels import Dense, Triangle, VerticalSlash
 
 SHAPE = ModelShape("some/model", layers=6, heads=4)
@@ -59,6 +60,24 @@ def test_a_given_start_may_be_either_end(start):
 def test_a_start_outside_the_model_is_refused(start):
     with pytest.raises(UserError, match="--starting-layer must be between 0 and 6"):
         plan("tri_mix", starting_layer=start)
+
+
+def test_dense_attention_can_be_held_to_one_backend():
+    assert tuple(backend.name for backend in Dense.backends) == DENSE_BACKENDS
+    assert plan("dense", dense_backend="sdpa").patterns == (Dense("sdpa"),) * 6
+    assert plan("tri_mix", dense_backend="cudnn").patterns[:3] == (Dense("cudnn"),) * 3
+    assert plan("tri_mix", dense_backend="cudnn").parameters["dense_backend"] == "cudnn"
+    assert plan("tri_mix_minference", dense_backend="cudnn") == plan("tri_mix_minference")
+    with pytest.raises(UserError, match="--dense-backend flash is unknown: choose from flash-attn-4, flash-attn-3, cudnn"):
+        Settings(dense_backend="flash")
+
+
+def test_planned_backends():
+    x = torch.zeros(1, 4, 2, 16)
+    assert plan("dense").backends(x, x, x) == "dense:sdpa"
+    assert plan("tri_mix").backends(x, x, x) == "dense:sdpa+triangle:torch-banded"
+    with pytest.raises(ValueError, match="cudnn runs on cuda, not on cpu"):
+        plan("dense", dense_backend="cudnn").backends(x, x, x)
 
 
 def test_parameters_are_those_the_method_reads():

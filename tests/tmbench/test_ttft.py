@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tmbench import environment, floor, ttft
-from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.prefill import first_token
 from tmbench.results import TtftRow, read_all
@@ -25,10 +25,10 @@ def job(make_model, tmp_path, monkeypatch):
     # A large matrix product for every test would take longer than the tests.
     monkeypatch.setattr(floor, "matrix_rate", lambda device, dtype: RATE)
 
-    def make(names=NAMES, lengths=(96, 160), **changes):
+    def make(names=NAMES, lengths=(96, 160), dense_backend=None, **changes):
         model = make_model("llama")
         loaded = LoadedModel("small", model, None, "random", "")
-        settings = Settings(n_init=2, n_local=16, last_n=8)
+        settings = Settings(n_init=2, n_local=16, last_n=8, dense_backend=dense_backend)
         plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in names]
         values = {"prompt": "random", "repeats": 2} | changes
         return TtftJob(loaded, plans, lengths, environment.current(torch.device("cpu")), tmp_path, **values)
@@ -101,6 +101,26 @@ def test_fidelity_is_measured_against_dense(job):
     assert rows["minference", 96].logit_error == pytest.approx(0, abs=1e-4)
     assert rows["minference", 96].same_token_as_dense
     assert rows["streaming", 96].logit_error > 0.01
+
+
+def test_rows_name_the_backends_that_ran(job, monkeypatch):
+    """At other lengths or types another backend may serve: what ran counts, and what was planned where nothing did."""
+    planned = "dense:planned"
+    monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: planned)
+    work = job(names=("dense", "tri_mix"), lengths=(96,))
+    fail_for(monkeypatch, "tri_mix", RuntimeError("a kernel broke"))
+    list(run(work))
+    rows = rows_of(work)
+    assert (rows["dense", 96].backends, rows["tri_mix", 96].backends) == ("dense:sdpa", planned)
+
+
+def test_a_forced_backend_is_a_measurement_of_its_own(job):
+    list(run(job(names=("dense", "streaming"), lengths=(96,))))
+    forced = job(names=("dense", "streaming"), lengths=(96,), dense_backend="sdpa")
+    assert [plan.method for plan in forced.pending()[96]] == ["dense"]
+    list(run(forced))
+    rows = [row for row in read_all(forced.root, TtftRow) if row.method == "dense"]
+    assert [(row.dense_backend, row.backends) for row in rows] == [("", "dense:sdpa"), ("sdpa", "dense:sdpa")]
 
 
 def test_without_dense_there_is_no_fidelity(job):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS, METHODS, ModelShape, Plan, Settings, get_method
+from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, ModelShape, Plan, Settings, get_method
 
 if TYPE_CHECKING:
     from tmbench.models import LoadedModel
@@ -90,6 +90,13 @@ PatternsOption = Annotated[
         help="MInference-format JSON of each head's budgets.", rich_help_panel=ATTENTION, show_default="1000, 6096 each"
     ),
 ]
+DenseBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help=f"What computes dense attention: {', '.join(DENSE_BACKENDS)}.", rich_help_panel=ATTENTION,
+        show_default="the first of these that is installed and serves the model",
+    ),
+]  # fmt: skip
 OutputDirOption = Annotated[Path, typer.Option(help="Folder of the result files.", rich_help_panel=OUTPUT)]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Measure again what is there already.", rich_help_panel=OUTPUT)
@@ -107,6 +114,7 @@ def settings_for(
     n_local: int | None,
     last_n: int | None,
     patterns: Path | None,
+    dense_backend: str | None,
 ) -> Settings:
     """The methods' parameters; raises UserError for an option that none of the chosen methods reads."""
     options: dict[str, Any] = {
@@ -115,6 +123,7 @@ def settings_for(
         "n_local": n_local,
         "last_n": last_n,
         "patterns": patterns,
+        "dense_backend": dense_backend,
     }
     given = {name: value for name, value in options.items() if value is not None}
     read = {parameter for name in methods for parameter in get_method(name).parameters}
@@ -124,12 +133,14 @@ def settings_for(
     return Settings(**given)
 
 
-def plans_for(methods: list[str], loaded: LoadedModel, settings: Settings) -> list[Plan]:
+def plans_for(methods: list[str], loaded: LoadedModel, settings: Settings, lengths: list[int]) -> list[Plan]:
     """One plan per method for this model, each checked against the model once, before anything is measured."""
     from tmbench.attention import attention_modules
     from tmbench.cli.screen import say
 
     attention_modules(loaded.model)
+    if settings.dense_backend is not None:
+        _check_dense_backend(settings.dense_backend, loaded, lengths)
     plans = [get_method(name).plan(ModelShape.of(loaded.model), settings) for name in dict.fromkeys(methods)]
     for plan in plans:
         if plan.starting_layer_source == "half the depth":
@@ -138,6 +149,19 @@ def plans_for(methods: list[str], loaded: LoadedModel, settings: Settings) -> li
                 f"its depth, layer {plan.parameters['starting_layer']}; --starting-layer chooses another"
             )
     return plans
+
+
+def _check_dense_backend(name: str, loaded: LoadedModel, lengths: list[int]) -> None:
+    """Raise UserError where this backend is not installed or cannot serve the model, with those that can."""
+    from tmbench_kernels import Dense
+
+    for length in lengths:
+        obstacles = {backend.name: backend.obstacle(Dense(), *loaded.qkv(length)) for backend in Dense.backends}
+        if obstacles[name]:
+            usable = ", ".join(other for other, obstacle in obstacles.items() if not obstacle)
+            raise UserError(
+                f"--dense-backend {name} {obstacles[name]}: as things are, {loaded.name} at {length} tokens can use {usable}"
+            )
 
 
 def lengths_for(loaded: LoadedModel, given: list[int] | None, wanted: tuple[int, ...]) -> list[int]:

@@ -64,6 +64,7 @@ def ruler(
     n_local: o.NLocalOption = None,
     last_n: o.LastNOption = None,
     patterns: o.PatternsOption = None,
+    dense_backend: o.DenseBackendOption = None,
     data: Annotated[
         Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)
     ] = None,
@@ -83,7 +84,7 @@ def ruler(
     A length is the whole budget: prompt, special tokens and answer.
     """
     methods = list(method or DEFAULT_METHODS)
-    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns)
+    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns, dense_backend)
     tasks = _tasks(task)
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
@@ -105,7 +106,7 @@ def ruler(
     job = RulerJob(
         loaded=loaded,
         tokenizer=tokenizer,
-        plans=o.plans_for(methods, loaded, settings),
+        plans=o.plans_for(methods, loaded, settings, lengths),
         lengths=lengths,
         tasks=tasks,
         samples=samples,

@@ -37,6 +37,7 @@ def ttft(
     n_local: o.NLocalOption = None,
     last_n: o.LastNOption = None,
     patterns: o.PatternsOption = None,
+    dense_backend: o.DenseBackendOption = None,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
     as_json: o.JsonOption = False,
@@ -47,7 +48,7 @@ def ttft(
     Each length is warmed up, then all methods are measured in turns. Rows that are there already are not measured again.
     """
     methods = list(method or DEFAULT_METHODS)
-    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns)
+    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns, dense_backend)
 
     from tmbench import environment, models
     from tmbench.prompts import check_kind
@@ -57,7 +58,7 @@ def ttft(
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
-    plans = o.plans_for(methods, loaded, settings)
+    plans = o.plans_for(methods, loaded, settings, lengths)
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite)
     if dry_run:
         _show_plan(job)
