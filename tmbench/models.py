@@ -1,4 +1,7 @@
-"""Models by name: the embedded ``tiny``, a Hugging Face id, or a checkpoint folder; with its weights or random ones."""
+"""Models by name: the embedded ``tiny``, a preset, a Hugging Face id, or a checkpoint folder.
+
+With the weights of the checkpoint or with random ones; a preset has random ones only, and a folder of its name comes first.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from tmbench.errors import UserError
+from tmbench.presets import preset_names, read_preset
 
 TINY = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,8 +50,14 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int | None:
-        """The most positions the model has, prompt and answer together; None where its config does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """The most positions the model has, prompt and answer together; None where nothing limits them.
+
+        Random weights have learnt no positions: with rotary embeddings, which have no table, they read any length.
+        """
+        text = self.model.config.get_text_config()
+        if self.weights == "random" and getattr(text, "rope_parameters", None):
+            return None
+        return getattr(text, "max_position_embeddings", None)
 
     def check_length(self, length: int) -> None:
         """Raise UserError for a length past the model's positions."""
@@ -72,10 +82,10 @@ class LoadedModel:
         q, k, v = (one.expand(1, n, length, self.head_dim) for n in (heads, kv_heads, kv_heads))
         return q, k, v
 
-    def need_tokenizer(self, wish: str) -> PreTrainedTokenizerBase:
-        """The tokenizer, or a UserError that says what it was wanted for."""
+    def need_tokenizer(self, wish: str, remedy: str = "use another --model") -> PreTrainedTokenizerBase:
+        """The tokenizer, or a UserError that says what it was wanted for, and what to do."""
         if self.tokenizer is None:
-            raise UserError(f"{self.name} has no tokenizer, which {wish} needs: use --prompt random, or another --model")
+            raise UserError(f"{self.name} has no tokenizer, which {wish} needs: {remedy}")
         return self.tokenizer
 
 
@@ -113,14 +123,21 @@ def load(
 ) -> LoadedModel:
     """Load a model for measuring, in evaluation mode on one device.
 
-    Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown.
+    Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, and for
+    the weights of a preset.
     """
+    preset = is_preset(name)
+    if preset and weights != "random":
+        raise UserError(
+            f"--model {name} is a preset, a config without weights: add --weights random, or give the real checkpoint, "
+            f"{read_preset(name)['_name_or_path']} or a folder"
+        )
     place = check_device(device or default_device())
     kind = check_dtype(dtype, place)
     path = model_path(name)
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = load_config(name)
         if weights == "random":
             model = _random_model(config, place, kind)
         else:
@@ -133,7 +150,7 @@ def load(
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
-        tokenizer=_tokenizer(path, required=weights == "checkpoint"),
+        tokenizer=None if preset else _tokenizer(path, required=weights == "checkpoint"),
         weights=weights,
         revision=str(getattr(config, "_commit_hash", None) or ""),
     )
@@ -141,9 +158,34 @@ def load(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone; raises UserError where there is none."""
+    check_has_tokenizer(name, "counting tokens")
     tokenizer = _tokenizer(model_path(name), required=True)
     assert tokenizer is not None
     return tokenizer
+
+
+def is_preset(name: str) -> bool:
+    """Whether this name stands for a preset's config."""
+    return name in preset_names() and not Path(name).is_dir()
+
+
+def check_has_tokenizer(name: str, wish: str) -> None:
+    """Raise UserError for a preset, which has no tokenizer; whether another model has one shows when it is loaded."""
+    if is_preset(name):
+        raise UserError(
+            f"--model {name} is a preset, a config without a tokenizer, which {wish} needs: give the real checkpoint, "
+            f"{read_preset(name)['_name_or_path']} or a folder"
+        )
+
+
+def load_config(name: str) -> Any:
+    """The config of a model of this name; a preset's is named after the model that it was published for."""
+    if not is_preset(name):
+        return AutoConfig.from_pretrained(model_path(name))
+    fields = read_preset(name)
+    config = AutoConfig.for_model(**fields)
+    config._name_or_path = fields["_name_or_path"]
+    return config
 
 
 def _random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:

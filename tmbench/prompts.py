@@ -29,14 +29,25 @@ def check_kind(kind: str) -> None:
         raise UserError(f"--prompt {kind} is unknown: choose from {', '.join(prompt_kinds())}")
 
 
+def check_prompt(kind: str, loaded: LoadedModel) -> None:
+    """Raise UserError for a kind of prompt that there is none of, or that this model cannot be given."""
+    check_kind(kind)
+    if kind != "random":
+        _tokenizer(kind, loaded)
+
+
+def _tokenizer(kind: str, loaded: LoadedModel) -> PreTrainedTokenizerBase:
+    return loaded.need_tokenizer(f"--prompt {kind}", "use --prompt random, or another --model")
+
+
 def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> Tensor:
     """Token ids ``[1, length]`` on the model's device; the same for the same (kind, length, seed, tokenizer)."""
-    check_kind(kind)
+    check_prompt(kind, loaded)
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         vocabulary = loaded.model.config.get_text_config().vocab_size
         return torch.randint(vocabulary, (1, length), generator=generator).to(loaded.device)
-    tokenizer = loaded.need_tokenizer(f"--prompt {kind}")
+    tokenizer = _tokenizer(kind, loaded)
     if kind == "kv":
         ids = tokenizer(key_value_text(_pairs_for(length, tokenizer), seed))["input_ids"]
     else:

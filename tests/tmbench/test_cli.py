@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tmbench import cli
+from tmbench import cli, presets
 from tmbench.results import RulerRow, TtftRow, read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "report", "list", "env")
@@ -112,6 +112,36 @@ def test_ruler_and_its_data(tmbench):
     assert scores["tmbench-1"] == scores["prepared"]
 
 
+def test_a_preset_is_timed_with_random_weights(tmbench, monkeypatch, make_model, tmp_path):
+    """A small one stands in for the presets, which no CPU should be asked to build."""
+    make_model("llama").config.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "small-8m.json").write_text(json.dumps(config | {"_name_or_path": "some/llama-3.1-8b"}))
+    monkeypatch.setattr(presets, "FOLDER", tmp_path / "presets")
+
+    preset = ("--model", "small-8m", "--device", "cpu")
+    code, out, err = tmbench(
+        "ttft", *preset, "--weights", "random", "--length", "600", "--repeats", "1", "--method", "dense", "--json"
+    )
+    assert code == 0, err
+    row = json.loads(out)[0]
+    found = tuple(row[name] for name in ("model", "revision", "weights", "prompt", "length", "status"))
+    assert found == ("small-8m", "", "random", "random", 600, "ok")
+
+    for arguments, words in (
+        ((), "--model small-8m is a preset, a config without weights: add --weights random, or give the real checkpoint"),
+        (("--weights", "random", "--prompt", "kv"), "has no tokenizer, which --prompt kv needs: use --prompt random"),
+    ):
+        code, _, err = tmbench("ttft", *preset, *arguments)
+        assert code == 2
+        assert words in " ".join(err.split())
+    for command in (("ruler", *preset, "--weights", "random"), ("ruler-data", "--output", "data", *preset[:2])):
+        code, _, err = tmbench(*command, "--offline")
+        assert code == 2
+        assert "small-8m is a preset, a config without a tokenizer" in " ".join(err.split())
+
+
 def test_a_dense_backend_can_be_forced(tmbench):
     for forced in ((), ("--dense-backend", "sdpa")):
         assert tmbench(*FAST_TTFT, "--method", "dense", *forced)[0] == 0
@@ -122,9 +152,10 @@ def test_a_dense_backend_can_be_forced(tmbench):
     assert [row.dense_backend for row in read_all(Path("results"), RulerRow)] == ["sdpa"]
 
 
-def test_help_names_dense_backends(tmbench):
+def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
+    assert "llama-3.1-8b, qwen2.5-7b" in text
     assert "flash-attn-4, flash-attn-3, cudnn, flash-attn-2, sdpa" in text
 
 

@@ -10,6 +10,7 @@ def list_() -> None:
     """The methods with their parameters and papers, the tasks, the models, and the backends that run here."""
     from ruler_tasks import TASKS
     from tmbench.cli.screen import console, table
+    from tmbench.presets import preset_names, read_preset
     from tmbench_kernels import Dense, Triangle, VerticalSlash
 
     screen = console()
@@ -34,6 +35,9 @@ def list_() -> None:
 
     models = table("Models", "model", "what it is")
     models.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")
+    for name in preset_names():
+        preset = read_preset(name)
+        models.add_row(name, f"preset for --weights random: the config of {preset['_name_or_path']}, nothing downloaded")
     models.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
     screen.print(models)
 

@@ -9,6 +9,7 @@ import typer
 
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, ModelShape, Plan, Settings, get_method
+from tmbench.presets import preset_names
 
 if TYPE_CHECKING:
     from tmbench.models import LoadedModel
@@ -56,7 +57,11 @@ LengthOption = Annotated[
 ]  # fmt: skip
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the prompts.", rich_help_panel=MEASURED)]
 ModelOption = Annotated[
-    str, typer.Option(help="tiny (embedded), a Hugging Face id, or a checkpoint folder.", rich_help_panel=MACHINE)
+    str,
+    typer.Option(
+        help=f"tiny (embedded), a Hugging Face id, a checkpoint folder, or with random weights {', '.join(preset_names())}.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="A torch device.", rich_help_panel=MACHINE, show_default="cuda if there is one")

@@ -97,6 +97,7 @@ def ruler(
     from tmbench import environment, models
     from tmbench.ruler import RulerJob, chat_frame
 
+    models.check_has_tokenizer(model, "RULER")
     texts = load_wording(wording)
     sources = _sources(tasks if data is None else [], data_dir, offline)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)

@@ -25,8 +25,13 @@ def ttft(
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats.", rich_help_panel=o.MEASURED)] = 3,
     warmup: Annotated[int, typer.Option(min=1, help="Untimed passes before.", rich_help_panel=o.MEASURED)] = 1,
     prompt: Annotated[
-        str, typer.Option(help="kv (key-value retrieval), a RULER task, or random.", rich_help_panel=o.MEASURED)
-    ] = "kv",
+        str | None,
+        typer.Option(
+            help="kv (key-value retrieval), a RULER task, or random.",
+            rich_help_panel=o.MEASURED,
+            show_default="kv, or random for a model without a tokenizer",
+        ),
+    ] = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -51,11 +56,14 @@ def ttft(
     settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns, dense_backend)
 
     from tmbench import environment, models
-    from tmbench.prompts import check_kind
+    from tmbench.prompts import check_kind, check_prompt
     from tmbench.ttft import TtftJob
 
-    check_kind(prompt)
+    if prompt is not None:
+        check_kind(prompt)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
+    check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
     plans = o.plans_for(methods, loaded, settings, lengths)
