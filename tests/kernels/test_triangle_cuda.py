@@ -1,0 +1,165 @@
+"""The kernels for CUDA: in Triton's interpreter where there is no GPU, and as compiled where there is one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tmbench_kernels import Triangle
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BACKENDS = {backend.name: backend for backend in Triangle.backends}
+
+
+@pytest.fixture(params=["triton", pytest.param("gluon-hopper", marks=pytest.mark.gpu)])
+def attend(request, make_qkv, monkeypatch):
+    """``attend(pattern, length, ...)`` checks one case against float64 and returns the output; memory is poisoned."""
+    from tmbench_kernels import triton_triangle
+    from tmbench_kernels.masks import masked_attention
+
+    backend = BACKENDS[request.param]
+
+    def check(pattern, length, *, scale=None, change=lambda q, k, v: (q, k, v), **shape):
+        q, k, v = change(*(x.to(DEVICE) for x in make_qkv(length, **{"dtype": torch.float16} | shape)))
+        if GPU and (reason := backend.obstacle(pattern, q, k, v)):
+            pytest.skip(reason)
+        out = backend.attend(pattern, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        mask = pattern.mask(q, k)
+        exact = masked_attention(q, k, v, mask, scale=scale)
+        plain = masked_attention(q, k, v, mask, scale=scale, dtype=q.dtype)
+        size, error, allowed = (x.double().square().mean().sqrt().item() for x in (exact, out - exact, plain - exact))
+        assert out.shape == exact.shape
+        assert out.dtype == q.dtype
+        assert error <= max(2 * allowed, 1e-6 * size) + torch.finfo(torch.float32).tiny
+        return out
+
+    check.split_from = lambda length: monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)
+    check.multiprocessors = lambda n: monkeypatch.setattr(triton_triangle, "multiprocessors", lambda device: n)
+    return check
+
+
+COUNTS = (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200, 512, 700)
+
+
+@pytest.mark.parametrize("seed", range(120 if GPU else 12))
+def test_any_sizes(attend, seed):
+    """Lengths, parts of the pattern and shapes that are no multiple of anything."""
+    draw = random.Random(seed)
+    attend.split_from(draw.choice([0, 4096]))
+    if not GPU:
+        attend.multiprocessors(draw.choice([1, 4, 64]))
+    longest = 3000 if GPU else 200
+    length = draw.choice([1, 2, 63, 64, 65, 127, 129, draw.randint(1, longest), longest + 1])
+    pattern = Triangle(draw.choice(COUNTS), draw.choice(COUNTS), draw.choice((*COUNTS, 5000)))
+    groups, kv_heads = draw.choice([1, 2, 3, 4, 5, 7, 8]), draw.choice([1, 2])
+    dim, dtype = draw.choice([64, 96, 128]), draw.choice([torch.float16, torch.bfloat16])
+    if not GPU:
+        dtype = torch.float16  # the interpreter rounds bfloat16 towards zero, which no GPU does
+    shape = {"heads": groups * kv_heads, "kv_heads": kv_heads, "dim": dim, "batch": draw.choice([1, 2])}
+    attend(pattern, length, dtype=dtype, seed=seed, **shape)
+
+
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 192, 256])
+def test_head_sizes(attend, dim):
+    attend.split_from(0)
+    attend(Triangle(5, 70, 40), 200, heads=2, kv_heads=1, dim=dim)
+
+
+@pytest.mark.parametrize("groups", [1, 6, 16, 20, 71])
+def test_group_sizes(attend, groups):
+    attend(Triangle(5, 40, 20), 150, heads=groups, kv_heads=1, dim=64)
+
+
+def test_values_of_another_width(attend):
+    attend(Triangle(5, 40, 20), 150, change=lambda q, k, v: (q, k, v[..., :32]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q.contiguous(), k.contiguous(), v.contiguous()),
+        lambda q, k, v: tuple(x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)),
+        lambda q, k, v: tuple(torch.cat([x, x], -1)[..., 3 : 3 + x.shape[-1]] for x in (q, k, v)),
+        lambda q, k, v: (q[:, :1].expand_as(q), k[:, :, :1].expand_as(k), v),
+        lambda q, k, v: tuple(x.repeat(1, 1, 2, 1)[:, :, ::2] for x in (q, k, v)),
+    ],
+    ids=["heads first", "dim not last", "not aligned", "expanded", "every other row"],
+)
+def test_any_strides(attend, change):
+    attend(Triangle(5, 70, 40), 150, change=change)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1e-3, 0.0, -0.2])
+def test_scales(attend, scale):
+    attend(Triangle(5, 70, 40), 200, scale=scale)
+
+
+def test_queries_without_keys_give_zeros(attend):
+    out = attend(Triangle(0, 0, 20), 200)
+    assert not out[:, :, :180].any()
+
+
+def test_one_softmax_over_sinks_and_window(attend):
+    """A sink that outweighs the window by e^60 in some heads, and a window that outweighs the sinks in the others."""
+
+    def change(q, k, v):
+        q[..., 0], k[:, :, 3, 0], k[:, 1, :, 1] = 30.0, 16.0, 0.0
+        return q, k, v
+
+    attend(Triangle(8, 64, 16), 260, change=change)
+
+
+def test_the_last_rows_are_split_so_that_no_part_outlasts_the_rest():
+    from tmbench_kernels.triton_triangle import Cut
+
+    for heads, kv_heads, length in [(32, 8, 131072), (4, 1, 131072), (8, 8, 20000), (1, 1, 1_000_000)]:
+        q, k = (torch.empty(1, n, length, 128, device="meta") for n in (heads, kv_heads))
+        cut = Cut.of(Triangle(), q, k, positions=32, keys=64, overhead=3, slots=132)
+        steps = cut.head_tiles * (cut.band_tiles * cut.band_steps + cut.last_tiles * (length // 64))
+        assert cut.part_keys * cut.parts >= length > cut.part_keys * (cut.parts - 1)
+        assert cut.part_keys / 64 <= 1.5 * steps / 132 or cut.parts == 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "gluon-hopper"])
+def test_a_length_past_32_bits_of_elements(backend):
+    """More than 2^31 elements of q: the rows beyond them are right, and so are those before."""
+    from tmbench_kernels.masks import masked_attention
+
+    length, heads = 560_000, 32
+    q = torch.randn(1, length, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(1, length, 1, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    assert q.numel() > 2**31
+    pattern = Triangle()
+    out = BACKENDS[backend].attend(pattern, q, k, v, 128**-0.5)
+    for rows in (torch.arange(0, 700, 50), torch.arange(530_000, 530_640, 80), torch.arange(length - 200, length, 40)):
+        rows = rows.cuda()
+        mask = pattern.attends(rows[:, None], torch.arange(length, device="cuda"), length)
+        exact = masked_attention(q[:, :4, rows], k, v, mask, dtype=torch.float32)
+        torch.testing.assert_close(out[:, :4, rows].float(), exact, atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_again_for_another_prompt_or_pattern():
+    from tmbench_kernels import gluon_triangle, triton_triangle
+
+    def run(length, pattern):
+        q, k, v = (torch.randn(1, n, length, 64, device="cuda", dtype=torch.float16) for n in (4, 2, 2))
+        for backend in BACKENDS.values():
+            if backend.name != "torch-banded" and not backend.obstacle(pattern, q, k, v):
+                backend.attend(pattern, q, k, v, 0.125)
+
+    def compiled():
+        return [
+            sum(len(cache[0]) for cache in kernel.device_caches.values())
+            for kernel in (triton_triangle._walk, triton_triangle._merge, gluon_triangle._walk)
+        ]
+
+    run(5000, Triangle(8, 512, 128))
+    before = compiled()
+    for length, pattern in [(5001, Triangle(8, 512, 128)), (8192, Triangle(3, 64, 1)), (16384, Triangle(16, 1000, 77))]:
+        run(length, pattern)
+    assert compiled() == before
