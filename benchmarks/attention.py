@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -87,8 +88,8 @@ def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list
             if not entry.note:
                 entry.ms += timed(entry.attend, q, k, v)
     dense = min((statistics.median(entry.ms) for entry in entries if entry.pattern == Dense() and entry.ms), default=None)
-    plain = {known: error_of_torch(known, q, k, v) for known in (Dense(), pattern)}
-    return [as_row(entry, q, k, dense, plain[entry.pattern]) for entry in entries]
+    plain = {known.name: error_of_torch(known, q, k, v) for known in (Dense(), pattern)}
+    return [as_row(entry, q, k, dense, plain[entry.pattern.name]) for entry in entries]
 
 
 def random_qkv(length: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +195,7 @@ def _launches(attend: Attend, q: Tensor, k: Tensor, v: Tensor, count: int) -> li
         attend(q, k, v)
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def sampled_rows(pattern: Pattern, length: int) -> tuple[Tensor, Tensor]:
