@@ -90,6 +90,13 @@ PatternsOption = Annotated[
         help="MInference-format JSON of each head's budgets.", rich_help_panel=ATTENTION, show_default="1000, 6096 each"
     ),
 ]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="Compile the decoder layers.", rich_help_panel=MACHINE,
+        show_default="on a GPU with a C compiler",
+    ),
+]  # fmt: skip
 OutputDirOption = Annotated[Path, typer.Option(help="Folder of the result files.", rich_help_panel=OUTPUT)]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Measure again what is there already.", rich_help_panel=OUTPUT)
