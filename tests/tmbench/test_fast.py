@@ -208,8 +208,15 @@ def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
 @pytest.mark.parametrize(
     ("family", "changes"), [("diffllama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96})]
 )
-def test_other_models_run_plainly(family, changes, make_model, prompt):
+def test_layers_of_another_build_run_plainly(family, changes, make_model, prompt):
     assert kind_for(make_model(family, **changes), compiled=True) == PLAIN
+
+
+def test_a_cache_of_another_kind_is_kept(make_model):
+    """DeepSeek caches what keys and values are made of, not what attention is given."""
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 16}
+    model = make_model("deepseek_v3", first_k_dense_replace=4, head_dim=8, num_key_value_heads=4, **sizes)
+    assert kind_for(model, compiled=True) == PLAIN
 
 
 def test_a_model_that_differs_runs_plainly(make_model, monkeypatch):
