@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tmbench_kernels.dense_cuda import CUDA_BACKENDS
 from tmbench_kernels.masks import causal_mask
-from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale
 from tmbench_kernels.sdpa import sdpa
 
 
@@ -50,3 +50,8 @@ class Dense(Pattern):
         """``length * (length + 1) / 2`` for each batch and head."""
         batch, heads, length = q.shape[:3]
         return batch * heads * length * (length + 1) // 2
+
+    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """The last query over all keys; reads no other query."""
+        check_shapes(q, k, v)
+        return sdpa(q[:, :, -1:], k, v, default_scale(q, scale))

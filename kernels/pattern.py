@@ -82,6 +82,20 @@ class Pattern(abc.ABC):
         check_shapes(q, k, v)
         return self.backend(q, k, v).attend(self, q, k, v, default_scale(q, scale))
 
+    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """The last query's output alone, ``[batch, heads, 1, v_dim]``: all that the last layer of a prefill must yield.
+
+        A dynamic pattern chooses by several of the last queries, so it computes all rows unless it knows better. A static
+        one reads no other query than the last: the rest of q may hold anything.
+        """
+        return self.attend(q, k, v, scale=scale)[:, :, -1:]
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """Uninitialised ``[batch, heads, length, v_dim]``, in memory ``[batch, length, heads, v_dim]`` as models want it."""
+    batch, heads, length = q.shape[:3]
+    return q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
+
 
 def default_scale(q: Tensor, scale: float | None) -> float:
     """``scale``, or the usual ``head_dim ** -0.5``."""

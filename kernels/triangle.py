@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
 from tmbench_kernels.sdpa import sdpa
 from tmbench_kernels.triangle_cuda import CUDA_BACKENDS
 
@@ -27,7 +27,7 @@ def _attend_banded(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: fl
     length = q.shape[2]
     if max(pattern.n_init, pattern.n_local, pattern.last_n) >= length:
         return sdpa(q, k, v, scale, causal=True)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = empty_output(q, v)
     rows = _rows_per_block(pattern.n_local)
     tail = length - pattern.last_n
     settled = tail
@@ -146,3 +146,17 @@ class Triangle(Pattern):
         before = ramp * (ramp + 1) // 2 + (tail - ramp) * width
         last = (length * (length + 1) - tail * (tail + 1)) // 2
         return batch * heads * (before + last)
+
+    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """The last query over its keys, the sinks and the window where it is not among ``last_n``; reads no other query."""
+        check_shapes(q, k, v)
+        length = q.shape[2]
+        start = 0 if self.last_n else max(length - self.n_local, 0)
+        sinks = min(self.n_init, start)
+        if sinks:
+            k, v = (torch.cat([x[:, :, :sinks], x[:, :, start:]], dim=2) for x in (k, v))
+        elif start == length:
+            return v.new_zeros(*q.shape[:2], 1, v.shape[3])
+        else:
+            k, v = k[:, :, start:], v[:, :, start:]
+        return sdpa(q[:, :, -1:], k, v, default_scale(q, scale))

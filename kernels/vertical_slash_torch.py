@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.sdpa import sdpa
 
 BLOCK = 64
@@ -94,7 +95,7 @@ def attend_selected(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, distances:
     whole = _sees_everything(distances)
     if bool(whole.all()):
         return sdpa(q, k, v, scale, causal=True)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = empty_output(q, v)
     for b, h in whole.nonzero().tolist():
         kv = h // groups
         out[b, h] = sdpa(q[b, h][None, None], k[b, kv][None, None], v[b, kv][None, None], scale, causal=True)[0, 0]

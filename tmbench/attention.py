@@ -21,12 +21,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from tmbench import regions
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods import ModelShape, Plan, Settings, get_method
 from tmbench_kernels import Pattern
 
 IMPLEMENTATION = "tmbench"
 """The name under which the functions below are registered. Names with "flash" or a slash are intercepted by transformers."""
+
+TRACED = "tmbench-traced"
+"""The name of the same attention inside of compiled layers; see ``tmbench.fast``."""
 
 PLACE = "_tmbench_slot"
 """The attribute of an attention module that holds its pattern while a method is applied."""
@@ -48,6 +52,12 @@ class Applied:
     """Set to look at the tensors of a prefill, for instance to count the pairs that a dynamic pattern keeps."""
     backends: set[str] = field(default_factory=set)
     """The backends that have run, as "pattern:backend"."""
+    modules: tuple[Any, ...] = ()
+    """The model's attention modules, in layer order."""
+    cache: Any | None = None
+    """Set for the time of a fast prefill: where attention keeps the keys and values that it is given."""
+    last_row_layer: int | None = None
+    """Set for the time of a fast prefill: the layer of which only the last query's output is wanted."""
 
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
@@ -56,9 +66,12 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
+    """What an attention module holds while a method is applied."""
+
     pattern: Pattern
     session: Applied
+    layer: int
 
 
 @contextmanager
@@ -96,11 +109,13 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     modules = attention_modules(model)
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    session = Applied(plan)
+    AttentionInterface.register(TRACED, _traced_attention)
+    AttentionMaskInterface.register(TRACED, _mask)
+    session = Applied(plan, modules=tuple(modules))
     before = model.config._attn_implementation
     try:
         for module in modules:
-            setattr(module, PLACE, _Slot(plan.patterns[module.layer_idx], session))
+            setattr(module, PLACE, Slot(plan.patterns[module.layer_idx], session, module.layer_idx))
         model.set_attn_implementation(IMPLEMENTATION)
         if any(module.config._attn_implementation != IMPLEMENTATION for module in modules):
             raise UnsupportedModelError(f"{type(model).__name__} did not accept an attention function from outside")
@@ -120,7 +135,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; methods are for decoder-only models")
     text = model.config.get_text_config()
-    modules = sorted(_self_attentions(model), key=lambda module: int(module.layer_idx))
+    modules = sorted(self_attentions(model), key=lambda module: int(module.layer_idx))
     if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
         raise UnsupportedModelError(
             f"{name} has {text.num_hidden_layers} layers but {len(modules)} attention modules that can be served: "
@@ -134,7 +149,8 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     return modules
 
 
-def _self_attentions(model: nn.Module) -> Iterator[Any]:
+def self_attentions(model: nn.Module) -> Iterator[Any]:
+    """The modules that attend within a sequence, in no particular order."""
     for module in model.modules():
         if getattr(module, "layer_idx", None) is not None and hasattr(module, "is_causal"):
             yield module
@@ -162,32 +178,66 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of one layer: q ``[batch, heads, queries, dim]`` in, ``[batch, queries, heads, dim]`` out."""
-    slot: _Slot | None = getattr(module, PLACE, None)
+    slot: Slot | None = getattr(module, PLACE, None)
     if slot is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} shares its config with a model under tmbench.applied: give each model its own config"
         )
-    where = f"layer {module.layer_idx}"
-    for keyword, feature in (("sliding_window", "a sliding window"), ("softcap", "soft-capping"), ("s_aux", "sinks")):
-        if kwargs.get(keyword) is not None:
-            raise UnsupportedModelError(f"{where} asks for {feature}, which {slot.pattern.name} attention cannot honour")
-    queries = query.shape[2]
-    if queries == 1:
+    _refuse_features(module, kwargs)
+    if query.shape[2] == 1 and slot.session.cache is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
-    if attention_mask is not None:
-        raise UnsupportedModelError(f"{where} was given a mask of its own; {slot.pattern.name} attention takes none")
+    _refuse_calls(module, query, attention_mask, kwargs)
+    return attend(slot, query, key, value, kwargs.get("scaling")), None
+
+
+def _traced_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The prefill of any layer, for tracing: nothing read here may differ between layers, which all share one graph."""
+    _refuse_features(module, kwargs)
+    _refuse_calls(module, query, attention_mask, kwargs)
+    return regions.attention(query, key, value, kwargs.get("scaling")), None
+
+
+def _refuse_features(module: Any, kwargs: dict[str, Any]) -> None:
+    for keyword, feature in (("sliding_window", "a sliding window"), ("softcap", "soft-capping"), ("s_aux", "sinks")):
+        if kwargs.get(keyword) is not None:
+            raise UnsupportedModelError(
+                f"layer {module.layer_idx} asks for {feature}, which {_pattern_name(module)} attention cannot honour"
+            )
+
+
+def _refuse_calls(module: Any, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    if attention_mask is not None and query.shape[2] > 1:
+        raise UnsupportedModelError(
+            f"layer {module.layer_idx} was given a mask of its own; {_pattern_name(module)} attention takes none"
+        )
     if module.training and kwargs.get("dropout"):
-        raise UnsupportedModelError(f"{where} drops attention weights out: call model.eval() first")
+        raise UnsupportedModelError(f"layer {module.layer_idx} drops attention weights out: call model.eval() first")
+
+
+def _pattern_name(module: Any) -> str:
+    return str(getattr(module, PLACE).pattern.name)
+
+
+def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """One layer's prefill through its pattern, ``[batch, queries, heads, dim]``; tells the session what happened."""
+    session, queries = slot.session, query.shape[2]
     # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
     key, value = key[:, :, :queries], value[:, :, :queries]
-    scale = kwargs.get("scaling")
-    if slot.session.observer is not None:
-        slot.session.observer(module.layer_idx, slot.pattern, query, key, scale)
-    slot.session.calls += 1
-    slot.session.layers.add(module.layer_idx)
-    slot.session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
-    return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous(), None
+    if session.observer is not None:
+        session.observer(slot.layer, slot.pattern, query, key, scale)
+    session.calls += 1
+    session.layers.add(slot.layer)
+    session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
+    if session.cache is not None:
+        kept, _ = session.cache.update(key, value, slot.layer)
+        assert kept.data_ptr() != key.data_ptr(), "compiled layers reuse the memory of keys: the cache must hold a copy"
+    if slot.layer == session.last_row_layer:
+        return slot.pattern.last_row(query, key, value, scale=scale).transpose(1, 2).expand(-1, queries, -1, -1)
+    # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
+    return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous()
 
 
 def _mask(

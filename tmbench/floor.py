@@ -5,27 +5,60 @@ TTFT over floor says how good the software is: 1.0 would be matrix products and 
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tmbench.attention import self_attentions
 from tmbench.prefill import synchronize
+
+FUSED = ("qkv", "query_key_value")
+"""Parts of the names under which one projection yields queries, keys and values."""
 
 
 def linear_flop(model: PreTrainedModel, length: int) -> float:
-    """Floating-point operations of the model's linear layers for a prompt; the output head works on one position.
+    """Floating-point operations that the model's linear layers must do for the first token after a prompt.
 
-    Counts ``nn.Linear`` modules: a mixture of experts keeps its weights elsewhere and is underestimated.
+    All of them work on every position, except in the last layer: there only keys and values do, and all else is wanted at
+    the last position alone. Counts ``nn.Linear`` modules: a mixture of experts keeps its weights elsewhere and is
+    underestimated.
     """
-    head = model.get_output_embeddings()
+    last = max(self_attentions(model), key=lambda module: int(module.layer_idx))
+    layer = next(parent for parent in model.modules() if any(child is last for child in parent.children()))
+    attention = {module: name.rpartition(".")[2] for name, module in last.named_modules()}
+    after = {*layer.modules(), model.get_output_embeddings()}
     flop = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            flop += 2.0 * module.in_features * module.out_features * (1 if module is head else length)
+        if not isinstance(module, nn.Linear):
+            continue
+        everywhere = module.out_features
+        if module in after:
+            everywhere = _key_value_features(module, attention[module], model) if module in attention else 0
+        outputs = everywhere * length + (module.out_features - everywhere)
+        flop += 2.0 * module.in_features * outputs
     return flop
+
+
+def _key_value_features(module: nn.Linear, name: str, model: PreTrainedModel) -> int:
+    """How many outputs of one of an attention's projections are keys and values, or what these are made of."""
+    if any(part in name.lower() for part in FUSED):
+        text = model.config.get_text_config()
+        return module.out_features - int(text.num_attention_heads) * head_dim(model)
+    return module.out_features if name.startswith(("k", "v")) else 0
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    """The size of one attention head."""
+    text = model.config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def needed_pairs(pairs: Sequence[int], heads: int, length: int) -> int:
+    """(query, key) pairs that must be computed, of those that each layer's pattern keeps: of the last layer only one row."""
+    return sum(pairs[:-1]) + min(pairs[-1], heads * length)
 
 
 def attention_flop(pairs: float, head_dim: int) -> float:
@@ -38,17 +71,25 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Floating-point operations per second of a large square matrix product, the median of some repeats."""
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
+    """Floating-point operations per second that this device sustains now: large square products, one right after another.
+
+    They run for about so many ``seconds``, at least two of them. A chip that has just read a long prompt is hot and slows
+    down, so what it reaches when cool would overstate the floor: measure between the prefills.
+    """
     size = 8192 if device.type == "cuda" else 2048
     generator = torch.Generator(device=device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
+    _seconds(a, b, out, 1)
+    count = max(2, round(seconds / _seconds(a, b, out, 1)))
+    return 2.0 * size**3 * count / _seconds(a, b, out, count)
+
+
+def _seconds(a: Tensor, b: Tensor, out: Tensor, products: int) -> float:
+    synchronize(a.device)
+    start = time.perf_counter()
+    for _ in range(products):
         torch.mm(a, b, out=out)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * size**3 / statistics.median(seconds[1:])
+    synchronize(a.device)
+    return time.perf_counter() - start

@@ -15,7 +15,7 @@ from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 
 MODEL = ("device", "model", "revision", "weights", "dtype")
 SETTING = {
-    "ttft": (*MODEL, "prompt", "threads", "seed"),
+    "ttft": (*MODEL, "prompt", "prefill", "threads", "seed"),
     "ruler": (*MODEL, "length", "wording", "wording_version", "chat_template", "threads", "seed", "older_data"),
 }
 FIGURES = {
@@ -81,7 +81,7 @@ class TtftGroup(Group):
     @property
     def title(self) -> str:
         about = self.setting
-        setting = f"prompt {about['prompt']}, {self.machine}seed {about['seed']}"
+        setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
         return f"Time to first token: {self.subject}, {setting}"
 
     def break_even(self, label: str) -> tuple[int | None, str]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from tmbench.errors import UserError
+from tmbench.floor import head_dim
 from tmbench.presets import preset_names, read_preset
 
 TINY = "tiny"
@@ -67,19 +68,13 @@ class LoadedModel:
                 f"give {self.max_length} or less, or another --model"
             )
 
-    @property
-    def head_dim(self) -> int:
-        """The size of one attention head."""
-        text = self.model.config.get_text_config()
-        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory."""
         text = self.model.config.get_text_config()
         heads = text.num_attention_heads
         one = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        q, k, v = (one.expand(1, n, length, self.head_dim) for n in (heads, kv_heads, kv_heads))
+        q, k, v = (one.expand(1, n, length, head_dim(self.model)) for n in (heads, kv_heads, kv_heads))
         return q, k, v
 
     def need_tokenizer(self, wish: str, remedy: str = "use another --model") -> PreTrainedTokenizerBase:

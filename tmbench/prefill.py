@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,15 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def first_token(model: PreTrainedModel, ids: Tensor) -> FirstToken:
-    """Prefill ``ids`` ``[1, length]``, which lie on the model's device, and pick the likeliest next token.
+def first_token(prefill: Callable[[Tensor], Tensor], ids: Tensor) -> FirstToken:
+    """Let ``prefill`` read ``ids`` ``[1, length]``, which lie on the model's device, and pick the likeliest next token.
 
     Time to first token runs from the token ids on the device to the new token's id on the host, with the key-value cache
-    of every layer filled for decoding. Only the last position's logits are computed, as ``generate`` does.
+    of every layer filled for decoding. ``prefill`` is a ``tmbench.fast.Prefill``: it returns the last position's logits.
     """
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     synchronize(ids.device)
     start = time.perf_counter()
-    output = model(input_ids=ids, use_cache=True, **keep)
-    logits = output.logits[0, -1]
+    logits = prefill(ids)
     token = int(logits.argmax())
     seconds = time.perf_counter() - start
     return FirstToken(token, logits.float().cpu(), seconds)

@@ -130,7 +130,8 @@ class TtftRow(Row):
     """One time to first token: a method on a prompt of one length. Times in seconds."""
 
     kind: ClassVar[str] = "ttft"
-    extra_key: ClassVar[tuple[str, ...]] = ("prompt",)
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "prefill", "compile_s")
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prefill")
 
     prompt: str
     repeats: int
@@ -145,9 +146,9 @@ class TtftRow(Row):
     coverage: float | None = None
     """Part of the causal (query, key) pairs that attention computed, over all layers: 1 for dense."""
     flop: float | None = None
-    """Operations that this method must do: linear layers, and attention over the pairs it keeps."""
+    """Operations that this method must do: linear layers, and attention over the pairs it keeps. See ``tmbench.floor``."""
     matrix_rate_flops: float | None = None
-    """Operations per second of a large matrix product on this device, in this run."""
+    """Operations per second of large matrix products on this device, measured between the prefills; the median."""
     floor_s: float | None = None
     ttft_over_floor: float | None = None
     first_token: int | None = None
@@ -156,6 +157,11 @@ class TtftRow(Row):
     """RMS of (logits - dense logits) over the RMS of the dense logits, last position; empty where dense did not run."""
     peak_memory_bytes: int | None = None
     """Device memory at its peak, model included; empty on the CPU."""
+    prefill: str = "plain"
+    """How the model ran: "plain", as transformers runs it; "eager", without work that the first token does not need;
+    "compiled", with compiled layers too."""
+    compile_s: float | None = None
+    """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)

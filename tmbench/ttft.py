@@ -7,6 +7,8 @@ time then changes all of them. Median, minimum, maximum and every repeat are kep
 from __future__ import annotations
 
 import statistics
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +21,10 @@ from tmbench import floor
 from tmbench.attention import applied_plan
 from tmbench.environment import Environment
 from tmbench.failures import describe, release_memory, status_of
+from tmbench.fast import PLAIN, Kind, arranged
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
-from tmbench.prefill import FirstToken, first_token
+from tmbench.prefill import FirstToken, first_token, synchronize
 from tmbench.prompts import prompt_ids
 from tmbench.results import FAILED, OK, Status, TtftRow, append, newest, now
 from tmbench_kernels import Pattern
@@ -41,6 +44,8 @@ class TtftJob:
     warmup: int = 1
     seed: int = 42
     overwrite: bool = False
+    prefill: Kind = PLAIN
+    """How the model runs; ``fast.kind_for`` says what it can do."""
 
     def identity(self, plan: Plan, length: int) -> dict[str, Any]:
         """The columns of a row that are known before it is measured."""
@@ -53,6 +58,7 @@ class TtftJob:
             "prompt": self.prompt,
             "repeats": self.repeats,
             "warmup": self.warmup,
+            "prefill": self.prefill,
         }
 
     def key(self, plan: Plan, length: int) -> tuple[Any, ...]:
@@ -78,13 +84,19 @@ class TtftJob:
 
     def expected_flop(self, plan: Plan, length: int) -> float:
         """Operations of one prefill, before it is known what a dynamic pattern keeps."""
-        text = self.loaded.model.config.get_text_config()
-        shape = torch.empty(1, text.num_attention_heads, length, 1, device="meta")
-        pairs = sum(
-            text.num_attention_heads * floor.causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape)
+        heads = self.loaded.model.config.get_text_config().num_attention_heads
+        shape = torch.empty(1, heads, length, 1, device="meta")
+        pairs = [
+            heads * floor.causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape)
             for pattern in plan.patterns
-        )
-        return floor.linear_flop(self.loaded.model, length) + floor.attention_flop(pairs, self.loaded.head_dim)
+        ]
+        return self.needed_flop(pairs, length)
+
+    def needed_flop(self, pairs: Sequence[int], length: int) -> float:
+        """Operations of one prefill whose layers' patterns keep so many pairs."""
+        model = self.loaded.model
+        needed = floor.needed_pairs(pairs, model.config.get_text_config().num_attention_heads, length)
+        return floor.linear_flop(model, length) + floor.attention_flop(needed, floor.head_dim(model))
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,10 @@ class _Trial:
     error: str = ""
     seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
-    pairs: int = 0
+    pairs: Counter[int] = field(default_factory=Counter)
+    """What each layer's pattern keeps, by layer."""
+    warmup_s: float | None = None
+    """The first warm-up."""
     backends: set[str] = field(default_factory=set)
     """What has run, as "pattern:backend"."""
     peak_memory: int | None = None
@@ -119,54 +134,75 @@ def run(job: TtftJob) -> Iterator[Step]:
     pending = job.pending()
     if not pending:
         return
-    rate = floor.matrix_rate(job.loaded.device, job.loaded.model.dtype)
     for length in sorted(pending):
-        yield from _measure_length(job, length, pending[length], rate)
+        yield from _measure_length(job, length, pending[length])
 
 
-def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan], rate: float) -> Iterator[Step]:
+def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan]) -> Iterator[Step]:
     ids = prompt_ids(job.prompt, length, job.loaded, job.seed)
     trials = [_Trial(plan) for plan in plans]
+    rates = []
     for turn in range(job.warmup + job.repeats):
         for trial in trials:
             work = job.expected_flop(trial.plan, length)
             phase = "warm-up" if turn < job.warmup else f"repeat {turn - job.warmup + 1} of {job.repeats}"
             yield Step(f"{trial.plan.method} at {length}, {phase}")
             if trial.status == OK:
-                _pass(job.loaded, trial, ids, timed=turn >= job.warmup, observed=turn == 0)
+                _pass(job, trial, ids, timed=turn >= job.warmup, first=turn == 0)
             yield Step("", work)
+        if turn >= job.warmup and any(trial.status == OK for trial in trials):
+            rates.append(floor.matrix_rate(job.loaded.device, job.loaded.model.dtype))
     dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.status == OK), None)
     for trial in trials:
-        row = _row(job, length, trial, rate, trials, dense)
+        row = _row(job, length, trial, statistics.median(rates or [0.0]), trials, dense)
         append(job.root, row)
         yield Step("", row=row)
 
 
-def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, observed: bool) -> None:
+def _pass(job: TtftJob, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
     """One prefill. The first one, a warm-up, also counts the pairs that each layer's pattern keeps."""
-
-    def count(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
-        trial.pairs += pattern.pairs(q, k, scale=scale)
-
-    cuda = ids.device.type == "cuda"
+    done = None
     try:
-        with applied_plan(loaded.model, trial.plan) as session:
-            session.observer = count if observed else None
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(ids.device)
-            first = first_token(loaded.model, ids)
-            trial.backends |= session.backends
-            session.check_complete()
+        done = _prefill(job, trial, ids, count=first)
     except Exception as error:
         trial.status = status_of(error)
         trial.error = describe(error)
+    if done is None:
+        # Only now: the traceback of a caught error holds on to what the failed pass had allocated.
         release_memory()
         return
+    token, counting, peak = done
     if timed:
-        trial.seconds.append(first.seconds)
-        trial.first = first
+        trial.seconds.append(token.seconds)
+        trial.first = token
+        if peak is not None:
+            trial.peak_memory = max(trial.peak_memory or 0, peak)
+    elif first:
+        trial.warmup_s = token.seconds - counting
+
+
+def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[FirstToken, float, int | None]:
+    """The first token, the seconds that counting took, and the peak of the device's memory; the cache is let go."""
+    counting = 0.0
+
+    def observe(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
+        nonlocal counting
+        synchronize(q.device)
+        start = time.perf_counter()
+        trial.pairs[layer] += pattern.pairs(q, k, scale=scale)
+        counting += time.perf_counter() - start
+
+    model, cuda = job.loaded.model, ids.device.type == "cuda"
+    with applied_plan(model, trial.plan) as session, arranged(model, session, job.prefill) as prefill:
+        session.observer = observe if count else None
         if cuda:
-            trial.peak_memory = max(trial.peak_memory or 0, torch.cuda.max_memory_allocated(ids.device))
+            torch.cuda.reset_peak_memory_stats(ids.device)
+        try:
+            token = first_token(prefill, ids)
+        finally:
+            trial.backends |= session.backends
+        session.check_complete()
+    return token, counting, torch.cuda.max_memory_allocated(ids.device) if cuda else None
 
 
 def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence[_Trial], dense: _Trial | None) -> TtftRow:
@@ -174,19 +210,20 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
     if trial.status == OK and trial.first is not None:
         heads = job.loaded.model.config.get_text_config().num_attention_heads
         layers = len(trial.plan.patterns)
-        flop = floor.linear_flop(job.loaded.model, length) + floor.attention_flop(trial.pairs, job.loaded.head_dim)
+        flop = job.needed_flop([trial.pairs[layer] for layer in range(layers)], length)
         median = statistics.median(trial.seconds)
         measured = {
             "ttft_median_s": median,
             "ttft_min_s": min(trial.seconds),
             "ttft_max_s": max(trial.seconds),
             "samples_s": " ".join(f"{seconds:.6f}" for seconds in trial.seconds),
-            "coverage": trial.pairs / (layers * heads * floor.causal_pairs(length)),
+            "coverage": trial.pairs.total() / (layers * heads * floor.causal_pairs(length)),
             "flop": flop,
             "floor_s": flop / rate,
             "ttft_over_floor": median * rate / flop,
             "first_token": trial.first.token,
             "peak_memory_bytes": trial.peak_memory,
+            "compile_s": None if trial.warmup_s is None else max(0.0, trial.warmup_s - min(trial.seconds)),
         }
         if dense is not None and dense.first is not None:
             measured["same_token_as_dense"] = trial.first.token == dense.first.token
@@ -199,7 +236,7 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
         error=trial.error,
         backends=backends_name(trial.backends) or trial.plan.backends(*job.loaded.qkv(length)),
         interleaved=" ".join(other.plan.method for other in trials),
-        matrix_rate_flops=rate,
+        matrix_rate_flops=rate or None,
     )
 
 

@@ -98,6 +98,21 @@ def test_ttft_to_report(tmbench, tmp_path):
     assert len(list(csv.reader(out.splitlines()))) > 2
 
 
+def test_compilation_is_a_choice(tmbench, monkeypatch):
+    from tmbench import fast
+
+    monkeypatch.setattr(fast, "BACKEND", "eager")
+    monkeypatch.setenv("CXX", "c++")
+    for option in ("--compile", "--no-compile"):
+        assert tmbench(*FAST_TTFT, "--method", "dense", option)[0] == 0
+    assert [row.prefill for row in read_all(Path("results"), TtftRow)] == ["compiled", "eager"]
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    code, _, err = tmbench(*FAST_TTFT, "--compile")
+    assert code == 2
+    assert "--compile needs a compiler" in err
+
+
 def test_ruler_and_its_data(tmbench):
     common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2", "--offline")
     code, _, _ = tmbench("ruler-data", "--output", "data", *common)
@@ -247,7 +262,7 @@ def test_a_folder_that_is_a_file(tmbench):
 def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
     from tmbench import ttft
 
-    def fail(model, ids):
+    def fail(prefill, ids):
         raise RuntimeError("a kernel broke")
 
     monkeypatch.setattr(ttft, "first_token", fail)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tmbench import environment, floor, ttft
+from tmbench.fast import EAGER, PLAIN, Prefill
 from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.prefill import first_token
@@ -30,7 +33,7 @@ def job(make_model, tmp_path, monkeypatch):
         loaded = LoadedModel("small", model, None, "random", "")
         settings = Settings(n_init=2, n_local=16, last_n=8, dense_backend=dense_backend)
         plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in names]
-        values = {"prompt": "random", "repeats": 2} | changes
+        values = {"prompt": "random", "repeats": 2, "prefill": EAGER} | changes
         return TtftJob(loaded, plans, lengths, environment.current(torch.device("cpu")), tmp_path, **values)
 
     return make
@@ -42,7 +45,7 @@ def rows_of(job):
 
 def test_a_first_token_is_the_models_own(make_model, prompt):
     model, ids = make_model("llama"), prompt(40)
-    first = first_token(model, ids)
+    first = first_token(Prefill(model), ids)
     with torch.no_grad():
         logits = model(ids).logits[0, -1]
     torch.testing.assert_close(first.logits, logits)
@@ -52,7 +55,7 @@ def test_a_first_token_is_the_models_own(make_model, prompt):
 
 def test_the_matrix_rate_is_a_rate():
     start = time.perf_counter()
-    rate = floor.matrix_rate(torch.device("cpu"), torch.float32, repeats=1)
+    rate = floor.matrix_rate(torch.device("cpu"), torch.float32, seconds=0)
     seconds = time.perf_counter() - start
     assert rate > 2 * 2 * 2048**3 / seconds, "two products and more fit into the time that all of it took"
     assert rate < 1e14
@@ -87,10 +90,60 @@ def test_coverage_and_flop_are_counted_from_the_definition(job):
     assert rows["dense", 96].coverage == 1
     assert rows["tri_mix", 96].coverage == pytest.approx((2 * causal + 2 * triangle) / (4 * causal))
     assert rows["minference", 96].coverage == 1, "a budget above the length is dense"
-    # Per layer: q and o 64x64, k and v 64x32, three of 64x96; the head of 97 works on one position.
-    linear = 2 * 96 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 2 * 64 * 97
-    assert rows["dense", 96].flop == linear + 4 * 16 * causal * 4 * 4
+    # Per layer: q and o 64x64, k and v 64x32, three of 64x96. Of the last layer only k and v work on every position, and one
+    # row of attention is needed; the head of 97 works on one position.
+    key_value, rest = 2 * 64 * 32, 2 * 64 * 64 + 3 * 64 * 96
+    linear = 2 * (96 * (4 * key_value + 3 * rest) + rest + 64 * 97)
     assert floor.linear_flop(work.loaded.model, 96) == linear
+    assert rows["dense", 96].flop == linear + 4 * 16 * 4 * (3 * causal + 96)
+    assert rows["tri_mix", 96].flop == linear + 4 * 16 * 4 * (2 * causal + triangle + 96)
+
+
+def test_how_the_model_ran_and_what_was_not_counted(job, monkeypatch):
+    work = job(names=("dense",), lengths=(96,))
+    passes = iter([5.0, 0.5, 0.25])
+    real = ttft.first_token
+    monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: replace(real(prefill, ids), seconds=next(passes)))
+    list(run(work))
+    (row,) = rows_of(work).values()
+    assert row.prefill == EAGER
+    assert row.compile_s == pytest.approx(4.75, abs=0.1), "the first warm-up against the fastest repeat"
+    assert job(names=("dense",), lengths=(96,)).pending() == {}
+    assert set(job(names=("dense",), lengths=(96,), prefill=PLAIN).pending()) == {96}, "another prefill, another row"
+
+
+def test_the_rate_is_measured_after_every_turn(job, monkeypatch):
+    rates = iter([1e9, 3e9, 2e9, 7e9, 7e9, 7e9])
+    order = []
+    real = ttft.first_token
+    monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: order.append("pass") or real(prefill, ids))
+    monkeypatch.setattr(floor, "matrix_rate", lambda *_: order.append("rate") or next(rates))
+    work = job(names=("dense", "streaming"), repeats=3)
+    list(run(work))
+    assert order == 2 * (["pass"] * 2 + ["pass", "pass", "rate"] * 3)
+    assert {(length, row.matrix_rate_flops) for (_, length), row in rows_of(work).items()} == {(96, 2e9), (160, 7e9)}
+
+
+def test_memory_is_released_once_the_failed_pass_is_forgotten(job, monkeypatch):
+    work = job(names=("dense", "streaming"), lengths=(96,))
+    real, caches, alive = ttft.first_token, [], []
+
+    def first(prefill, ids):
+        seconds = real(prefill, ids)
+        caches.append(weakref.ref(prefill.cache))
+        if prefill.session.plan.method == "dense":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return seconds
+
+    monkeypatch.setattr(ttft, "first_token", first)
+    monkeypatch.setattr(ttft, "release_memory", lambda: alive.extend(cache() is not None for cache in caches))
+    list(run(work))
+    assert alive == [False]
+    assert all(cache() is None for cache in caches)
+    assert {method: row.status for (method, _), row in rows_of(work).items()} == {
+        "dense": "out_of_memory",
+        "streaming": "ok",
+    }
 
 
 def test_fidelity_is_measured_against_dense(job):
@@ -141,11 +194,10 @@ def test_rows_that_are_there_are_skipped(job):
 def fail_for(monkeypatch, method, error):
     real = ttft.first_token
 
-    def first(model, ids):
-        pattern = model.model.layers[-1].self_attn._tmbench_slot.session.plan.method
-        if pattern == method:
+    def first(prefill, ids):
+        if prefill.session.plan.method == method:
             raise error
-        return real(model, ids)
+        return real(prefill, ids)
 
     monkeypatch.setattr(ttft, "first_token", first)
 
@@ -174,10 +226,10 @@ def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
     work = job()
     real = ttft.first_token
 
-    def first(model, ids):
+    def first(prefill, ids):
         if ids.shape[1] == 160:
             raise KeyboardInterrupt
-        return real(model, ids)
+        return real(prefill, ids)
 
     monkeypatch.setattr(ttft, "first_token", first)
     with pytest.raises(KeyboardInterrupt):

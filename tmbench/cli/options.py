@@ -102,6 +102,13 @@ DenseBackendOption = Annotated[
         show_default="the first of these that is installed and serves the model",
     ),
 ]  # fmt: skip
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="Compile the decoder layers.", rich_help_panel=MACHINE,
+        show_default="on a GPU with a C compiler",
+    ),
+]  # fmt: skip
 OutputDirOption = Annotated[Path, typer.Option(help="Folder of the result files.", rich_help_panel=OUTPUT)]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Measure again what is there already.", rich_help_panel=OUTPUT)

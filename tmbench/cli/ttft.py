@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TINY_LENGTHS = (2048, 4096, 8192, 16384)
 LENGTHS = (32768, 65536, 131072)
+NOTICEABLE = 1.0
+"""Seconds of compilation from which on they are told."""
 
 
 def ttft(
@@ -37,6 +39,7 @@ def ttft(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    compiled: o.CompileOption = None,
     starting_layer: o.StartingLayerOption = None,
     n_init: o.NInitOption = None,
     n_local: o.NLocalOption = None,
@@ -55,7 +58,7 @@ def ttft(
     methods = list(method or DEFAULT_METHODS)
     settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns, dense_backend)
 
-    from tmbench import environment, models
+    from tmbench import environment, fast, models
     from tmbench.prompts import check_kind, check_prompt
     from tmbench.ttft import TtftJob
 
@@ -67,7 +70,8 @@ def ttft(
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
     plans = o.plans_for(methods, loaded, settings, lengths)
-    job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite)
+    prefill = fast.kind_for(loaded.model, compiled=fast.compiles(loaded.device, compiled))
+    job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
     if dry_run:
         _show_plan(job)
         return
@@ -121,7 +125,7 @@ def _show_plan(job: TtftJob) -> None:
 
 
 def _show(rows: list[TtftRow]) -> None:
-    from tmbench.cli.screen import console, table
+    from tmbench.cli.screen import console, say, table
 
     figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
     for length in sorted({row.length for row in rows}):
@@ -131,6 +135,9 @@ def _show(rows: list[TtftRow]) -> None:
         for row in here:
             shown.add_row(row.method, *_figures(row, dense))
         console().print(shown)
+    longest = max((row.compile_s or 0.0 for row in rows), default=0.0)
+    if longest >= NOTICEABLE:
+        say(f"not counted: the first warm-up took up to {longest:.1f} s longer, to compile and to load kernels")
 
 
 def _figures(row: TtftRow, dense: float | None) -> list[str]:

@@ -1,0 +1,289 @@
+"""A prefill without the work that its first token does not need, arranged around a model and taken away again.
+
+Nothing of a model class is touched: only ``forward`` attributes of module instances, for the time of a ``with`` block.
+
+- Of the last layer only the last position matters, apart from its keys and values. Its queries, its attention, and every
+  module that runs after attention see that position alone, and yield it as a view of the full length: exact, since all of
+  them treat each position by itself.
+- The MLP runs over chunks of tokens, so that the memory of what is between its two products does not grow with the prompt.
+- Compiled, the norms, rotary embeddings and residuals of all layers share one graph. Attention and MLP are operators in it
+  (see ``regions``), and the cache is filled by the attention operator: a graph that held a cache or a layer's index would be
+  compiled again for every layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Final, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import DynamicCache, PreTrainedModel
+
+from tmbench import regions
+from tmbench.attention import IMPLEMENTATION, PLACE, TRACED, Applied, applied_plan, attend, attention_modules
+from tmbench.errors import UserError
+from tmbench.methods import METHODS, ModelShape, Settings
+
+PLAIN: Final = "plain"
+EAGER: Final = "eager"
+COMPILED: Final = "compiled"
+Kind = Literal["plain", "eager", "compiled"]
+"""How a prefill runs: as transformers does it, with the economies above, or with these and compiled layers."""
+
+CHUNK = 16384
+"""Tokens that an MLP works on at a time."""
+
+BACKEND: str | Callable[..., Any] = "inductor"
+"""What torch.compile hands its graphs to."""
+
+PROBE_LENGTH = 48
+AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Relative RMS difference up to which the probe's prefills count as equal; 0.1 in 16 bits, where noise alone makes 0.01."""
+
+
+class Prefill:
+    """A model that reads prompts: ``prefill(ids)`` returns the last position's logits and leaves the cache in ``cache``."""
+
+    def __init__(self, model: PreTrainedModel, session: Applied | None = None, kind: Kind = PLAIN) -> None:
+        self.model = model
+        self.session = session
+        self.kind = kind
+        self.cache: Any | None = None
+        """Keys and values of every layer, ready for decoding once the ``with`` block is left; None before and on failure."""
+        parameters = inspect.signature(model.forward).parameters
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits ``[vocabulary]`` of the last of ``ids`` ``[1, length]``. The cache of the pass before is let go first."""
+        self.cache = None
+        if self.session is None or self.kind == PLAIN:
+            output = self.model(input_ids=ids, use_cache=True, **self._keep)
+            self.cache = getattr(output, "cache", None) or output.past_key_values
+        else:
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            self.session.cache = cache
+            try:
+                output = self.model(input_ids=ids, use_cache=False, **self._keep)
+            finally:
+                self.session.cache = None
+            self.cache = cache
+        logits: Tensor = output.logits[0, -1]
+        return logits
+
+
+@contextmanager
+def arranged(model: PreTrainedModel, session: Applied, kind: Kind) -> Iterator[Prefill]:
+    """Arrange a model to which ``session`` is applied for prefills of this kind; it is as before afterwards.
+
+    ``kind`` should come from ``kind_for``. Decode after the block: inside of it the model only reads whole prompts.
+    Raises RuntimeError where torch.compile cannot compile a layer, or wants to compile it again and again.
+    """
+    prefill = Prefill(model, session, kind)
+    if kind == PLAIN:
+        yield prefill
+        return
+    layers = _layers(model, session.modules)
+    assert layers is not None, "kind_for finds no layers in such a model"
+    with ExitStack() as stack:
+        if kind == COMPILED:
+            stack.callback(model.set_attn_implementation, IMPLEMENTATION)
+            model.set_attn_implementation(TRACED)
+        run_layer, run_mlp = _compiled(model) if kind == COMPILED else (_forward, _forward)
+        for layer, module in zip(layers[:-1], session.modules[:-1], strict=True):
+            in_chunks = partial(_mlp_in_chunks, layer.mlp, run_mlp)
+            if kind == COMPILED:
+                region = regions.Region(partial(attend, getattr(module, PLACE)), in_chunks)
+                # One function for all: a graph is bound to the identity of each function that it calls.
+                _replace(stack, layer.mlp, regions.mlp)
+                _replace(stack, layer, partial(_run_region, session, region, run_layer, layer))
+            else:
+                _replace(stack, layer.mlp, in_chunks)
+        _narrow_last(stack, layers[-1], session)
+        stack.callback(setattr, session, "last_row_layer", session.last_row_layer)
+        session.last_row_layer = len(layers) - 1
+        yield prefill
+
+
+def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
+    """How this model can be prefilled: "plain" unless a short prompt gives the same logits and the same cache both ways.
+
+    Raises UnsupportedModelError for a model that no method can be applied to.
+    """
+    modules = attention_modules(model)
+    if _layers(model, modules) is None:
+        return PLAIN
+    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        with torch.inference_mode(), applied_plan(model, plan) as session:
+            both = []
+            for kind in (PLAIN, EAGER):
+                with arranged(model, session, kind) as prefill:
+                    both.append([prefill(ids), *_tensors(prefill.cache)])
+            once_each = session.calls == 2 * len(modules)
+    except UserError:
+        raise
+    except Exception:
+        # A model that fails both ways fails in its measurement, which says how.
+        return PLAIN
+    expected, got = both
+    if not once_each or len(got) != len(expected) or not all(map(_agree, got, expected)):
+        return PLAIN
+    return COMPILED if compiled else EAGER
+
+
+def compiles(device: torch.device, wish: bool | None) -> bool:
+    """Whether to compile on this device; None means on a GPU where a C compiler is there, which torch.compile needs.
+
+    Raises UserError where compilation is asked for and no compiler is there.
+    """
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
+    compiler = os.environ.get(names[0]) or next(filter(shutil.which, names[1:]), None)
+    if wish and compiler is None:
+        raise UserError(f"--compile needs a compiler, {' or '.join(names[1:])}: install one, or use --no-compile")
+    return compiler is not None and device.type == "cuda" if wish is None else wish
+
+
+def _layers(model: PreTrainedModel, modules: Any) -> list[Any] | None:
+    """The decoder layer around each attention module; None where these cannot be arranged."""
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
+        return None
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    layers = [parents.get(module) for module in modules]
+    for layer in layers:
+        if layer is None or not isinstance(getattr(layer, "mlp", None), nn.Module):
+            return None
+        # Somebody else's wrapper, for instance accelerate's: there is no telling what it does.
+        if any("forward" in vars(module) for module in layer.modules()):
+            return None
+    return layers if len(set(layers)) == len(layers) else None
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _agree(got: Tensor, expected: Tensor) -> bool:
+    if got.shape != expected.shape:
+        return False
+    error = (got.float() - expected.float()).square().mean().sqrt()
+    size = expected.float().square().mean().sqrt()
+    return bool(error <= AGREEMENT.get(expected.dtype, 0.1) * size)
+
+
+def _replace(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give one module another ``forward`` until the stack unwinds."""
+    stack.callback(delattr, module, "forward")
+    module.forward = forward
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module's class does, whatever stands in front of it."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _mlp_in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
+    """The MLP over ``[batch, length, hidden]``, at most ``CHUNK`` tokens at a time where it treats tokens one by one."""
+    if not _is_plain(mlp):
+        run = _forward
+    elif x.shape[1] > CHUNK:
+        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # Of even size: a remainder of a few tokens would read all the weights once more.
+        size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / CHUNK))
+        for start in range(0, x.shape[1], size):
+            part = slice(start, start + size)
+            whole[:, part] = run(mlp, x[:, part])
+        return whole
+    out: Tensor = run(mlp, x)
+    return out.contiguous()
+
+
+def _is_plain(mlp: nn.Module) -> bool:
+    """Whether an MLP is made of linear layers and activations alone; experts and their routers are not."""
+    if next(mlp.parameters(recurse=False), None) is not None:
+        return False
+    return all(isinstance(part, nn.Linear) or next(part.parameters(), None) is None for part in mlp.children())
+
+
+def _narrow_last(stack: ExitStack, layer: Any, session: Applied) -> None:
+    """Let the last layer work on the last position only, but for its keys and values."""
+    last = len(session.modules) - 1
+    attention = session.modules[last]
+    slot = getattr(attention, PLACE)
+
+    def attended() -> bool:
+        return session.cache is not None and session.cache.get_seq_length(last) > 0
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        _check_prefill(session)
+        with regions.entered(regions.Region(partial(attend, slot), partial(_forward, layer.mlp))):
+            out = _forward(layer, *args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{type(layer).__name__} returns {type(out).__name__}, not hidden states")
+        return out[:, -1:]
+
+    _replace(stack, layer, forward)
+    # A dynamic pattern chooses by several of the last queries.
+    queries = None if slot.pattern.dynamic else getattr(attention, "q_proj", None)
+    for module in {*attention.children(), *layer.children()} - {attention}:
+        narrow = (lambda: True) if module is queries else attended
+        _replace(stack, module, partial(_last_position, module, narrow))
+
+
+def _last_position(module: nn.Module, narrow: Callable[[], bool], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A module that treats positions one by one, on the last of ``[batch, length, width]`` alone; the length is kept."""
+    if not narrow():
+        return _forward(module, x, *args, **kwargs)
+    out = _forward(module, x[:, -1:], *args, **kwargs)
+    return out.expand(out.shape[0], x.shape[1], *out.shape[2:])
+
+
+_COMPILED: WeakKeyDictionary[PreTrainedModel, tuple[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
+
+
+def _compiled(model: PreTrainedModel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``_forward`` for this model's layers and for its MLPs, compiled; the same ones for every later prefill."""
+    if model not in _COMPILED:
+        _COMPILED[model] = (_compile_own(_forward), _compile_own(_forward))
+    return _COMPILED[model]
+
+
+def _compile_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled copy of a function.
+
+    torch keeps its graphs with the code object, and at most eight for each: with a copy of its own, no model uses up
+    another's, and graphs go when their model does.
+    ``fullgraph`` makes torch raise where it would otherwise quietly run a layer uncompiled.
+    """
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, backend=BACKEND)
+    return compiled
+
+
+def _run_region(
+    session: Applied, region: regions.Region, run: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    _check_prefill(session)
+    try:
+        with regions.entered(region):
+            return run(layer, *args, **kwargs)
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        raise RuntimeError(
+            f"torch.compile gave up on {type(layer).__name__}, --no-compile measures without it: {error}"
+        ) from error
+
+
+def _check_prefill(session: Applied) -> None:
+    if session.cache is None:
+        raise RuntimeError("the model is arranged for prefills: decode after the with block")

@@ -1,0 +1,72 @@
+"""The operators that stand in a compiled decoder layer for what must not be traced: attention, and the MLP in chunks.
+
+All layers of a model share one graph, so an operator cannot be told by the graph which layer it is in. ``entered`` says so,
+from outside of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """What the operators do in one layer."""
+
+    attention: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+    """q, k, v ``[batch, heads, length, dim]`` and scale to ``[batch, length, heads, v_dim]``, contiguous."""
+    mlp: Callable[[Tensor], Tensor]
+    """Hidden states ``[batch, length, hidden]`` to new ones of that shape, contiguous."""
+
+
+_RUNNING: ContextVar[Region] = ContextVar("tmbench-region")
+
+
+@contextmanager
+def entered(region: Region) -> Iterator[None]:
+    """Until the end of the ``with`` block, the operators are those of this layer, in this thread."""
+    token = _RUNNING.set(region)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+@torch.library.custom_op(
+    "tmbench::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor"
+)
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return _RUNNING.get().attention(q, k, v, scale)
+
+
+@_attention.register_fake
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("tmbench::mlp", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _mlp(x: Tensor) -> Tensor:
+    return _RUNNING.get().mlp(x)
+
+
+@_mlp.register_fake
+def _mlp_shape(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attention of the running layer, ``[batch, length, heads, v_dim]``."""
+    out: Tensor = torch.ops.tmbench.attention(q, k, v, scale)
+    return out
+
+
+def mlp(x: Tensor) -> Tensor:
+    """The MLP of the running layer, ``[batch, length, hidden]``."""
+    out: Tensor = torch.ops.tmbench.mlp(x)
+    return out
