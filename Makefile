@@ -45,8 +45,9 @@ types: install  ## Check the types
 unit: install  ## Run every test
 	$(BIN)/pytest
 
-figures: install  ## Render docs/report.md and its pictures from the measurements in results/
+figures: install  ## Render docs/report.md, docs/attention.md and their pictures from what was measured
 	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
+	$(BIN)/python benchmarks/render.py benchmarks/attention.csv docs/attention.md
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \

@@ -22,10 +22,10 @@ def render(rows: pd.DataFrame) -> str:
         "# Attention kernels beside their peers",
         SOURCE,
         f"{first.device}, torch {first.torch}, Triton {first.triton}; {first.heads} heads, {first.kv_heads} key heads, head "
-        f"size {first.head_dim}, {first.dtype}, batch of one, causal. The triangle has {_triangle(rows)}. Median of "
-        f"{rows.launches.astype(int).min()} or more launches, all implementations in turns.",
+        f"size {first.head_dim}, {first['dtype']}, batch of one, causal. The triangle has {_triangle(rows)}. Median of "
+        f"{rows.launches[rows.ms_median != ''].astype(int).min()} or more launches, all implementations in turns.",
         "## Milliseconds for one layer",
-        _table(rows, "ms_median", lambda ms: f"{float(ms):.3g}" if float(ms) < 100 else f"{float(ms):.0f}"),
+        _table(rows, "ms_median", lambda ms: f"{float(ms):#.3g}" if float(ms) < 100 else f"{float(ms):.0f}"),
         "## Times faster than the fastest dense attention of the same run",
         _table(rows[rows.pattern == "triangle"], "times_dense", lambda x: f"{float(x):.1f}"),
         "## Rate on the pairs of the pattern, TFLOP/s",

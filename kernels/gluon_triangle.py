@@ -16,7 +16,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +26,7 @@ from tmbench_kernels.triton_triangle import (
     LOG2_E,
     Cut,
     block_dim,
+    cut_for,
     heads_per_tile,
     loadable,
     merge_parts,
@@ -396,10 +396,12 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     q, k, v = loadable(q), loadable(k), loadable(v)
     batch, heads, length, dim = q.shape
     groups, v_dim = heads // k.shape[1], v.shape[3]
-    heads_block = triton.next_power_of_2(heads_per_tile(groups))
+    heads_block = 1 << (heads_per_tile(groups) - 1).bit_length()
     piece = TEAM_ROWS // heads_block
     programs = multiprocessors(q.device)
-    cut = Cut.of(pattern, q, k, positions=2 * piece, keys=KEYS, overhead=ITEM_STEPS, slots=programs)
+    cut = cut_for(
+        pattern, batch, heads, k.shape[1], length, positions=2 * piece, keys=KEYS, overhead=ITEM_STEPS, slots=programs
+    )
     out = torch.empty(batch, length, heads, v_dim, dtype=q.dtype, device=q.device)
     part_out, part_lse = new_parts(cut, out)
     block, v_block = block_dim(dim), block_dim(v_dim)

@@ -15,7 +15,7 @@ docs/triangle-kernel.md has the reasons and the measurements.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -211,38 +211,40 @@ class Cut:
     band_steps: int
     """What one tile of the band costs, in tiles of keys."""
 
-    @classmethod
-    def of(
-        cls,
-        pattern: Triangle,
-        q: Tensor,
-        k: Tensor,
-        *,
-        positions: int,
-        keys: int,
-        overhead: int,
-        slots: int,
-        whole_to: int = 0,
-    ) -> Cut:
-        """Cut for tiles of ``positions`` x ``keys``, for ``slots`` programs at a time that lose ``overhead`` tiles each.
 
-        The last rows are split over the keys until one part takes no longer than what each slot has to do altogether; up
-        to a length of ``whole_to`` they are never split.
-        """
-        batch, heads, length = q.shape[:3]
-        tile_heads = heads_per_tile(heads // k.shape[1])
-        head_tiles = heads // tile_heads
-        last_n = min(pattern.last_n, length)
-        band_tiles = -(-(length - last_n) // positions)
-        last_tiles = -(-last_n // positions)
-        steps = -(-length // keys)
-        band_steps = pattern.n_local // keys + overhead
-        work = batch * head_tiles * (band_tiles * band_steps + last_tiles * steps)
-        parts = 1 if length <= whole_to or not last_n else min(-(-steps // max(work // slots, 4)), 64)
-        part_keys = -(-steps // parts) * keys
-        return cls(tile_heads, head_tiles, length - last_n, last_n, band_tiles, last_tiles, parts, part_keys, band_steps)
+@lru_cache(maxsize=64)
+def cut_for(
+    pattern: Triangle,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    *,
+    positions: int,
+    keys: int,
+    overhead: int,
+    slots: int,
+    whole_to: int = 0,
+) -> Cut:
+    """Cut for tiles of ``positions`` x ``keys``, for ``slots`` programs at a time that lose ``overhead`` tiles each.
+
+    The last rows are split over the keys until one part takes no longer than what each slot has to do altogether; up to a
+    length of ``whole_to`` they are never split.
+    """
+    tile_heads = heads_per_tile(heads // kv_heads)
+    head_tiles = heads // tile_heads
+    last_n = min(pattern.last_n, length)
+    band_tiles = -(-(length - last_n) // positions)
+    last_tiles = -(-last_n // positions)
+    steps = -(-length // keys)
+    band_steps = pattern.n_local // keys + overhead
+    work = batch * head_tiles * (band_tiles * band_steps + last_tiles * steps)
+    parts = 1 if length <= whole_to or not last_n else min(-(-steps // max(work // slots, 4)), 64)
+    part_keys = -(-steps // parts) * keys
+    return Cut(tile_heads, head_tiles, length - last_n, last_n, band_tiles, last_tiles, parts, part_keys, band_steps)
 
 
+@cache
 def heads_per_tile(groups: int) -> int:
     """The most heads, of those that share a key head, that one tile takes."""
     return next(heads for heads in range(min(groups, MAX_HEADS), 0, -1) if groups % heads == 0)
@@ -257,14 +259,12 @@ def multiprocessors(device: torch.device) -> int:
 def loadable(x: Tensor) -> Tensor:
     """``x``, or a copy where the tensor memory accelerator cannot read it: its rows must start at multiples of 16 bytes."""
     size = x.element_size()
-    strides = [stride for stride, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in strides)
-    if not (aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0):
-        dim = -(-x.shape[-1] * size // 16) * 16 // size
-        x = x.new_empty(*x.shape[:-1], dim)[..., : x.shape[-1]].copy_(x)
-    # The stride of a dimension of one means nothing, but is checked all the same.
-    whole = [stride if n > 1 else x.shape[-1] * 16 for stride, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
-    return x.as_strided(x.shape, (*whole, 1))
+    *strides, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in strides):
+        return x
+    # Rows padded to 16 bytes, in memory of their own; the stride of a dimension of one counts as well.
+    dim = -(-x.shape[-1] * size // 16) * 16 // size
+    return x.new_empty(*x.shape[:-1], dim)[..., : x.shape[-1]].copy_(x)
 
 
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -286,15 +286,15 @@ def new_parts(cut: Cut, out: Tensor) -> tuple[Tensor, Tensor]:
 def merge_parts(part_out: Tensor, part_lse: Tensor, cut: Cut, out: Tensor) -> None:
     """Write the last rows of ``out``, ``[batch, length, heads, v_dim]``, from their parts."""
     parts, batch, rows, heads, v_dim = part_out.shape
-    _merge[(triton.cdiv(rows * heads, 16), batch)](
+    _merge[(-(-rows * heads // 16), batch)](
         part_out, part_lse, out[:, cut.tail :], rows * heads, parts, out.stride(0),
         V_DIM=v_dim, BLOCK_V_DIM=block_dim(v_dim), ROWS=16,
     )  # fmt: skip
 
 
 def block_dim(dim: int) -> int:
-    """The size of the tile that holds a head's values."""
-    return max(16, int(triton.next_power_of_2(dim)))
+    """The size of the tile that holds a head's values: a power of two."""
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -306,9 +306,10 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     wide = max(dim, v_dim) > 128
     rows, keys = (64, 32) if wide else (128, 64)
     positions = rows // heads_per_tile(heads // k.shape[1])
-    cut = Cut.of(
-        pattern, q, k, positions=positions, keys=keys, overhead=3, slots=4 * multiprocessors(q.device), whole_to=ONE_LAUNCH
-    )
+    cut = cut_for(
+        pattern, batch, heads, k.shape[1], length, positions=positions, keys=keys, overhead=3,
+        slots=4 * multiprocessors(q.device), whole_to=ONE_LAUNCH,
+    )  # fmt: skip
     out = torch.empty(batch, length, heads, v_dim, dtype=q.dtype, device=q.device)
     part_out, part_lse = new_parts(cut, out)
     block, v_block = block_dim(dim), block_dim(v_dim)

@@ -5,7 +5,7 @@ Nothing of a model class is touched: only ``forward`` attributes of module insta
 - Of the last layer only the last position matters, apart from its keys and values. Its queries, its attention, and every
   module that runs after attention see that position alone, and yield it as a view of the full length: exact, since all of
   them treat each position by itself.
-- The MLP runs over chunks of tokens, so that the memory of what is between its two products does not grow with the prompt.
+- The MLP runs over chunks of tokens, so that what is between its two products takes a bounded part of the memory.
 - Compiled, the norms, rotary embeddings and residuals of all layers share one graph. Attention and MLP are operators in it
   (see ``regions``), and the cache is filled by the attention operator: a graph that held a cache or a layer's index would be
   compiled again for every layer.
@@ -41,7 +41,9 @@ Kind = Literal["plain", "eager", "compiled"]
 """How a prefill runs: as transformers does it, with the economies above, or with these and compiled layers."""
 
 CHUNK = 16384
-"""Tokens that an MLP works on at a time."""
+"""The fewest tokens of a long prompt that an MLP works on at a time."""
+MLP_SHARE = 0.1
+"""The part of a GPU's memory that an MLP's intermediate tensors may take: larger chunks spare copies of what they yield."""
 
 BACKEND: str | Callable[..., Any] = "inductor"
 """What torch.compile hands its graphs to."""
@@ -193,19 +195,28 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _mlp_in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
-    """The MLP over ``[batch, length, hidden]``, at most ``CHUNK`` tokens at a time where it treats tokens one by one."""
+    """The MLP over ``[batch, length, hidden]``, in chunks of tokens where it treats tokens one by one."""
     if not _is_plain(mlp):
         run = _forward
-    elif x.shape[1] > CHUNK:
+    elif x.shape[1] > (chunk := _chunk(mlp, x)):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         # Of even size: a remainder of a few tokens would read all the weights once more.
-        size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / CHUNK))
+        size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / chunk))
         for start in range(0, x.shape[1], size):
             part = slice(start, start + size)
             whole[:, part] = run(mlp, x[:, part])
         return whole
     out: Tensor = run(mlp, x)
     return out.contiguous()
+
+
+def _chunk(mlp: nn.Module, x: Tensor) -> int:
+    """Tokens at a time. A gated MLP holds three tensors of its inner width."""
+    if x.device.type != "cuda":
+        return CHUNK
+    width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=x.shape[-1])
+    room = MLP_SHARE * torch.cuda.get_device_properties(x.device).total_memory
+    return max(CHUNK, int(room // (3 * width * x.element_size() * x.shape[0])))
 
 
 def _is_plain(mlp: nn.Module) -> bool:

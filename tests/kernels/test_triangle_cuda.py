@@ -113,11 +113,10 @@ def test_one_softmax_over_sinks_and_window(attend):
 
 
 def test_the_last_rows_are_split_so_that_no_part_outlasts_the_rest():
-    from tmbench_kernels.triton_triangle import Cut
+    from tmbench_kernels.triton_triangle import cut_for
 
     for heads, kv_heads, length in [(32, 8, 131072), (4, 1, 131072), (8, 8, 20000), (1, 1, 1_000_000)]:
-        q, k = (torch.empty(1, n, length, 128, device="meta") for n in (heads, kv_heads))
-        cut = Cut.of(Triangle(), q, k, positions=32, keys=64, overhead=3, slots=132)
+        cut = cut_for(Triangle(), 1, heads, kv_heads, length, positions=32, keys=64, overhead=3, slots=132)
         steps = cut.head_tiles * (cut.band_tiles * cut.band_steps + cut.last_tiles * (length // 64))
         assert cut.part_keys * cut.parts >= length > cut.part_keys * (cut.parts - 1)
         assert cut.part_keys / 64 <= 1.5 * steps / 132 or cut.parts == 64
