@@ -130,6 +130,10 @@ class TtftGroup(Group):
             }
             for row in self.measured()
         ]
+        peaks = [row["peak_memory_bytes"] for row in self.measured()]
+        if any(peaks):
+            for line, peak in zip(details, peaks, strict=True):
+                line["peak GiB"] = _text(peak and peak / 2**30, ".1f")
         return {
             "Median seconds; in brackets the time against dense, so less is faster:": times.reset_index(),
             "Break-even, the shortest prompt from which on a method is faster than dense:": pd.DataFrame(break_even),
@@ -141,14 +145,23 @@ class TtftGroup(Group):
         rows = self.measured()
         apart = [row for row in rows if row["length"] in dense and not _in_turns(row, dense[row["length"]])]
         few = [row for row in rows if row["repeats"] < FEW_REPEATS]
+        random = self.setting["weights"] == "random"
+        chosen = [row for row in rows if _chooses_by_the_data(row)]
         notes = {
             "The weights are random: methods that choose keys by the data cost more than on trained weights, and what they "
-            "keep means nothing. These figures do not transfer to a trained model.": self.setting["weights"] == "random",
+            "keep means nothing. These figures do not transfer to a trained model.": random and chosen,
+            "The weights are random: the times of these methods do not depend on them, but what the methods keep does, so "
+            "logit errors and first tokens say nothing about a trained model.": random and not chosen,
             "Dense has no time here, so there is nothing to compare with.": not dense,
             f"Not measured in turns with dense, so the machine may have changed in between: {_places(apart, rows)}.": apart,
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {_places(few, rows)}.": few,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
+
+
+def _chooses_by_the_data(row: Record) -> bool:
+    """Whether a pattern that ran chooses its keys by the data; dense and triangle do not."""
+    return not {name.partition(":")[0] for name in str(row["backends"]).split("+")} <= {"", "dense", "triangle"}
 
 
 class RulerGroup(Group):

@@ -229,6 +229,13 @@ def test_details_of_each_measurement(tmp_path):
     assert details[1]["same first token"] == "no"
 
 
+def test_peak_memory_stands_in_the_details_where_it_is_known(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0, peak_memory_bytes=41 * 2**30 + 2**29)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5)
+    (details,) = [table for table in tables_of(build(tmp_path).markdown()) if "coverage" in table[0]]
+    assert [line["peak GiB"] for line in details] == ["41.5", "-"]
+
+
 def test_variants_are_told_apart_by_what_differs(tmp_path):
     add_ttft(tmp_path, "dense", 2048, 1.0)
     add_ttft(tmp_path, "minference", 2048, 2.0)
@@ -360,7 +367,14 @@ def test_no_caveat_without_a_reason(published):
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"weights": "random"}, "The weights are random: methods that choose keys by the data cost more"),
+        (
+            {"weights": "random", "backends": "vertical_slash:a+triangle:b"},
+            "The weights are random: methods that choose keys by",
+        ),
+        (
+            {"weights": "random", "backends": "dense:a+triangle:b"},
+            "The weights are random: the times of these methods do not",
+        ),
         ({"repeats": 2}, "Fewer than 3 repeats, so the spread is hardly known: all rows."),
         ({"dirty": True}, "2 of 2 rows come from an edited checkout"),
     ],
