@@ -46,6 +46,7 @@ unit: install  ## Run every test
 	$(BIN)/pytest
 
 figures: install  ## Render docs/report.md, docs/attention.md and their pictures from what was measured
+	rm -f docs/figures/*.png
 	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
 	$(BIN)/python benchmarks/render.py benchmarks/attention.csv docs/attention.md
 
