@@ -409,7 +409,7 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
         out, part_out, part_lse, _tiles(q.transpose(1, 2), [1, piece, heads_block, block]),
         _tiles(k, [1, 1, KEYS, block]), _tiles(v, [1, 1, KEYS, v_block]),
         _tiles(k, [1, 1, BOX, block]), _tiles(v, [1, 1, BOX, v_block]),
-        length, cut.tail, pattern.n_init, pattern.n_local, cut.part_keys, cut.parts, cut.last_tiles, batch,
+        length, cut.tail, pattern.n_init, pattern.n_local, cut.part_keys, cut.parts, max(cut.last_tiles, 1), batch,
         *_deal(cut, batch, programs), scale * LOG2_E, heads, GROUPS=groups, HEADS=cut.tile_heads, HEADS_BLOCK=heads_block,
         HEAD_TILES=cut.head_tiles, V_DIM=v_dim, STAGES=STAGES, REGISTERS=REGISTERS, num_warps=4,
     )  # fmt: skip
