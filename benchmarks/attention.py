@@ -81,15 +81,15 @@ def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list
     if options.minference:
         entries.append(minference(options.minference, pattern, k, v, groups))
     entries = [entry for entry in entries if entry.name not in options.skip]
+    samples = {known.name: Sample(known, q, k, v) for known in (Dense(), pattern)}
     for entry in entries:
-        warm_up(entry, q, k, v)
+        warm_up(entry, samples[entry.pattern.name], q, k, v)
     for _ in range(options.turns):
         for entry in entries:
             if not entry.note:
                 entry.ms += timed(entry.attend, q, k, v)
     dense = min((statistics.median(entry.ms) for entry in entries if entry.pattern == Dense() and entry.ms), default=None)
-    plain = {known.name: error_of_torch(known, q, k, v) for known in (Dense(), pattern)}
-    return [as_row(entry, q, k, dense, plain[entry.pattern.name]) for entry in entries]
+    return [as_row(entry, samples[entry.pattern.name], q, k, dense) for entry in entries]
 
 
 def random_qkv(length: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +164,7 @@ def minference(folder: Path, pattern: Triangle, k: Tensor, v: Tensor, groups: in
     return Entry(pattern, "minference", lambda q, k, v: module.tri_shape_kernel(q, many_k, many_v, config))
 
 
-def warm_up(entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> None:
+def warm_up(entry: Entry, sample: Sample, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Compile, and measure memory and the error; an implementation that fails says why in its row."""
     try:
         entry.attend(q, k, v)
@@ -176,7 +176,7 @@ def warm_up(entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> None:
         beyond = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
         entry.extra = max(beyond, 0) / 2**20
         if entry.comparable:
-            entry.error = error(entry.pattern, out, q, k, v)
+            entry.error = sample.error(out)
     except Exception as failure:
         entry.note = f"{type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
         torch.cuda.empty_cache()
@@ -198,32 +198,28 @@ def _launches(attend: Attend, q: Tensor, k: Tensor, v: Tensor, count: int) -> li
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def sampled_rows(pattern: Pattern, length: int) -> tuple[Tensor, Tensor]:
-    """48 queries from all over the prompt, many of them where something begins or ends, and their rows of the mask."""
-    edges = [0, 7, 8, 511, 512, 519, 520, 521, length - 129, length - 128, length - 127, length - 1]
-    rows = sorted({row for row in (*edges, *range(5, length, max(1, length // 36))) if 0 <= row < length})
-    i = torch.tensor(rows, device="cuda")
-    j = torch.arange(length, device="cuda")
-    mask = pattern.attends(i[:, None], j, length) if isinstance(pattern, Triangle) else j <= i[:, None]
-    return i, mask
+class Sample:
+    """48 queries of one pattern, from all over the prompt and where something begins or ends, and what is right for them."""
+
+    def __init__(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> None:
+        length = q.shape[2]
+        edges = [0, 7, 8, 511, 512, 519, 520, 521, length - 129, length - 128, length - 127, length - 1]
+        rows = sorted({row for row in (*edges, *range(5, length, max(1, length // 36))) if 0 <= row < length})
+        self.rows = torch.tensor(rows, device=q.device)
+        i, j = self.rows[:, None], torch.arange(length, device=q.device)
+        mask = pattern.attends(i, j, length) if isinstance(pattern, Triangle) else j <= i
+        self.exact = masked_attention(q[:, :, self.rows], k, v, mask, dtype=torch.float32)
+        self.error_of_torch = self._relative_rms(masked_attention(q[:, :, self.rows], k, v, mask, dtype=q.dtype))
+
+    def error(self, out: Tensor) -> float:
+        """Relative RMS error of ``out`` on the sampled queries."""
+        return self._relative_rms(out[:, :, self.rows])
+
+    def _relative_rms(self, rows: Tensor) -> float:
+        return float((rows - self.exact).square().mean().sqrt() / self.exact.square().mean().sqrt())
 
 
-def error(pattern: Pattern, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Relative RMS error of ``out`` on the sampled rows."""
-    rows, mask = sampled_rows(pattern, q.shape[2])
-    exact = masked_attention(q[:, :, rows], k, v, mask, dtype=torch.float32)
-    return float((out[:, :, rows] - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-def error_of_torch(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """The same of plain torch in q's type."""
-    rows, mask = sampled_rows(pattern, q.shape[2])
-    exact = masked_attention(q[:, :, rows], k, v, mask, dtype=torch.float32)
-    plain = masked_attention(q[:, :, rows], k, v, mask, dtype=q.dtype)
-    return float((plain - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-def as_row(entry: Entry, q: Tensor, k: Tensor, dense: float | None, plain: float) -> dict[str, object]:
+def as_row(entry: Entry, sample: Sample, q: Tensor, k: Tensor, dense: float | None) -> dict[str, object]:
     pattern = entry.pattern
     pairs = pattern.pairs(q, k)
     row: dict[str, object] = {
@@ -241,7 +237,7 @@ def as_row(entry: Entry, q: Tensor, k: Tensor, dense: float | None, plain: float
         **dict.fromkeys(("ms_median", "ms_min", "ms_max", "tflops", "times_dense", "error", "extra_mib"), ""),
         "pairs": pairs,
         "launches": len(entry.ms),
-        "error_of_torch": f"{plain:.2e}",
+        "error_of_torch": f"{sample.error_of_torch:.2e}",
         "note": entry.note or ("" if entry.comparable else "not the whole pattern"),
     }
     if isinstance(pattern, Triangle):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tmbench_kernels.cuda import capability, import_failure, refuses_dtype
 from tmbench_kernels.pattern import Backend, Pattern
 
 Refuses = Callable[[int, int], str]
@@ -36,7 +37,7 @@ def function(module: str) -> tuple[Callable[..., Any] | None, str]:
         # A library that was built for another torch, CUDA or Python fails to load in ways of its own.
         if isinstance(error, ModuleNotFoundError) and error.name and module.startswith(error.name):
             return None, "is not installed"
-        return None, f"cannot be imported ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return None, import_failure(error)
 
 
 @cache
@@ -57,15 +58,9 @@ def _missing_cudnn() -> str:
 
 
 @cache
-def capability(device: torch.device) -> int:
-    """The major compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)[0]
-
-
-@cache
 def _refuses_type(limits: Refuses, device: torch.device, dtype: torch.dtype, dim: int, v_dim: int) -> str:
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if reason := refuses_dtype(dtype):
+        return reason
     if v_dim != dim:
         return f"takes values as wide as queries, not {v_dim} and {dim}"
     if dim % 8:

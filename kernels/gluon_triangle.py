@@ -15,13 +15,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import (
     LOG2_E,
     Cut,
@@ -53,9 +53,11 @@ ITEM_STEPS = 4
 
 
 @gluon.jit
-def _share(program, programs, plan):
-    """How many last-row items a program does, and how many items in all."""
+def _share(plan):
+    """How many last-row items this program does, and how many items in all."""
     last_items, band_items, extra_from, rounds = plan
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
     lasts = gl.maximum((last_items - program + programs - 1) // programs, 0)
     alone = programs - extra_from
     late = gl.maximum((band_items - rounds * programs - (program - extra_from) + alone - 1) // alone, 0)
@@ -63,22 +65,27 @@ def _share(program, programs, plan):
 
 
 @gluon.jit
-def _nth(n, lasts, program, programs, plan):
-    """The n-th item of a program: its last-row items first, then the band's, dealt out in rounds.
+def _nth(n, lasts, plan):
+    """The n-th item of this program: its last-row items first, then the band's, dealt out in rounds.
 
     Programs with fewer last-row items, those from ``extra_from`` on, go on among themselves after ``rounds`` rounds.
     """
     last_items, band_items, extra_from, rounds = plan
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
     b = n - lasts
     late = rounds * programs + (b - rounds) * (programs - extra_from) + program - extra_from
     return gl.where(n < lasts, n * programs + program, last_items + gl.where(b < rounds, b * programs + program, late))
 
 
 @gluon.jit
-def _item(i, shape, plan, HEAD_TILES: gl.constexpr, POSITIONS: gl.constexpr, KEYS: gl.constexpr, BOX: gl.constexpr):
-    """Where item i lies: its rows, and the keys that it walks over."""
+def _item(
+    n, lasts, shape, plan, HEAD_TILES: gl.constexpr, POSITIONS: gl.constexpr, KEYS: gl.constexpr, BOX: gl.constexpr
+):  # fmt: skip
+    """Where this program's n-th item lies: its rows, and the keys that it walks over."""
     length, tail, n_init, n_local, part_keys, parts, last_tiles, batches = shape
     last_items = plan[0]
+    i = _nth(n, lasts, plan)
     is_last = i < last_items
     rest = gl.where(is_last, i, i - last_items)
     head_tile = rest % HEAD_TILES
@@ -115,14 +122,12 @@ def _load(descs, smem, bars, shape, plan, GROUPS: gl.constexpr, HEADS: gl.conste
     q_desc, k_desc, v_desc, k_box_desc, v_box_desc = descs
     q_smem, k_smem, v_smem, k_box_smem, v_box_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, box_full, box_empty = bars
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    lasts, count = _share(program, programs, plan)
+    lasts, count = _share(plan)
     j = 0
     r = 0
     for n in range(count):
         is_last, head_tile, batch, part, start, low, high, bottom, reach, whole, edge_end, sinks, boxes = _item(
-            _nth(n, lasts, program, programs, plan), shape, plan, HEAD_TILES, 2 * PIECE, KEYS, BOX
+            n, lasts, shape, plan, HEAD_TILES, 2 * PIECE, KEYS, BOX
         )
         head = head_tile * HEADS
         kv_head = head // GROUPS
@@ -175,6 +180,17 @@ def _shift(peak):
 
 
 @gluon.jit
+def _softmax(s, peak, total, scale_log2, dtype: gl.constexpr, p_layout: gl.constexpr):
+    """One step of the online softmax: probabilities as an operand, the new peak and total, and what shrinks the old."""
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scale_log2)
+    shift = _shift(new_peak)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
+    shrink = gl.exp2(peak - shift)
+    total = total * shrink + gl.sum(p, 1)
+    return gl.convert_layout(p.to(dtype), p_layout), new_peak, total, shrink
+
+
+@gluon.jit
 def _compute(team, outs, smem, bars, shape, plan, scale_log2, heads_total, HEADS: gl.constexpr, HEADS_BLOCK: gl.constexpr,
              HEAD_TILES: gl.constexpr, PIECE: gl.constexpr, KEYS: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
              V_DIM: gl.constexpr):  # fmt: skip
@@ -193,14 +209,12 @@ def _compute(team, outs, smem, bars, shape, plan, scale_log2, heads_total, HEADS
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     box_row_layout: gl.constexpr = gl.SliceLayout(1, box_layout)
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    lasts, count = _share(program, programs, plan)
+    lasts, count = _share(plan)
     j = 0
     r = 0
     for n in range(count):
         is_last, head_tile, batch, part, start, low, high, bottom, reach, whole, edge_end, sinks, boxes = _item(
-            _nth(n, lasts, program, programs, plan), shape, plan, HEAD_TILES, 2 * PIECE, KEYS, BOX
+            n, lasts, shape, plan, HEAD_TILES, 2 * PIECE, KEYS, BOX
         )
         start += team * PIECE
         position = start + gl.arange(0, ROWS, row_layout) // HEADS_BLOCK
@@ -245,13 +259,7 @@ def _compute(team, outs, smem, bars, shape, plan, scale_log2, heads_total, HEADS
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=False)
         mbarrier.arrive(k_empty.index(stage), count=1)
         s = _masked(s, high - KEYS, bottom, high, position, reach, n_init)
-        new_peak = gl.maximum(peak, gl.max(s, 1) * scale_log2)
-        shift = _shift(new_peak)
-        p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
-        shrink = gl.exp2(peak - shift)
-        total = total * shrink + gl.sum(p, 1)
-        peak = new_peak
-        p = gl.convert_layout(p.to(dtype), p_layout)
+        p, peak, total, shrink = _softmax(s, peak, total, scale_log2, dtype, p_layout)
         acc = acc * _columns(shrink, o_layout)
         mbarrier.wait(v_full.index(stage), phase)
         for t in range(1, whole):
@@ -267,13 +275,7 @@ def _compute(team, outs, smem, bars, shape, plan, scale_log2, heads_total, HEADS
             first = high - (t + 1) * KEYS
             if (first + KEYS - 1 > start) | (first < all_see):
                 s = _masked(s, first, bottom, high, position, reach, n_init)
-            new_peak = gl.maximum(peak, gl.max(s, 1) * scale_log2)
-            shift = _shift(new_peak)
-            next_p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
-            shrink = gl.exp2(peak - shift)
-            total = total * shrink + gl.sum(next_p, 1)
-            peak = new_peak
-            next_p = gl.convert_layout(next_p.to(dtype), p_layout)
+            next_p, peak, total, shrink = _softmax(s, peak, total, scale_log2, dtype, p_layout)
             # The assembler moves arithmetic behind a wait for products, but not behind this loop on a barrier: without it
             # the softmax would not overlap with the product of the values.
             mbarrier.wait(v_full.index(stage), phase)
@@ -402,7 +404,7 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     cut = cut_for(
         pattern, batch, heads, k.shape[1], length, positions=2 * piece, keys=KEYS, overhead=ITEM_STEPS, slots=programs
     )
-    out = torch.empty(batch, length, heads, v_dim, dtype=q.dtype, device=q.device)
+    out = empty_output(q, v)
     part_out, part_lse = new_parts(cut, out)
     block, v_block = block_dim(dim), block_dim(v_dim)
     _walk[(programs,)](
@@ -415,4 +417,4 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     )  # fmt: skip
     if cut.parts > 1:
         merge_parts(part_out, part_lse, cut, out)
-    return out.transpose(1, 2)
+    return out

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tmbench_kernels.dense_cuda import capability
+from tmbench_kernels.cuda import capability, import_failure, refuses_dtype
 from tmbench_kernels.pattern import Backend
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ def _missing(module: str) -> str:
         importlib.import_module(module)
     except Exception as error:
         # What is called Gluon is part of Triton, and still changes from one version to the next.
-        return (
-            f"cannot be imported ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}): pip install triton>=3.6"
-        )
+        return f"{import_failure(error)}: pip install triton>=3.6"
     return ""
 
 
@@ -44,8 +42,8 @@ def _refuses(device: torch.device, dtype: torch.dtype, widest: int, capabilities
     if capability(device) not in capabilities:
         wanted = " or ".join(map(str, capabilities))
         return f"takes a GPU of compute capability {wanted}, not {capability(device)}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if reason := refuses_dtype(dtype):
+        return reason
     return "" if widest <= largest else f"takes head sizes up to {largest}, not {widest}"
 
 

@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tmbench_kernels.pattern import empty_output
+
 if TYPE_CHECKING:
     from tmbench_kernels.triangle import Triangle
 
@@ -278,16 +280,16 @@ def new_parts(cut: Cut, out: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the parts' outputs ``[parts, batch, last_n, heads, v_dim]`` and log-sum-exps, both to base 2."""
     if cut.parts == 1:
         return out, out
-    shape = (cut.parts, out.shape[0], cut.last_n, out.shape[2])
+    shape = (cut.parts, out.shape[0], cut.last_n, out.shape[1])
     part_out = torch.empty(*shape, out.shape[3], dtype=torch.float32, device=out.device)
     return part_out, torch.empty(shape, dtype=torch.float32, device=out.device)
 
 
 def merge_parts(part_out: Tensor, part_lse: Tensor, cut: Cut, out: Tensor) -> None:
-    """Write the last rows of ``out``, ``[batch, length, heads, v_dim]``, from their parts."""
+    """Write the last rows of ``out``, made by ``empty_output``, from their parts."""
     parts, batch, rows, heads, v_dim = part_out.shape
     _merge[(-(-rows * heads // 16), batch)](
-        part_out, part_lse, out[:, cut.tail :], rows * heads, parts, out.stride(0),
+        part_out, part_lse, out[:, :, cut.tail :], rows * heads, parts, out.stride(0),
         V_DIM=v_dim, BLOCK_V_DIM=block_dim(v_dim), ROWS=16,
     )  # fmt: skip
 
@@ -310,7 +312,7 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
         pattern, batch, heads, k.shape[1], length, positions=positions, keys=keys, overhead=3,
         slots=4 * multiprocessors(q.device), whole_to=ONE_LAUNCH,
     )  # fmt: skip
-    out = torch.empty(batch, length, heads, v_dim, dtype=q.dtype, device=q.device)
+    out = empty_output(q, v)
     part_out, part_lse = new_parts(cut, out)
     block, v_block = block_dim(dim), block_dim(v_dim)
     k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), [1, 1, keys, block])
@@ -326,4 +328,4 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     )  # fmt: skip
     if cut.parts > 1:
         merge_parts(part_out, part_lse, cut, out)
-    return out.transpose(1, 2)
+    return out

@@ -156,6 +156,11 @@ def self_attentions(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
+def parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that holds each module: of an attention module, that is its decoder layer."""
+    return {child: parent for parent in model.modules() for child in parent.children()}
+
+
 def _own_feature(module: Any, config: Any, layer: int) -> str | None:
     """What sets this layer's attention apart from plain causal softmax attention, in words."""
     layer_types = getattr(config, "layer_types", None)

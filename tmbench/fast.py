@@ -30,7 +30,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import DynamicCache, PreTrainedModel
 
 from tmbench import regions
-from tmbench.attention import IMPLEMENTATION, PLACE, TRACED, Applied, applied_plan, attend, attention_modules
+from tmbench.attention import IMPLEMENTATION, PLACE, TRACED, Applied, applied_plan, attend, attention_modules, parents
 from tmbench.errors import UserError
 from tmbench.methods import METHODS, ModelShape, Settings
 
@@ -160,8 +160,8 @@ def _layers(model: PreTrainedModel, modules: Any) -> list[Any] | None:
     """The decoder layer around each attention module; None where these cannot be arranged."""
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
         return None
-    parents = {child: parent for parent in model.modules() for child in parent.children()}
-    layers = [parents.get(module) for module in modules]
+    holder = parents(model)
+    layers = [holder.get(module) for module in modules]
     for layer in layers:
         if layer is None or not isinstance(getattr(layer, "mlp", None), nn.Module):
             return None

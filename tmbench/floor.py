@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tmbench.attention import self_attentions
+from tmbench.attention import parents, self_attentions
 from tmbench.prefill import synchronize
 
 FUSED = ("qkv", "query_key_value")
@@ -27,7 +27,7 @@ def linear_flop(model: PreTrainedModel, length: int) -> float:
     underestimated.
     """
     last = max(self_attentions(model), key=lambda module: int(module.layer_idx))
-    layer = next(parent for parent in model.modules() if any(child is last for child in parent.children()))
+    layer = parents(model)[last]
     attention = {module: name.rpartition(".")[2] for name, module in last.named_modules()}
     after = {*layer.modules(), model.get_output_embeddings()}
     flop = 0.0

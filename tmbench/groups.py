@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ruler_tasks import TASKS
-from tmbench.methods import METHODS
+from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 
 MODEL = ("device", "model", "revision", "weights", "dtype")
@@ -160,8 +160,8 @@ class TtftGroup(Group):
 
 
 def _chooses_by_the_data(row: Record) -> bool:
-    """Whether a pattern that ran chooses its keys by the data; dense and triangle do not."""
-    return not {name.partition(":")[0] for name in str(row["backends"]).split("+")} <= {"", "dense", "triangle"}
+    """Whether a pattern that ran chooses its keys by the data."""
+    return not {name.partition(":")[0] for name in str(row["backends"]).split("+")} <= {"", *STATIC_PATTERNS}
 
 
 class RulerGroup(Group):

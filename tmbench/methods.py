@@ -31,6 +31,9 @@ PUBLISHED_STARTING_LAYERS = {"llama-3.1-8b": 16, "llama-3-8b-instruct-262k": 16,
 DENSE_BACKENDS = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa")
 """What computes dense attention, in order of preference: the names of ``tmbench_kernels.Dense.backends``."""
 
+STATIC_PATTERNS = ("dense", "triangle")
+"""The patterns of ``tmbench_kernels`` that do not choose their keys by the data, by name."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -46,17 +46,31 @@ def make_qkv() -> Callable[..., Tensors]:
     return make
 
 
+def rms_errors(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None
+) -> tuple[float, float, float]:
+    """RMS of the exact output, of ``out`` against it, and of plain torch in the same type against it."""
+    exact = masked_attention(q, k, v, mask, scale=scale)
+    plain = masked_attention(q, k, v, mask, scale=scale, dtype=q.dtype)
+    assert out.shape == exact.shape
+    assert out.dtype == q.dtype
+    size, error, plain_error = (x.double().square().mean().sqrt().item() for x in (exact, out - exact, plain - exact))
+    return size, error, plain_error
+
+
+@pytest.fixture(scope="session")
+def measure_errors() -> Callable[..., tuple[float, float, float]]:
+    """``rms_errors``, for a test with a bound of its own."""
+    return rms_errors
+
+
 @pytest.fixture(scope="session")
 def assert_exact() -> Callable[..., None]:
     """The error against float64 is at most twice that of plain torch in the same type, or 0.5 % RMS in 16 bits."""
 
     def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> None:
-        exact = masked_attention(q, k, v, mask, scale=scale)
-        plain = masked_attention(q, k, v, mask, scale=scale, dtype=q.dtype)
-        assert out.shape == exact.shape
-        assert out.dtype == q.dtype
-        size, error, allowed = (x.double().square().mean().sqrt().item() for x in (exact, out - exact, plain - exact))
-        allowed = 2 * allowed + torch.finfo(torch.float32).eps * size
+        size, error, plain_error = rms_errors(out, q, k, v, mask, scale)
+        allowed = 2 * plain_error + torch.finfo(torch.float32).eps * size
         if q.dtype != torch.float32:
             allowed = max(allowed, 0.005 * size)
         assert error <= allowed

@@ -15,10 +15,9 @@ BACKENDS = {backend.name: backend for backend in Triangle.backends}
 
 
 @pytest.fixture(params=["triton", pytest.param("gluon-hopper", marks=pytest.mark.gpu)])
-def attend(request, make_qkv, monkeypatch):
+def attend(request, make_qkv, measure_errors, monkeypatch):
     """``attend(pattern, length, ...)`` checks one case against float64 and returns the output; memory is poisoned."""
     from tmbench_kernels import triton_triangle
-    from tmbench_kernels.masks import masked_attention
 
     backend = BACKENDS[request.param]
 
@@ -27,13 +26,8 @@ def attend(request, make_qkv, monkeypatch):
         if GPU and (reason := backend.obstacle(pattern, q, k, v)):
             pytest.skip(reason)
         out = backend.attend(pattern, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-        mask = pattern.mask(q, k)
-        exact = masked_attention(q, k, v, mask, scale=scale)
-        plain = masked_attention(q, k, v, mask, scale=scale, dtype=q.dtype)
-        size, error, allowed = (x.double().square().mean().sqrt().item() for x in (exact, out - exact, plain - exact))
-        assert out.shape == exact.shape
-        assert out.dtype == q.dtype
-        assert error <= max(2 * allowed, 1e-6 * size) + torch.finfo(torch.float32).tiny
+        size, error, plain_error = measure_errors(out, q, k, v, pattern.mask(q, k), scale)
+        assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny
         return out
 
     check.split_from = lambda length: monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)

@@ -7,9 +7,19 @@ import json
 import pytest
 import torch
 
+import tmbench_kernels
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, PAPERS, ModelShape, Settings, get_method
-from tmbench_kernels import Dense, Triangle, VerticalSlash
+from tmbench.methods import (
+    DEFAULT_METHODS,
+    DENSE_BACKENDS,
+    METHODS,
+    PAPERS,
+    STATIC_PATTERNS,
+    ModelShape,
+    Settings,
+    get_method,
+)
+from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash
 
 SHAPE = ModelShape("some/model", layers=6, heads=4)
 
@@ -60,6 +70,12 @@ def test_a_given_start_may_be_either_end(start):
 def test_a_start_outside_the_model_is_refused(start):
     with pytest.raises(UserError, match="--starting-layer must be between 0 and 6"):
         plan("tri_mix", starting_layer=start)
+
+
+def test_static_patterns_are_those_that_say_so():
+    patterns = [value for value in vars(tmbench_kernels).values() if isinstance(value, type) and issubclass(value, Pattern)]
+    static = {pattern.name for pattern in patterns if pattern is not Pattern and not pattern.dynamic}
+    assert static == set(STATIC_PATTERNS)
 
 
 def test_dense_attention_can_be_held_to_one_backend():
