@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 @cache
-def _missing(module: str) -> str:
-    import importlib
-
+def _missing_hopper() -> str:
     try:
-        importlib.import_module(module)
+        from tmbench_kernels.hopper import compiler_version
+
+        compiler_version()
     except Exception as error:
-        # What is called Gluon is part of Triton, and still changes from one version to the next.
+        return f"{import_failure(error)}: pip install cuda-bindings nvidia-cuda-nvrtc"
+    return _missing_triton()
+
+
+@cache
+def _missing_triton() -> str:
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
         return f"{import_failure(error)}: pip install triton>=3.6"
     return ""
-
-
-def _missing_triton() -> str:
-    return _missing("triton")
-
-
-def _missing_gluon() -> str:
-    return _missing("triton.experimental.gluon.language.nvidia.hopper")
 
 
 @cache
@@ -51,7 +51,9 @@ def _refuses_triton(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
     return _refuses(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)
 
 
-def _refuses_gluon(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
+def _refuses_hopper(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
+    if v.shape[-1] % 8:
+        return f"writes outputs of a head size that is a multiple of 8, not {v.shape[-1]}"
     return _refuses(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
 
 
@@ -61,14 +63,14 @@ def _attend_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) 
     return attend(pattern, q, k, v, scale)
 
 
-def _attend_gluon(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from tmbench_kernels.gluon_triangle import attend
+def _attend_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from tmbench_kernels.hopper_triangle import attend
 
     return attend(pattern, q, k, v, scale)
 
 
 CUDA_BACKENDS = (
-    Backend("gluon-hopper", ("cuda",), _attend_gluon, missing=_missing_gluon, refuses=_refuses_gluon),
+    Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=_missing_hopper, refuses=_refuses_hopper),
     Backend("triton", ("cuda",), _attend_triton, missing=_missing_triton, refuses=_refuses_triton),
 )
 """Fastest first, as benchmarks/attention.csv has them."""
