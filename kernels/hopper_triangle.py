@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,11 +61,6 @@ def _padded(dim: int) -> int:
     return -(-dim // 64) * 64
 
 
-def _kernel(device: torch.device, dim: int, v_dim: int, dtype: torch.dtype) -> Kernel:
-    macros = tuple(settings(dim, v_dim, dtype).items())
-    return load_kernel(device, SOURCE, "triangle", shared_bytes(dim, v_dim), THREADS, macros)
-
-
 def _deal(cut: Cut, batch: int, programs: int) -> tuple[int, int, int, int]:
     """How items are dealt out: last-row items, band items, and from which program and after how many rounds it is uneven.
 
@@ -78,53 +75,84 @@ def _deal(cut: Cut, batch: int, programs: int) -> tuple[int, int, int, int]:
     return last_items, band_items, extra_from, rounds
 
 
-def _heads_map(x: Tensor, tile_heads: int, rows: int, box: tuple[int, int]) -> bytes:
-    """The map of a tensor [batch, heads, length, dim] as [batch, length, head tiles, tile_heads, dim], up to ``rows``."""
-    batch, heads, _, dim = x.shape
-    by_batch, by_head, by_row, by_dim = x.stride()
-    return tensor_map(
-        x.data_ptr(), x.dtype, (batch, max(rows, 1), heads // tile_heads, tile_heads, dim),
-        (by_batch, by_row, by_head * tile_heads, by_head, by_dim), (1, box[0], 1, box[1], 64),
+@dataclass(frozen=True)
+class _Job:
+    """All that a launch needs but for the addresses of its tensors."""
+
+    kernel: Kernel
+    programs: int
+    cut: Cut
+    block: int
+    """Rows of a tile that are one position: the query heads in it, rounded up to a power of two."""
+    numbers: tuple[int | float, ...]
+    """The kernel's struct Plan behind its pointers."""
+
+
+@lru_cache(maxsize=256)
+def _job(
+    pattern: Triangle,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    v_dim: int,
+    scale: float,
+) -> _Job:
+    batch, heads, length, dim = shape
+    tile_heads = heads_per_tile(heads // kv_heads)
+    shift = (tile_heads - 1).bit_length()
+    programs = multiprocessors(device)
+    cut = cut_for(
+        pattern, batch, heads, kv_heads, length,
+        positions=TEAMS * TEAM_ROWS >> shift, keys=KEYS, overhead=ITEM_STEPS, slots=programs,
     )  # fmt: skip
+    macros = tuple(settings(dim, v_dim, dtype).items())
+    kernel = load_kernel(device, SOURCE, "triangle", shared_bytes(dim, v_dim), THREADS, macros)
+    numbers = (
+        length, cut.tail, pattern.n_init, pattern.n_local, cut.part_keys, cut.parts, max(cut.last_tiles, 1), batch,
+        *_deal(cut, batch, programs), heads, tile_heads, heads // kv_heads, shift, v_dim, scale * LOG2_E,
+    )  # fmt: skip
+    return _Job(kernel, programs, cut, 1 << shift, numbers)
 
 
-def _keys_map(x: Tensor, keys: int) -> bytes:
-    return tensor_map(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), (1, 1, keys, 64))
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Where a tensor lies: its address, shape and strides."""
+
+
+def _place(x: Tensor) -> Place:
+    return x.data_ptr(), x.shape, x.stride()
+
+
+@lru_cache(maxsize=1024)
+def _maps(dtype: torch.dtype, tile_heads: int, block: int, tail: int, q: Place, k: Place, v: Place, out: Place) -> bytes:
+    """The kernel's struct Maps: queries and outputs as [batch, length, head tiles, tile_heads, dim], keys as they are."""
+
+    def by_heads(place: Place, rows: int, positions: int) -> bytes:
+        pointer, (batch, heads, _, dim), (by_batch, by_head, by_row, by_dim) = place
+        sizes = (batch, max(rows, 1), heads // tile_heads, tile_heads, dim)
+        strides = (by_batch, by_row, by_head * tile_heads, by_head, by_dim)
+        return tensor_map(pointer, dtype, sizes, strides, (1, positions, 1, block, 64))
+
+    def by_keys(place: Place, keys: int) -> bytes:
+        pointer, shape, strides = place
+        return tensor_map(pointer, dtype, shape, strides, (1, 1, keys, 64))
+
+    queries = by_heads(q, q[1][2], TEAM_ROWS // block)
+    outputs = (by_heads(out, rows, 16 // block) for rows in (tail, out[1][2]))
+    return b"".join((queries, by_keys(k, KEYS), by_keys(v, KEYS), by_keys(k, BOX), by_keys(v, BOX), *outputs))
 
 
 def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Triangle attention ``[batch, heads, length, v_dim]``, as a view of ``[batch, length, heads, v_dim]``."""
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
-    batch, heads, length, dim = q.shape
-    groups, v_dim = heads // k.shape[1], v.shape[3]
-    tile_heads = heads_per_tile(groups)
-    head_shift = (tile_heads - 1).bit_length()
-    block = 1 << head_shift
-    programs = multiprocessors(q.device)
-    cut = cut_for(
-        pattern, batch, heads, k.shape[1], length,
-        positions=TEAMS * TEAM_ROWS // block, keys=KEYS, overhead=ITEM_STEPS, slots=programs,
-    )  # fmt: skip
+    job = _job(pattern, q.device, q.dtype, q.shape, k.shape[1], v.shape[3], scale)
+    cut = job.cut
     out = empty_output(q, v)
     part_out, part_lse = new_parts(cut, out)
-    maps = b"".join(
-        (
-            _heads_map(q, tile_heads, length, (TEAM_ROWS // block, block)),
-            _keys_map(k, KEYS),
-            _keys_map(v, KEYS),
-            _keys_map(k, BOX),
-            _keys_map(v, BOX),
-            _heads_map(out, tile_heads, cut.tail, (16 // block, block)),
-            _heads_map(out, tile_heads, length, (16 // block, block)),
-        )
-    )
-    plan = PLAN.pack(
-        part_out.data_ptr(), part_lse.data_ptr(),
-        length, cut.tail, pattern.n_init, pattern.n_local, cut.part_keys, cut.parts, max(cut.last_tiles, 1), batch,
-        *_deal(cut, batch, programs), heads, tile_heads, groups, head_shift, v_dim, scale * LOG2_E,
-    )  # fmt: skip
-    _kernel(q.device, dim, v_dim, q.dtype).launch(programs, q.device, maps, plan)
+    maps = _maps(q.dtype, cut.tile_heads, job.block, cut.tail, _place(q), _place(k), _place(v), _place(out))
+    plan = PLAN.pack(part_out.data_ptr(), part_lse.data_ptr(), *job.numbers)
+    job.kernel.launch(job.programs, q.device, maps, plan)
     if cut.parts > 1:
         merge_parts(part_out, part_lse, cut, out)
     return out

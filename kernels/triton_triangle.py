@@ -226,12 +226,11 @@ def cut_for(
     keys: int,
     overhead: int,
     slots: int,
-    whole_to: int = 0,
 ) -> Cut:
     """Cut for tiles of ``positions`` x ``keys``, for ``slots`` programs at a time that lose ``overhead`` tiles each.
 
-    The last rows are split over the keys until one part takes no longer than what each slot has to do altogether; up to a
-    length of ``whole_to`` they are never split.
+    The last rows are split over the keys until one part takes no longer than what each slot has to do altogether; short
+    prompts' are never split.
     """
     tile_heads = heads_per_tile(heads // kv_heads)
     head_tiles = heads // tile_heads
@@ -241,7 +240,7 @@ def cut_for(
     steps = -(-length // keys)
     band_steps = pattern.n_local // keys + overhead
     work = batch * head_tiles * (band_tiles * band_steps + last_tiles * steps)
-    parts = 1 if length <= whole_to or not last_n else min(-(-steps // max(work // slots, 4)), 64)
+    parts = 1 if length <= ONE_LAUNCH or not last_n else min(-(-steps // max(work // slots, 4)), 64)
     part_keys = -(-steps // parts) * keys
     return Cut(tile_heads, head_tiles, length - last_n, last_n, band_tiles, last_tiles, parts, part_keys, band_steps)
 
@@ -310,7 +309,7 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     positions = rows // heads_per_tile(heads // k.shape[1])
     cut = cut_for(
         pattern, batch, heads, k.shape[1], length, positions=positions, keys=keys, overhead=3,
-        slots=4 * multiprocessors(q.device), whole_to=ONE_LAUNCH,
+        slots=4 * multiprocessors(q.device),
     )  # fmt: skip
     out = empty_output(q, v)
     part_out, part_lse = new_parts(cut, out)

@@ -30,9 +30,21 @@ def attend(request, make_qkv, measure_errors, monkeypatch):
         assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny
         return out
 
-    check.split_from = lambda length: monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)
+    def split_from(length):
+        monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)
+        forget()
+
+    def forget():
+        triton_triangle.cut_for.cache_clear()
+        if GPU:
+            from tmbench_kernels import hopper_triangle
+
+            hopper_triangle._job.cache_clear()
+
+    check.split_from = split_from
     check.multiprocessors = lambda n: monkeypatch.setattr(triton_triangle, "multiprocessors", lambda device: n)
-    return check
+    yield check
+    forget()
 
 
 COUNTS = (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200, 512, 700)
