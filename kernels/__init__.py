@@ -1,9 +1,22 @@
 """Attention on tensors: one module per pattern, each with its definition and its backends."""
 
+from tmbench_kernels.block_lists import BlockLists
+from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.dense import Dense
 from tmbench_kernels.minference_json import HeadPattern, load_budgets, load_head_patterns
 from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
 
-__all__ = ["Backend", "Dense", "HeadPattern", "Pattern", "Triangle", "VerticalSlash", "load_budgets", "load_head_patterns"]
+__all__ = [
+    "Backend",
+    "BlockLists",
+    "BlockSparse",
+    "Dense",
+    "HeadPattern",
+    "Pattern",
+    "Triangle",
+    "VerticalSlash",
+    "load_budgets",
+    "load_head_patterns",
+]
