@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from tmbench_kernels.cuda import capability, import_failure, refuses_dtype
+from tmbench_kernels.cuda import import_failure, missing_triton, refuses_tensors, refuses_triton
 from tmbench_kernels.pattern import Backend
 
 if TYPE_CHECKING:
@@ -23,38 +22,13 @@ def _missing_hopper() -> str:
         compiler_version()
     except Exception as error:
         return f"{import_failure(error)}: pip install cuda-bindings nvidia-cuda-nvrtc"
-    return _missing_triton()
-
-
-@cache
-def _missing_triton() -> str:
-    try:
-        import triton  # noqa: F401
-    except Exception as error:
-        return f"{import_failure(error)}: pip install triton>=3.6"
-    return ""
-
-
-@cache
-def _refuses(device: torch.device, dtype: torch.dtype, widest: int, capabilities: tuple[int, ...], largest: int) -> str:
-    if torch.version.hip is not None:
-        return "takes an NVIDIA GPU"
-    if capability(device) not in capabilities:
-        wanted = " or ".join(map(str, capabilities))
-        return f"takes a GPU of compute capability {wanted}, not {capability(device)}"
-    if reason := refuses_dtype(dtype):
-        return reason
-    return "" if widest <= largest else f"takes head sizes up to {largest}, not {widest}"
-
-
-def _refuses_triton(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
-    return _refuses(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)
+    return missing_triton()
 
 
 def _refuses_hopper(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
     if v.shape[-1] % 8:
         return f"writes outputs of a head size that is a multiple of 8, not {v.shape[-1]}"
-    return _refuses(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
 
 
 def _attend_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -71,6 +45,6 @@ def _attend_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) 
 
 CUDA_BACKENDS = (
     Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=_missing_hopper, refuses=_refuses_hopper),
-    Backend("triton", ("cuda",), _attend_triton, missing=_missing_triton, refuses=_refuses_triton),
+    Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
 )
 """Fastest first, as benchmarks/attention.csv has them."""

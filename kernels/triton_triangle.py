@@ -39,7 +39,7 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS: tl.constexpr):
+def attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS: tl.constexpr):
     """One step of the online softmax: the keys first..first+KEYS-1, of which those from ``limit`` on are not counted."""
     s = tl.dot(q, k.T)
     if masked:
@@ -132,7 +132,7 @@ def _walk(
             v_rows = v_ptr + batch * stride_vb + kv_head.to(tl.int64) * stride_vh + sink.to(tl.int64) * stride_vn
             k = tl.load(k_rows[:, None] + dim[None, :] * stride_kd, mask=ok & (dim < DIM)[None, :], other=0.0)
             v = tl.load(v_rows[:, None] + v_dim[None, :] * stride_vd, mask=ok & (v_dim < V_DIM)[None, :], other=0.0)
-            acc, total, peak = _attend_tile(
+            acc, total, peak = attend_tile(
                 q, k, v, 0, sinks, True, position, reach, n_init, scale_log2, acc, total, peak, SMALL
             )
     else:
@@ -150,7 +150,7 @@ def _walk(
         masked = (t >= whole) | (first + KEYS - 1 > start)
         k = k_tiles.load([batch.to(tl.int32), kv_head, first, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([batch.to(tl.int32), kv_head, first, 0]).reshape(KEYS, BLOCK_V_DIM)
-        acc, total, peak = _attend_tile(
+        acc, total, peak = attend_tile(
             q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS
         )
 
