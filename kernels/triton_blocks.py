@@ -16,9 +16,7 @@ from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import LOG2_E, attend_tile, block_dim, loadable, positive
 
 
-@triton.jit(
-    do_not_specialize=["length", "blocks", "batches", "stride_qb", "stride_qh", "stride_qn", "stride_qd"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["length", "blocks", "batches", "stride_qb"])
 def _walk(
     q_ptr, out_ptr, k_tiles, v_tiles, counts_ptr, indices_ptr,
     stride_qb, stride_qh, stride_qn, stride_qd,

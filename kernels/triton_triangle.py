@@ -39,14 +39,8 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS: tl.constexpr):
-    """One step of the online softmax: the keys first..first+KEYS-1, of which those from ``limit`` on are not counted."""
-    s = tl.dot(q, k.T)
-    if masked:
-        keys = first + tl.arange(0, KEYS)
-        distance = position[:, None] - keys[None, :]
-        seen = (keys < limit)[None, :] & (distance >= 0) & ((distance < reach) | (keys < n_init)[None, :])
-        s = tl.where(seen, s, -float("inf"))
+def softmax_step(s, v, scale_log2, acc, total, peak):
+    """One step of the online softmax: logits ``s`` [rows, keys], -inf where a row does not see a key, and their values."""
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale_log2)
     # A row that has seen no key yet has a peak of -inf, and -inf - -inf is not a number.
     shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -55,6 +49,18 @@ def attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_lo
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
     return acc, total, new_peak
+
+
+@triton.jit
+def attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS: tl.constexpr):
+    """One step over the keys first..first+KEYS-1, of which those from ``limit`` on are not counted."""
+    s = tl.dot(q, k.T)
+    if masked:
+        keys = first + tl.arange(0, KEYS)
+        distance = position[:, None] - keys[None, :]
+        seen = (keys < limit)[None, :] & (distance >= 0) & ((distance < reach) | (keys < n_init)[None, :])
+        s = tl.where(seen, s, -float("inf"))
+    return softmax_step(s, v, scale_log2, acc, total, peak)
 
 
 @triton.jit(

@@ -35,7 +35,7 @@ def runs(distances: Tensor, first: int, last: int) -> Tensor:
     """
     length = distances.shape[2]
     end = BLOCK * torch.arange(first + 1, last + 1, device=distances.device)
-    below = _largest_below(distances)
+    below = largest_below(distances)
     reach = torch.zeros(*distances.shape[:2], last - first, dtype=torch.int64, device=distances.device)
     starts = []
     for step in range(last):
@@ -52,7 +52,7 @@ def runs(distances: Tensor, first: int, last: int) -> Tensor:
     return torch.stack(starts, dim=-1)
 
 
-def _largest_below(distances: Tensor) -> Tensor:
+def largest_below(distances: Tensor) -> Tensor:
     """For n in 0..length the largest selected distance below n, or -1: int64 ``[batch, heads, length + 1]``."""
     positions = torch.arange(distances.shape[2], device=distances.device)
     return F.pad(torch.where(distances, positions, -1).cummax(2).values, (1, 0), value=-1)
@@ -122,7 +122,7 @@ def _sees_everything(distances: Tensor) -> Tensor:
     """Heads whose runs leave no gap anywhere, bool ``[batch, heads]``: no 64 neighbouring distances are all unselected."""
     length = distances.shape[2]
     ends = torch.arange(BLOCK, -(-length // BLOCK) * BLOCK + 1, device=distances.device)
-    return (ends - _largest_below(distances)[:, :, ends.clamp(max=length)] <= BLOCK).all(2)
+    return (ends - largest_below(distances)[:, :, ends.clamp(max=length)] <= BLOCK).all(2)
 
 
 def _attend_strip(
