@@ -38,7 +38,7 @@ def runs(distances: Tensor, first: int, last: int) -> Tensor:
 
 
 def _steps(below: Tensor, first: int, last: int) -> Iterator[Tensor]:
-    """The starts of the first key block of every query block, then of the second, and so on: int64 ``[batch, heads, blocks]``.
+    """Where the first key block of every query block starts, then the second, and so on: int64 ``[batch, heads, blocks]``.
 
     Walks from block to block, not from distance to distance: the next block depends only on where the last one ends and on
     the largest distance that reaches beyond, which ``below`` holds (see ``_largest_below``).

@@ -145,13 +145,16 @@ class TtftGroup(Group):
         rows = self.measured()
         apart = [row for row in rows if row["length"] in dense and not _in_turns(row, dense[row["length"]])]
         few = [row for row in rows if row["repeats"] < FEW_REPEATS]
-        random = self.setting["weights"] == "random"
+        random, structured = (self.setting["weights"] == drawn for drawn in ("random", "structured"))
         chosen = [row for row in rows if _chooses_by_the_data(row)]
         notes = {
             "The weights are random: methods that choose keys by the data cost more than on trained weights, and what they "
             "keep means nothing. These figures do not transfer to a trained model.": random and chosen,
             "The weights are random: the times of these methods do not depend on them, but what the methods keep does, so "
             "logit errors and first tokens say nothing about a trained model.": random and not chosen,
+            "The weights are structured: drawn so that attention has local bands, slashes, sinks and columns. A method that "
+            "chooses keys by the data costs what it would on trained weights only if its coverage would be the same; logit "
+            "errors and first tokens say nothing about a trained model.": structured,
             "Dense has no time here, so there is nothing to compare with.": not dense,
             f"Not measured in turns with dense, so the machine may have changed in between: {_places(apart, rows)}.": apart,
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {_places(few, rows)}.": few,
@@ -219,7 +222,9 @@ class RulerGroup(Group):
                 stand_ins.setdefault(STOOD_IN_FOR.get(row["task"], "essays"), {})[row["task"]] = None
         few = min(row["samples"] for row in self.rows)
         notes = {
-            "The weights are random: these scores say nothing about a trained model.": self.setting["weights"] == "random",
+            f"The weights are {self.setting['weights']}: these scores say nothing about a trained model.": (
+                self.setting["weights"] != "checkpoint"
+            ),
             f"The average is over the {len(common)} tasks that every method has; missing somewhere: {missing}.": missing,
             **{
                 f"Generated text stood in for {text}: scores of {', '.join(tasks)} do not compare with published ones.": True

@@ -143,9 +143,16 @@ def test_a_preset_is_timed_with_random_weights(tmbench, monkeypatch, make_model,
     row = json.loads(out)[0]
     found = tuple(row[name] for name in ("model", "revision", "weights", "prompt", "length", "status"))
     assert found == ("small-8m", "", "random", "random", 600, "ok")
+    structured = ("--weights", "structured", "--length", "600", "--repeats", "1", "--method", "minference", "--json")
+    code, out, err = tmbench("ttft", *preset, *structured)
+    assert code == 0, err
+    assert [json.loads(out)[0][name] for name in ("weights", "prompt", "status")] == ["structured", "random", "ok"]
 
     for arguments, words in (
-        ((), "--model small-8m is a preset, a config without weights: add --weights random, or give the real checkpoint"),
+        (
+            (),
+            "--model small-8m is a preset, a config without weights: add --weights random or --weights structured, or give",
+        ),
         (("--weights", "random", "--prompt", "kv"), "has no tokenizer, which --prompt kv needs: use --prompt random"),
     ):
         code, _, err = tmbench("ttft", *preset, *arguments)

@@ -375,6 +375,10 @@ def test_no_caveat_without_a_reason(published):
             {"weights": "random", "backends": "dense:a+triangle:b"},
             "The weights are random: the times of these methods do not",
         ),
+        (
+            {"weights": "structured", "backends": "vertical_slash:a"},
+            "The weights are structured: drawn so that attention has local bands",
+        ),
         ({"repeats": 2}, "Fewer than 3 repeats, so the spread is hardly known: all rows."),
         ({"dirty": True}, "2 of 2 rows come from an edited checkout"),
     ],
@@ -400,6 +404,7 @@ def test_rows_measured_apart_from_dense_are_named(tmp_path):
     ("changes", "note"),
     [
         ({"weights": "random"}, "The weights are random: these scores say nothing about a trained model."),
+        ({"weights": "structured"}, "The weights are structured: these scores say nothing about a trained model."),
         ({"wording": "tmbench-1"}, "The wording is not the published one: published scores compare only under `--wording"),
         ({"samples": 19}, "Only 19 samples of some task: fewer than 20 say little about a difference."),
         ({"task": "qa_1", "source": "generated documents"}, "Generated text stood in for SQuAD: scores of qa_1 do not"),
