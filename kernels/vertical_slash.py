@@ -94,19 +94,26 @@ class VerticalSlash(Pattern):
 def last_query_mass(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Probability that the last min(64, length) queries give to each column and to each distance, summed over them.
 
-    Two float32 tensors ``[batch, heads, length]``. A large distance has fewer pairs and is not scaled up for it.
+    Two float32 tensors ``[batch, heads, length]``. A large distance has fewer pairs and is not scaled up for it. The
+    probabilities themselves are held for the heads of one key head at a time: at 128K tokens all of them take gigabytes.
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     rows = min(LAST_QUERIES, length)
-    last = q[:, :, length - rows :].float().reshape(*k.shape[:2], groups * rows, -1)
-    logits = (last @ k.float().transpose(2, 3)).view(*q.shape[:2], rows, length).mul_(scale)
+    last = q[:, :, length - rows :].float().reshape(q.shape[0], k.shape[1], groups * rows, -1)
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    logits[..., length - rows :].masked_fill_(future, -torch.inf)
-    probabilities = logits.softmax(-1)
-    # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
-    padded = F.pad(probabilities, (rows - 1, 0))
-    diagonals = padded.as_strided((*q.shape[:2], rows, length), (*padded.stride()[:2], padded.shape[3] + 1, 1))
-    return probabilities.sum(2), diagonals.sum(2).flip(-1)
+    columns, distances = (q.new_empty(*q.shape[:2], length, dtype=torch.float32) for _ in range(2))
+    for kv_head in range(k.shape[1]):
+        heads = slice(kv_head * groups, (kv_head + 1) * groups)
+        logits = (last[:, kv_head] @ k[:, kv_head].float().transpose(1, 2)).mul_(scale)
+        logits = logits.view(-1, groups, rows, length)
+        logits[..., length - rows :].masked_fill_(future, -torch.inf)
+        probabilities = logits.softmax(-1)
+        columns[:, heads] = probabilities.sum(2)
+        # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
+        padded = F.pad(probabilities, (rows - 1, 0))
+        strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
+        distances[:, heads] = padded.as_strided((*padded.shape[:3], length), strides).sum(2).flip(-1)
+    return columns, distances
 
 
 def selection_mask(chosen: Selection) -> Tensor:

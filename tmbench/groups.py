@@ -22,7 +22,7 @@ FIGURES = {
     kind: names.split()
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
-        "ruler": "score nulls prompt_tokens_mean seconds_per_sample",
+        "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage",
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
@@ -195,9 +195,17 @@ class RulerGroup(Group):
         """Each label's mean score over ``common_tasks``; empty where there are none."""
         return {str(label): float(mean) for label, mean in self.scores.dropna().mean().dropna().items()}
 
+    @property
+    def coverages(self) -> dict[str, float]:
+        """The part of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
+        counted = {
+            name: [row["coverage"] for row in self.measured(name) if row["coverage"] is not None] for name in self.labels
+        }
+        return {name: sum(parts) / len(parts) for name, parts in counted.items() if parts}
+
     def summary(self) -> Record:
-        """What follows from the rows together, for JSON: the averages, and the tasks that they are over."""
-        return {"averages": self.averages, "average_over": self.common_tasks}
+        """What follows from the rows together, for JSON: the averages, the tasks that they are over, and the coverages."""
+        return {"averages": self.averages, "average_over": self.common_tasks, "coverages": self.coverages}
 
     def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
         """A caption and a table of texts: scores by task and method, and their averages."""
@@ -211,6 +219,8 @@ class RulerGroup(Group):
         average = {name: f"{mean:.1f}" for name, mean in means.items()}
         average |= {n: f"{m:.1f} ({m - means['dense']:+.1f})" for n, m in means.items() if n != "dense" and "dense" in means}
         lines.append({"task": f"average of {len(self.common_tasks)}", "samples": "", **average})
+        if coverages := self.coverages:
+            lines.append({"task": "coverage", "samples": "", **{name: f"{part:.1%}" for name, part in coverages.items()}})
         return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines)}
 
     def notes(self) -> list[str]:

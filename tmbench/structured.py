@@ -53,7 +53,7 @@ NOISE_SIZE = math.sqrt(1 - CONSTANT_SIZE**2 - POLARITY_SIZE**2)
 ADDED_SIZE = 0.25
 """What all layers together add to the hidden state, beside the embedding: their parts add up as noise does."""
 
-QUERY_NOISE, KEY_NOISE = 0.8, 0.9
+QUERY_NOISE, KEY_NOISE = 0.7, 0.85
 """Standard deviation of what a token's own embedding gives to each entry of its query and its key; their product is the
 logits' noise."""
 KEY_SLASH, KEY_BAND = 5.0, 1.5

@@ -312,7 +312,17 @@ def test_the_average_is_over_the_tasks_that_all_have(tmp_path):
     assert report.ruler[0].summary() == {
         "averages": {"dense": 60.0, "tri_mix": 55.0},
         "average_over": ["niah_single_1", "vt", "qa_2"],
+        "coverages": {},
     }
+
+
+def test_what_a_method_covered_stands_below_its_scores(tmp_path):
+    add_ruler(tmp_path, "dense", "vt")
+    add_ruler(tmp_path, "minference", "vt", coverage=0.25)
+    add_ruler(tmp_path, "minference", "qa_1", coverage=0.15)
+    add_ruler(tmp_path, "minference", "qa_2", None, status=FAILED, coverage=0.9)
+    line = table_with(build(tmp_path).markdown(), "task")["coverage"]
+    assert (line["minference"], line["dense"]) == ("20.0%", "-")
 
 
 def test_no_task_in_common_is_no_average(tmp_path):
