@@ -84,6 +84,13 @@ def applied(
     n_local: int = 512,
     last_n: int = 128,
     patterns: Path | str | None = None,
+    gamma: float = 0.95,
+    tau: float = 0.1,
+    min_budget: int = 1024,
+    stride: int = 16,
+    threshold: float = 0.9,
+    first_chunk: int = 0,
+    alpha: float = 0.1,
 ) -> Iterator[Applied]:
     """Run ``model``'s prefills with a method inside a ``with`` block; the model is as before afterwards.
 
@@ -93,12 +100,29 @@ def applied(
         starting_layer: first deep layer, from 0; None takes the published one, or half the depth.
         n_init, n_local, last_n: the triangle's first keys, local window and last rows, in tokens.
         patterns: a JSON file of per-head budgets in MInference's format.
+        gamma, tau, min_budget: FlexPrefill's share of attention, distance of query-aware heads, and least tokens.
+        stride, threshold, first_chunk: XAttention's stride in tokens, share of attention, and tokens under the rule of the
+            published code's first chunk.
+        alpha: FlashPrefill's least weight of a key block against the heaviest.
 
     Raises:
         UserError: an unknown method, or parameters that do not fit the model.
         UnsupportedModelError: a feature of the model or of a later call that the patterns cannot honour.
     """
-    settings = Settings(starting_layer, n_init, n_local, last_n, Path(patterns) if patterns else None)
+    settings = Settings(
+        starting_layer=starting_layer,
+        n_init=n_init,
+        n_local=n_local,
+        last_n=last_n,
+        patterns=Path(patterns) if patterns else None,
+        gamma=gamma,
+        tau=tau,
+        min_budget=min_budget,
+        stride=stride,
+        threshold=threshold,
+        first_chunk=first_chunk,
+        alpha=alpha,
+    )
     with applied_plan(model, get_method(method).plan(ModelShape.of(model), settings)) as session:
         yield session
 

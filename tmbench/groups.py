@@ -26,7 +26,10 @@ FIGURES = {
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
-PARAMETERS = ("starting_layer", "n_init", "n_local", "last_n", "patterns")
+PARAMETERS = (
+    "starting_layer", "n_init", "n_local", "last_n", "patterns",
+    "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
+)  # fmt: skip
 """What decides which pairs a method computes, and so what it keeps: the backend of dense attention does not."""
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}

@@ -1,7 +1,7 @@
 """The table of methods: each a shallow pattern, a deep pattern, and from which layer on the deep one is used.
 
-A further method is one pattern in ``tmbench_kernels`` and one line in ``METHODS``. Combined modes are lines of the table,
-never code of their own.
+A further method is one pattern in ``tmbench_kernels`` and one entry here. Combined modes are entries of the table, made from
+the methods that they combine, never code of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PAPERS = {
     "TriangleMix": "He et al. 2025, arXiv 2507.21526",
     "MInference": "Jiang et al. 2024, arXiv 2407.02490",
+    "FlexPrefill": "Lai et al. 2025, arXiv 2502.20766",
+    "XAttention": "Xu et al. 2025, arXiv 2503.16428",
+    "FlashPrefill": "Fan et al. 2026, arXiv 2603.06199",
     "StreamingLLM": "Xiao et al. 2023, arXiv 2309.17453",
 }
 
@@ -31,13 +34,30 @@ PUBLISHED_STARTING_LAYERS = {"llama-3.1-8b": 16, "llama-3-8b-instruct-262k": 16,
 DENSE_BACKENDS = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa")
 """What computes dense attention, in order of preference: the names of ``tmbench_kernels.Dense.backends``."""
 
+KEY_BLOCK = 128
+"""Tokens of a block of keys, of which the block-sparse patterns of ``tmbench_kernels`` choose some."""
+
+INLINE: Mapping[str, type[int] | type[float]] = {
+    "gamma": float,
+    "tau": float,
+    "min_budget": int,
+    "stride": int,
+    "threshold": float,
+    "first_chunk": int,
+    "alpha": float,
+}
+"""The parameters that one method alone has, with and without a triangle: no options, they follow the method's name."""
+
 STATIC_PATTERNS = ("dense", "triangle")
 """The patterns of ``tmbench_kernels`` that do not choose their keys by the data, by name."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of all methods, as given by the user. Those that a method does not read leave it unchanged."""
+    """The parameters of all methods, as given by the user. Those that a method does not read leave it unchanged.
+
+    Raises UserError with one sentence that names the option or the parameter.
+    """
 
     starting_layer: int | None = None
     """First deep layer, counted from 0; None takes the published one, or half the model's depth."""
@@ -48,6 +68,20 @@ class Settings:
     """A JSON file in MInference's format with each head's budgets; None means (1000, 6096) for every head."""
     dense_backend: str | None = None
     """The one backend to compute dense attention with; None takes the fastest that is installed and serves the model."""
+    gamma: float = 0.95
+    """FlexPrefill: the share of attention that the columns, and the diagonals, of a head are to hold."""
+    tau: float = 0.1
+    """FlexPrefill: up to which distance between two estimates a head's queries choose blocks for themselves."""
+    min_budget: int = 1024
+    """FlexPrefill: the fewest tokens of columns, and of diagonals."""
+    stride: int = 16
+    """XAttention: tokens between the antidiagonals that estimate a block."""
+    threshold: float = 0.9
+    """XAttention: the share of its estimated attention that a query block's key blocks are to hold."""
+    first_chunk: int = 0
+    """XAttention: first tokens whose queries follow the published code's rule for its first chunk; 0 for none."""
+    alpha: float = 0.1
+    """FlashPrefill: how much of the heaviest key block's weight a block must have."""
 
     def __post_init__(self) -> None:
         for option in ("n_init", "n_local", "last_n"):
@@ -57,6 +91,18 @@ class Settings:
             raise UserError("--n-init and --n-local are both 0, so most queries would see no key: raise one of them")
         if self.dense_backend is not None and self.dense_backend not in DENSE_BACKENDS:
             raise UserError(f"--dense-backend {self.dense_backend} is unknown: choose from {', '.join(DENSE_BACKENDS)}")
+        for share in ("gamma", "threshold"):
+            if not 0 < getattr(self, share) <= 1:
+                raise UserError(f"{share} must be above 0 and at most 1, not {getattr(self, share)}")
+        for part in ("tau", "alpha"):
+            if not 0 <= getattr(self, part) <= 1:
+                raise UserError(f"{part} must be between 0 and 1, not {getattr(self, part)}")
+        if self.min_budget < 1:
+            raise UserError(f"min_budget must be 1 or more, not {self.min_budget}")
+        if self.stride < 1 or KEY_BLOCK % self.stride:
+            raise UserError(f"stride must divide {KEY_BLOCK}, so that blocks hold whole strides, but it is {self.stride}")
+        if self.first_chunk < 0 or self.first_chunk % KEY_BLOCK:
+            raise UserError(f"first_chunk must be 0 or a multiple of {KEY_BLOCK}, not {self.first_chunk}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +131,7 @@ class Plan:
 
     method: str
     patterns: tuple[Pattern, ...]
-    parameters: Mapping[str, int | str] = field(default_factory=dict)
+    parameters: Mapping[str, int | float | str] = field(default_factory=dict)
     """The parameters that this method reads, with the values used; the same names as the options.
 
     One that was left to tmbench, as the backend of dense attention may be, is not among them.
@@ -100,7 +146,7 @@ class Plan:
         """
         return backends_name(f"{pattern.name}:{pattern.backend(q, k, v).name}" for pattern in set(self.patterns))
 
-    def row_fields(self) -> dict[str, int | str]:
+    def row_fields(self) -> dict[str, int | float | str]:
         """The columns that a result row takes from here."""
         return {"method": self.method, **self.parameters, "starting_layer_source": self.starting_layer_source}
 
@@ -122,10 +168,15 @@ class Method:
         """All fields of Settings that change this method."""
         return (("starting_layer",) if self.deep else ()) + self.reads
 
+    @property
+    def inline(self) -> tuple[str, ...]:
+        """Those of its parameters that follow its name."""
+        return tuple(name for name in self.parameters if name in INLINE)
+
     def plan(self, shape: ModelShape, settings: Settings) -> Plan:
         """One pattern per layer of a model of this shape; raises UserError for settings that do not fit it."""
         patterns = list(self.shallow(settings, shape))
-        parameters: dict[str, int | str] = {}
+        parameters: dict[str, int | float | str] = {}
         source = ""
         if self.deep is not None:
             start, source = starting_layer(shape, settings)
@@ -198,8 +249,71 @@ def _vertical_slash(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
     return [VerticalSlash(layer) for layer in layers]
 
 
+def _flex_prefill(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
+    from tmbench_kernels import FlexPrefill
+
+    return [FlexPrefill(settings.gamma, settings.tau, settings.min_budget)] * shape.layers
+
+
+def _xattention(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
+    from tmbench_kernels import XAttention
+
+    return [XAttention(settings.stride, settings.threshold, settings.first_chunk)] * shape.layers
+
+
+def _flash_prefill(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
+    from tmbench_kernels import FlashPrefill
+
+    return [FlashPrefill(settings.alpha)] * shape.layers
+
+
 WINDOW = ("n_init", "n_local", "last_n")
 DENSE = ("dense_backend",)
+
+DYNAMIC_METHODS = (
+    Method(
+        "minference",
+        "MInference: vertical columns and slashes chosen per head, in every layer",
+        ("MInference",),
+        _vertical_slash,
+        reads=("patterns",),
+    ),
+    Method(
+        "flexprefill",
+        "FlexPrefill: blocks of columns and diagonals that hold a share of each head's attention, in every layer",
+        ("FlexPrefill",),
+        _flex_prefill,
+        reads=("gamma", "tau", "min_budget"),
+    ),
+    Method(
+        "xattention",
+        "XAttention: the fewest key blocks that hold a share of the attention, by antidiagonals, in every layer",
+        ("XAttention",),
+        _xattention,
+        reads=("stride", "threshold", "first_chunk"),
+    ),
+    Method(
+        "flashprefill",
+        "FlashPrefill: key blocks that weigh nearly as much as the heaviest one, in every layer",
+        ("FlashPrefill",),
+        _flash_prefill,
+        reads=("alpha",),
+    ),
+)
+"""Methods that choose keys by the data in every layer; each is in the table once more with triangle attention below it."""
+
+
+def _above_triangle(method: Method) -> Method:
+    """The method in the shallow layers, triangle attention in the deep ones."""
+    return Method(
+        f"tri_mix_{method.name}",
+        f"both: {method.summary.partition(':')[0]} in the shallow layers, triangle attention in the deep ones",
+        ("TriangleMix", *method.papers),
+        method.shallow,
+        _triangle,
+        (*WINDOW, *method.reads),
+    )
+
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -213,21 +327,7 @@ METHODS: Mapping[str, Method] = {
             _triangle,
             (*WINDOW, *DENSE),
         ),
-        Method(
-            "minference",
-            "MInference: vertical columns and slashes chosen per head, in every layer",
-            ("MInference",),
-            _vertical_slash,
-            reads=("patterns",),
-        ),
-        Method(
-            "tri_mix_minference",
-            "both: MInference in the shallow layers, triangle attention in the deep ones",
-            ("TriangleMix", "MInference"),
-            _vertical_slash,
-            _triangle,
-            (*WINDOW, "patterns"),
-        ),
+        *(each for method in DYNAMIC_METHODS for each in (method, _above_triangle(method))),
         Method(
             "streaming",
             "the A-shape as a baseline: first keys and a local window, in every layer",
@@ -247,3 +347,26 @@ def get_method(name: str) -> Method:
         return METHODS[name.replace("-", "_")]
     except KeyError:
         raise UserError(f"--method {name} is unknown: choose from {', '.join(METHODS)}") from None
+
+
+def parse_method(text: str) -> tuple[Method, dict[str, int | float]]:
+    """A method and the parameters that follow its name: "xattention:stride=8,threshold=0.8".
+
+    Raises UserError for an unknown method, for a parameter that it does not read behind its name, and for what is no number.
+    """
+    name, _, given = text.partition(":")
+    method = get_method(name)
+    values: dict[str, int | float] = {}
+    for part in filter(None, given.split(",")):
+        parameter, _, value = (piece.strip() for piece in part.partition("="))
+        parameter = parameter.replace("-", "_")
+        if parameter not in method.inline:
+            known = f"what may follow it is {', '.join(method.inline)}" if method.inline else "nothing may follow it"
+            raise UserError(f"--method {text}: {method.name} has no parameter {parameter!r}, {known}")
+        kind = INLINE[parameter]
+        try:
+            values[parameter] = kind(value)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise UserError(f"--method {text}: {parameter} must be {wanted}, not {value!r}") from None
+    return method, values

@@ -66,6 +66,13 @@ class Row:
     patterns: str = ""
     dense_backend: str = ""
     """The backend that dense attention was held to; "" where tmbench chose it."""
+    gamma: float | None = None
+    tau: float | None = None
+    min_budget: int | None = None
+    stride: int | None = None
+    threshold: float | None = None
+    first_chunk: int | None = None
+    alpha: float | None = None
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     threads: int
@@ -85,8 +92,11 @@ class Row:
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
         "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads", "dense_backend",
+        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ("dense_backend",)
+    ADDED: ClassVar[tuple[str, ...]] = (
+        "dense_backend", "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
+    )  # fmt: skip
     """Columns that files of the first release lack; each has a default."""
 
     @classmethod

@@ -46,6 +46,47 @@ def make_qkv() -> Callable[..., Tensors]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_structured_qkv() -> Callable[..., Tensors]:
+    """q, k and v whose attention is as uneven as a trained model's, laid out in memory as those of ``make_qkv``.
+
+    All heads attend to the first keys and to some columns; even key heads to near keys, odd ones along slashes: a constant
+    part of q and k, turned by RoPE, makes a logit depend on the distance.
+    """
+
+    def make(
+        length: int,
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        dim: int = 32,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Tensors:
+        random = torch.Generator().manual_seed(seed)
+        half = dim // 2
+        angles = torch.arange(length)[:, None] * 1e4 ** (-torch.arange(half) / half)
+        cos, sin = angles.cos(), angles.sin()
+
+        def tokens(head: int, strength: Tensor) -> Tensor:
+            x = torch.randn(batch, length, dim, generator=random)
+            x[..., 2 if head % 2 else 0 : half - 2 : 3 if head % 2 else 1] += 2.0
+            x[..., half - 1] += strength
+            a, b = x[..., :half], x[..., half:]
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+        columns = torch.where(torch.rand(batch, length, generator=random) < 1 / 200, 8.0, 0.0)
+        columns[:, :4] = 12.0
+        groups = heads // kv_heads
+        q = [tokens(head // groups, torch.tensor(2.0)) for head in range(heads)]
+        k = [tokens(head, columns) for head in range(kv_heads)]
+        v = torch.randn(batch, length, kv_heads, dim, generator=random).to(dtype).transpose(1, 2)
+        return *(torch.stack(x, dim=2).to(dtype).transpose(1, 2) for x in (q, k)), v
+
+    return make
+
+
 def rms_errors(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None
 ) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmbench_kernels import Dense, Triangle, VerticalSlash
+from tmbench_kernels import Dense, FlashPrefill, Triangle, VerticalSlash, XAttention
 from tmbench_kernels.pattern import Pattern
 
 counts = st.one_of(st.integers(0, 12), st.integers(13, 300))
@@ -29,7 +29,17 @@ def test_triangle(make_qkv, assert_exact, length, n_init, n_local, last_n):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pattern", [Dense(), Triangle(3, 50, 0), Triangle(), VerticalSlash(((40, 60),))])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Dense(),
+        Triangle(3, 50, 0),
+        Triangle(),
+        VerticalSlash(((40, 60),)),
+        XAttention(threshold=0.5),
+        FlashPrefill(1, 1, 1, 0),
+    ],
+)
 @pytest.mark.parametrize("length", [1, 2, 63, 131, 700])
 def test_types_batches_and_scales(make_qkv, assert_exact, pattern, dtype, length):
     q, k, v = make_qkv(length, dim=32, batch=2, dtype=dtype)
@@ -43,7 +53,7 @@ def test_values_of_another_width(make_qkv, assert_exact):
         check(pattern, q, k, v[..., :24], assert_exact)
 
 
-@pytest.mark.parametrize("pattern", [Dense(), Triangle(8, 64, 16), VerticalSlash(((40, 60),))])
+@pytest.mark.parametrize("pattern", [Dense(), Triangle(8, 64, 16), VerticalSlash(((40, 60),)), XAttention()])
 def test_outputs_lie_in_memory_as_models_want_them(make_qkv, pattern):
     q, k, v = make_qkv(700, dim=32)
     assert pattern.attend(q, k, v).transpose(1, 2).is_contiguous()

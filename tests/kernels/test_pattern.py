@@ -6,11 +6,22 @@ import re
 import pytest
 import torch
 
-from tmbench_kernels import Backend, Dense, Triangle, VerticalSlash
+from tmbench_kernels import (
+    Backend,
+    BlockTopK,
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    Triangle,
+    VerticalSlash,
+    XAttention,
+)
 from tmbench_kernels.masks import masked_attention
 
+PATTERNS = [Dense(), Triangle(), VerticalSlash(), FlexPrefill(), XAttention(), FlashPrefill(), BlockTopK()]
 
-@pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
     ("q", "k", "v", "reason"),
     [
@@ -27,14 +38,14 @@ def test_refuses_shapes_that_are_no_prefill(pattern, q, k, v, reason):
         pattern.attend(torch.zeros(q), torch.zeros(k), torch.zeros(v))
 
 
-@pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_refuses_mixed_types(pattern):
     x = torch.zeros(1, 2, 8, 16)
     with pytest.raises(ValueError, match="one type"):
         pattern.attend(x, x, x.half())
 
 
-@pytest.mark.parametrize("pattern", [Dense(), Triangle(), VerticalSlash()])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_names_its_backend(pattern):
     x = torch.zeros(1, 2, 8, 16)
     assert pattern.backend(x, x, x) in pattern.backends

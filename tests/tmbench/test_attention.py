@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, T5
 
 from tmbench import applied
 from tmbench.errors import UnsupportedModelError, UserError
+from tmbench_kernels import FlashPrefill, FlexPrefill, XAttention
 
 FAMILIES = {
     "llama": {},
@@ -57,6 +58,20 @@ def test_triangle_in_all_layers_equals_the_plain_model_under_its_mask(family, ma
     assert session.calls == 4
 
 
+def test_block_sparse_attention_in_all_layers_equals_the_plain_model_under_its_mask(make_model, prompt):
+    """With next to no mass to cover, XAttention keeps the first block and the own one, whatever the data."""
+    model, ids = make_model("qwen2", max_position_embeddings=1024), prompt(500, 2)
+    i, j = torch.arange(500)[:, None], torch.arange(500)
+    mask = ((j < 128) | (j // 128 == i // 128)) & (j <= i)
+    with torch.no_grad():
+        dense = model(ids).logits
+        masked = model(ids, attention_mask=mask[None, None]).logits
+        with applied(model, "xattention", threshold=1e-9):
+            got = model(ids).logits
+    torch.testing.assert_close(got, masked, rtol=1e-4, atol=1e-4)
+    assert (got - dense).abs().max() > 0.05, "the mask must make a difference for this test to mean anything"
+
+
 def test_shallow_layers_stay_dense(make_model, prompt):
     model, ids = make_model("llama"), prompt(40)
     seen = []
@@ -100,6 +115,35 @@ def test_the_model_is_restored_after_an_error(make_model, prompt):
         assert model.config._attn_implementation == "sdpa"
         assert not [name for module in model.modules() for name in vars(module) if "tmbench" in name]
         torch.testing.assert_close(model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "pattern"),
+    [
+        ("flexprefill", {"gamma": 0.3, "tau": 0.2, "min_budget": 100}, FlexPrefill(0.3, 0.2, 100)),
+        ("xattention", {"stride": 8, "threshold": 0.2, "first_chunk": 128}, XAttention(8, 0.2, 128)),
+        ("flashprefill", {"alpha": 0.9}, FlashPrefill(0.9)),
+    ],
+)
+def test_block_sparse_methods_run_their_patterns(method, parameters, pattern, make_model, prompt):
+    """The prompt is longer than FlashPrefill's window and last queries together."""
+    model, ids = make_model("llama", max_position_embeddings=2048), prompt(1300)
+    seen = []
+
+    def observe(layer, used, q, k, scale):
+        assert used == pattern
+        seen.append(used.mask(q, k, scale=scale).sum())
+
+    with torch.no_grad():
+        dense = model(ids).logits
+        with applied(model, method, **parameters) as session:
+            session.observer = observe
+            sparse = model(ids).logits
+    assert len(seen) == 4
+    assert 0 < sum(seen) < 4 * 4 * 1300 * 1301 // 2
+    assert torch.isfinite(sparse).all()
+    assert (sparse - dense).abs().max() > 1e-3
+    torch.testing.assert_close(sparse[:, :128], dense[:, :128], rtol=1e-4, atol=1e-4)
 
 
 def test_two_models_run_two_methods_at_once(make_model, prompt):
@@ -199,6 +243,7 @@ def test_bad_parameters_name_the_option(make_model):
         ({"starting_layer": -1}, "--starting-layer"),
         ({"n_local": -1}, "--n-local must be 0 or more"),
         ({"n_init": 0, "n_local": 0}, "both 0"),
+        ({"gamma": 0}, "gamma must be above 0"),
     ):
         with pytest.raises(UserError, match=message), applied(model, "tri_mix", **changes):
             pass

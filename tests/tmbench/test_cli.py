@@ -174,6 +174,24 @@ def test_a_dense_backend_can_be_forced(tmbench):
     assert [row.dense_backend for row in read_all(Path("results"), RulerRow)] == ["sdpa"]
 
 
+def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
+    texts = (
+        "flexprefill:gamma=0.9,tau=0.2,min_budget=256",
+        "tri_mix_xattention:threshold=0.8,first_chunk=256",
+        "flashprefill",
+    )
+    methods = [part for text in texts for part in ("--method", text)]
+    assert tmbench(*FAST_TTFT, *methods, "--n-local", "64")[0] == 0
+    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "1", "--offline", "--device", "cpu")
+    assert tmbench("ruler", *common, "--method", texts[1], "--n-local", "64")[0] == 0
+    rows = {row.method: row for row in read_all(Path("results"), TtftRow)}
+    flex, flash = rows["flexprefill"], rows["flashprefill"]
+    assert (flex.gamma, flex.tau, flex.min_budget, flex.alpha, flex.n_local) == (0.9, 0.2, 256, None, None)
+    assert (flash.alpha, flash.gamma, flash.backends) == (0.1, None, "flash_prefill:torch-blocks")
+    for mixed in (rows["tri_mix_xattention"], *read_all(Path("results"), RulerRow)):
+        assert (mixed.stride, mixed.threshold, mixed.first_chunk, mixed.n_local) == (16, 0.8, 256, 64)
+
+
 def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
@@ -184,7 +202,17 @@ def test_help_names_presets_and_dense_backends(tmbench):
 def test_list_and_env(tmbench):
     code, out, _ = tmbench("list")
     assert code == 0
-    for word in ("tri_mix_minference", "niah_multiquery", "2507.21526", "qwen2.5-7b", "torch"):
+    for word in (
+        "tri_mix_minference",
+        "tri_mix_flashprefill",
+        "first_chunk=0",
+        "torch-blocks",
+        "2502.20766",
+        "niah_multiquery",
+        "2507.21526",
+        "qwen2.5-7b",
+        "torch",
+    ):
         assert word in out
     code, out, _ = tmbench("env", "--json", "--device", "cpu")
     assert code == 0
@@ -208,6 +236,23 @@ def test_list_and_env(tmbench):
         (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
         (("ttft", "--method", "dense", "--n-local", "4"), "--n-local changes none of dense: leave it out"),
         (("ttft", "--patterns", "none.json"), "--patterns: "),
+        (
+            ("ttft", "--method", "flexprefill:gamma=95"),
+            "--method flexprefill:gamma=95: gamma must be above 0 and at most 1, not 95",
+        ),
+        (("ruler", "--method", "xattention:stride=12"), "--method xattention:stride=12: stride must divide 128"),
+        (
+            ("ttft", "--method", "flashprefill:gamma=0.9"),
+            "flashprefill has no parameter 'gamma', what may follow it is alpha",
+        ),
+        (
+            ("ttft", "--method", "flashprefill", "--method", "flashprefill:alpha=0.2"),
+            "--method flashprefill is given twice with different parameters",
+        ),
+        (
+            ("ttft", "--method", "xattention:stride=8", "--n-local", "4"),
+            "--n-local changes none of xattention: leave it out",
+        ),
         (
             ("ttft", "--dense-backend", "fa5"),
             "--dense-backend fa5 is unknown: choose from flash-attn-4, flash-attn-3, cudnn",

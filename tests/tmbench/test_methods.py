@@ -9,17 +9,23 @@ import torch
 
 import tmbench_kernels
 from tmbench.errors import UserError
+from tmbench.groups import PARAMETERS
 from tmbench.methods import (
     DEFAULT_METHODS,
     DENSE_BACKENDS,
+    DYNAMIC_METHODS,
+    INLINE,
+    KEY_BLOCK,
     METHODS,
     PAPERS,
     STATIC_PATTERNS,
     ModelShape,
     Settings,
     get_method,
+    parse_method,
 )
-from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash
+from tmbench.results import TtftRow
+from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, Triangle, VerticalSlash, XAttention
 
 SHAPE = ModelShape("some/model", layers=6, heads=4)
 
@@ -42,6 +48,22 @@ def test_compositions():
     assert plan("minference").patterns == (VerticalSlash(),) * 6
     assert plan("tri_mix_minference", starting_layer=2).patterns == (VerticalSlash(),) * 2 + (triangle,) * 4
     assert plan("streaming", n_init=4, n_local=32).patterns == (Triangle(4, 32, 0),) * 6
+    assert plan("flexprefill").patterns == (FlexPrefill(),) * 6
+    assert plan("flexprefill", gamma=0.9, tau=0, min_budget=512).patterns == (FlexPrefill(0.9, 0, 512),) * 6
+    assert plan("xattention").patterns == (XAttention(),) * 6
+    assert plan("xattention", stride=8, threshold=0.8, first_chunk=2048).patterns == (XAttention(8, 0.8, 2048),) * 6
+    assert plan("flashprefill").patterns == (FlashPrefill(),) * 6
+    assert plan("flashprefill", alpha=0.18).patterns == (FlashPrefill(0.18),) * 6
+
+
+@pytest.mark.parametrize("method", DYNAMIC_METHODS, ids=lambda method: method.name)
+def test_every_dynamic_method_is_combined_with_the_triangle(method):
+    alone, both = plan(method.name), plan(f"tri_mix_{method.name}", starting_layer=2, last_n=64)
+    assert all(pattern.dynamic for pattern in alone.patterns)
+    assert both.patterns == alone.patterns[:2] + (Triangle(8, 512, 64),) * 4
+    assert both.parameters == alone.parameters | {"starting_layer": 2, "n_init": 8, "n_local": 512, "last_n": 64}
+    assert METHODS[both.method].papers == ("TriangleMix", *method.papers)
+    assert METHODS[both.method].summary.startswith(f"both: {method.papers[0]} in the shallow layers")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +123,69 @@ def test_parameters_are_those_the_method_reads():
     assert plan("tri_mix", n_local=64).parameters == {"starting_layer": 3, "n_init": 8, "n_local": 64, "last_n": 128}
     assert plan("streaming").parameters == {"n_init": 8, "n_local": 512}
     assert plan("minference").parameters == {"patterns": "default"}
+    assert plan("flexprefill", gamma=0.9).parameters == {"gamma": 0.9, "tau": 0.1, "min_budget": 1024}
+    assert plan("xattention", stride=8).parameters == {"stride": 8, "threshold": 0.9, "first_chunk": 0}
+    assert plan("flashprefill").parameters == {"alpha": 0.1}
+
+
+def test_parameters_are_columns_of_a_row_and_tell_rows_apart():
+    for method in METHODS.values():
+        assert set(method.parameters) <= set(TtftRow.SHARED_KEY)
+        assert set(method.parameters) - {"dense_backend"} <= set(PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gamma": 0}, "gamma must be above 0 and at most 1, not 0"),
+        ({"gamma": 1.1}, "gamma must be above 0 and at most 1, not 1.1"),
+        ({"threshold": float("nan")}, "threshold must be above 0 and at most 1, not nan"),
+        ({"tau": -0.5}, "tau must be between 0 and 1, not -0.5"),
+        ({"alpha": 2}, "alpha must be between 0 and 1, not 2"),
+        ({"min_budget": 0}, "min_budget must be 1 or more, not 0"),
+        ({"stride": 0}, "stride must divide 128"),
+        ({"stride": 48}, "stride must divide 128, so that blocks hold whole strides, but it is 48"),
+        ({"first_chunk": 1000}, "first_chunk must be 0 or a multiple of 128, not 1000"),
+        ({"first_chunk": -128}, "first_chunk must be 0 or a multiple of 128, not -128"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_by_name(values, message):
+    with pytest.raises(UserError, match=message):
+        Settings(**values)
+
+
+def test_parameters_may_follow_a_name():
+    assert parse_method("xattention") == (METHODS["xattention"], {})
+    method, values = parse_method("tri-mix-xattention:stride=8, threshold=0.8,first-chunk=2048")
+    assert (method.name, values) == ("tri_mix_xattention", {"stride": 8, "threshold": 0.8, "first_chunk": 2048})
+    for text, message in (
+        ("flexprefil:gamma=1", "--method flexprefil is unknown: choose from dense"),
+        ("flexprefill:alpha=1", "flexprefill has no parameter 'alpha', what may follow it is gamma, tau, min_budget"),
+        ("tri_mix:n_local=4", "--method tri_mix:n_local=4: tri_mix has no parameter 'n_local', nothing may follow it"),
+        ("flexprefill:gamma", "gamma must be a number, not ''"),
+        ("flexprefill:min_budget=0.5", "min_budget must be a whole number, not '0.5'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_method(text)
+
+
+def test_parameters_that_follow_a_name_belong_to_one_method_alone():
+    for name, kind in INLINE.items():
+        assert type(getattr(Settings(), name)) is kind
+        owners = [method.name for method in METHODS.values() if name in method.inline]
+        assert len(owners) == 2
+        assert owners[1] == f"tri_mix_{owners[0]}"
+
+
+def test_what_the_settings_allow_the_patterns_allow():
+    for values in (
+        {"gamma": 1, "tau": 1, "min_budget": 1},
+        {"stride": 128, "threshold": 1e-9, "first_chunk": 128},
+        {"alpha": 0},
+    ):
+        for method in DYNAMIC_METHODS:
+            plan(method.name, **values)
+    assert FlexPrefill.block == KEY_BLOCK
 
 
 @pytest.fixture

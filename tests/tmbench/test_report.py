@@ -251,6 +251,19 @@ def test_variants_are_told_apart_by_what_differs(tmp_path):
     ]
 
 
+def test_parameters_of_block_sparse_methods_are_shown_and_tell_variants_apart(tmp_path):
+    add_ttft(tmp_path, "dense", 2048, 1.0)
+    add_ttft(tmp_path, "flexprefill", 2048, 0.5, gamma=0.95, tau=0.1, min_budget=1024)
+    for first_chunk in (0, 2048):
+        add_ttft(tmp_path, "xattention", 2048, 0.5, stride=16, threshold=0.9, first_chunk=first_chunk)
+    report = build(tmp_path)
+    labels = ["flexprefill", "xattention (first_chunk 0)", "xattention (first_chunk 2048)"]
+    assert report.ttft[0].labels == ["dense", *labels]
+    table = table_with(report.markdown(), "parameters")
+    assert table["flexprefill"]["parameters"] == "gamma 0.95, tau 0.1, min_budget 1024"
+    assert table[labels[2]]["parameters"] == "stride 16, threshold 0.9, first_chunk 2048"
+
+
 def test_a_forced_dense_backend_is_a_variant_compared_with_the_chosen_one(tmp_path):
     add_ttft(tmp_path, "dense", 2048, 2.0, dense_backend="sdpa")
     add_ttft(tmp_path, "dense", 2048, 1.0)

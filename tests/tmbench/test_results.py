@@ -77,7 +77,11 @@ def test_what_decides_the_key():
     assert replace(ROW, ttft_median_s=9.0, torch="2.14", repeats=9).key == ROW.key
     for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}, {"last_n": 0}):
         assert replace(ROW, **change).key != ROW.key
-    assert replace(ROW, dense_backend="cudnn").key != ROW.key
+    for change in (
+        {"dense_backend": "cudnn"}, {"gamma": 0.9}, {"tau": 0.0}, {"min_budget": 1}, {"stride": 8}, {"threshold": 0.9},
+        {"first_chunk": 0}, {"alpha": 0.1},
+    ):  # fmt: skip
+        assert replace(ROW, **change).key != ROW.key
 
 
 def older(path):
@@ -92,8 +96,9 @@ def test_a_file_without_an_added_column_is_read_and_appended_to(tmp_path):
     path = append(tmp_path, ROW)
     older(path)
     assert "dense_backend" not in path.read_text()
+    assert "gamma" not in path.read_text()
     assert read(path, TtftRow) == [ROW]
-    forced = replace(ROW, dense_backend="cudnn")
+    forced = replace(ROW, dense_backend="cudnn", gamma=0.95, first_chunk=0)
     append(tmp_path, forced)
     assert read(path, TtftRow) == [ROW, forced]
     assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())

@@ -31,10 +31,10 @@ def job(make_model, tmp_path, monkeypatch):
     # A large matrix product for every test would take longer than the tests.
     monkeypatch.setattr(floor, "matrix_rate", lambda device, dtype: RATE)
 
-    def make(names=NAMES, lengths=(96, 160), dense_backend=None, **changes):
+    def make(names=NAMES, lengths=(96, 160), dense_backend=None, parameters=None, **changes):
         model = make_model("llama")
         loaded = LoadedModel("small", model, None, "random", "")
-        settings = Settings(n_init=2, n_local=16, last_n=8, dense_backend=dense_backend)
+        settings = Settings(n_init=2, n_local=16, last_n=8, dense_backend=dense_backend, **(parameters or {}))
         plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in names]
         values = {"prompt": "random", "repeats": 2, "prefill": EAGER} | changes
         return TtftJob(loaded, plans, lengths, environment.current(torch.device("cpu")), tmp_path, **values)
@@ -121,6 +121,29 @@ def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_pat
     (row,) = rows_of(work).values()
     assert row.coverage == pytest.approx(sum(counted) / (4 * 4 * 400 * 401 / 2))
     assert 0.2 < row.coverage < 0.95
+
+
+def test_rows_of_block_sparse_methods(job):
+    """With next to no mass to cover, XAttention keeps the first block and the own one, whatever the data: 2 of 3 at most."""
+    names = ("dense", "flexprefill", "tri_mix_xattention", "flashprefill")
+    list(run(work := job(names=names, lengths=(300,), parameters={"threshold": 1e-9, "min_budget": 200})))
+    rows = rows_of(work)
+    causal, sparse = 300 * 301 // 2, 300 * 301 // 2 - 44 * 128
+    triangle = sum(1 for i in range(300) for j in range(i + 1) if j < 2 or i - j < 16 or i >= 292)
+    assert rows["tri_mix_xattention", 300].coverage == pytest.approx((2 * sparse + 2 * triangle) / (4 * causal))
+    assert rows["tri_mix_xattention", 300].backends == "triangle:torch-banded+xattention:torch-blocks"
+    assert rows["flexprefill", 300].backends == "flex_prefill:torch-blocks"
+    assert rows["flashprefill", 300].coverage == 1, "its window of four blocks is the whole prompt"
+    assert rows["flashprefill", 300].logit_error == pytest.approx(0, abs=1e-4)
+    columns = {name: (row.gamma, row.tau, row.min_budget, row.stride, row.threshold, row.first_chunk, row.alpha)
+               for (name, _), row in rows.items()}  # fmt: skip
+    assert columns == {
+        "dense": (None,) * 7,
+        "flexprefill": (0.95, 0.1, 200, None, None, None, None),
+        "tri_mix_xattention": (None, None, None, 16, 1e-9, 0, None),
+        "flashprefill": (None, None, None, None, None, None, 0.1),
+    }
+    assert work.pending() == {}, "parameters survive being written and read"
 
 
 def test_how_the_model_ran_and_what_was_not_counted(job, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tmbench.cli import options as o
-from tmbench.methods import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS
+from tmbench.methods import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS, Settings
 
 
 def list_() -> None:
@@ -11,12 +11,16 @@ def list_() -> None:
     from ruler_tasks import TASKS
     from tmbench.cli.screen import console, table
     from tmbench.presets import preset_names, read_preset
-    from tmbench_kernels import Dense, Triangle, VerticalSlash
+    from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Triangle, VerticalSlash, XAttention
 
     screen = console()
-    methods = table("Methods", "method", "what it does", "options it reads", "paper")
+    methods = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
+    defaults = Settings()
     for method in METHODS.values():
-        parameters = ", ".join(f"--{name.replace('_', '-')}" for name in method.parameters)
+        parameters = ", ".join(
+            f"{name}={getattr(defaults, name)}" if name in method.inline else f"--{name.replace('_', '-')}"
+            for name in method.parameters
+        )
         methods.add_row(method.name, method.summary, parameters, "; ".join(PAPERS[paper] for paper in method.papers))
     screen.print(methods)
 
@@ -50,7 +54,7 @@ def list_() -> None:
     screen.print(layers)
 
     backends = table("Backends", "pattern", "backend", "runs on")
-    for pattern in (Dense, Triangle, VerticalSlash):
+    for pattern in (Dense, Triangle, VerticalSlash, FlexPrefill, XAttention, FlashPrefill):
         for backend in pattern.backends:
             backends.add_row(pattern.name, backend.name, ", ".join(backend.devices))
     screen.print(backends)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, ModelShape, Plan, Settings, get_method
+from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, ModelShape, Plan, Settings, get_method, parse_method
 from tmbench.presets import preset_names
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ MethodOption = Annotated[
     list[str] | None,
     typer.Option(
         "--method", metavar="METHOD",
-        help=f"A method; repeat for several. One of {', '.join(METHODS)}.", rich_help_panel=MEASURED,
+        help=f"A method; repeat for several. One of {', '.join(METHODS)}. Parameters may follow, as in xattention:stride=8.",
+        rich_help_panel=MEASURED,
         show_default=" ".join(DEFAULT_METHODS),
     ),
 ]  # fmt: skip
@@ -123,41 +125,40 @@ DryRunOption = Annotated[
 ]
 
 
-def settings_for(
-    methods: list[str],
-    starting_layer: int | None,
-    n_init: int | None,
-    n_local: int | None,
-    last_n: int | None,
-    patterns: Path | None,
-    dense_backend: str | None,
-) -> Settings:
-    """The methods' parameters; raises UserError for an option that none of the chosen methods reads."""
-    options: dict[str, Any] = {
-        "starting_layer": starting_layer,
-        "n_init": n_init,
-        "n_local": n_local,
-        "last_n": last_n,
-        "patterns": patterns,
-        "dense_backend": dense_backend,
-    }
+def settings_for(methods: list[str], **options: Any) -> dict[str, Settings]:
+    """Each method's parameters, by its name: from what follows the name, and from options named as fields of Settings.
+
+    An option that was not given is None. Raises UserError for an option that none of the chosen methods reads, and for a
+    method that is chosen twice with different parameters.
+    """
     given = {name: value for name, value in options.items() if value is not None}
-    read = {parameter for name in methods for parameter in get_method(name).parameters}
+    chosen = [parse_method(text) for text in methods]
+    read = {parameter for method, _ in chosen for parameter in method.parameters}
     for name in given:
         if name not in read:
-            raise UserError(f"--{name.replace('_', '-')} changes none of {', '.join(methods)}: leave it out")
-    return Settings(**given)
+            names = ", ".join(method.name for method, _ in chosen)
+            raise UserError(f"--{name.replace('_', '-')} changes none of {names}: leave it out")
+    settings: dict[str, Settings] = {}
+    for (method, own), text in zip(chosen, methods, strict=True):
+        try:
+            wanted = Settings(**{**given, **own})
+        except UserError as error:
+            raise UserError(f"--method {text}: {error}" if own else str(error)) from None
+        if settings.setdefault(method.name, wanted) != wanted:
+            raise UserError(f"--method {method.name} is given twice with different parameters: measure one after the other")
+    return settings
 
 
-def plans_for(methods: list[str], loaded: LoadedModel, settings: Settings, lengths: list[int]) -> list[Plan]:
+def plans_for(settings: Mapping[str, Settings], loaded: LoadedModel, lengths: list[int]) -> list[Plan]:
     """One plan per method for this model, each checked against the model once, before anything is measured."""
     from tmbench.attention import attention_modules
     from tmbench.cli.screen import say
 
     attention_modules(loaded.model)
-    if settings.dense_backend is not None:
-        _check_dense_backend(settings.dense_backend, loaded, lengths)
-    plans = [get_method(name).plan(ModelShape.of(loaded.model), settings) for name in dict.fromkeys(methods)]
+    for name in dict.fromkeys(own.dense_backend for own in settings.values()):
+        if name is not None:
+            _check_dense_backend(name, loaded, lengths)
+    plans = [get_method(name).plan(ModelShape.of(loaded.model), own) for name, own in settings.items()]
     for plan in plans:
         if plan.starting_layer_source == "half the depth":
             say(

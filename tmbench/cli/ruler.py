@@ -84,7 +84,15 @@ def ruler(
     A length is the whole budget: prompt, special tokens and answer.
     """
     methods = list(method or DEFAULT_METHODS)
-    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns, dense_backend)
+    settings = o.settings_for(
+        methods,
+        starting_layer=starting_layer,
+        n_init=n_init,
+        n_local=n_local,
+        last_n=last_n,
+        patterns=patterns,
+        dense_backend=dense_backend,
+    )
     tasks = _tasks(task)
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
@@ -107,7 +115,7 @@ def ruler(
     job = RulerJob(
         loaded=loaded,
         tokenizer=tokenizer,
-        plans=o.plans_for(methods, loaded, settings, lengths),
+        plans=o.plans_for(settings, loaded, lengths),
         lengths=lengths,
         tasks=tasks,
         samples=samples,

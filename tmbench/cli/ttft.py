@@ -56,7 +56,15 @@ def ttft(
     Each length is warmed up, then all methods are measured in turns. Rows that are there already are not measured again.
     """
     methods = list(method or DEFAULT_METHODS)
-    settings = o.settings_for(methods, starting_layer, n_init, n_local, last_n, patterns, dense_backend)
+    settings = o.settings_for(
+        methods,
+        starting_layer=starting_layer,
+        n_init=n_init,
+        n_local=n_local,
+        last_n=last_n,
+        patterns=patterns,
+        dense_backend=dense_backend,
+    )
 
     from tmbench import environment, fast, models
     from tmbench.prompts import check_kind, check_prompt
@@ -69,7 +77,7 @@ def ttft(
     check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
-    plans = o.plans_for(methods, loaded, settings, lengths)
+    plans = o.plans_for(settings, loaded, lengths)
     prefill = fast.kind_for(loaded.model, compiled=fast.compiles(loaded.device, compiled))
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
     if dry_run:

@@ -1,0 +1,71 @@
+"""What the selections of key blocks share: products for grouped heads, means of blocks, largest entries, tiles.
+
+Nothing here reads a value back to the host, so a selection made of these never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 2**28
+"""Largest part of a score matrix that is held at a time: 1 GiB in float32, of which a selection has two or three."""
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b^T`` for grouped heads: a ``[batch, heads, rows, dim]``, b ``[batch, kv_heads, n, dim]``, of one type.
+
+    Returns float32 ``[batch, heads, rows, n]``: 16-bit inputs are multiplied as such and summed in float32, never rounded
+    in between.
+    """
+    batch, heads, rows, dim = a.shape
+    kv_heads, n = b.shape[1:3]
+    # Spelled out where a size may be 0, for which -1 would be ambiguous.
+    a = a.reshape(batch * kv_heads, heads // kv_heads * rows, dim)
+    b = b.reshape(batch * kv_heads, n, dim).transpose(1, 2)
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        out = torch.bmm(a, b, out_dtype=torch.float32)
+    else:
+        out = a.float() @ b.float()
+    return out.view(batch, heads, rows, n)
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """The mean of every block of tokens, float32 ``[batch, heads, blocks, dim]``; the last over as many as there are."""
+    length = x.shape[2]
+    whole = length // block
+    means = torch.unflatten(x[:, :, : whole * block], 2, (whole, block)).mean(3, dtype=torch.float32)
+    if length > whole * block:
+        means = torch.cat([means, x[:, :, whole * block :].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
+    return means
+
+
+def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """Which entries of the last dimension are among the ``counts`` largest, bool; ties go to the first.
+
+    ``counts`` broadcasts to ``scores`` without its last dimension.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    taken = ranks < (counts[..., None] if isinstance(counts, Tensor) else counts)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order))
+
+
+def tiles(heads: int, kv_heads: int, blocks: int, elements: int) -> Iterator[tuple[slice, slice, range]]:
+    """Parts of a matrix of scores that fit ``TILE_ELEMENTS``: query heads, their key heads, and blocks of queries.
+
+    ``elements`` is what one block of queries of one head takes, over the whole batch. Each part holds whole groups of heads
+    or lies within one group, so that its tensors are grouped heads again.
+    """
+    most, groups = max(1, TILE_ELEMENTS // elements), heads // kv_heads
+    if most >= groups:
+        width = min(most // groups, kv_heads) * groups
+    else:
+        width = next(n for n in range(most, 0, -1) if groups % n == 0)
+    rows = max(1, most // width)
+    for low in range(0, heads, width):
+        high = min(low + width, heads)
+        for first in range(0, blocks, rows):
+            yield slice(low, high), slice(low // groups, -(-high // groups)), range(first, min(first + rows, blocks))
