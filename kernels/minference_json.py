@@ -52,22 +52,6 @@ def load_head_patterns(path: str | Path, *, layers: int, heads: int) -> list[tup
     return [tuple(layer.get(head, HeadPattern()) for head in range(heads)) for layer in parsed]
 
 
-def load_budgets(path: str | Path, *, layers: int, heads: int) -> list[tuple[tuple[int, int], ...]]:
-    """One (columns, distances) pair per layer and query head: the budgets of ``VerticalSlash``.
-
-    Raises as ``load_head_patterns`` does, and ValueError for a head of another type, which is not served.
-    """
-    budgets = []
-    for layer, entries in enumerate(load_head_patterns(path, layers=layers, heads=heads)):
-        for head, entry in enumerate(entries):
-            if entry.type != "vertical_and_slash":
-                raise ValueError(
-                    f"{path}, layer {layer}, head {head}: type {entry.type} is not served, only vertical_and_slash"
-                )
-        budgets.append(tuple((entry.vertical, entry.slash) for entry in entries))
-    return budgets
-
-
 def _head_number(path: Path, layer: int, key: str) -> int:
     if not (key.isascii() and key.isdigit()):
         raise ValueError(f"{path}, layer {layer}: '{key}' is not the number of a head")
