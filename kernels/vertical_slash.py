@@ -72,8 +72,8 @@ class VerticalSlash(Pattern):
         slash[..., :FORCED_DISTANCES] = torch.inf
         budgets = self._head_budgets(q.shape[1])
         return Selection(
-            columns=_top(vertical, [min(length, max(columns, FORCED_COLUMNS)) for columns, _ in budgets]),
-            distances=_top(slash, [min(length, max(distances, MIN_DISTANCES)) for _, distances in budgets]),
+            columns=top_entries(vertical, [min(length, max(columns, FORCED_COLUMNS)) for columns, _ in budgets]),
+            distances=top_entries(slash, [min(length, max(distances, MIN_DISTANCES)) for _, distances in budgets]),
         )
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -146,7 +146,7 @@ def _runs(ends: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _top(scores: Tensor, counts: Sequence[int]) -> Tensor:
+def top_entries(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """Which entries of ``[batch, heads, length]`` are among the ``counts[head]`` largest; ties go to the first."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     ranked = torch.arange(scores.shape[-1], device=scores.device) < torch.tensor(counts, device=scores.device)[:, None]
