@@ -98,7 +98,9 @@ LastNOption = Annotated[
 PatternsOption = Annotated[
     Path | None,
     typer.Option(
-        help="MInference-format JSON of each head's budgets.", rich_help_panel=ATTENTION, show_default="1000, 6096 each"
+        help="MInference-format JSON of each head's type and budget.",
+        rich_help_panel=ATTENTION,
+        show_default="1000, 6096 each",
     ),
 ]
 DenseBackendOption = Annotated[
