@@ -6,7 +6,8 @@ from tmbench_kernels.block_topk import BlockTopK
 from tmbench_kernels.dense import Dense
 from tmbench_kernels.flash_prefill import FlashPrefill
 from tmbench_kernels.flex_prefill import FlexPrefill
-from tmbench_kernels.minference_json import HeadPattern, load_budgets, load_head_patterns
+from tmbench_kernels.minference_heads import MInferenceHeads, load_patterns
+from tmbench_kernels.minference_json import HeadPattern, head_patterns_json, load_head_patterns, read_head_patterns
 from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
@@ -21,10 +22,13 @@ __all__ = [
     "FlashPrefill",
     "FlexPrefill",
     "HeadPattern",
+    "MInferenceHeads",
     "Pattern",
     "Triangle",
     "VerticalSlash",
     "XAttention",
-    "load_budgets",
+    "head_patterns_json",
     "load_head_patterns",
+    "load_patterns",
+    "read_head_patterns",
 ]

@@ -7,6 +7,7 @@ A list with one object per layer; each maps a head's number, as a string, to ``[
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ class HeadPattern:
     score: float = 1.0
 
 
-def load_head_patterns(path: str | Path, *, layers: int, heads: int) -> list[tuple[HeadPattern, ...]]:
-    """One entry per layer and query head of a model of that size; a head that the file leaves out gets the default.
+def read_head_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
+    """What a file says of each layer's heads, by the head's number; heads may be missing.
 
-    Raises ValueError, in one sentence that names file, layer and head, for a malformed file, and for one that is made
-    for another number of layers or heads. A file that cannot be read raises OSError.
+    Raises ValueError, in one sentence that names file, layer and head, for a malformed file. A file that cannot be read
+    raises OSError.
     """
     path = Path(path)
     try:
@@ -39,33 +40,34 @@ def load_head_patterns(path: str | Path, *, layers: int, heads: int) -> list[tup
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, list) or not all(isinstance(layer, dict) for layer in content):
         raise ValueError(f"{path} must hold a list with one object per layer")
-    if len(content) != layers:
-        raise ValueError(f"{path} is for a model with {len(content)} layers, but this one has {layers}")
-    parsed = [
+    return [
         {_head_number(path, index, key): _entry(path, index, key, value) for key, value in layer.items()}
         for index, layer in enumerate(content)
     ]
-    found = max((max(layer, default=-1) for layer in parsed), default=-1) + 1
+
+
+def load_head_patterns(path: str | Path, *, layers: int, heads: int) -> list[tuple[HeadPattern, ...]]:
+    """One entry per layer and query head of a model of that size; a head that the file leaves out gets the default.
+
+    Raises as ``read_head_patterns`` does, and ValueError for a file that is made for another number of layers or heads.
+    """
+    read = read_head_patterns(path)
+    if len(read) != layers:
+        raise ValueError(f"{path} is for a model with {len(read)} layers, but this one has {layers}")
+    found = max((max(layer, default=-1) for layer in read), default=-1) + 1
     # Single heads may be missing, but the last head missing in every layer means a smaller model.
     if found not in (0, heads):
         raise ValueError(f"{path} is for a model with {found} query heads, but this one has {heads}")
-    return [tuple(layer.get(head, HeadPattern()) for head in range(heads)) for layer in parsed]
+    return [tuple(layer.get(head, HeadPattern()) for head in range(heads)) for layer in read]
 
 
-def load_budgets(path: str | Path, *, layers: int, heads: int) -> list[tuple[tuple[int, int], ...]]:
-    """One (columns, distances) pair per layer and query head: the budgets of ``VerticalSlash``.
-
-    Raises as ``load_head_patterns`` does, and ValueError for a head of another type, which is not served.
-    """
-    budgets = []
-    for layer, entries in enumerate(load_head_patterns(path, layers=layers, heads=heads)):
-        for head, entry in enumerate(entries):
-            if entry.type != "vertical_and_slash":
-                raise ValueError(
-                    f"{path}, layer {layer}, head {head}: type {entry.type} is not served, only vertical_and_slash"
-                )
-        budgets.append(tuple((entry.vertical, entry.slash) for entry in entries))
-    return budgets
+def head_patterns_json(layers: Sequence[Sequence[HeadPattern]]) -> str:
+    """The text of a file that holds these entries, one line per layer, as the published files are laid out."""
+    lines = [
+        json.dumps({str(number): [head.type, head.vertical, head.slash, head.score] for number, head in enumerate(layer)})
+        for layer in layers
+    ]
+    return "[" + ",\n".join(lines) + "]\n"
 
 
 def _head_number(path: Path, layer: int, key: str) -> int:

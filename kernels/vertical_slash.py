@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmbench_kernels.cuda import missing_triton, refuses_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.vertical_slash_torch import BLOCK, attend_selected, count_pairs
 
@@ -39,6 +41,17 @@ def _attend_torch(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale
     return attend_selected(q, k, v, chosen.columns, chosen.distances, scale)
 
 
+def _attend_triton(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    # Imported when it is first used: it takes Triton.
+    from tmbench_kernels import triton_vertical_slash
+
+    chosen = pattern.select(q, k, scale=scale)
+    columns, distances = pattern.counts(q.shape[1], q.shape[2])
+    return triton_vertical_slash.attend_selected(
+        q, k, v, chosen.columns, chosen.distances, max(columns), max(distances), scale
+    )
+
+
 @dataclass(frozen=True)
 class VerticalSlash(Pattern):
     """``budgets`` holds (columns, distances) for each query head, or one pair for all heads.
@@ -51,7 +64,10 @@ class VerticalSlash(Pattern):
 
     name: ClassVar[str] = "vertical_slash"
     dynamic: ClassVar[bool] = True
-    backends: ClassVar[tuple[Backend, ...]] = (Backend("torch-gathered", ("cpu", "cuda"), _attend_torch),)
+    backends: ClassVar[tuple[Backend, ...]] = (
+        Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
+        Backend("torch-gathered", ("cpu", "cuda"), _attend_torch),
+    )
 
     def __post_init__(self) -> None:
         if not self.budgets:
@@ -67,14 +83,16 @@ class VerticalSlash(Pattern):
         near ties can fall the other way. Ties go to the smaller column and the smaller distance.
         """
         vertical, slash = last_query_mass(q, k, default_scale(q, scale))
-        length = q.shape[2]
         vertical[..., :FORCED_COLUMNS] = torch.inf
         slash[..., :FORCED_DISTANCES] = torch.inf
-        budgets = self._head_budgets(q.shape[1])
-        return Selection(
-            columns=_top(vertical, [min(length, max(columns, FORCED_COLUMNS)) for columns, _ in budgets]),
-            distances=_top(slash, [min(length, max(distances, MIN_DISTANCES)) for _, distances in budgets]),
-        )
+        columns, distances = self.counts(q.shape[1], q.shape[2])
+        return Selection(top_entries(vertical, columns), top_entries(slash, distances))
+
+    def counts(self, heads: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many columns and how many distances each of so many heads selects in a prompt of this length."""
+        budgets = self._head_budgets(heads)
+        columns = tuple(min(length, max(columns, FORCED_COLUMNS)) for columns, _ in budgets)
+        return columns, tuple(min(length, max(distances, MIN_DISTANCES)) for _, distances in budgets)
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
         """Bool ``[batch, heads, length, length]``: the selection of these q and k, widened to runs."""
@@ -94,19 +112,26 @@ class VerticalSlash(Pattern):
 def last_query_mass(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Probability that the last min(64, length) queries give to each column and to each distance, summed over them.
 
-    Two float32 tensors ``[batch, heads, length]``. A large distance has fewer pairs and is not scaled up for it.
+    Two float32 tensors ``[batch, heads, length]``. A large distance has fewer pairs and is not scaled up for it. The
+    probabilities themselves are held for the heads of one key head at a time: at 128K tokens all of them take gigabytes.
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     rows = min(LAST_QUERIES, length)
-    last = q[:, :, length - rows :].float().reshape(*k.shape[:2], groups * rows, -1)
-    logits = (last @ k.float().transpose(2, 3)).view(*q.shape[:2], rows, length).mul_(scale)
+    last = q[:, :, length - rows :].float().reshape(q.shape[0], k.shape[1], groups * rows, -1)
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    logits[..., length - rows :].masked_fill_(future, -torch.inf)
-    probabilities = logits.softmax(-1)
-    # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
-    padded = F.pad(probabilities, (rows - 1, 0))
-    diagonals = padded.as_strided((*q.shape[:2], rows, length), (*padded.stride()[:2], padded.shape[3] + 1, 1))
-    return probabilities.sum(2), diagonals.sum(2).flip(-1)
+    columns, distances = (q.new_empty(*q.shape[:2], length, dtype=torch.float32) for _ in range(2))
+    for kv_head in range(k.shape[1]):
+        heads = slice(kv_head * groups, (kv_head + 1) * groups)
+        logits = (last[:, kv_head] @ k[:, kv_head].float().transpose(1, 2)).mul_(scale)
+        logits = logits.view(-1, groups, rows, length)
+        logits[..., length - rows :].masked_fill_(future, -torch.inf)
+        probabilities = logits.softmax(-1)
+        columns[:, heads] = probabilities.sum(2)
+        # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
+        padded = F.pad(probabilities, (rows - 1, 0))
+        strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
+        distances[:, heads] = padded.as_strided((*padded.shape[:3], length), strides).sum(2).flip(-1)
+    return columns, distances
 
 
 def selection_mask(chosen: Selection) -> Tensor:
@@ -139,8 +164,14 @@ def _runs(ends: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _top(scores: Tensor, counts: Sequence[int]) -> Tensor:
+def top_entries(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """Which entries of ``[batch, heads, length]`` are among the ``counts[head]`` largest; ties go to the first."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    ranked = torch.arange(scores.shape[-1], device=scores.device) < torch.tensor(counts, device=scores.device)[:, None]
+    ranked = torch.arange(scores.shape[-1], device=scores.device) < _on_device(tuple(counts), scores.device)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, order, ranked.expand_as(order))
+
+
+@lru_cache(maxsize=256)
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Counts as a column, kept on the device: to send them there again would wait for all that it has to do."""
+    return torch.tensor(counts, device=device)[:, None]

@@ -19,6 +19,8 @@ BLOCK = 64
 """Queries that share their keys, and keys that a distance widens to."""
 PREPARED = 32
 """Blocks of queries whose keys are worked out at a time, for all heads."""
+COUNTED = 512
+"""Blocks of queries whose pairs are counted at a time, for all heads."""
 STRIP = 16
 """Blocks of queries of one head that are multiplied at a time where they see much the same keys."""
 _SMALL_BLOCK_COST = 1.2
@@ -30,14 +32,20 @@ _FEWEST_BLOCKS = 4
 def runs(distances: Tensor, first: int, last: int) -> Tensor:
     """Where the key blocks of the query blocks first..last-1 start: int64 ``[batch, heads, blocks, steps]``, ascending.
 
-    Blocks are 64 keys wide, disjoint and not aligned; -1 fills up. Walks from block to block, not from distance to
-    distance: the next block depends only on where the last one ends and on the largest distance that reaches beyond.
+    Blocks are 64 keys wide, disjoint and not aligned; -1 fills up.
     """
-    length = distances.shape[2]
-    end = BLOCK * torch.arange(first + 1, last + 1, device=distances.device)
-    below = largest_below(distances)
-    reach = torch.zeros(*distances.shape[:2], last - first, dtype=torch.int64, device=distances.device)
-    starts = []
+    return torch.stack(list(_steps(largest_below(distances), first, last)), dim=-1)
+
+
+def _steps(below: Tensor, first: int, last: int) -> Iterator[Tensor]:
+    """Where the first key block of every query block starts, then the second, and so on: int64 ``[batch, heads, blocks]``.
+
+    Walks from block to block, not from distance to distance: the next block depends only on where the last one ends and on
+    the largest distance that reaches beyond, which ``below`` holds (see ``largest_below``).
+    """
+    length = below.shape[2] - 1
+    end = BLOCK * torch.arange(first + 1, last + 1, device=below.device)
+    reach = torch.zeros(*below.shape[:2], last - first, dtype=torch.int64, device=below.device)
     for step in range(last):
         open_ = reach < end
         wanted = (end - reach).clamp_(0, length)
@@ -46,10 +54,9 @@ def runs(distances: Tensor, first: int, last: int) -> Tensor:
             reach = next_end
         else:
             reach = torch.where(open_, torch.where(next_end <= reach + BLOCK, reach + BLOCK, next_end), reach)
-        starts.append(torch.where(open_, reach - BLOCK, -1))
+        yield torch.where(open_, reach - BLOCK, -1)
         if not bool((reach < end).any()):
             break
-    return torch.stack(starts, dim=-1)
 
 
 def largest_below(distances: Tensor) -> Tensor:
@@ -76,12 +83,24 @@ def visible_keys(columns: Tensor, distances: Tensor, first: int, last: int) -> T
 
 
 def count_pairs(columns: Tensor, distances: Tensor) -> int:
-    """How many (query, key) pairs the selection stands for, over batch and heads."""
+    """How many (query, key) pairs the selection stands for, over batch and heads.
+
+    Memory is linear in length: which keys are seen is never written down. A query block sees all columns before its end, and
+    of each of its key blocks those keys that are no columns.
+    """
     batch, heads, length = columns.shape
+    below = largest_below(distances)
+    taken = F.pad(columns.cumsum(2), (1, 0))
     total = 0
-    for blocks in _parts(range(-(-length // BLOCK)), PREPARED):
-        seen = visible_keys(columns, distances, blocks.start, blocks.stop).sum((0, 1, 3)).tolist()
-        for block, keys in zip(blocks, seen, strict=True):
+    for blocks in _parts(range(-(-length // BLOCK)), COUNTED):
+        ends = (BLOCK * torch.arange(blocks.start + 1, blocks.stop + 1, device=columns.device)).clamp_(max=length)
+        seen = taken[..., ends]
+        for starts in _steps(below, blocks.start, blocks.stop):
+            low = starts.clamp(min=0).minimum(ends)
+            high = (low + BLOCK).minimum(ends)
+            fresh = high - low - taken.gather(2, high) + taken.gather(2, low)
+            seen += fresh.masked_fill_(starts < 0, 0)
+        for block, keys in zip(blocks, seen.sum((0, 1)).tolist(), strict=True):
             rows = min(BLOCK, length - block * BLOCK)
             # Of the visible keys the block's own are seen by its later queries only.
             total += rows * keys - batch * heads * rows * (rows - 1) // 2

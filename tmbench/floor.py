@@ -66,11 +66,6 @@ def attention_flop(pairs: float, head_dim: int) -> float:
     return 4.0 * head_dim * pairs
 
 
-def causal_pairs(length: int) -> int:
-    """(query, key) pairs of one head under full causal attention."""
-    return length * (length + 1) // 2
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
     """Floating-point operations per second that this device sustains now: large square products, one right after another.
 

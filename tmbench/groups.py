@@ -22,7 +22,7 @@ FIGURES = {
     kind: names.split()
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
-        "ruler": "score nulls prompt_tokens_mean seconds_per_sample",
+        "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage",
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
@@ -148,13 +148,16 @@ class TtftGroup(Group):
         rows = self.measured()
         apart = [row for row in rows if row["length"] in dense and not _in_turns(row, dense[row["length"]])]
         few = [row for row in rows if row["repeats"] < FEW_REPEATS]
-        random = self.setting["weights"] == "random"
+        random, structured = (self.setting["weights"] == drawn for drawn in ("random", "structured"))
         chosen = [row for row in rows if _chooses_by_the_data(row)]
         notes = {
             "The weights are random: methods that choose keys by the data cost more than on trained weights, and what they "
             "keep means nothing. These figures do not transfer to a trained model.": random and chosen,
             "The weights are random: the times of these methods do not depend on them, but what the methods keep does, so "
             "logit errors and first tokens say nothing about a trained model.": random and not chosen,
+            "The weights are structured: drawn so that attention has local bands, slashes, sinks and columns. A method that "
+            "chooses keys by the data costs what it would on trained weights only if its coverage would be the same; logit "
+            "errors and first tokens say nothing about a trained model.": structured,
             "Dense has no time here, so there is nothing to compare with.": not dense,
             f"Not measured in turns with dense, so the machine may have changed in between: {_places(apart, rows)}.": apart,
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {_places(few, rows)}.": few,
@@ -195,9 +198,17 @@ class RulerGroup(Group):
         """Each label's mean score over ``common_tasks``; empty where there are none."""
         return {str(label): float(mean) for label, mean in self.scores.dropna().mean().dropna().items()}
 
+    @property
+    def coverages(self) -> dict[str, float]:
+        """The part of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
+        counted = {
+            name: [row["coverage"] for row in self.measured(name) if row["coverage"] is not None] for name in self.labels
+        }
+        return {name: sum(parts) / len(parts) for name, parts in counted.items() if parts}
+
     def summary(self) -> Record:
-        """What follows from the rows together, for JSON: the averages, and the tasks that they are over."""
-        return {"averages": self.averages, "average_over": self.common_tasks}
+        """What follows from the rows together, for JSON: the averages, the tasks that they are over, and the coverages."""
+        return {"averages": self.averages, "average_over": self.common_tasks, "coverages": self.coverages}
 
     def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
         """A caption and a table of texts: scores by task and method, and their averages."""
@@ -211,6 +222,8 @@ class RulerGroup(Group):
         average = {name: f"{mean:.1f}" for name, mean in means.items()}
         average |= {n: f"{m:.1f} ({m - means['dense']:+.1f})" for n, m in means.items() if n != "dense" and "dense" in means}
         lines.append({"task": f"average of {len(self.common_tasks)}", "samples": "", **average})
+        if coverages := self.coverages:
+            lines.append({"task": "coverage", "samples": "", **{name: f"{part:.1%}" for name, part in coverages.items()}})
         return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines)}
 
     def notes(self) -> list[str]:
@@ -222,7 +235,9 @@ class RulerGroup(Group):
                 stand_ins.setdefault(STOOD_IN_FOR.get(row["task"], "essays"), {})[row["task"]] = None
         few = min(row["samples"] for row in self.rows)
         notes = {
-            "The weights are random: these scores say nothing about a trained model.": self.setting["weights"] == "random",
+            f"The weights are {self.setting['weights']}: these scores say nothing about a trained model.": (
+                self.setting["weights"] != "checkpoint"
+            ),
             f"The average is over the {len(common)} tasks that every method has; missing somewhere: {missing}.": missing,
             **{
                 f"Generated text stood in for {text}: scores of {', '.join(tasks)} do not compare with published ones.": True

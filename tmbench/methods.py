@@ -65,7 +65,7 @@ class Settings:
     n_local: int = 512
     last_n: int = 128
     patterns: Path | None = None
-    """A JSON file in MInference's format with each head's budgets; None means (1000, 6096) for every head."""
+    """A JSON file in MInference's format with each head's kind and budget; None means (1000, 6096) for every head."""
     dense_backend: str | None = None
     """The one backend to compute dense attention with; None takes the fastest that is installed and serves the model."""
     gamma: float = 0.95
@@ -237,16 +237,15 @@ def _a_shape(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
     return [Triangle.streaming(settings.n_init, settings.n_local)] * shape.layers
 
 
-def _vertical_slash(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
-    from tmbench_kernels import VerticalSlash, load_budgets
+def _minference(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
+    from tmbench_kernels import VerticalSlash, load_patterns
 
     if settings.patterns is None:
         return [VerticalSlash()] * shape.layers
     try:
-        layers = load_budgets(settings.patterns, layers=shape.layers, heads=shape.heads)
+        return load_patterns(settings.patterns, layers=shape.layers, heads=shape.heads)
     except (OSError, ValueError) as error:
         raise UserError(f"--patterns: {error}") from error
-    return [VerticalSlash(layer) for layer in layers]
 
 
 def _flex_prefill(settings: Settings, shape: ModelShape) -> Sequence[Pattern]:
@@ -273,9 +272,9 @@ DENSE = ("dense_backend",)
 DYNAMIC_METHODS = (
     Method(
         "minference",
-        "MInference: vertical columns and slashes chosen per head, in every layer",
+        "MInference: vertical columns and slashes chosen per head, or the kind that --patterns gives it, in every layer",
         ("MInference",),
-        _vertical_slash,
+        _minference,
         reads=("patterns",),
     ),
     Method(

@@ -1,6 +1,7 @@
 """Models by name: the embedded ``tiny``, a preset, a Hugging Face id, or a checkpoint folder.
 
-With the weights of the checkpoint or with random ones; a preset has random ones only, and a folder of its name comes first.
+With the weights of the checkpoint, with random ones, or with structured ones (see ``tmbench.structured``). A preset has no
+checkpoint, and a folder of its name comes first.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from tmbench import structured
 from tmbench.errors import UserError
 from tmbench.floor import head_dim
 from tmbench.presets import preset_names, read_preset
 
 TINY = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Weights = Literal["checkpoint", "random"]
+Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
 
 
@@ -31,7 +33,7 @@ class LoadedModel:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    """None where random weights were asked for and the checkpoint has no tokenizer."""
+    """None where weights were drawn and the checkpoint has no tokenizer."""
     weights: Weights
     revision: str
     """The commit of a Hub checkpoint, where transformers knows it."""
@@ -53,10 +55,10 @@ class LoadedModel:
     def max_length(self) -> int | None:
         """The most positions the model has, prompt and answer together; None where nothing limits them.
 
-        Random weights have learnt no positions: with rotary embeddings, which have no table, they read any length.
+        Weights that were drawn have learnt no positions: with rotary embeddings, which have no table, they read any length.
         """
         text = self.model.config.get_text_config()
-        if self.weights == "random" and getattr(text, "rope_parameters", None):
+        if self.weights != "checkpoint" and getattr(text, "rope_parameters", None):
             return None
         return getattr(text, "max_position_embeddings", None)
 
@@ -118,14 +120,14 @@ def load(
 ) -> LoadedModel:
     """Load a model for measuring, in evaluation mode on one device.
 
-    Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, and for
-    the weights of a preset.
+    Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
+    weights of a preset, and for a family that structured weights are not made for.
     """
     preset = is_preset(name)
-    if preset and weights != "random":
+    if preset and weights == "checkpoint":
         raise UserError(
-            f"--model {name} is a preset, a config without weights: add --weights random, or give the real checkpoint, "
-            f"{read_preset(name)['_name_or_path']} or a folder"
+            f"--model {name} is a preset, a config without weights: add --weights random or --weights structured, or give "
+            f"the real checkpoint, {read_preset(name)['_name_or_path']} or a folder"
         )
     place = check_device(device or default_device())
     kind = check_dtype(dtype, place)
@@ -133,10 +135,16 @@ def load(
     disable_progress_bar()
     try:
         config = load_config(name)
-        if weights == "random":
+        if weights == "structured":
+            structured.check_family(config)
+        if weights != "checkpoint":
             model = _random_model(config, place, kind)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(place)
+        if weights == "structured":
+            structured.fill(model, RANDOM_SEED)
+    except UserError:
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(f"{name} in {kind} does not fit in the memory of {place}: try a smaller --dtype") from error
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -179,6 +179,7 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage")
     extra_key: ClassVar[tuple[str, ...]] = ("task", "wording", "wording_hash", "source", "chat_template")
 
     task: str
@@ -196,6 +197,8 @@ class RulerRow(Row):
     seconds_per_sample: float | None = None
     predictions: str = ""
     """The JSONL file of predictions, relative to the CSV's folder."""
+    coverage: float | None = None
+    """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
 
 
 def now() -> str:

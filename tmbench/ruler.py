@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import ruler_tasks
 from ruler_tasks import TASKS, Example, Frame, Sources, TaskLengthError, Wording
 from tmbench.attention import applied_plan
+from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
@@ -118,6 +119,8 @@ class Prediction:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    coverage: float | None = None
+    """Part of the causal pairs that attention computed in the prefill; counted for a task's first sample only."""
 
 
 def run(job: RulerJob) -> Iterator[Step]:
@@ -178,7 +181,7 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
         if example.index not in known and status == OK:
             yield Step(f"{plan.method} on {task} at {length}, sample {done + 1} of {len(examples)}")
             try:
-                known[example.index] = _answer(job, plan, example)
+                known[example.index] = _answer(job, plan, example, count=done == 0)
             except Exception as problem:
                 status, error = status_of(problem), describe(problem)
                 release_memory()
@@ -194,6 +197,7 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
             "nulls": sum(not text.strip() for text in texts),
             "prompt_tokens_mean": statistics.mean(prediction.prompt_tokens for prediction in predictions),
             "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
+            "coverage": predictions[0].coverage,
             "predictions": str(path.relative_to(csv_path(job.root, RulerRow, row.device, row.method).parent)),
         }
     backends = plan.backends(*job.loaded.qkv(length))
@@ -202,17 +206,19 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
     yield Step("", row=finished)
 
 
-def _answer(job: RulerJob, plan: Plan, example: Example) -> Prediction:
+def _answer(job: RulerJob, plan: Plan, example: Example, *, count: bool) -> Prediction:
     encoded = job.tokenizer(example.prompt, add_special_tokens=job.frame.add_special_tokens)
     ids = torch.tensor([encoded["input_ids"]], device=job.loaded.device)
+    counter = PairCounter()
     start = time.perf_counter()
     with applied_plan(job.loaded.model, plan) as session:
+        session.observer = counter if count else None
         new = generate(job.loaded.model, ids, example.max_new_tokens)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - counter.seconds
     session.check_complete()
     text = str(job.tokenizer.decode(new, skip_special_tokens=True))
     score = TASKS[example.task].score(text, example.outputs)
-    return Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds)
+    return Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds, counter.coverage)
 
 
 def read_predictions(path: Path) -> dict[int, Prediction]:
@@ -225,7 +231,8 @@ def read_predictions(path: Path) -> dict[int, Prediction]:
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            fields = {name: entry[name] for name in Prediction.__dataclass_fields__}
+            # Files of the first release have no coverage.
+            fields = {name: entry[name] for name in Prediction.__dataclass_fields__ if name in entry or name != "coverage"}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} line {number} is not a prediction: move the file away, or use --overwrite") from error
         found[int(entry["index"])] = Prediction(**(fields | {"outputs": tuple(fields["outputs"])}))

@@ -7,8 +7,6 @@ time then changes all of them. Median, minimum, maximum and every repeat are kep
 from __future__ import annotations
 
 import statistics
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +17,15 @@ from torch import Tensor
 
 from tmbench import floor
 from tmbench.attention import applied_plan
+from tmbench.coverage import PairCounter, causal_pairs
 from tmbench.environment import Environment
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, Kind, arranged
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
-from tmbench.prefill import FirstToken, first_token, synchronize
+from tmbench.prefill import FirstToken, first_token
 from tmbench.prompts import prompt_ids
 from tmbench.results import FAILED, OK, Status, TtftRow, append, newest, now
-from tmbench_kernels import Pattern
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ class TtftJob:
         heads = self.loaded.model.config.get_text_config().num_attention_heads
         shape = torch.empty(1, heads, length, 1, device="meta")
         pairs = [
-            heads * floor.causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape)
-            for pattern in plan.patterns
+            heads * causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns
         ]
         return self.needed_flop(pairs, length)
 
@@ -117,8 +114,8 @@ class _Trial:
     error: str = ""
     seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
-    pairs: Counter[int] = field(default_factory=Counter)
-    """What each layer's pattern keeps, by layer."""
+    counter: PairCounter = field(default_factory=PairCounter)
+    """What each layer's pattern keeps."""
     warmup_s: float | None = None
     """The first warm-up."""
     backends: set[str] = field(default_factory=set)
@@ -171,30 +168,21 @@ def _pass(job: TtftJob, trial: _Trial, ids: Tensor, *, timed: bool, first: bool)
         # Only now: the traceback of a caught error holds on to what the failed pass had allocated.
         release_memory()
         return
-    token, counting, peak = done
+    token, peak = done
     if timed:
         trial.seconds.append(token.seconds)
         trial.first = token
         if peak is not None:
             trial.peak_memory = max(trial.peak_memory or 0, peak)
     elif first:
-        trial.warmup_s = token.seconds - counting
+        trial.warmup_s = token.seconds - trial.counter.seconds
 
 
-def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[FirstToken, float, int | None]:
-    """The first token, the seconds that counting took, and the peak of the device's memory; the cache is let go."""
-    counting = 0.0
-
-    def observe(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
-        nonlocal counting
-        synchronize(q.device)
-        start = time.perf_counter()
-        trial.pairs[layer] += pattern.pairs(q, k, scale=scale)
-        counting += time.perf_counter() - start
-
+def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[FirstToken, int | None]:
+    """The first token, and the peak of the device's memory; the cache is let go."""
     model, cuda = job.loaded.model, ids.device.type == "cuda"
     with applied_plan(model, trial.plan) as session, arranged(model, session, job.prefill) as prefill:
-        session.observer = observe if count else None
+        session.observer = trial.counter if count else None
         if cuda:
             torch.cuda.reset_peak_memory_stats(ids.device)
         try:
@@ -202,22 +190,20 @@ def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[
         finally:
             trial.backends |= session.backends
         session.check_complete()
-    return token, counting, torch.cuda.max_memory_allocated(ids.device) if cuda else None
+    return token, torch.cuda.max_memory_allocated(ids.device) if cuda else None
 
 
 def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence[_Trial], dense: _Trial | None) -> TtftRow:
     measured: dict[str, Any] = {}
     if trial.status == OK and trial.first is not None:
-        heads = job.loaded.model.config.get_text_config().num_attention_heads
-        layers = len(trial.plan.patterns)
-        flop = job.needed_flop([trial.pairs[layer] for layer in range(layers)], length)
+        flop = job.needed_flop([trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))], length)
         median = statistics.median(trial.seconds)
         measured = {
             "ttft_median_s": median,
             "ttft_min_s": min(trial.seconds),
             "ttft_max_s": max(trial.seconds),
             "samples_s": " ".join(f"{seconds:.6f}" for seconds in trial.seconds),
-            "coverage": trial.pairs.total() / (layers * heads * floor.causal_pairs(length)),
+            "coverage": trial.counter.coverage,
             "flop": flop,
             "floor_s": flop / rate,
             "ttft_over_floor": median * rate / flop,

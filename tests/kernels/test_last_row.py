@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmbench_kernels import Dense, FlashPrefill, Triangle, VerticalSlash, XAttention
+from tmbench_kernels import Dense, FlashPrefill, HeadPattern, MInferenceHeads, Triangle, VerticalSlash, XAttention
 from tmbench_kernels.pattern import Pattern
 
 counts = st.one_of(st.integers(0, 12), st.integers(13, 300))
@@ -38,6 +38,14 @@ def test_triangle(make_qkv, assert_exact, length, n_init, n_local, last_n):
         VerticalSlash(((40, 60),)),
         XAttention(threshold=0.5),
         FlashPrefill(1, 1, 1, 0),
+        MInferenceHeads(
+            (
+                HeadPattern("stream_llm", 3, 50),
+                HeadPattern("block_sparse"),
+                HeadPattern("vertical_and_slash", 40, 60),
+                HeadPattern("stream_llm", 3, 50),
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("length", [1, 2, 63, 131, 700])

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tmbench_kernels import HeadPattern, load_budgets, load_head_patterns
+from tmbench_kernels import HeadPattern, MInferenceHeads, VerticalSlash, load_head_patterns, load_patterns
 
 ENTRY = ["vertical_and_slash", 30, 800, 0.98]
 
@@ -27,13 +27,18 @@ def test_reads_every_head_in_order(write):
 
 def test_a_missing_head_gets_the_published_default(write):
     path = write([{"1": ENTRY}, {}])
-    assert load_budgets(path, layers=2, heads=2) == [((1000, 6096), (30, 800)), ((1000, 6096), (1000, 6096))]
+    assert load_patterns(path, layers=2, heads=2) == [
+        VerticalSlash(((1000, 6096), (30, 800))),
+        VerticalSlash(((1000, 6096), (1000, 6096))),
+    ]
 
 
-def test_types_that_are_not_served_are_refused_by_place(write):
-    path = write([{"0": ENTRY, "1": ["stream_llm", 100, 800, 1.0]}])
-    with pytest.raises(ValueError, match="layer 0, head 1: type stream_llm is not served"):
-        load_budgets(path, layers=1, heads=2)
+def test_a_layer_with_other_kinds_of_heads_is_a_pattern_of_its_own(write):
+    path = write([{"0": ENTRY, "1": ["stream_llm", 100, 800, 1.0]}, {"0": ENTRY, "1": ENTRY}])
+    assert load_patterns(path, layers=2, heads=2) == [
+        MInferenceHeads((HeadPattern(*ENTRY), HeadPattern("stream_llm", 100, 800, 1.0))),
+        VerticalSlash(((30, 800), (30, 800))),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,6 @@ def test_types_that_are_not_served_are_refused_by_place(write):
 def test_what_does_not_fit_is_one_sentence(write, content, reason):
     path = write(content)
     with pytest.raises(ValueError, match=reason) as caught:
-        load_budgets(path, layers=2, heads=2)
+        load_patterns(path, layers=2, heads=2)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ import pytest
 from tmbench import cli, presets
 from tmbench.results import RulerRow, TtftRow, read_all
 
-COMMANDS = ("ttft", "ruler", "ruler-data", "report", "list", "env")
+COMMANDS = ("ttft", "ruler", "ruler-data", "patterns", "report", "list", "env")
 # A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
 PROGRAM = [
     sys.executable,
@@ -49,7 +49,7 @@ def patterns_of_another_model(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("patterns", "search"), ("patterns", "show")])
 def test_help_comes_at_once(command):
     start = time.perf_counter()
     done = subprocess.run([*PROGRAM, *command, "--help"], capture_output=True, text=True, check=True)
@@ -68,7 +68,9 @@ def test_no_command_has_25_options():
 
     commands = typer.main.get_command(cli.app).commands
     assert set(commands) == set(COMMANDS)
-    assert max(len(command.params) for command in commands.values()) < 25
+    below = commands["patterns"].commands
+    assert set(below) == {"search", "show"}
+    assert max(len(command.params) for command in (*commands.values(), *below.values())) < 25
 
 
 def test_ttft_to_report(tmbench, tmp_path):
@@ -127,6 +129,44 @@ def test_ruler_and_its_data(tmbench):
     assert scores["tmbench-1"] == scores["prepared"]
 
 
+SEARCH = ("patterns", "search", "--length", "2600", "--device", "cpu", "--output", "found.json")
+
+
+def test_patterns_are_searched_shown_and_used(tmbench):
+    code, out, err = tmbench(*SEARCH)
+    assert code == 0, err
+    assert len(json.loads(Path("found.json").read_text())) == 8
+    assert "found.json" in out
+    code, shown, err = tmbench("patterns", "show", "found.json", "--plot", "plots/found.png")
+    assert code == 0
+    assert shown == out
+    assert [int(line.split()[0]) for line in shown.splitlines() if line.split()[:1] and line.split()[0].isdigit()] == list(
+        range(8)
+    )
+    assert Path("plots/found.png").read_bytes().startswith(b"\x89PNG")
+    assert tmbench(*FAST_TTFT, "--method", "minference", "--patterns", "found.json")[0] == 0
+    code, _, err = tmbench(*SEARCH)
+    assert code == 2
+    assert "--output found.json is there already" in " ".join(err.split())
+    Path("found.json.partial").write_text("something else\n")
+    assert tmbench(*SEARCH, "--overwrite", "--remap")[0] == 0
+    assert not Path("found.json.partial").exists()
+    assert {head[0] for layer in json.loads(Path("found.json").read_text()) for head in layer.values()} == {
+        "vertical_and_slash"
+    }
+
+
+def test_budgets_of_many_kinds_are_shown_as_ranges(tmbench):
+    layers = [{str(h): ["vertical_and_slash", 100 + h, 800 + h * n, 0.5] for h in range(6)} for n in range(3)]
+    layers[1]["2"] = ["stream_llm", 7, 9, 0.25]
+    Path("many.json").write_text(json.dumps(layers))
+    code, out, _ = tmbench("patterns", "show", "many.json")
+    assert code == 0
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert lines["1"] == ["5", "1", "7..105", "9..805", "0.458"]
+    assert lines["all"] == ["17", "1"]
+
+
 def test_a_preset_is_timed_with_random_weights(tmbench, monkeypatch, make_model, tmp_path):
     """A small one stands in for the presets, which no CPU should be asked to build."""
     make_model("llama").config.save_pretrained(tmp_path / "saved")
@@ -143,9 +183,16 @@ def test_a_preset_is_timed_with_random_weights(tmbench, monkeypatch, make_model,
     row = json.loads(out)[0]
     found = tuple(row[name] for name in ("model", "revision", "weights", "prompt", "length", "status"))
     assert found == ("small-8m", "", "random", "random", 600, "ok")
+    structured = ("--weights", "structured", "--length", "600", "--repeats", "1", "--method", "minference", "--json")
+    code, out, err = tmbench("ttft", *preset, *structured)
+    assert code == 0, err
+    assert [json.loads(out)[0][name] for name in ("weights", "prompt", "status")] == ["structured", "random", "ok"]
 
     for arguments, words in (
-        ((), "--model small-8m is a preset, a config without weights: add --weights random, or give the real checkpoint"),
+        (
+            (),
+            "--model small-8m is a preset, a config without weights: add --weights random or --weights structured, or give",
+        ),
         (("--weights", "random", "--prompt", "kv"), "has no tokenizer, which --prompt kv needs: use --prompt random"),
     ):
         code, _, err = tmbench("ttft", *preset, *arguments)
@@ -261,6 +308,13 @@ def test_list_and_env(tmbench):
         (("ruler", "--data-dir", "none"), "none"),
         (("ruler", "--wording", "none.toml"), "none.toml"),
         (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
+        (("patterns", "search"), "--output"),
+        (("patterns", "search", "--output", "a.json", "--length", "2K"), "--length 2048 leaves nothing to search"),
+        (("patterns", "search", "--output", "a.json", "--length", "32K"), "--length 32768 is more than the 16384 positions"),
+        (("patterns", "search", "--output", "a.json", "--prompt", "poem"), "--prompt poem is unknown: choose from kv"),
+        (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
+        (("patterns", "show", "none.json"), "FILE: "),
+        (("patterns", "show"), "FILE"),
         (("report",), "tmbench ttft"),
     ],
 )
@@ -366,6 +420,28 @@ def test_a_killed_ruler_run_ends_with_the_rows_of_one_never_killed(tmp_path):
     assert outcome(killed) == outcome(whole)
     assert len(outcome(whole)) == 4
     assert lines_in(killed, "results/*/ruler/predictions/*/*.jsonl") == 12
+
+
+@pytest.mark.slow
+def test_a_killed_search_writes_the_file_of_one_never_killed(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert start(*SEARCH, cwd=whole).wait(300) == 0
+    partial = killed / "found.json.partial"
+    process = start(*SEARCH, cwd=killed)
+    wait_for(4, lambda: lines_in(killed, partial.name), process)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL, "it should have been killed in its middle"
+    before = partial.read_bytes()
+    assert before.count(b"\n") >= 4
+    process = start(*SEARCH, cwd=killed)
+    wait_for(before.count(b"\n") + 1, lambda: lines_in(killed, partial.name), process)
+    if partial.exists():
+        assert partial.read_bytes().startswith(before), "what was measured is not measured again"
+    assert process.wait(300) == 0
+    assert (killed / "found.json").read_text() == (whole / "found.json").read_text()
+    assert sorted(path.name for path in killed.iterdir()) == ["found.json"]
 
 
 @pytest.mark.slow

@@ -203,6 +203,8 @@ def test_budgets_come_from_the_file(budgets):
     made = plan("minference", patterns=budgets())
     assert made.patterns[5] == VerticalSlash(((100, 805), (101, 805), (102, 805), (103, 805)))
     assert made.parameters["patterns"].startswith("budgets:")
+    made = plan("tri_mix_minference", patterns=budgets(kind="stream_llm"))
+    assert [pattern.name for pattern in made.patterns] == ["minference_heads"] * 3 + ["triangle"] * 3
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_budgets_come_from_the_file(budgets):
     [
         ({"layers": 5}, "5 layers"),
         ({"heads": 8}, "8 query heads"),
-        ({"kind": "block_sparse"}, "layer 0, head 0: .*block_sparse"),
+        ({"kind": "blocks"}, "layer 0, head 0: unknown type"),
     ],
 )
 def test_a_file_for_another_model_is_refused(changes, message, budgets):

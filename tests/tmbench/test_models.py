@@ -120,7 +120,10 @@ def test_presets_are_the_published_configurations(name, parameters, layers, head
 
 def test_a_preset_has_neither_weights_nor_tokenizer():
     for name in preset_names():
-        with pytest.raises(UserError, match=f"--model {name} is a preset, .*: add --weights random, or give .*/.*Instruct"):
+        with pytest.raises(
+            UserError,
+            match=f"--model {name} is a preset, .*: add --weights random or --weights structured, or give .*/.*Instruct",
+        ):
             models.load(name, device="cpu")
         with pytest.raises(UserError, match=f"--model {name} is a preset, a config without a tokenizer"):
             models.load_tokenizer(name)

@@ -325,7 +325,17 @@ def test_the_average_is_over_the_tasks_that_all_have(tmp_path):
     assert report.ruler[0].summary() == {
         "averages": {"dense": 60.0, "tri_mix": 55.0},
         "average_over": ["niah_single_1", "vt", "qa_2"],
+        "coverages": {},
     }
+
+
+def test_what_a_method_covered_stands_below_its_scores(tmp_path):
+    add_ruler(tmp_path, "dense", "vt")
+    add_ruler(tmp_path, "minference", "vt", coverage=0.25)
+    add_ruler(tmp_path, "minference", "qa_1", coverage=0.15)
+    add_ruler(tmp_path, "minference", "qa_2", None, status=FAILED, coverage=0.9)
+    line = table_with(build(tmp_path).markdown(), "task")["coverage"]
+    assert (line["minference"], line["dense"]) == ("20.0%", "-")
 
 
 def test_no_task_in_common_is_no_average(tmp_path):
@@ -388,6 +398,10 @@ def test_no_caveat_without_a_reason(published):
             {"weights": "random", "backends": "dense:a+triangle:b"},
             "The weights are random: the times of these methods do not",
         ),
+        (
+            {"weights": "structured", "backends": "vertical_slash:a"},
+            "The weights are structured: drawn so that attention has local bands",
+        ),
         ({"repeats": 2}, "Fewer than 3 repeats, so the spread is hardly known: all rows."),
         ({"dirty": True}, "2 of 2 rows come from an edited checkout"),
     ],
@@ -413,6 +427,7 @@ def test_rows_measured_apart_from_dense_are_named(tmp_path):
     ("changes", "note"),
     [
         ({"weights": "random"}, "The weights are random: these scores say nothing about a trained model."),
+        ({"weights": "structured"}, "The weights are structured: these scores say nothing about a trained model."),
         ({"wording": "tmbench-1"}, "The wording is not the published one: published scores compare only under `--wording"),
         ({"samples": 19}, "Only 19 samples of some task: fewer than 20 say little about a difference."),
         ({"task": "qa_1", "source": "generated documents"}, "Generated text stood in for SQuAD: scores of qa_1 do not"),

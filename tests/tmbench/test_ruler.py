@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.results import RulerRow, read_all
 from tmbench.ruler import RulerJob, chat_frame, generate, predictions_path, read_predictions, run
+from tmbench_kernels import VerticalSlash
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,12 @@ def answers(monkeypatch):
     """Stands in for generation: answers with the right reference for dense, with nothing for any other method."""
     asked = []
 
-    def answer(job, plan, example):
+    def answer(job, plan, example, *, count):
         asked.append((plan.method, example.task, example.index, example.prompt))
         text = " ".join(example.outputs) if plan.method == "dense" else " "
         score = TASKS[example.task].score(text, example.outputs)
-        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5)
+        coverage = {"dense": 1.0, "streaming": 0.25}[plan.method] if count else None
+        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5, coverage)
 
     monkeypatch.setattr(ruler, "_answer", answer)
     return asked
@@ -112,17 +115,40 @@ def test_more_samples_only_add(job, answers):
     assert len(answers) == before + 4 + 12
 
 
+def test_coverage_is_that_of_the_first_sample(job, answers):
+    work = job(tasks=("vt",))
+    list(run(work))
+    rows = rows_of(work.root)
+    assert {method: row.coverage for (method, _, _), row in rows.items()} == {"dense": 1.0, "streaming": 0.25}
+    kept = read_predictions(predictions_path(work.root, rows["dense", "vt", 1024]))
+    assert [kept[index].coverage for index in range(3)] == [1.0, None, None]
+
+
+def test_predictions_of_the_first_release_have_no_coverage(job, answers):
+    work = job(tasks=("vt",))
+    list(run(work))
+    for path in work.root.glob("*/ruler/predictions/*/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "coverage"}) + "\n" for line in lines))
+    for path in work.root.glob("*/ruler/*.csv"):
+        path.unlink()
+    answers.clear()
+    list(run(work))
+    assert not answers
+    assert {(row.score, row.coverage) for row in rows_of(work.root).values()} == {(100.0, None), (0.0, None)}
+
+
 def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch):
     whole = job(root=job().root / "whole")
     list(run(whole))
     work = job(root=job().root / "cut")
     real, left = ruler._answer, [8]
 
-    def stop(*arguments):
+    def stop(*arguments, count):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, count=count)
 
     monkeypatch.setattr(ruler, "_answer", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -154,10 +180,10 @@ def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
     real = ruler._answer
 
-    def fail(job, plan, example):
+    def fail(job, plan, example, *, count):
         if plan.method == "dense" and example.task == "vt" and example.index == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(job, plan, example)
+        return real(job, plan, example, count=count)
 
     monkeypatch.setattr(ruler, "_answer", fail)
     work = job()
@@ -183,6 +209,36 @@ def test_real_answers_decode_what_the_model_generates(job):
     assert prediction.new_tokens == len(new) <= 30
     assert row.backends == "dense:sdpa"
     assert ids.shape[1] + 30 <= 1024
+
+
+def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, monkeypatch):
+    """The pairs of a dynamic pattern are those of its definition, and the time that counting takes is taken off."""
+    budgets = tmp_path / "budgets.json"
+    budgets.write_text(json.dumps([{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)}] * 4))
+    plan = METHODS["minference"].plan(ModelShape("", 4, 4), Settings(patterns=budgets))
+    work = job(samples=2, tasks=("vt",), plans=[plan])
+    kept, causal = 0, 0
+
+    def look(layer, pattern, q, k, scale):
+        nonlocal kept, causal
+        mask = pattern.mask(q, k, scale=scale)
+        kept, causal = kept + int(mask.sum()), causal + int(torch.ones_like(mask).tril().sum())
+
+    example = work.examples("vt", 1024)[0]
+    with torch.inference_mode(), applied(work.loaded.model, "minference", patterns=budgets) as session:
+        session.observer = look
+        work.loaded.model(torch.tensor([work.tokenizer(example.prompt)["input_ids"]]))
+    pairs = VerticalSlash.pairs
+    monkeypatch.setattr(VerticalSlash, "pairs", lambda *a, **kw: time.sleep(5) or pairs(*a, **kw))
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    clock, real = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
+    list(run(work))
+    row = rows_of(work.root)["minference", "vt", 1024]
+    assert clock[0] == 4 * 5, "one sample of two is counted"
+    assert row.seconds_per_sample < 5
+    assert row.coverage == pytest.approx(kept / causal)
+    assert 0.1 < row.coverage < 0.95
 
 
 def test_generation_ends_at_the_models_end_token(make_model, prompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import weakref
 from dataclasses import replace
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from tmbench import environment, floor, ttft
+from tmbench.attention import applied_plan
 from tmbench.fast import EAGER, PLAIN, Prefill
 from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.prefill import first_token
+from tmbench.prompts import prompt_ids
 from tmbench.results import TtftRow, read_all
 from tmbench.ttft import TtftJob, run
 
@@ -97,6 +100,27 @@ def test_coverage_and_flop_are_counted_from_the_definition(job):
     assert floor.linear_flop(work.loaded.model, 96) == linear
     assert rows["dense", 96].flop == linear + 4 * 16 * 4 * (3 * causal + 96)
     assert rows["tri_mix", 96].flop == linear + 4 * 16 * 4 * (2 * causal + triangle + 96)
+
+
+def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_path, make_model):
+    """Counted once, outside of the repeats, on the very prompt."""
+    budgets = tmp_path / "budgets.json"
+    budgets.write_text(json.dumps([{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)}] * 4))
+    model = make_model("llama")
+    plan = METHODS["minference"].plan(ModelShape.of(model), Settings(patterns=budgets))
+    work = replace(job(names=(), lengths=(400,)), plans=[plan])
+    counted = []
+
+    def look(layer, pattern, q, k, scale):
+        counted.append(int(pattern.mask(q, k, scale=scale).sum()))
+
+    with torch.inference_mode(), applied_plan(work.loaded.model, plan) as session:
+        session.observer = look
+        work.loaded.model(prompt_ids("random", 400, work.loaded, work.seed))
+    list(run(work))
+    (row,) = rows_of(work).values()
+    assert row.coverage == pytest.approx(sum(counted) / (4 * 4 * 400 * 401 / 2))
+    assert 0.2 < row.coverage < 0.95
 
 
 def test_rows_of_block_sparse_methods(job):

@@ -41,7 +41,9 @@ def list_() -> None:
     models.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")
     for name in preset_names():
         preset = read_preset(name)
-        models.add_row(name, f"preset for --weights random: the config of {preset['_name_or_path']}, nothing downloaded")
+        models.add_row(
+            name, f"preset for --weights random or structured: the config of {preset['_name_or_path']}, nothing downloaded"
+        )
     models.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
     screen.print(models)
 

@@ -61,7 +61,7 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the prompts.", ric
 ModelOption = Annotated[
     str,
     typer.Option(
-        help=f"tiny (embedded), a Hugging Face id, a checkpoint folder, or with random weights {', '.join(preset_names())}.",
+        help=f"tiny (embedded), a Hugging Face id, a checkpoint folder, or with drawn weights {', '.join(preset_names())}.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -73,8 +73,12 @@ DtypeOption = Annotated[
     typer.Option(help="The model's type.", rich_help_panel=MACHINE, show_default="bfloat16 on a GPU, else float32"),
 ]
 WeightsOption = Annotated[
-    Literal["checkpoint", "random"],
-    typer.Option(help="Random weights need only the config; dynamic methods then cost more.", rich_help_panel=MACHINE),
+    Literal["checkpoint", "random", "structured"],
+    typer.Option(
+        help="Drawn weights need only the config: random, for which dynamic methods cost more, or structured, whose "
+        "attention has bands, slashes, sinks and columns as trained heads have.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 StartingLayerOption = Annotated[
     int | None,
@@ -94,7 +98,9 @@ LastNOption = Annotated[
 PatternsOption = Annotated[
     Path | None,
     typer.Option(
-        help="MInference-format JSON of each head's budgets.", rich_help_panel=ATTENTION, show_default="1000, 6096 each"
+        help="MInference-format JSON of each head's type and budget.",
+        rich_help_panel=ATTENTION,
+        show_default="1000, 6096 each",
     ),
 ]
 DenseBackendOption = Annotated[

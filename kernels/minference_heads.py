@@ -1,0 +1,139 @@
+"""MInference's layers whose heads differ in kind: vertical-slash, streaming and block-sparse heads side by side.
+
+Jiang et al. 2024, arXiv 2407.02490, section 3.2. What each kind computes is defined where it is a pattern of its own:
+``VerticalSlash``, ``Triangle.streaming`` and ``BlockTopK``. The rule is that of the released code at run time: a streaming
+head sees the first ``vertical`` keys and the last ``slash``, its own among them, and no query sees more than that; a
+block-sparse head takes 100 blocks, whatever its budget says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tmbench_kernels.block_topk import BlockTopK
+from tmbench_kernels.minference_json import HeadPattern, load_head_patterns
+from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
+from tmbench_kernels.triangle import Triangle
+from tmbench_kernels.vertical_slash import VerticalSlash
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Heads of one kind that one call can serve: of every key head in it, as many query heads as of the others."""
+
+    pattern: Pattern
+    queries: list[int]
+    keys: list[int]
+
+
+@dataclass(frozen=True)
+class MInferenceHeads(Pattern):
+    """``heads`` says for each query head what kind it is, and its budget.
+
+    One call for each kind; where a kind has more of one key head's query heads than of another's, one for each such number.
+    k and v are copied for the key heads of a call, never repeated for their query heads. Raises ValueError for no heads,
+    and, where tensors come in, for a number of heads that is not that of q.
+    """
+
+    heads: tuple[HeadPattern, ...]
+
+    name: ClassVar[str] = "minference_heads"
+    dynamic: ClassVar[bool] = True
+    backends: ClassVar[tuple[Backend, ...]] = ()
+    """None of its own: those of the kinds run, see ``backend``."""
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            raise ValueError("heads must hold at least one head")
+
+    def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+        """Bool ``[batch, heads, length, length]``: each head by the definition of its kind."""
+        batch, heads, length = q.shape[:3]
+        mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=q.device)
+        for part in self._parts(q, k):
+            mask[:, part.queries] = part.pattern.mask(q[:, part.queries], k[:, part.keys], scale=scale)
+        return mask
+
+    def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
+        """Counted kind by kind, at the cost of their selections."""
+        parts = self._parts(q, k)
+        return sum(part.pattern.pairs(q[:, part.queries], k[:, part.keys], scale=scale) for part in parts)
+
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> Backend:
+        """One that runs what serves each kind, named after all of them: "torch-banded/torch-gathered"."""
+        check_shapes(q, k, v)
+        served = [part.pattern.backend(q[:, part.queries], k[:, part.keys], v[:, part.keys]) for part in self._parts(q, k)]
+        return Backend("/".join(sorted({backend.name for backend in served})), (q.device.type,), _attend_parts)
+
+    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """The last query alone, in each kind's own way."""
+        check_shapes(q, k, v)
+        row = v.new_empty(*q.shape[:2], 1, v.shape[3])
+        for part in self._parts(q, k):
+            row[:, part.queries] = part.pattern.last_row(
+                q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=default_scale(q, scale)
+            )
+        return row
+
+    def _parts(self, q: Tensor, k: Tensor) -> list[_Part]:
+        if len(self.heads) != q.shape[1]:
+            raise ValueError(f"the pattern is for {len(self.heads)} heads, but q has {q.shape[1]}")
+        return _parts(self.heads, k.shape[1])
+
+
+def load_patterns(path: str | Path, *, layers: int, heads: int) -> list[Pattern]:
+    """One pattern per layer from a file in MInference's format; raises as ``load_head_patterns`` does.
+
+    A layer of vertical-slash heads alone is ``VerticalSlash``, which needs no division into kinds.
+    """
+    return [layer_pattern(entries) for entries in load_head_patterns(path, layers=layers, heads=heads)]
+
+
+def layer_pattern(heads: Sequence[HeadPattern]) -> Pattern:
+    """The pattern of one layer, from the entries of its query heads."""
+    if all(head.type == "vertical_and_slash" for head in heads):
+        return VerticalSlash(tuple((head.vertical, head.slash) for head in heads))
+    return MInferenceHeads(tuple(heads))
+
+
+def _attend_parts(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = empty_output(q, v)
+    for part in pattern._parts(q, k):
+        out[:, part.queries] = part.pattern.attend(q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=scale)
+    return out
+
+
+@lru_cache(maxsize=256)
+def _parts(heads: tuple[HeadPattern, ...], kv_heads: int) -> list[_Part]:
+    """Divide the query heads by kind, and each kind by how many of a key head's query heads it has."""
+    groups = len(heads) // kv_heads
+    # Only vertical-slash heads of different budgets can share a call; all block-sparse heads are alike.
+    kinds: dict[HeadPattern | str, list[int]] = {}
+    for number, head in enumerate(heads):
+        kind = HeadPattern(head.type, head.vertical, head.slash) if head.type == "stream_llm" else head.type
+        kinds.setdefault(kind, []).append(number)
+    parts = []
+    for kind, numbers in kinds.items():
+        members: dict[int, list[int]] = {}
+        for number in numbers:
+            members.setdefault(number // groups, []).append(number)
+        for count in sorted({len(own) for own in members.values()}):
+            keys = [key for key, own in members.items() if len(own) == count]
+            queries = [number for key in keys for number in members[key]]
+            parts.append(_Part(_pattern_of(kind, [heads[number] for number in queries]), queries, keys))
+    return parts
+
+
+def _pattern_of(kind: HeadPattern | str, heads: Sequence[HeadPattern]) -> Pattern:
+    if isinstance(kind, HeadPattern):
+        return Triangle.streaming(kind.vertical, kind.slash)
+    if kind == "block_sparse":
+        return BlockTopK()
+    return VerticalSlash(tuple((head.vertical, head.slash) for head in heads))

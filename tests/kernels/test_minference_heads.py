@@ -1,0 +1,82 @@
+"""Heads of different kinds in one layer: each as if it were alone, whatever the others are and however they share keys."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tmbench_kernels import BlockTopK, HeadPattern, MInferenceHeads, VerticalSlash
+from tmbench_kernels.minference_heads import layer_pattern
+
+KINDS = {
+    "vertical_and_slash": st.tuples(st.integers(0, 60), st.integers(0, 150)),
+    "stream_llm": st.tuples(st.integers(0, 40), st.integers(1, 90)),
+    "block_sparse": st.tuples(st.integers(0, 9), st.integers(0, 9)),
+}
+entries = st.sampled_from(sorted(KINDS)).flatmap(
+    lambda kind: KINDS[kind].map(lambda budget: HeadPattern(kind, *budget, score=0.5))
+)
+
+
+def mask_of_one_head(head, q, k, scale):
+    """A head alone, by the published rules; streaming is written out, the other two have tests of their own."""
+    if head.type == "stream_llm":
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
+        return ((distance < head.slash) | (torch.arange(len(k)) < head.vertical)) & (distance >= 0)
+    alone = VerticalSlash(((head.vertical, head.slash),)) if head.type == "vertical_and_slash" else BlockTopK(100)
+    return alone.mask(q[None, None], k[None, None], scale=scale)[0, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.lists(entries, min_size=6, max_size=6),
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    length=st.sampled_from([1, 70, 200]),
+    batch=st.integers(1, 2),
+)
+def test_each_head_is_what_it_is_alone(make_qkv, assert_exact, heads, kv_heads, length, batch):
+    q, k, v = make_qkv(length, heads=6, kv_heads=kv_heads, dim=16, batch=batch, seed=length)
+    pattern = MInferenceHeads(tuple(heads))
+    expected = torch.stack(
+        [
+            torch.stack([mask_of_one_head(head, q[b, n], k[b, n * kv_heads // 6], 0.4) for n, head in enumerate(heads)])
+            for b in range(batch)
+        ]
+    )
+    assert torch.equal(pattern.mask(q, k, scale=0.4), expected)
+    assert pattern.pairs(q, k, scale=0.4) == int(expected.sum())
+    assert_exact(pattern.attend(q, k, v, scale=0.4), q, k, v, expected, 0.4)
+
+
+def test_block_sparse_heads_leave_blocks_out_of_long_prompts_only(make_qkv, assert_exact):
+    heads = (HeadPattern("block_sparse"), HeadPattern("stream_llm", 8, 64))
+    q, k, v = make_qkv(101 * 64 + 5, heads=2, kv_heads=2, dim=8)
+    pattern = MInferenceHeads(heads)
+    seen = pattern.mask(q, k)[0, 0].sum(1)
+    assert seen[6399] == 6400, "100 blocks are all that there are"
+    assert seen[6463] == 6400, "and of 101 one is left out"
+    rows = slice(6380, None)
+    assert_exact(pattern.attend(q, k, v)[:, :, rows], q[:, :, rows], k, v, pattern.mask(q, k)[:, :, rows])
+
+
+def test_what_runs_is_named_after_all_kinds(make_qkv):
+    q, k, v = make_qkv(50)
+    heads = (HeadPattern(), HeadPattern("stream_llm", 8, 64), HeadPattern("block_sparse"), HeadPattern())
+    assert MInferenceHeads(heads).backend(q, k, v).name == "torch-banded/torch-blocks/torch-gathered"
+    meta = (x.to("meta") for x in (q, k, v))
+    with pytest.raises(ValueError, match="no backend of the pattern .* serves these tensors"):
+        MInferenceHeads(heads).backend(*meta)
+
+
+def test_heads_of_one_kind_need_no_division():
+    heads = [HeadPattern("vertical_and_slash", 30, 100), HeadPattern("vertical_and_slash", 40, 200)]
+    assert layer_pattern(heads) == VerticalSlash(((30, 100), (40, 200)))
+    heads[1] = HeadPattern("stream_llm", 40, 200)
+    assert layer_pattern(heads) == MInferenceHeads(tuple(heads))
+
+
+def test_heads_that_do_not_fit_are_refused(make_qkv):
+    with pytest.raises(ValueError, match="at least one head"):
+        MInferenceHeads(())
+    with pytest.raises(ValueError, match="the pattern is for 3 heads, but q has 4"):
+        MInferenceHeads((HeadPattern("stream_llm", 1, 1),) * 3).attend(*make_qkv(10))

@@ -1,0 +1,174 @@
+"""The search on a model: what it finds, what it writes, and what is left of one that was interrupted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tmbench import search
+from tmbench.attention import applied
+from tmbench.errors import UserError
+from tmbench.models import LoadedModel
+from tmbench.pattern_plot import draw
+from tmbench.prompts import prompt_ids
+from tmbench.search import SearchJob, run
+from tmbench_kernels import HeadPattern, load_head_patterns, load_patterns
+from tmbench_kernels import minference_search as rule
+
+SMALL = (
+    HeadPattern("stream_llm", 50, 50),
+    HeadPattern("vertical_and_slash", 31, 40),
+    HeadPattern("vertical_and_slash", 60, 35),
+    HeadPattern("block_sparse", 1000, 6096),
+)
+
+
+@pytest.fixture
+def job(make_model, tmp_path, monkeypatch):
+    """A search over small candidates on a model of random weights; every query from the 100th on counts."""
+    monkeypatch.setattr(search, "FIRST_ROW", 100)
+    monkeypatch.setattr(search, "CANDIDATES", SMALL)
+    real = rule.kept_attention
+    monkeypatch.setattr(search, "kept_attention", lambda *a, **kw: real(*a, candidates=SMALL, first_row=100, **kw))
+    monkeypatch.setattr(search, "best_pattern", lambda kept: rule.best_pattern(kept, SMALL))
+
+    def make(**changes):
+        loaded = LoadedModel("small", make_model("qwen2"), None, "random", "")
+        values = {"loaded": loaded, "output": tmp_path / "found.json", "length": 400, "prompt": "random"}
+        return SearchJob(**(values | changes))
+
+    return make
+
+
+def test_the_file_holds_each_heads_winner_and_what_it_keeps(job):
+    """Against the masks of the candidates, on what a forward pass hands to each layer's attention."""
+    work = job()
+    steps = []
+    found = run(work, lambda text, layers: steps.append(layers))
+    assert sum(steps) == pytest.approx(4), "the progress bar must end where it says"
+    assert load_head_patterns(work.output, layers=4, heads=4) == [tuple(layer) for layer in found]
+    assert not work.partial.exists()
+    seen = {}
+    with torch.inference_mode(), applied(work.loaded.model, "dense") as session:
+        session.observer = lambda layer, pattern, q, k, scale: seen.update({layer: (q, k, scale)})
+        work.loaded.model(prompt_ids("random", 400, work.loaded, 42))
+    i, j = torch.arange(400)[:, None], torch.arange(400)
+    for layer, (q, k, scale) in seen.items():
+        for head in range(4):
+            logits = (q[0, head] @ k[0, head // 2].T).double() * scale
+            attention = logits.masked_fill(j > i, -torch.inf).softmax(1)
+            stream = (attention * ((j < 50) | (i - j <= 50)))[100:].sum(1).mean()
+            winner = found[layer][head]
+            assert winner.score >= stream - 1e-6
+            if winner.type == "stream_llm":
+                assert winner.score == pytest.approx(float(stream), abs=1e-6)
+    assert len({(head.type, head.vertical) for layer in found for head in layer}) > 1
+
+
+def test_the_published_remapping_is_a_choice(job, tmp_path):
+    kept = run(job())
+    mapped = run(job(output=tmp_path / "mapped.json", remap=True))
+    assert any(head.type != "vertical_and_slash" for layer in kept for head in layer)
+    assert mapped == [[rule.published_remapping(head) for head in layer] for layer in kept]
+    assert all(pattern.name == "vertical_slash" for pattern in load_patterns(tmp_path / "mapped.json", layers=4, heads=4))
+
+
+def stopped_at(work, layer, monkeypatch):
+    """Run until this layer is about to be weighed, then be interrupted."""
+    real, calls = search.kept_attention, []
+
+    def stop(*arguments, **keywords):
+        if len(calls) == 2 * layer:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "kept_attention", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(work)
+
+
+def test_an_interrupted_search_goes_on_and_measures_nothing_twice(job, tmp_path, monkeypatch):
+    whole = run(job(output=tmp_path / "whole.json"))
+    work = job()
+    stopped_at(work, 3, monkeypatch)
+    assert work.loaded.model.config._attn_implementation == "sdpa"
+    assert not work.output.exists()
+    assert work.partial.read_bytes().count(b"\n") == 1 + 3
+    # A line that was being written when the process died.
+    work.partial.write_bytes(work.partial.read_bytes() + b'{"layer": 3, "kept": [[0.1, 0.')
+    calls, real = [], search.kept_attention
+    monkeypatch.setattr(search, "kept_attention", lambda *a, **kw: calls.append(0) or real(*a, **kw))
+    steps = []
+    assert run(job(), lambda text, layers: steps.append((text, layers))) == whole
+    assert len(calls) == 2, "one layer of two key heads was left"
+    assert steps[0] == ("3 layers measured before", 3)
+    assert work.output.read_text() == (tmp_path / "whole.json").read_text()
+    assert not work.partial.exists()
+
+
+def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
+    work = job()
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="--output: .* cannot be written .No space left on device"):
+            run(work)
+    monkeypatch.setattr(search, "kept_attention", None)
+    assert len(run(job())) == 4
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"length": 420}, "length"), ({"seed": 7}, "seed")])
+def test_a_partial_file_of_another_search_is_kept_and_named(job, monkeypatch, changes, name):
+    stopped_at(job(), 1, monkeypatch)
+    before = job().partial.read_text()
+    with pytest.raises(UserError, match=f"of a search with another {name} .*--overwrite"):
+        run(job(**changes))
+    assert job().partial.read_text() == before
+    run(job(overwrite=True, **changes))
+    assert not job().partial.exists()
+
+
+@pytest.mark.parametrize("text", ["hello\n", '{"search": 3}\n', "[1]\n", '{"search": {}}\n{"layer": 0, "kept": [[1]]}\n'])
+def test_a_partial_file_that_is_none_is_named(job, text):
+    job().partial.write_text(text)
+    with pytest.raises(UserError, match=r"found.json.partial does not hold a search .*--overwrite"):
+        run(job())
+
+
+def test_a_file_that_is_there_is_kept(job):
+    run(job())
+    before = job().output.read_text()
+    with pytest.raises(UserError, match="found.json is there already: name another file, or add --overwrite"):
+        run(job(seed=3))
+    assert job().output.read_text() == before
+    run(job(seed=3, overwrite=True))
+    assert job().output.read_text() != before
+
+
+def test_a_prompt_without_queries_that_count_is_refused(job):
+    with pytest.raises(UserError, match="--length 100 leaves nothing to search: only queries from 100 on count"):
+        run(job(length=100))
+
+
+def test_a_picture_of_few_kinds_and_of_many(tmp_path):
+    few = [{0: HeadPattern(), 1: HeadPattern("stream_llm", 100, 800)}, {1: HeadPattern("block_sparse")}]
+    many = [{head: HeadPattern("vertical_and_slash", 100 * head, 10 * layer) for head in range(4)} for layer in range(3)]
+    many[0][2] = HeadPattern("stream_llm", 0, 0)
+    for name, layers in (("few", few), ("many", many)):
+        draw(layers, tmp_path / "deep" / f"{name}.png")
+        picture = (tmp_path / "deep" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        draw(layers, tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == picture
+        draw(layers[:-1], tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() != picture
+
+
+def test_the_searchs_figures_are_numbers_of_json(job):
+    run(job())
+    content = json.loads(job().output.read_text())
+    assert [sorted(layer) for layer in content] == [["0", "1", "2", "3"]] * 4
+    assert all(0 <= score <= 1 for layer in content for _, _, _, score in layer.values())

@@ -1,0 +1,161 @@
+"""``tmbench patterns search`` and ``tmbench patterns show``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tmbench.cli import options as o
+from tmbench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tmbench_kernels import HeadPattern
+
+LENGTH = 30000
+"""Tokens of the published searches' prompts, at most."""
+TINY_LENGTH = 8192
+FEW_KINDS = 8
+"""Up to so many kinds of heads have a column each."""
+
+app = typer.Typer(
+    help="Which pattern each head of a model takes: find out, and look at what a file says.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@app.command()
+def search(
+    output: Annotated[Path, typer.Option(help="The JSON file to write, for --patterns.", rich_help_panel=o.OUTPUT)],
+    length: Annotated[
+        int | None,
+        typer.Option(
+            parser=o.parse_length,
+            metavar="TOKENS",
+            help="Tokens of the prompt, such as 30000 or 8K.",
+            rich_help_panel=o.MEASURED,
+            show_default="30000, or what fits; 8K for tiny",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="kv (key-value retrieval, as published), a RULER task, or random.",
+            rich_help_panel=o.MEASURED,
+            show_default="kv, or random for a model without a tokenizer",
+        ),
+    ] = None,
+    seed: o.SeedOption = 42,
+    remap: Annotated[
+        bool,
+        typer.Option(
+            "--remap",
+            help="Write all heads as vertical-slash ones, as the published files do: streaming with the same numbers, "
+            "block-sparse with 1000 columns and 6096 distances.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = False,
+    model: o.ModelOption = "tiny",
+    weights: o.WeightsOption = "checkpoint",
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Search again what is there already.", rich_help_panel=o.OUTPUT)
+    ] = False,
+) -> None:
+    """MInference's offline search: the pattern that keeps most of each head's attention, on one long prompt.
+
+    A search that is killed and started again goes on with the layer it was at.
+    """
+    from tmbench import models
+    from tmbench.attention import attention_modules
+    from tmbench.cli.screen import progress_bar, say
+    from tmbench.prompts import check_kind, check_prompt
+    from tmbench.search import SearchJob, run
+
+    if prompt is not None:
+        check_kind(prompt)
+    # Whatever does not need the model is refused before it is loaded.
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output} is there already: name another file, or add --overwrite to search again")
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    attention_modules(loaded.model)
+    prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
+    check_prompt(prompt, loaded)
+    wanted = TINY_LENGTH if model == "tiny" else LENGTH
+    tokens = length or min(wanted, loaded.max_length or wanted)
+    loaded.check_length(tokens)
+    job = SearchJob(loaded, output, tokens, prompt, seed, remap, overwrite)
+    job.check()
+    with progress_bar() as bar:
+        shown = bar.add_task("search", total=job.shape.layers)
+        found = run(job, lambda text, layers: bar.update(shown, description=text, advance=layers))
+        bar.update(shown, description="search finished", completed=job.shape.layers)
+    _show([dict(enumerate(layer)) for layer in found], str(output))
+    say(f"wrote {output}: tmbench ttft --method minference --patterns {output} uses it")
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A JSON file in MInference's format.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw layers and heads into this PNG file too.")] = None,
+) -> None:
+    """What a file holds: how many heads of each layer have which type and budget."""
+    from tmbench.cli.screen import say
+    from tmbench_kernels import read_head_patterns
+
+    try:
+        layers = read_head_patterns(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"FILE: {error}; give one that tmbench patterns search wrote, or a published one") from error
+    if not any(layers):
+        raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
+    if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise UserError(f"--plot {plot} must be the name of a PNG file: let it end in .png")
+        from tmbench.pattern_plot import draw
+
+        try:
+            draw(layers, plot)
+        except OSError as error:
+            raise UserError(f"--plot: {plot} cannot be written ({error.strerror or error})") from error
+    _show(layers, file.name)
+    if plot is not None:
+        say(f"drew {plot}")
+
+
+def _show(layers: Sequence[Mapping[int, HeadPattern]], name: str) -> None:
+    from tmbench.cli.screen import console, table
+
+    kinds = Counter(_kind(head) for layer in layers for head in layer.values())
+    by_budget = len(kinds) <= FEW_KINDS
+    if not by_budget:
+        kinds = Counter(head.type for layer in layers for head in layer.values())
+    columns = [kind for kind, _ in kinds.most_common()]
+    budgets = () if by_budget else ("columns", "distances")
+    shown = table(name, "layer", *columns, *budgets, "mean score", right=("layer", *columns, *budgets, "mean score"))
+    for number, layer in enumerate(layers):
+        heads = list(layer.values())
+        own = Counter(_kind(head) if by_budget else head.type for head in heads)
+        ranges = () if by_budget else (_range([h.vertical for h in heads]), _range([h.slash for h in heads]))
+        scores = f"{sum(head.score for head in heads) / len(heads):.3g}" if heads else ""
+        shown.add_row(str(number), *(str(own[kind] or "") for kind in columns), *ranges, scores)
+    shown.add_section()
+    shown.add_row("all", *(str(kinds[kind]) for kind in columns), *(("",) * len(budgets)), "")
+    console().print(shown)
+
+
+def _kind(head: HeadPattern) -> str:
+    """A head's type and budget; a block-sparse one has no budget."""
+    return head.type if head.type == "block_sparse" else f"{head.type} {head.vertical}, {head.slash}"
+
+
+def _range(counts: Sequence[int]) -> str:
+    if not counts:
+        return ""
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}..{max(counts)}"

@@ -1,0 +1,194 @@
+"""MInference's offline search on a whole model: which pattern each head of it takes, and a file that says so.
+
+Jiang et al. 2024, arXiv 2407.02490, section 3.2. One prompt is read once, densely; every layer's heads are weighed while it
+is being read (see ``tmbench_kernels.minference_search``). The released search writes every winner as a vertical-slash head;
+the paper gives each head the pattern that won, and so does this search unless ``remap`` asks for the published habit.
+
+Each layer's figures are appended to ``<file>.partial`` when it is done, so a search that is killed goes on with the layer
+that it was at. The file itself is written once, at the end, and the partial one goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmbench.attention import applied_plan
+from tmbench.errors import UserError
+from tmbench.fast import Prefill
+from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.models import LoadedModel
+from tmbench.prompts import prompt_ids
+from tmbench.results import append_line
+from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
+from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
+from tmbench_kernels.pattern import default_scale
+
+Advance = Callable[[str, float], None]
+"""Told what is being done, and how many layers' worth of it are done since the last call."""
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """What one ``tmbench patterns search`` does."""
+
+    loaded: LoadedModel
+    output: Path
+    length: int
+    prompt: str = "kv"
+    seed: int = 42
+    remap: bool = False
+    """Whether streaming and block-sparse winners are written as vertical-slash heads, as the published files have them."""
+    overwrite: bool = False
+
+    @property
+    def partial(self) -> Path:
+        """Where finished layers are kept while the search runs."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def shape(self) -> ModelShape:
+        return ModelShape.of(self.loaded.model)
+
+    def identity(self) -> dict[str, Any]:
+        """What the figures of a layer depend on: a search goes on only from those of the same."""
+        return {
+            **self.loaded.row_fields(),
+            "layers": self.shape.layers,
+            "heads": self.shape.heads,
+            "length": self.length,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "first_row": FIRST_ROW,
+            "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
+        }
+
+    def check(self) -> None:
+        """Raise UserError for a length that leaves nothing to weigh, and for a file that is there already."""
+        if self.length <= FIRST_ROW:
+            raise UserError(
+                f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
+            )
+        if self.output.exists() and not self.overwrite:
+            raise UserError(
+                f"--output {self.output} is there already: name another file, or add --overwrite to search again"
+            )
+
+
+def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[list[HeadPattern]]:
+    """Search, or go on searching, and write the file: for each layer the pattern of each head.
+
+    Raises UserError for what ``SearchJob.check`` refuses, a partial file of another search, and a folder that cannot be
+    written to; what was measured before stays.
+    """
+    job.check()
+    if job.overwrite:
+        _at_output(job, lambda: job.partial.unlink(missing_ok=True))
+    kept = _read_partial(job)
+    advance(f"{len(kept)} layers measured before" if kept else "reading the prompt", float(len(kept)))
+    if len(kept) < job.shape.layers:
+        _measure(job, kept, advance)
+    found = [[best_pattern(head) for head in kept[layer]] for layer in range(job.shape.layers)]
+    if job.remap:
+        found = [[published_remapping(head) for head in layer] for layer in found]
+    _at_output(job, lambda: _write(job, head_patterns_json(found)))
+    return found
+
+
+def _measure(job: SearchJob, kept: dict[int, list[list[float]]], advance: Advance) -> None:
+    """Read the prompt; weigh the heads of every layer that is not among ``kept``, and put them there."""
+    model = job.loaded.model
+    plan = METHODS["dense"].plan(job.shape, Settings())
+    ids = prompt_ids(job.prompt, job.length, job.loaded, job.seed)
+    if not kept:
+        _append(job, {"search": job.identity()})
+
+    def look(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
+        if layer in kept:
+            return
+        kv_heads = k.shape[1]
+        text = f"layer {layer + 1} of {job.shape.layers}"
+        advance(text, 0.0)
+        groups = q[0].unflatten(0, (kv_heads, -1))  # type: ignore[no-untyped-call]
+        figures: list[list[float]] = []
+        for keys, queries in zip(k[0], groups, strict=True):
+            figures += kept_attention(
+                queries,
+                keys,
+                scale=default_scale(q, scale),
+                advance=lambda part: advance(text, part / kv_heads),
+            ).tolist()
+        _append(job, {"layer": layer, "kept": figures})
+        kept[layer] = figures
+
+    with torch.inference_mode(), applied_plan(model, plan) as session:
+        session.observer = look
+        Prefill(model)(ids)
+        session.check_complete()
+
+
+def _append(job: SearchJob, entry: dict[str, Any]) -> None:
+    try:
+        append_line(job.partial, json.dumps(entry))
+    except UserError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        raise UserError(f"--output: {job.partial} cannot be written ({reason})") from error
+
+
+def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
+    """The layers that an earlier run of this search has finished; raises UserError for another's file."""
+    try:
+        text = job.partial.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"--output: {job.partial} cannot be read ({error.strerror or error})") from error
+    remedy = "add --overwrite to begin anew, or name another --output"
+    kept: dict[int, list[list[float]]] = {}
+    try:
+        # A line without its end was being written when the process died.
+        first, *lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()] or [None]
+        if first is None:
+            return {}
+        before = dict(first["search"])
+        for line in lines:
+            figures = [[float(figure) for figure in head] for head in line["kept"]]
+            if [len(head) for head in figures] != [len(CANDIDATES)] * job.shape.heads:
+                raise ValueError("a layer of another shape")
+            kept[int(line["layer"])] = figures
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{job.partial} does not hold a search that was interrupted: {remedy}") from error
+    differing = [name for name, value in job.identity().items() if before.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{job.partial} is of a search with another {name} ({before.get(name)}, not {job.identity()[name]}): {remedy}"
+        )
+    return kept
+
+
+def _write(job: SearchJob, text: str) -> None:
+    unfinished = job.output.with_name(f".{job.output.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(job.output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    job.partial.unlink(missing_ok=True)
+
+
+def _at_output(job: SearchJob, act: Callable[[], None]) -> None:
+    try:
+        act()
+    except OSError as error:
+        raise UserError(f"--output: {job.output} cannot be written ({error.strerror or error})") from error
