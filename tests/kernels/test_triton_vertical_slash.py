@@ -1,4 +1,4 @@
-"""The Triton kernels over a vertical-slash selection: interpreted where there is no GPU, and as compiled where there is one."""
+"""The Triton kernels over a vertical-slash selection: interpreted without a GPU, as compiled on one."""
 
 from __future__ import annotations
 
