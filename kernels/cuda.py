@@ -55,3 +55,22 @@ def refuses_tensors(
 def refuses_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     """What the kernels in Triton say of these tensors."""
     return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)
+
+
+@cache
+def missing_hopper() -> str:
+    """ "" where kernels in CUDA C++ can be compiled and launched, otherwise why not and what to install."""
+    try:
+        from tmbench_kernels.hopper import compiler_version
+
+        compiler_version()
+    except Exception as error:
+        return f"{import_failure(error)}: pip install cuda-bindings nvidia-cuda-nvrtc"
+    return missing_triton()
+
+
+def refuses_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What the kernels for Hopper say of these tensors."""
+    if v.shape[-1] % 8:
+        return f"writes outputs of a head size that is a multiple of 8, not {v.shape[-1]}"
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)

@@ -17,6 +17,8 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 ARCHITECTURE = "sm_90a"
+HEADERS = (Path(__file__).with_name("hopper.cuh"),)
+"""What the kernels' sources include."""
 MAP_BYTES = 128
 
 
@@ -72,7 +74,9 @@ def compile_log(source: Path, settings: Mapping[str, int]) -> str:
 
 
 def _compile(source: Path, settings: Mapping[str, int], *extra: str) -> tuple[bytes, str]:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    headers = [header.read_bytes() for header in HEADERS]
+    names = [header.name.encode() for header in HEADERS]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names))
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device", *extra]
     options += [f"-D{name}={value}" for name, value in settings.items()]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -124,6 +128,11 @@ def tensor_map(
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     return ctypes.string_at(int(_checked(result).getPtr()), MAP_BYTES)
+
+
+def padded(dim: int) -> int:
+    """A head size as these kernels work with it, a multiple of 64; what is beyond the real one reads as zero."""
+    return -(-dim // 64) * 64
 
 
 def _reversed(numbers: Sequence[int], kind: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tmbench_kernels.hopper import Kernel, load_kernel, tensor_map
+from tmbench_kernels.hopper import Kernel, load_kernel, padded, tensor_map
 from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import (
     LOG2_E,
@@ -49,16 +49,12 @@ def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
     sizes = {"TEAMS": TEAMS, "TEAM_ROWS": TEAM_ROWS, "KEYS": KEYS, "BOX": BOX, "UNITS": UNITS}
     shared = {"SHARED_BYTES": shared_bytes(dim, v_dim)}
-    return {"DIM": _padded(dim), "V_DIM": _padded(v_dim), "HALF": int(dtype == torch.float16)} | sizes | shared
+    return {"DIM": padded(dim), "V_DIM": padded(v_dim), "HALF": int(dtype == torch.float16)} | sizes | shared
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
     """Shared memory of a program: queries of two items, which the outputs take over, the tiles in flight, and the rest."""
-    return 2 * max(_padded(dim), _padded(v_dim)) * (2 * TEAMS * TEAM_ROWS + UNITS * KEYS) + 512
-
-
-def _padded(dim: int) -> int:
-    return -(-dim // 64) * 64
+    return 2 * max(padded(dim), padded(v_dim)) * (2 * TEAMS * TEAM_ROWS + UNITS * KEYS) + 512
 
 
 def _deal(cut: Cut, batch: int, programs: int) -> tuple[int, int, int, int]:

@@ -31,7 +31,7 @@ class Index:
     counts: Tensor
     """int32 ``[batch, heads, rows]``."""
     columns: Tensor
-    """int32 ``[batch, heads, width]``: the selected columns, ascending, then ``length``."""
+    """int32 ``[batch, heads, width]``: the selected columns, ascending, then ``length``; width is a multiple of 64."""
     kept: Tensor
     """uint8 ``[batch, heads, rows, width]``: 1 for the columns that lie in none of a block's runs, nor after the block."""
     before: Tensor
@@ -139,7 +139,7 @@ def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_dist
     """The index of a selection: two sets, bool ``[batch, heads, length]``, of at most so many entries a head."""
     batch, heads, length = columns.shape
     rows = -(-length // BLOCK)
-    most, width = max(1, min(rows, most_distances)), max(1, min(length, most_columns))
+    most, width = max(1, min(rows, most_distances)), -(-max(1, min(length, most_columns)) // BLOCK) * BLOCK
     device, shape = columns.device, (batch, heads, rows)
     ranks = F.pad(columns.cumsum(2, dtype=torch.int32), (1, 0))
     # Every column goes to its place in order; all that is not selected goes to one place beyond, which is cut off.
@@ -173,16 +173,21 @@ def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_dist
     return index
 
 
+def gathered(x: Tensor, index: Index) -> Tensor:
+    """Keys or values of the selected columns, ``[batch, heads, width, dim]``: each query head has columns of its own."""
+    batch, heads = index.columns.shape[:2]
+    key_heads = torch.arange(heads, device=x.device)[:, None] // (heads // x.shape[1])
+    batches = torch.arange(batch, device=x.device)[:, None, None]
+    return x[batches, key_heads, index.columns.clamp(max=x.shape[2] - 1).long()]
+
+
 def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) -> Tensor:
     """Attention over an index, ``[batch, heads, length, v_dim]``, a view of ``[batch, length, heads, v_dim]``."""
     q, scale = positive(q, scale)
     batch, heads, length, dim = q.shape
     v_dim, groups = v.shape[3], heads // k.shape[1]
     rows, width = index.counts.shape[2], index.columns.shape[2]
-    key_heads = torch.arange(heads, device=q.device)[:, None] // groups
-    places = index.columns.clamp(max=length - 1).long()
-    batches = torch.arange(batch, device=q.device)[:, None, None]
-    k_columns, v_columns = (loadable(x[batches, key_heads, places]) for x in (k, v))
+    k_columns, v_columns = (loadable(gathered(x, index)) for x in (k, v))
     k, v = loadable(k), loadable(v)
     keys = 32 if max(dim, v_dim) > 128 else BLOCK
     block, v_block = block_dim(dim), block_dim(v_dim)

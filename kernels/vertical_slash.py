@@ -7,7 +7,7 @@ and 100 distances are forced, and for every block of 64 queries the diagonals wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmbench_kernels.cuda import missing_triton, refuses_triton
+from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.vertical_slash_torch import BLOCK, attend_selected, count_pairs
 
@@ -43,13 +43,24 @@ def _attend_torch(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale
 
 def _attend_triton(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # Imported when it is first used: it takes Triton.
-    from tmbench_kernels import triton_vertical_slash
+    from tmbench_kernels.triton_vertical_slash import attend_selected
 
+    return _attend_bounded(attend_selected, pattern, q, k, v, scale)
+
+
+def _attend_hopper(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from tmbench_kernels.hopper_vertical_slash import attend_selected
+
+    return _attend_bounded(attend_selected, pattern, q, k, v, scale)
+
+
+def _attend_bounded(
+    attend: Callable[..., Tensor], pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    """Select, and attend by a kernel whose index is made for the largest of the heads' budgets."""
     chosen = pattern.select(q, k, scale=scale)
     columns, distances = pattern.counts(q.shape[1], q.shape[2])
-    return triton_vertical_slash.attend_selected(
-        q, k, v, chosen.columns, chosen.distances, max(columns), max(distances), scale
-    )
+    return attend(q, k, v, chosen.columns, chosen.distances, max(columns), max(distances), scale)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class VerticalSlash(Pattern):
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
         Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
+        # Behind the portable kernel until a measurement on such a GPU puts it in front.
+        Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=missing_hopper, refuses=refuses_hopper),
         Backend("torch-gathered", ("cpu", "cuda"), _attend_torch),
     )
 

@@ -1,34 +1,42 @@
-"""The Hopper kernel compiles to machine code without a GPU, so that a change that breaks it shows on any machine."""
+"""The kernels for Hopper compile to machine code without a GPU, so that a change that breaks one shows on any machine."""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import pytest
 import torch
 
-from tmbench_kernels.triangle_cuda import _missing_hopper
+from tmbench_kernels.cuda import missing_hopper
 
-pytestmark = pytest.mark.skipif(bool(_missing_hopper()), reason=_missing_hopper())
+pytestmark = pytest.mark.skipif(bool(missing_hopper()), reason=missing_hopper())
 
 
+KERNELS = pytest.mark.parametrize("module", ["hopper_triangle", "hopper_vertical_slash"])
+
+
+@KERNELS
 @pytest.mark.parametrize(
     ("dim", "v_dim", "dtype"), [(128, 128, torch.bfloat16), (64, 64, torch.float16), (96, 40, torch.float16)]
 )
-def test_it_compiles_for_hopper(dim, v_dim, dtype):
-    from tmbench_kernels import hopper, hopper_triangle
+def test_it_compiles_for_hopper(module, dim, v_dim, dtype):
+    from tmbench_kernels import hopper
 
-    code = hopper.compile_source(hopper_triangle.SOURCE, hopper_triangle.settings(dim, v_dim, dtype))
+    host = import_module(f"tmbench_kernels.{module}")
+    code = hopper.compile_source(host.SOURCE, host.settings(dim, v_dim, dtype))
     assert code[:4] == b"\x7fELF"
-    assert b"triangle" in code
-    assert hopper_triangle.shared_bytes(dim, v_dim) <= 227 * 1024
+    assert module.removeprefix("hopper_").encode() in code
+    assert host.shared_bytes(dim, v_dim) <= 227 * 1024
 
 
-def test_its_products_run_beside_other_work():
+@KERNELS
+def test_its_products_run_beside_other_work(module):
     """The assembler says so when it must wait for every product on its own, which makes the kernel half as fast."""
-    from tmbench_kernels import hopper, hopper_triangle
+    from tmbench_kernels import hopper
 
-    log = hopper.compile_log(hopper_triangle.SOURCE, hopper_triangle.settings(128, 128, torch.bfloat16))
+    host = import_module(f"tmbench_kernels.{module}")
+    log = hopper.compile_log(host.SOURCE, host.settings(128, 128, torch.bfloat16))
     assert "Compiling entry function" in log
     assert "serialized" not in log
     assert re.search(r"\b0 bytes spill stores", log)

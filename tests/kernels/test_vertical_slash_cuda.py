@@ -1,13 +1,15 @@
-"""The Triton kernels over a vertical-slash selection: interpreted without a GPU, as compiled on one."""
+"""The kernels for CUDA over a vertical-slash selection: Triton's interpreted without a GPU, all as compiled on one."""
 
 from __future__ import annotations
 
 import random
+from importlib import import_module
 
 import pytest
 import torch
 
 from tmbench_kernels import VerticalSlash
+from tmbench_kernels.cuda import missing_hopper, refuses_hopper
 from tmbench_kernels.vertical_slash import Selection, selection_mask
 
 GPU = torch.cuda.is_available()
@@ -21,15 +23,26 @@ def _running_sums_on_a_gpu():
     torch.use_deterministic_algorithms(True)
 
 
+@pytest.fixture(params=["triton", pytest.param("hopper", marks=pytest.mark.gpu)])
+def attend_selected(request):
+    if request.param == "hopper" and (reason := missing_hopper()):
+        pytest.skip(reason)
+    return import_module(f"tmbench_kernels.{request.param}_vertical_slash").attend_selected
+
+
 @pytest.fixture
-def check(make_qkv, measure_errors):
+def check(attend_selected, make_qkv, measure_errors):
     """``check(columns, distances, ...)`` attends over two sets ``[batch, heads, length]`` and compares with float64."""
-    from tmbench_kernels.triton_vertical_slash import attend_selected
+    on_hopper = "hopper" in attend_selected.__module__
 
     def check(columns, distances, *, scale=None, most=None, change=lambda q, k, v: (q, k, v), **shape):
         batch, heads, length = columns.shape
         shape = {"dtype": torch.float16, "batch": batch, "heads": heads, "kv_heads": 1} | shape
         q, k, v = change(*(x.to(DEVICE) for x in make_qkv(length, **shape)))
+        if on_hopper and (reason := refuses_hopper(None, q, k, v)):
+            pytest.skip(reason)
+        if on_hopper and not distances[..., 0].all():
+            pytest.skip("takes selections with distance 0")
         columns, distances = columns.to(DEVICE), distances.to(DEVICE)
         bounds = most or (int(columns.sum(2).max()), int(distances.sum(2).max()))
         out = attend_selected(q, k, v, columns, distances, *bounds, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -98,10 +111,8 @@ def test_strides(check):
     )
 
 
-def test_what_the_pattern_selects(make_structured_qkv, measure_errors):
+def test_what_the_pattern_selects(attend_selected, make_structured_qkv, measure_errors):
     """By way of the pattern, whose budgets bound the index."""
-    from tmbench_kernels.triton_vertical_slash import attend_selected
-
     pattern = VerticalSlash(((30, 50), (200, 120)))
     q, k, v = (x.to(DEVICE) for x in make_structured_qkv(600, heads=2, kv_heads=1, dtype=torch.float16))
     chosen = pattern.select(q, k)
@@ -114,13 +125,16 @@ def test_what_the_pattern_selects(make_structured_qkv, measure_errors):
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_gpu(make_structured_qkv):
+@pytest.mark.parametrize("backend", VerticalSlash.backends[:2], ids=lambda backend: backend.name)
+def test_nothing_waits_for_the_gpu(make_structured_qkv, backend):
     pattern = VerticalSlash(((100, 800),))
     q, k, v = (x.cuda() for x in make_structured_qkv(3001, heads=8, kv_heads=2, dtype=torch.bfloat16))
-    pattern.attend(q, k, v)
+    if reason := backend.obstacle(pattern, q, k, v):
+        pytest.skip(reason)
+    backend.attend(pattern, q, k, v, 0.125)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = pattern.attend(q, k, v)
+        out = backend.attend(pattern, q, k, v, 0.125)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert out.isfinite().all()
