@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NVRTC := nvidia-cuda-nvrtc==13.0.88
 
 # The demo's size; continuous integration runs a smaller one.
 DEMO ?= demo
@@ -23,6 +24,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@# Tests compile the Hopper kernel. Its compiler comes with a PyTorch for CUDA, and is brought here for one without.
+	@if $(BIN)/python -c 'import sys, torch; raise SystemExit(sys.platform != "linux" or torch.version.cuda is not None)'; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NVRTC); fi
 	@# The type checker reads kernels/ under the name that it is installed with.
 	@mkdir -p $(VENV)/typing && ln -sfn ../../kernels $(VENV)/typing/tmbench_kernels
 	@touch $@
@@ -52,7 +56,7 @@ figures: install  ## Render docs/report.md, docs/attention.md and their pictures
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \
-	  | sed -e '/^pip==/d' -e 's/+cpu//' -e 's/^triton==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
+	  | sed -e '/^pip==/d' -e '/^nvidia-cuda-nvrtc==/d' -e 's/+cpu//' -e 's/^\(triton\|cuda-.*\)==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:  ## Remove .venv and the demo's results

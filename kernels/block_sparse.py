@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_lists import BLOCK, BlockLists, token_mask
 from tmbench_kernels.block_sparse_torch import attend_lists
+from tmbench_kernels.cuda import missing_triton, refuses_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 
 AttendLists = Callable[[Tensor, Tensor, Tensor, BlockLists, float], Tensor]
@@ -30,12 +31,22 @@ def over_lists(attend: AttendLists) -> Callable[[Any, Tensor, Tensor, Tensor, fl
     return select_and_attend
 
 
+def _attend_triton(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+    # Imported when it is first used: it takes Triton.
+    from tmbench_kernels.triton_blocks import attend_lists
+
+    return attend_lists(q, k, v, lists, scale)
+
+
 class BlockSparse(Pattern):
     """A dynamic pattern of whole key blocks. Every backend attends over the same lists, whatever pattern selected them."""
 
     dynamic: ClassVar[bool] = True
     block: ClassVar[int] = BLOCK
-    backends: ClassVar[tuple[Backend, ...]] = (Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),)
+    backends: ClassVar[tuple[Backend, ...]] = (
+        Backend("triton", ("cuda",), over_lists(_attend_triton), missing=missing_triton, refuses=refuses_triton),
+        Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
+    )
 
     @abc.abstractmethod
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -19,6 +19,8 @@ from tmbench_kernels.sdpa import sdpa
 
 _GATHERED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """How much of k is gathered at a time: on a CPU what stays in the caches, on a GPU what keeps it busy."""
+_MOST_TOGETHER = 2**14
+"""Query blocks that are attended together: CUDA kernels take fewer than 2^16."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,6 @@ def _batches(lists: BlockLists, rows: range, dense: Tensor, most: int) -> Iterat
         if kind < 0:
             continue
         count, own = divmod(kind, 2)
-        for some in torch.split(members, max(1, most // max(count, 1))):
+        for some in torch.split(members, min(max(1, most // max(count, 1)), _MOST_TOGETHER)):
             place = some // len(rows)
             yield _Batch(place // heads, place % heads, some % len(rows) + rows.start, count, bool(own))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -23,3 +25,33 @@ def refuses_dtype(dtype: torch.dtype) -> str:
 def import_failure(error: Exception) -> str:
     """Why a library that is there cannot be used, on one line."""
     return f"cannot be imported ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+
+@cache
+def missing_triton() -> str:
+    """ "" where Triton can be imported, otherwise why not and how to install it."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        return f"{import_failure(error)}: pip install triton>=3.6"
+    return ""
+
+
+@cache
+def refuses_tensors(
+    device: torch.device, dtype: torch.dtype, widest: int, capabilities: tuple[int, ...], largest: int
+) -> str:
+    """ "" where a kernel for these compute capabilities and head sizes serves such tensors, otherwise why it does not."""
+    if torch.version.hip is not None:
+        return "takes an NVIDIA GPU"
+    if capability(device) not in capabilities:
+        wanted = " or ".join(map(str, capabilities))
+        return f"takes a GPU of compute capability {wanted}, not {capability(device)}"
+    if reason := refuses_dtype(dtype):
+        return reason
+    return "" if widest <= largest else f"takes head sizes up to {largest}, not {widest}"
+
+
+def refuses_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What the kernels in Triton say of these tensors."""
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)

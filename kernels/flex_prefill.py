@@ -58,7 +58,7 @@ class FlexPrefill(BlockSparse):
         shares = (q[-BLOCK:] @ k.T * scale).masked_fill(future, -torch.inf).softmax(1)
         by_key = shares.mean(0)
         # The diagonal of index n ends at the last query and key n: the distance of all its pairs is length - 1 - n.
-        by_diagonal = torch.zeros(length, device=q.device)
+        by_diagonal = torch.zeros_like(by_key)
         for later in range(BLOCK):
             by_diagonal[later:] += shares[BLOCK - 1 - later, : length - later] / BLOCK
         columns, diagonals = (torch.stack([part.sum() for part in torch.split(x, BLOCK)]) for x in (by_key, by_diagonal))
@@ -146,7 +146,7 @@ def _last_query_shares(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tens
     Index n of the second is the diagonal that ends at the last query and key n.
     """
     batch, heads, length = q.shape[:3]
-    by_key, by_diagonal = (torch.empty(batch, heads, length, device=q.device) for _ in range(2))
+    by_key, by_diagonal = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     for some, kv, _ in tiles(heads, k.shape[1], 1, batch * BLOCK * length):
         logits = products(q[:, some, length - BLOCK :], k[:, kv]).mul_(scale)

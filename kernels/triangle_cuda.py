@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from tmbench_kernels.cuda import capability, import_failure, refuses_dtype
+from tmbench_kernels.cuda import import_failure, missing_triton, refuses_tensors, refuses_triton
 from tmbench_kernels.pattern import Backend
 
 if TYPE_CHECKING:
@@ -16,43 +15,20 @@ if TYPE_CHECKING:
 
 
 @cache
-def _missing(module: str) -> str:
-    import importlib
-
+def _missing_hopper() -> str:
     try:
-        importlib.import_module(module)
+        from tmbench_kernels.hopper import compiler_version
+
+        compiler_version()
     except Exception as error:
-        # What is called Gluon is part of Triton, and still changes from one version to the next.
-        return f"{import_failure(error)}: pip install triton>=3.6"
-    return ""
+        return f"{import_failure(error)}: pip install cuda-bindings nvidia-cuda-nvrtc"
+    return missing_triton()
 
 
-def _missing_triton() -> str:
-    return _missing("triton")
-
-
-def _missing_gluon() -> str:
-    return _missing("triton.experimental.gluon.language.nvidia.hopper")
-
-
-@cache
-def _refuses(device: torch.device, dtype: torch.dtype, widest: int, capabilities: tuple[int, ...], largest: int) -> str:
-    if torch.version.hip is not None:
-        return "takes an NVIDIA GPU"
-    if capability(device) not in capabilities:
-        wanted = " or ".join(map(str, capabilities))
-        return f"takes a GPU of compute capability {wanted}, not {capability(device)}"
-    if reason := refuses_dtype(dtype):
-        return reason
-    return "" if widest <= largest else f"takes head sizes up to {largest}, not {widest}"
-
-
-def _refuses_triton(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
-    return _refuses(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)
-
-
-def _refuses_gluon(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
-    return _refuses(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
+def _refuses_hopper(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor) -> str:
+    if v.shape[-1] % 8:
+        return f"writes outputs of a head size that is a multiple of 8, not {v.shape[-1]}"
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
 
 
 def _attend_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -61,14 +37,14 @@ def _attend_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) 
     return attend(pattern, q, k, v, scale)
 
 
-def _attend_gluon(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from tmbench_kernels.gluon_triangle import attend
+def _attend_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from tmbench_kernels.hopper_triangle import attend
 
     return attend(pattern, q, k, v, scale)
 
 
 CUDA_BACKENDS = (
-    Backend("gluon-hopper", ("cuda",), _attend_gluon, missing=_missing_gluon, refuses=_refuses_gluon),
-    Backend("triton", ("cuda",), _attend_triton, missing=_missing_triton, refuses=_refuses_triton),
+    Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=_missing_hopper, refuses=_refuses_hopper),
+    Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
 )
 """Fastest first, as benchmarks/attention.csv has them."""

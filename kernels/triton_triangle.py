@@ -39,14 +39,8 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS: tl.constexpr):
-    """One step of the online softmax: the keys first..first+KEYS-1, of which those from ``limit`` on are not counted."""
-    s = tl.dot(q, k.T)
-    if masked:
-        keys = first + tl.arange(0, KEYS)
-        distance = position[:, None] - keys[None, :]
-        seen = (keys < limit)[None, :] & (distance >= 0) & ((distance < reach) | (keys < n_init)[None, :])
-        s = tl.where(seen, s, -float("inf"))
+def softmax_step(s, v, scale_log2, acc, total, peak):
+    """One step of the online softmax: logits ``s`` [rows, keys], -inf where a row does not see a key, and their values."""
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale_log2)
     # A row that has seen no key yet has a peak of -inf, and -inf - -inf is not a number.
     shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -55,6 +49,18 @@ def _attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_l
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
     return acc, total, new_peak
+
+
+@triton.jit
+def attend_tile(q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS: tl.constexpr):
+    """One step over the keys first..first+KEYS-1, of which those from ``limit`` on are not counted."""
+    s = tl.dot(q, k.T)
+    if masked:
+        keys = first + tl.arange(0, KEYS)
+        distance = position[:, None] - keys[None, :]
+        seen = (keys < limit)[None, :] & (distance >= 0) & ((distance < reach) | (keys < n_init)[None, :])
+        s = tl.where(seen, s, -float("inf"))
+    return softmax_step(s, v, scale_log2, acc, total, peak)
 
 
 @triton.jit(
@@ -132,7 +138,7 @@ def _walk(
             v_rows = v_ptr + batch * stride_vb + kv_head.to(tl.int64) * stride_vh + sink.to(tl.int64) * stride_vn
             k = tl.load(k_rows[:, None] + dim[None, :] * stride_kd, mask=ok & (dim < DIM)[None, :], other=0.0)
             v = tl.load(v_rows[:, None] + v_dim[None, :] * stride_vd, mask=ok & (v_dim < V_DIM)[None, :], other=0.0)
-            acc, total, peak = _attend_tile(
+            acc, total, peak = attend_tile(
                 q, k, v, 0, sinks, True, position, reach, n_init, scale_log2, acc, total, peak, SMALL
             )
     else:
@@ -150,7 +156,7 @@ def _walk(
         masked = (t >= whole) | (first + KEYS - 1 > start)
         k = k_tiles.load([batch.to(tl.int32), kv_head, first, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([batch.to(tl.int32), kv_head, first, 0]).reshape(KEYS, BLOCK_V_DIM)
-        acc, total, peak = _attend_tile(
+        acc, total, peak = attend_tile(
             q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, total, peak, KEYS
         )
 
@@ -226,12 +232,11 @@ def cut_for(
     keys: int,
     overhead: int,
     slots: int,
-    whole_to: int = 0,
 ) -> Cut:
     """Cut for tiles of ``positions`` x ``keys``, for ``slots`` programs at a time that lose ``overhead`` tiles each.
 
-    The last rows are split over the keys until one part takes no longer than what each slot has to do altogether; up to a
-    length of ``whole_to`` they are never split.
+    The last rows are split over the keys until one part takes no longer than what each slot has to do altogether; short
+    prompts' are never split.
     """
     tile_heads = heads_per_tile(heads // kv_heads)
     head_tiles = heads // tile_heads
@@ -241,7 +246,7 @@ def cut_for(
     steps = -(-length // keys)
     band_steps = pattern.n_local // keys + overhead
     work = batch * head_tiles * (band_tiles * band_steps + last_tiles * steps)
-    parts = 1 if length <= whole_to or not last_n else min(-(-steps // max(work // slots, 4)), 64)
+    parts = 1 if length <= ONE_LAUNCH or not last_n else min(-(-steps // max(work // slots, 4)), 64)
     part_keys = -(-steps // parts) * keys
     return Cut(tile_heads, head_tiles, length - last_n, last_n, band_tiles, last_tiles, parts, part_keys, band_steps)
 
@@ -310,7 +315,7 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     positions = rows // heads_per_tile(heads // k.shape[1])
     cut = cut_for(
         pattern, batch, heads, k.shape[1], length, positions=positions, keys=keys, overhead=3,
-        slots=4 * multiprocessors(q.device), whole_to=ONE_LAUNCH,
+        slots=4 * multiprocessors(q.device),
     )  # fmt: skip
     out = empty_output(q, v)
     part_out, part_lse = new_parts(cut, out)

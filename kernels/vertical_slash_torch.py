@@ -34,14 +34,14 @@ def runs(distances: Tensor, first: int, last: int) -> Tensor:
 
     Blocks are 64 keys wide, disjoint and not aligned; -1 fills up.
     """
-    return torch.stack(list(_steps(_largest_below(distances), first, last)), dim=-1)
+    return torch.stack(list(_steps(largest_below(distances), first, last)), dim=-1)
 
 
 def _steps(below: Tensor, first: int, last: int) -> Iterator[Tensor]:
     """Where the first key block of every query block starts, then the second, and so on: int64 ``[batch, heads, blocks]``.
 
     Walks from block to block, not from distance to distance: the next block depends only on where the last one ends and on
-    the largest distance that reaches beyond, which ``below`` holds (see ``_largest_below``).
+    the largest distance that reaches beyond, which ``below`` holds (see ``largest_below``).
     """
     length = below.shape[2] - 1
     end = BLOCK * torch.arange(first + 1, last + 1, device=below.device)
@@ -59,7 +59,7 @@ def _steps(below: Tensor, first: int, last: int) -> Iterator[Tensor]:
             break
 
 
-def _largest_below(distances: Tensor) -> Tensor:
+def largest_below(distances: Tensor) -> Tensor:
     """For n in 0..length the largest selected distance below n, or -1: int64 ``[batch, heads, length + 1]``."""
     positions = torch.arange(distances.shape[2], device=distances.device)
     return F.pad(torch.where(distances, positions, -1).cummax(2).values, (1, 0), value=-1)
@@ -89,7 +89,7 @@ def count_pairs(columns: Tensor, distances: Tensor) -> int:
     of each of its key blocks those keys that are no columns.
     """
     batch, heads, length = columns.shape
-    below = _largest_below(distances)
+    below = largest_below(distances)
     taken = F.pad(columns.cumsum(2), (1, 0))
     total = 0
     for blocks in _parts(range(-(-length // BLOCK)), COUNTED):
@@ -141,7 +141,7 @@ def _sees_everything(distances: Tensor) -> Tensor:
     """Heads whose runs leave no gap anywhere, bool ``[batch, heads]``: no 64 neighbouring distances are all unselected."""
     length = distances.shape[2]
     ends = torch.arange(BLOCK, -(-length // BLOCK) * BLOCK + 1, device=distances.device)
-    return (ends - _largest_below(distances)[:, :, ends.clamp(max=length)] <= BLOCK).all(2)
+    return (ends - largest_below(distances)[:, :, ends.clamp(max=length)] <= BLOCK).all(2)
 
 
 def _attend_strip(

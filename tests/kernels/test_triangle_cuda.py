@@ -14,7 +14,7 @@ DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = {backend.name: backend for backend in Triangle.backends}
 
 
-@pytest.fixture(params=["triton", pytest.param("gluon-hopper", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["triton", pytest.param("cuda-hopper", marks=pytest.mark.gpu)])
 def attend(request, make_qkv, measure_errors, monkeypatch):
     """``attend(pattern, length, ...)`` checks one case against float64 and returns the output; memory is poisoned."""
     from tmbench_kernels import triton_triangle
@@ -30,9 +30,21 @@ def attend(request, make_qkv, measure_errors, monkeypatch):
         assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny
         return out
 
-    check.split_from = lambda length: monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)
+    def split_from(length):
+        monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)
+        forget()
+
+    def forget():
+        triton_triangle.cut_for.cache_clear()
+        if GPU:
+            from tmbench_kernels import hopper_triangle
+
+            hopper_triangle._job.cache_clear()
+
+    check.split_from = split_from
     check.multiprocessors = lambda n: monkeypatch.setattr(triton_triangle, "multiprocessors", lambda device: n)
-    return check
+    yield check
+    forget()
 
 
 COUNTS = (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200, 512, 700)
@@ -117,7 +129,7 @@ def test_the_last_rows_are_split_so_that_no_part_outlasts_the_rest():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "gluon-hopper"])
+@pytest.mark.parametrize("backend", ["triton", "cuda-hopper"])
 def test_a_length_past_32_bits_of_elements(backend):
     """More than 2^31 elements of q: the rows beyond them are right, and so are those before."""
     from tmbench_kernels.masks import masked_attention
@@ -137,7 +149,7 @@ def test_a_length_past_32_bits_of_elements(backend):
 
 @pytest.mark.gpu
 def test_nothing_is_compiled_again_for_another_prompt_or_pattern():
-    from tmbench_kernels import gluon_triangle, triton_triangle
+    from tmbench_kernels import hopper, triton_triangle
 
     def run(length, pattern):
         q, k, v = (torch.randn(1, n, length, 64, device="cuda", dtype=torch.float16) for n in (4, 2, 2))
@@ -146,9 +158,10 @@ def test_nothing_is_compiled_again_for_another_prompt_or_pattern():
                 backend.attend(pattern, q, k, v, 0.125)
 
     def compiled():
+        kernels = (triton_triangle._walk, triton_triangle._merge)
         return [
-            sum(len(cache[0]) for cache in kernel.device_caches.values())
-            for kernel in (triton_triangle._walk, triton_triangle._merge, gluon_triangle._walk)
+            *(sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels),
+            hopper.load_kernel.cache_info().misses,
         ]
 
     run(5000, Triangle(8, 512, 128))

@@ -1,0 +1,43 @@
+"""The Hopper kernel compiles to machine code without a GPU, so that a change that breaks it shows on any machine."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tmbench_kernels.triangle_cuda import _missing_hopper
+
+pytestmark = pytest.mark.skipif(bool(_missing_hopper()), reason=_missing_hopper())
+
+
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "dtype"), [(128, 128, torch.bfloat16), (64, 64, torch.float16), (96, 40, torch.float16)]
+)
+def test_it_compiles_for_hopper(dim, v_dim, dtype):
+    from tmbench_kernels import hopper, hopper_triangle
+
+    code = hopper.compile_source(hopper_triangle.SOURCE, hopper_triangle.settings(dim, v_dim, dtype))
+    assert code[:4] == b"\x7fELF"
+    assert b"triangle" in code
+    assert hopper_triangle.shared_bytes(dim, v_dim) <= 227 * 1024
+
+
+def test_its_products_run_beside_other_work():
+    """The assembler says so when it must wait for every product on its own, which makes the kernel half as fast."""
+    from tmbench_kernels import hopper, hopper_triangle
+
+    log = hopper.compile_log(hopper_triangle.SOURCE, hopper_triangle.settings(128, 128, torch.bfloat16))
+    assert "Compiling entry function" in log
+    assert "serialized" not in log
+    assert re.search(r"\b0 bytes spill stores", log)
+
+
+def test_an_error_in_the_source_is_shown(tmp_path):
+    from tmbench_kernels import hopper
+
+    source = tmp_path / "broken.cu"
+    source.write_text("this is not C++")
+    with pytest.raises(RuntimeError, match=r"broken\.cu does not compile: .*error"):
+        hopper.compile_source(source, {})

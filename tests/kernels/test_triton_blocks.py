@@ -1,0 +1,78 @@
+"""The Triton kernel over block lists: in Triton's interpreter where there is no GPU, and as compiled where there is one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tmbench_kernels import BlockLists, BlockTopK, FlashPrefill, XAttention
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def check(make_qkv, measure_errors):
+    """``check(block_map, length, block=...)`` attends over the lists of a map and compares with float64."""
+    from tmbench_kernels.triton_blocks import attend_lists
+
+    def check(block_map, length, *, block=128, scale=None, change=lambda q, k, v: (q, k, v), **shape):
+        q, k, v = change(*(x.to(DEVICE) for x in make_qkv(length, **{"dtype": torch.float16} | shape)))
+        lists = BlockLists.from_map(block_map.to(DEVICE).expand(q.shape[0], q.shape[1], -1, -1), length, block)
+        out = attend_lists(q, k, v, lists, q.shape[-1] ** -0.5 if scale is None else scale)
+        size, error, plain_error = measure_errors(out, q, k, v, lists.mask(), scale)
+        assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny
+        return out
+
+    return check
+
+
+@pytest.mark.parametrize("seed", range(40 if GPU else 8))
+def test_any_lists(check, seed):
+    """Lists of any budget, empty ones and such without the own block among them, for any shape."""
+    draw, random_map = random.Random(seed), torch.Generator().manual_seed(seed)
+    block = draw.choice([64, 128])
+    length = draw.choice([1, 63, 64, 65, 127, 128, 129, draw.randint(1, 2500 if GPU else 400)])
+    groups, kv_heads, batch = draw.choice([1, 2, 3, 5]), draw.choice([1, 2]), draw.choice([1, 2])
+    blocks = -(-length // block)
+    block_map = torch.rand(batch, groups * kv_heads, blocks, blocks, generator=random_map) < draw.choice([0.1, 0.5, 0.9])
+    dim = draw.choice([16, 40, 64, 96, 128])
+    check(block_map, length, block=block, heads=groups * kv_heads, kv_heads=kv_heads, batch=batch, dim=dim, seed=seed)
+
+
+def test_a_head_with_an_empty_list_gets_zeros(check):
+    block_map = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
+    block_map[0, 1] = True
+    out = check(block_map, 200, heads=2, kv_heads=1)
+    assert not out[0, 0].any()
+    assert out[0, 1].any()
+
+
+@pytest.mark.parametrize("dim", [192, 256])
+def test_wide_heads(check, dim):
+    check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, heads=2, kv_heads=1, dim=dim)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+def test_any_scale(check, scale):
+    check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, scale=scale)
+
+
+def test_strides(check):
+    def columns_first(*tensors):
+        return tuple(x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in tensors)
+
+    check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, change=columns_first)
+
+
+@pytest.mark.parametrize("pattern", [XAttention(threshold=0.5), FlashPrefill(alpha=0.5), BlockTopK(2)], ids=repr)
+def test_what_patterns_select(make_structured_qkv, measure_errors, pattern):
+    from tmbench_kernels.triton_blocks import attend_lists
+
+    q, k, v = (x.to(DEVICE) for x in make_structured_qkv(500, heads=2, kv_heads=1, dtype=torch.float16))
+    lists = pattern.select(q, k)
+    out = attend_lists(q, k, v, lists, q.shape[-1] ** -0.5)
+    _, error, plain_error = measure_errors(out, q, k, v, lists.mask(), None)
+    assert error <= 2 * plain_error
