@@ -423,11 +423,10 @@ def test_a_killed_ruler_run_ends_with_the_rows_of_one_never_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_search_writes_the_file_of_one_never_killed(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    assert start(*SEARCH, cwd=whole).wait(300) == 0
+def test_a_killed_search_writes_the_file_of_one_never_killed(tmbench, tmp_path):
+    assert tmbench(*SEARCH)[0] == 0
+    killed = tmp_path / "killed"
+    killed.mkdir()
     partial = killed / "found.json.partial"
     process = start(*SEARCH, cwd=killed)
     wait_for(4, lambda: lines_in(killed, partial.name), process)
@@ -440,7 +439,7 @@ def test_a_killed_search_writes_the_file_of_one_never_killed(tmp_path):
     if partial.exists():
         assert partial.read_bytes().startswith(before), "what was measured is not measured again"
     assert process.wait(300) == 0
-    assert (killed / "found.json").read_text() == (whole / "found.json").read_text()
+    assert (killed / "found.json").read_text() == Path("found.json").read_text()
     assert sorted(path.name for path in killed.iterdir()) == ["found.json"]
 
 
