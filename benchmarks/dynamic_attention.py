@@ -1,0 +1,161 @@
+"""Times the patterns that choose keys by the data, selection and attention apart, on structured tensors; writes a CSV.
+
+    python benchmarks/dynamic_attention.py OUTPUT.csv [--lengths 32768 65536 131072] [--heads 32] [--kv-heads 8]
+
+Every backend that serves the tensors is timed, and the fastest dense attention beside them, all in turns: the chip slows as
+it warms, and then slows for all. "select_ms" is the pattern's selection alone, "ms" selection and attention together. The
+rate is that of the pairs that were selected. The error is the RMS difference from softmax in float32 over the same pairs, on
+sampled queries, over the RMS of the exact output. On a machine without a GPU it runs on the CPU, for short lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from structured_qkv import structured_qkv
+from torch import Tensor
+
+from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
+from tmbench_kernels.block_sparse import BlockSparse
+from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.vertical_slash_torch import BLOCK, visible_keys
+
+PUBLISHED = ((30, 800), (100, 800), (500, 700), (1000, 6096), (3500, 100))
+"""Budgets of MInference's search on Llama-3.1-8B, dealt out to the heads in turn."""
+COLUMNS = [
+    "device", "torch", "pattern", "parameters", "backend", "length", "heads", "kv_heads", "head_dim", "coverage",
+    "ms_median", "ms_min", "ms_max", "select_ms", "tflops", "times_dense", "error",
+]  # fmt: skip
+
+
+def main() -> None:
+    options = _options()
+    with options.output.open("w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS)
+        rows.writeheader()
+        for length in options.lengths:
+            for row in measure(length, options):
+                rows.writerow(row)
+                file.flush()
+                print(*(row[column] for column in COLUMNS[2:]), flush=True)
+
+
+def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of one length: dense attention, then every backend of every pattern."""
+    q, k, v = structured_qkv(length, options.heads, options.kv_heads, device=options.device, dtype=options.dtype)
+    scale, causal = q.shape[-1] ** -0.5, q.shape[1] * length * (length + 1) // 2
+    budgets = tuple(PUBLISHED[head % len(PUBLISHED)] for head in range(options.heads))
+    patterns: list[Pattern] = [Dense(), VerticalSlash(budgets), FlexPrefill(), FlashPrefill(), XAttention()]
+    turns: list[tuple[Pattern, str, Callable[[], object], list[float]]] = []
+    for pattern in patterns:
+        serving = [backend for backend in pattern.backends if not backend.obstacle(pattern, q, k, v)]
+        turns += [
+            (pattern, backend.name, partial(backend.attend, pattern, q, k, v, scale), [])
+            for backend in (serving[:1] if isinstance(pattern, Dense) else serving)
+            if backend.name not in options.skip
+        ]
+        if pattern.dynamic:
+            turns.append((pattern, "select", partial(_select, pattern, q, k), []))
+    for _, _, run, _ in turns:
+        run()
+    for _ in range(options.turns):
+        for _, _, run, ms in turns:
+            ms.append(_timed(run, options.device))
+    medians = {(pattern, name): statistics.median(ms) for pattern, name, _, ms in turns}
+    dense = min(ms for (pattern, _), ms in medians.items() if pattern == Dense())
+    rows = []
+    for pattern, name, run, ms in turns:
+        if name == "select":
+            continue
+        pairs = pattern.pairs(q, k)
+        selecting = medians.get((pattern, "select"), 0.0)
+        median = medians[pattern, name]
+        rows.append({
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "pattern": pattern.name,
+            "parameters": "published budgets" if isinstance(pattern, VerticalSlash) else repr(pattern),
+            "backend": name,
+            "length": length,
+            "heads": q.shape[1],
+            "kv_heads": k.shape[1],
+            "head_dim": q.shape[3],
+            "coverage": f"{pairs / causal:.4f}",
+            "ms_median": f"{median:.3f}",
+            "ms_min": f"{min(ms):.3f}",
+            "ms_max": f"{max(ms):.3f}",
+            "select_ms": f"{selecting:.3f}" if selecting else "",
+            "tflops": f"{4 * q.shape[3] * pairs / (median - selecting) / 1e9:.0f}",
+            "times_dense": f"{dense / median:.2f}",
+            "error": f"{_error(pattern, run, q, k, v):.2e}",
+        })  # fmt: skip
+    return rows
+
+
+def _select(pattern: Pattern, q: Tensor, k: Tensor) -> object:
+    assert isinstance(pattern, VerticalSlash | BlockSparse)
+    return pattern.select(q, k)
+
+
+def _timed(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one run after one that is not counted."""
+    run()
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _error(pattern: Pattern, run: Callable[[], object], q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Relative RMS error on one query of every 16th part of the prompt, over the pairs that the pattern selected."""
+    length = q.shape[2]
+    out = run()
+    assert isinstance(out, Tensor)
+    numbers = sorted({min(length - 1, length * part // 16 + 37) for part in range(16)} | {length - 1})
+    keys = torch.arange(length, device=q.device)
+    seen = []
+    if isinstance(pattern, BlockSparse):
+        lists = pattern.select(q, k)
+        blocks = lists.to_map()
+        seen = [blocks[..., number // lists.block, :].repeat_interleave(lists.block, -1)[..., :length] for number in numbers]
+    elif isinstance(pattern, VerticalSlash):
+        chosen = pattern.select(q, k)
+        for number in numbers:
+            row = visible_keys(chosen.columns, chosen.distances, number // BLOCK, number // BLOCK + 1)[:, :, 0]
+            seen.append(torch.nn.functional.pad(row, (0, length - row.shape[-1])))
+    else:
+        seen = [torch.ones(*q.shape[:2], length, dtype=torch.bool, device=q.device) for _ in numbers]
+    mask = torch.stack([row & (keys <= number) for row, number in zip(seen, numbers, strict=True)], dim=2)
+    exact = masked_attention(q[:, :, numbers], k, v, mask, dtype=torch.float32)
+    return float((out[:, :, numbers] - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--skip", nargs="*", default=["torch-gathered", "torch-blocks"], help="backends to leave out")
+    options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    return options
+
+
+if __name__ == "__main__":
+    main()
