@@ -57,6 +57,11 @@ def refuses_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)
 
 
+def triton_serves(x: Tensor) -> bool:
+    """Whether kernels in Triton are there and take such a tensor, for a step that torch does elsewhere."""
+    return x.device.type == "cuda" and not missing_triton() and not refuses_triton(None, x, x, x)
+
+
 @cache
 def missing_hopper() -> str:
     """ "" where kernels in CUDA C++ can be compiled and launched, otherwise why not and what to install."""

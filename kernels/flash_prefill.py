@@ -17,6 +17,7 @@ from torch import Tensor
 from tmbench_kernels.block_lists import BLOCK, block_count
 from tmbench_kernels.block_scores import block_means, largest, products, tiles
 from tmbench_kernels.block_sparse import BlockSparse
+from tmbench_kernels.cuda import triton_serves
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,29 @@ class FlashPrefill(BlockSparse):
         batch, heads, length = q.shape[:3]
         blocks = block_count(length)
         means = block_means(k, BLOCK).to(k.dtype)
-        kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
-        for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * BLOCK * blocks):
-            weights = _weights(q[:, some, rows.start * BLOCK : rows.stop * BLOCK], means[:, kv, : rows.stop], rows, scale)
-            # Not a number where no query sees a whole key block, in a short first block: it is within the window.
-            chosen = (weights - weights.amax(3, keepdim=True)).exp() >= self.alpha
-            if self.min_budget:
-                chosen |= largest(weights, block_count(self.min_budget))
-            kept[:, some, rows.start : rows.stop, : rows.stop] = chosen
+        if triton_serves(q):
+            # Of the weights alone, a matrix of blocks, instead of one of queries by blocks.
+            from tmbench_kernels.triton_scores import mean_weights
+
+            kept = self._heavy(mean_weights(q, means, scale))
+        else:
+            kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
+            for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * BLOCK * blocks):
+                part = q[:, some, rows.start * BLOCK : rows.stop * BLOCK]
+                heavy = self._heavy(_weights(part, means[:, kv, : rows.stop], rows, scale))
+                kept[:, some, rows.start : rows.stop, : rows.stop] = heavy
         columns = torch.arange(blocks, device=q.device)
         distance = columns[:, None] - columns
         kept |= (columns < self.sinks) | (distance < self.window) | (columns[:, None] >= blocks - self.last)
         return kept & (distance >= 0)
+
+    def _heavy(self, weights: Tensor) -> Tensor:
+        """Which of these weights, logarithms ``[batch, heads, rows, blocks]``, are chosen for themselves."""
+        # Not a number where no query sees a whole key block, in a short first block: it is within the window.
+        chosen = (weights - weights.amax(3, keepdim=True)).exp() >= self.alpha
+        if self.min_budget:
+            chosen |= largest(weights, block_count(self.min_budget))
+        return chosen
 
 
 def _weights(q: Tensor, means: Tensor, rows: range, scale: float) -> Tensor:
