@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from ruler_tasks import TASKS
+from tmbench.intervals import MARGIN, TOO_FEW, Difference, difference
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
+from tmbench.samples import Samples
 
 MODEL = ("device", "model", "revision", "weights", "dtype")
 SETTING = {
@@ -22,7 +25,7 @@ FIGURES = {
     kind: names.split()
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
-        "ruler": "score nulls prompt_tokens_mean seconds_per_sample",
+        "ruler": "score nulls prompt_tokens_mean seconds_per_sample difference difference_low difference_high",
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
@@ -34,6 +37,7 @@ PARAMETERS = (
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
+NOT_COMPARED = "not compared: "
 Record = dict[str, Any]
 
 
@@ -167,8 +171,57 @@ def _chooses_by_the_data(row: Record) -> bool:
     return not {name.partition(":")[0] for name in str(row["backends"]).split("+")} <= {"", *STATIC_PATTERNS}
 
 
+@dataclass(frozen=True)
 class RulerGroup(Group):
-    """RULER scores of one model at one length, under one wording and on one set of data."""
+    """RULER scores of one model at one length, under one wording and on one set of data.
+
+    Its rows have ``difference``, ``difference_low``, ``difference_high`` (points against dense), ``pairs``, ``differing``,
+    ``samples_needed`` and ``verdict`` too: see ``tmbench.intervals``.
+    """
+
+    samples: Mapping[tuple[str, str], Samples] = field(default_factory=dict)
+    """What each (label, task) answered, sample by sample."""
+    margin: float = MARGIN
+    """The loss in points that nobody minds."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            found = "" if row["label"] == "dense" else self.compare(row["label"], "dense", [row["task"]])
+            row |= _difference_fields(found)
+
+    def compare(self, label: str, reference: str, tasks: Sequence[str]) -> Difference | str:
+        """The paired difference of two labels over tasks, in points; where a task cannot be compared, why."""
+        strata = []
+        for task in tasks:
+            answers = [self.samples.get((name, task)) or Samples(missing="not measured") for name in (label, reference)]
+            for name, answer in zip((label, reference), answers, strict=True):
+                if answer.missing:
+                    return f"{name} on {task}: {answer.missing}"
+            own, other = answers
+            pairs = [index for index in own.scores if index in other.scores]
+            if not pairs or any(own.references[index] != other.references[index] for index in pairs):
+                return f"{label} and {reference} on {task}: they did not answer the same samples"
+            strata.append([100 * (own.scores[index] - other.scores[index]) for index in pairs])
+        return difference(strata, self.margin) if strata else "no task in common"
+
+    @cached_property
+    def paired_tasks(self) -> list[str]:
+        """The tasks of the averages for which every sample of every method is known."""
+        return [task for task in self.common_tasks if all(not self.samples[name, task].missing for name in self.labels)]
+
+    @cached_property
+    def average_differences(self) -> dict[str, Difference | str]:
+        """Each label's paired difference to dense, averaged over ``paired_tasks``; where there is none, why."""
+        others = [name for name in self.labels if name != "dense"]
+        return {name: self.compare(name, "dense", self.paired_tasks) for name in others}
+
+    def average_rows(self) -> list[Record]:
+        """The average differences as records like ``rows``, for the long form."""
+        found = {name: each for name, each in self.average_differences.items() if isinstance(each, Difference)}
+        first = {row["label"]: row for row in reversed(self.rows)}
+        shared = ("kind", *MODEL, *SETTING["ruler"], "device_name", "label", "method", "parameters", *PARAMETERS)
+        place = {"task": f"average of {len(self.paired_tasks)}", "status": OK}
+        return [{key: first[name][key] for key in shared} | place | _difference_fields(each) for name, each in found.items()]
 
     @property
     def title(self) -> str:
@@ -196,8 +249,15 @@ class RulerGroup(Group):
         return {str(label): float(mean) for label, mean in self.scores.dropna().mean().dropna().items()}
 
     def summary(self) -> Record:
-        """What follows from the rows together, for JSON: the averages, and the tasks that they are over."""
-        return {"averages": self.averages, "average_over": self.common_tasks}
+        """What follows from the rows together, for JSON: the averages, the differences, and the tasks that they are over."""
+        differences = {name: _difference_fields(found) for name, found in self.average_differences.items()}
+        return {
+            "averages": self.averages,
+            "average_over": self.common_tasks,
+            "average_differences": differences,
+            "differences_over": self.paired_tasks,
+            "margin": self.margin,
+        }
 
     def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
         """A caption and a table of texts: scores by task and method, and their averages."""
@@ -211,7 +271,35 @@ class RulerGroup(Group):
         average = {name: f"{mean:.1f}" for name, mean in means.items()}
         average |= {n: f"{m:.1f} ({m - means['dense']:+.1f})" for n, m in means.items() if n != "dense" and "dense" in means}
         lines.append({"task": f"average of {len(self.common_tasks)}", "samples": "", **average})
-        return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines)}
+        return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines), **self._difference_tables()}
+
+    def _difference_tables(self) -> dict[str, pd.DataFrame]:
+        """The differences to dense over the same samples: the averages a line each, and the tasks."""
+        averages = [
+            {
+                "method": name,
+                "points": f"{found.mean:+.2f}",
+                "95 % interval": f"{found.low:+.2f} to {found.high:+.2f}",
+                "in words": found.verdict,
+                "pairs": found.pairs,
+                "differing": found.differing,
+                "samples a task needed": _text(found.needed, "d"),
+            }
+            for name, found in self.average_differences.items()
+            if isinstance(found, Difference)
+        ]
+        cells: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            if row["difference"] is not None:
+                cells.setdefault(row["task"], {})[row["label"]] = difference_cell(row)
+        tasks = [{"task": task, **{n: cells[task].get(n) for n in self.labels if n != "dense"}} for task in cells]
+        over = f"average of {len(self.paired_tasks)} tasks"
+        return {
+            f"Points against dense over the same samples, {over}, and what they say for a margin of {self.margin:g}:": (
+                pd.DataFrame(averages)
+            ),
+            "Points against dense by task, in brackets the 95 % interval:": pd.DataFrame(tasks),
+        }
 
     def notes(self) -> list[str]:
         common, wording = self.common_tasks, self.setting["wording"]
@@ -221,6 +309,8 @@ class RulerGroup(Group):
             if row["source"].startswith("generated"):
                 stand_ins.setdefault(STOOD_IN_FOR.get(row["task"], "essays"), {})[row["task"]] = None
         few = min(row["samples"] for row in self.rows)
+        verdicts = [row["verdict"] for row in self.measured()]
+        unpaired = [words.removeprefix(NOT_COMPARED) for words in verdicts if words.startswith(NOT_COMPARED)]
         notes = {
             "The weights are random: these scores say nothing about a trained model.": self.setting["weights"] == "random",
             f"The average is over the {len(common)} tasks that every method has; missing somewhere: {missing}.": missing,
@@ -233,6 +323,7 @@ class RulerGroup(Group):
                 wording != "prepared" and not wording.startswith("reference")
             ),
             f"Only {few} samples of some task: fewer than {FEW_SAMPLES} say little about a difference.": few < FEW_SAMPLES,
+            f"No interval for {len(unpaired)} scores, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
 
@@ -246,6 +337,29 @@ def significant(value: float) -> str:
     """Seconds with three significant digits: 0.0412, 3.60, 34.5, 128."""
     decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:.{max(decimals, 0)}f}"
+
+
+def difference_cell(row: Record) -> str:
+    """A difference in words for a table: points, interval, what it says, and what it would take where it says nothing."""
+    points = f"{row['difference']:+.1f} ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})"
+    if row["differing"] == 0:
+        points = f"none of {row['pairs']} differs"
+    needed = f", {row['samples_needed']} needed" if row["verdict"] == TOO_FEW and row["samples_needed"] else ""
+    return f"{points}, {row['verdict']}{needed}"
+
+
+def _difference_fields(found: Difference | str) -> Record:
+    """A difference as columns of a record: empty but for the reason in ``verdict`` where there is none."""
+    known = found if isinstance(found, Difference) else None
+    return {
+        "difference": known and known.mean,
+        "difference_low": known and known.low,
+        "difference_high": known and known.high,
+        "pairs": known and known.pairs,
+        "differing": known and known.differing,
+        "samples_needed": known and known.needed,
+        "verdict": known.verdict if known else f"{NOT_COMPARED}{found}" if found else "",
+    }
 
 
 def record(row: Row) -> Record:

@@ -15,7 +15,9 @@ import pandas as pd
 
 from tmbench.errors import UserError
 from tmbench.groups import FIGURES, MODEL, NOTHING, Record, RulerGroup, TtftGroup, grouped, length_name, record
+from tmbench.intervals import MARGIN, Difference
 from tmbench.results import RulerRow, TtftRow, read_all
+from tmbench.samples import read_samples
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Report:
             own, dense = means.get(names.get((rows[0]["method"], rows[0]["parameters"]), "")), means.get("dense")
             if own is not None and dense is not None:
                 over = f"{len(other.common_tasks)} tasks at {length_name(other.setting['length'])}"
-                kept.append(f"RULER {own:.1f} (dense {dense:.1f}, {over})")
+                found = other.average_differences.get(names[rows[0]["method"], rows[0]["parameters"]])
+                words = f": {found.verdict}" if isinstance(found, Difference) else ""
+                kept.append(f"RULER {own:.1f} (dense {dense:.1f}, {over}){words}")
                 break
         return "; ".join(kept) or "not measured"
 
@@ -64,7 +68,7 @@ class Report:
         """Every figure on a line of its own, with all columns of its row; times in seconds, scores from 0 to 100."""
         frames = []
         for group in self.groups:
-            frame = pd.DataFrame(list(group.rows))
+            frame = pd.DataFrame([*group.rows, *(group.average_rows() if isinstance(group, RulerGroup) else ())])
             figures = FIGURES[frame["kind"][0]]
             rest = [column for column in frame.columns if column not in figures]
             long = frame.melt(id_vars=rest, value_vars=figures, var_name="figure")
@@ -85,13 +89,20 @@ class Report:
         return json.dumps(groups, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def build(root: Path) -> Report:
-    """The report on all rows under a results folder; raises UserError where there are none, or a file is not ours."""
+def build(root: Path, margin: float = MARGIN) -> Report:
+    """The report on all rows under a results folder; ``margin`` is the loss in points that nobody minds.
+
+    Raises UserError where there are no rows, or a file is not ours.
+    """
     ttft = [record(row) for row in read_all(root, TtftRow)]
     ruler = [record(row) for row in read_all(root, RulerRow)]
     if not ttft and not ruler:
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
-    return Report([TtftGroup(*group) for group in grouped(ttft)], [RulerGroup(*group) for group in grouped(ruler)])
+    scores = [
+        RulerGroup(setting, rows, {(row["label"], row["task"]): read_samples(root, row) for row in rows}, margin)
+        for setting, rows in grouped(ruler)
+    ]
+    return Report([TtftGroup(*group) for group in grouped(ttft)], scores)
 
 
 def _unique(rows: Iterable[Record], name: str) -> list[str]:
@@ -107,7 +118,7 @@ def _environment(rows: Sequence[Record]) -> str:
 
 def _markdown(table: pd.DataFrame) -> str:
     cells = table.fillna(NOTHING).astype(str).map(lambda text: text.replace("|", "\\|") or " ")
-    words = ("method", "task", "parameters", "faster than dense", "fidelity", "backends")
+    words = ("method", "task", "parameters", "faster than dense", "fidelity", "backends", "in words")
     sides = ["left" if name in words else "right" for name in cells.columns]
     return str(cells.to_markdown(index=False, disable_numparse=True, colalign=sides))
 

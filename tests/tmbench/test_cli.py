@@ -262,6 +262,7 @@ def test_list_and_env(tmbench):
         (("ruler", "--wording", "none.toml"), "none.toml"),
         (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
         (("report",), "tmbench ttft"),
+        (("report", "--margin", "0"), "--margin must be above 0 and at most 100 points, not 0: 1 is usual"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmbench, arguments, words):
