@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ruler_tasks import TASKS
-from tmbench.intervals import MARGIN, TOO_FEW, Difference, difference
+from tmbench.choices import Choices
+from tmbench.intervals import MARGIN, TOO_FEW, Difference, difference, interval
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples
@@ -19,6 +21,7 @@ from tmbench.samples import Samples
 MODEL = ("device", "model", "revision", "weights", "dtype")
 SETTING = {
     "ttft": (*MODEL, "prompt", "prefill", "threads", "seed"),
+    "agree": (*MODEL, "prompt", "new_tokens", "threads", "seed"),
     "ruler": (*MODEL, "length", "wording", "wording_version", "chat_template", "threads", "seed", "older_data"),
 }
 FIGURES = {
@@ -26,6 +29,7 @@ FIGURES = {
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
         "ruler": "score nulls prompt_tokens_mean seconds_per_sample difference difference_low difference_high",
+        "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
@@ -328,6 +332,68 @@ class RulerGroup(Group):
         return [note for note, applies in notes.items() if applies] + super().notes()
 
 
+@dataclass(frozen=True)
+class AgreeGroup(Group):
+    """How well methods agree with dense over long answers, of one model on one kind of prompt.
+
+    Its rows have ``agreement_low`` and ``agreement_high``, the 95 % interval over samples, and ``divergence_least`` too.
+    """
+
+    choices: Mapping[tuple[str, int], Sequence[Choices]] = field(default_factory=dict)
+    """The samples of each (label, length); empty where they are not beside the rows."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            found = self.choices.get((row["label"], row["length"]), ())
+            ends = interval([np.array([one.agreement for one in found])]) if found else (None, None)
+            row["agreement_low"], row["agreement_high"] = ends
+            row["divergence_least"] = min((one.divergence for one in found), default=None)
+
+    @property
+    def title(self) -> str:
+        about = self.setting
+        setting = f"prompt {about['prompt']}, {about['new_tokens']} new tokens, {self.machine}seed {about['seed']}"
+        return f"Agreement with dense: {self.subject}, {setting}"
+
+    def summary(self) -> Record:
+        """Nothing follows from these rows together."""
+        return {}
+
+    def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
+        """A caption and a table of texts: a line for each method and length."""
+        lines = [
+            {
+                "method": row["label"],
+                "length": length_name(row["length"]),
+                "same token": _cell(row, lambda part: f"{part:.1%}"),
+                "95 % interval": NOTHING if low is None else f"{low:.1%} to {row['agreement_high']:.1%}",
+                "first difference, median": _text(row["divergence_median"], "g"),
+                "earliest": _text(row["divergence_least"], "d"),
+                "never differs": _text(row["identical"], ".0%"),
+                "samples": row["samples"],
+            }
+            for row in self.rows
+            if row["label"] != "dense"
+            for low in (row["agreement_low"],)
+        ]
+        return {
+            "At how many places of dense's text a method's next token is dense's, and how many tokens greedy decoding has "
+            "in common with dense before the first that differs:": pd.DataFrame(lines)
+        }
+
+    def notes(self) -> list[str]:
+        few = min(row["samples"] for row in self.rows)
+        bare = [row for row in self.measured() if row["agreement_low"] is None]
+        notes = {
+            f"The weights are {self.setting['weights']}: agreement says nothing about a trained model.": (
+                self.setting["weights"] != "checkpoint"
+            ),
+            f"Only {few} samples: fewer than {FEW_SAMPLES} make an interval that is too narrow.": few < FEW_SAMPLES,
+            f"No interval for {_places(bare, self.rows)}: the choices of single samples are not beside the rows.": bare,
+        }
+        return [note for note, applies in notes.items() if applies] + super().notes()
+
+
 def length_name(length: int) -> str:
     """A number of tokens as people say it: 32768 is 32K, 1000 stays 1000."""
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
@@ -432,7 +498,7 @@ def _cell(row: Record, text: Callable[[float], str]) -> str:
     value, percent = row[FIGURES[row["kind"]][0]], row["percent_vs_dense"]
     if row["status"] != OK or value is None:
         return STATUS_WORDS.get(row["status"], NOTHING)
-    rounded = "" if percent is None or row["kind"] == "ruler" else f" ({round(percent):+d} %)".replace("+0", "0")
+    rounded = "" if percent is None or row["kind"] != "ttft" else f" ({round(percent):+d} %)".replace("+0", "0")
     return text(value) + rounded
 
 

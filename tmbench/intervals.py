@@ -83,9 +83,7 @@ def difference(strata: Sequence[Sequence[float] | Floats], margin: float = MARGI
     tasks = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
     if not tasks or not all(len(task) for task in tasks):
         raise ValueError("a difference needs at least one task, and each task at least one sample")
-    means = bootstrap_means(tasks)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = (float(end) for end in np.percentile(means, [tail, 100 - tail]))
+    low, high = interval(tasks)
     pairs, differing = sum(map(len, tasks)), sum(int(np.count_nonzero(task)) for task in tasks)
     return Difference(
         mean=float(np.mean([task.mean() for task in tasks])),
@@ -97,6 +95,13 @@ def difference(strata: Sequence[Sequence[float] | Floats], margin: float = MARGI
         needed=samples_needed(tasks, margin),
         verdict=in_words(low, high, pairs, differing, margin),
     )
+
+
+def interval(tasks: Sequence[Floats]) -> tuple[float, float]:
+    """The ends of the 95 % interval of the mean over tasks of each task's mean."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(bootstrap_means(tasks), [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def bootstrap_means(tasks: Sequence[Floats]) -> Floats:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from tmbench.choices import choices_of
 from tmbench.errors import UserError
-from tmbench.groups import FIGURES, MODEL, NOTHING, Record, RulerGroup, TtftGroup, grouped, length_name, record
+from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGroup, TtftGroup, grouped, length_name, record
 from tmbench.intervals import MARGIN, Difference
-from tmbench.results import RulerRow, TtftRow, read_all
+from tmbench.results import AgreeRow, RulerRow, TtftRow, read_all
 from tmbench.samples import read_samples
 
 
@@ -26,11 +27,12 @@ class Report:
 
     ttft: Sequence[TtftGroup]
     ruler: Sequence[RulerGroup]
+    agree: Sequence[AgreeGroup] = ()
 
     @property
-    def groups(self) -> list[TtftGroup | RulerGroup]:
-        """All groups: first those of TTFT, then those of RULER."""
-        return [*self.ttft, *self.ruler]
+    def groups(self) -> list[TtftGroup | RulerGroup | AgreeGroup]:
+        """All groups: first those of TTFT, then those of RULER, then those of agreement."""
+        return [*self.ttft, *self.ruler, *self.agree]
 
     def fidelity(self, group: TtftGroup, label: str) -> str:
         """What a method kept, in words: its worst logit error, and its RULER average at the longest length that has one."""
@@ -96,13 +98,18 @@ def build(root: Path, margin: float = MARGIN) -> Report:
     """
     ttft = [record(row) for row in read_all(root, TtftRow)]
     ruler = [record(row) for row in read_all(root, RulerRow)]
-    if not ttft and not ruler:
+    agree = [record(row) for row in read_all(root, AgreeRow)]
+    if not ttft and not ruler and not agree:
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
     scores = [
         RulerGroup(setting, rows, {(row["label"], row["task"]): read_samples(root, row) for row in rows}, margin)
         for setting, rows in grouped(ruler)
     ]
-    return Report([TtftGroup(*group) for group in grouped(ttft)], scores)
+    agreement = [
+        AgreeGroup(setting, rows, {(row["label"], row["length"]): choices_of(root, row) for row in rows})
+        for setting, rows in grouped(agree)
+    ]
+    return Report([TtftGroup(*group) for group in grouped(ttft)], scores, agreement)
 
 
 def _unique(rows: Iterable[Record], name: str) -> list[str]:

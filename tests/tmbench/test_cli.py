@@ -16,7 +16,7 @@ import pytest
 from tmbench import cli, presets
 from tmbench.results import RulerRow, TtftRow, read_all
 
-COMMANDS = ("ttft", "ruler", "ruler-data", "report", "list", "env")
+COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "report", "list", "env")
 # A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
 PROGRAM = [
     sys.executable,
@@ -185,6 +185,25 @@ def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
         assert (mixed.stride, mixed.threshold, mixed.first_chunk, mixed.n_local) == (16, 0.8, 256, 64)
 
 
+def test_agree_to_report(tmbench):
+    common = ("agree", "--length", "256", "--new-tokens", "4", "--samples", "2", "--device", "cpu", "--method", "streaming")
+    code, out, err = tmbench(*common, "--n-local", "16", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["method"], row["samples"], row["new_tokens"], row["status"]) for row in rows] == [
+        ("dense", 2, 4, "ok"),
+        ("streaming", 2, 4, "ok"),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in Path("results").glob("*/agree/**/*.*")}
+    code, out, _ = tmbench(*common, "--n-local", "16")
+    assert code == 0
+    assert "of 4" in out
+    assert before == {path: path.stat().st_mtime_ns for path in Path("results").glob("*/agree/**/*.*")}, "measured before"
+    code, out, _ = tmbench("report")
+    assert code == 0
+    assert "Agreement with dense: tiny" in out
+
+
 def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
@@ -261,6 +280,10 @@ def test_list_and_env(tmbench):
         (("ruler", "--data-dir", "none"), "none"),
         (("ruler", "--wording", "none.toml"), "none.toml"),
         (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
+        (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),
+        (("agree", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("agree", "--length", "16K", "--device", "cpu"), "give a length of 16128 or less, or fewer new tokens"),
+        (("agree", "--new-tokens", "0"), "--new-tokens"),
         (("report",), "tmbench ttft"),
         (("report", "--margin", "0"), "--margin must be above 0 and at most 100 points, not 0: 1 is usual"),
     ],
