@@ -29,6 +29,7 @@ FIGURES = {
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
         "ruler": "score nulls prompt_tokens_mean seconds_per_sample difference difference_low difference_high",
+        "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
         "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
     }.items()
 }
@@ -191,7 +192,7 @@ class RulerGroup(Group):
     def __post_init__(self) -> None:
         for row in self.rows:
             found = "" if row["label"] == "dense" else self.compare(row["label"], "dense", [row["task"]])
-            row |= _difference_fields(found)
+            row |= difference_fields(found)
 
     def compare(self, label: str, reference: str, tasks: Sequence[str]) -> Difference | str:
         """The paired difference of two labels over tasks, in points; where a task cannot be compared, why."""
@@ -225,7 +226,7 @@ class RulerGroup(Group):
         first = {row["label"]: row for row in reversed(self.rows)}
         shared = ("kind", *MODEL, *SETTING["ruler"], "device_name", "label", "method", "parameters", *PARAMETERS)
         place = {"task": f"average of {len(self.paired_tasks)}", "status": OK}
-        return [{key: first[name][key] for key in shared} | place | _difference_fields(each) for name, each in found.items()]
+        return [{key: first[name][key] for key in shared} | place | difference_fields(each) for name, each in found.items()]
 
     @property
     def title(self) -> str:
@@ -254,7 +255,7 @@ class RulerGroup(Group):
 
     def summary(self) -> Record:
         """What follows from the rows together, for JSON: the averages, the differences, and the tasks that they are over."""
-        differences = {name: _difference_fields(found) for name, found in self.average_differences.items()}
+        differences = {name: difference_fields(found) for name, found in self.average_differences.items()}
         return {
             "averages": self.averages,
             "average_over": self.common_tasks,
@@ -414,7 +415,7 @@ def difference_cell(row: Record) -> str:
     return f"{points}, {row['verdict']}{needed}"
 
 
-def _difference_fields(found: Difference | str) -> Record:
+def difference_fields(found: Difference | str) -> Record:
     """A difference as columns of a record: empty but for the reason in ``verdict`` where there is none."""
     known = found if isinstance(found, Difference) else None
     return {

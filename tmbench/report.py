@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGro
 from tmbench.intervals import MARGIN, Difference
 from tmbench.results import AgreeRow, RulerRow, TtftRow, read_all
 from tmbench.samples import read_samples
+from tmbench.tradeoff import TradeOff, trade_offs
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,15 @@ class Report:
     ruler: Sequence[RulerGroup]
     agree: Sequence[AgreeGroup] = ()
 
+    @cached_property
+    def trade_offs(self) -> list[TradeOff]:
+        """What both TTFT and RULER were measured of, at one length."""
+        return trade_offs(self.ttft, self.ruler)
+
     @property
-    def groups(self) -> list[TtftGroup | RulerGroup | AgreeGroup]:
-        """All groups: first those of TTFT, then those of RULER, then those of agreement."""
-        return [*self.ttft, *self.ruler, *self.agree]
+    def groups(self) -> list[TtftGroup | RulerGroup | AgreeGroup | TradeOff]:
+        """All groups: of TTFT, of RULER, of agreement, and of both TTFT and RULER."""
+        return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs]
 
     def fidelity(self, group: TtftGroup, label: str) -> str:
         """What a method kept, in words: its worst logit error, and its RULER average at the longest length that has one."""
@@ -125,7 +132,17 @@ def _environment(rows: Sequence[Record]) -> str:
 
 def _markdown(table: pd.DataFrame) -> str:
     cells = table.fillna(NOTHING).astype(str).map(lambda text: text.replace("|", "\\|") or " ")
-    words = ("method", "task", "parameters", "faster than dense", "fidelity", "backends", "in words")
+    words = (
+        "method",
+        "task",
+        "parameters",
+        "faster than dense",
+        "fidelity",
+        "backends",
+        "in words",
+        "what changes",
+        "elsewhere",
+    )
     sides = ["left" if name in words else "right" for name in cells.columns]
     return str(cells.to_markdown(index=False, disable_numparse=True, colalign=sides))
 

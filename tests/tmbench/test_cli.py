@@ -16,7 +16,7 @@ import pytest
 from tmbench import cli, presets
 from tmbench.results import RulerRow, TtftRow, read_all
 
-COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "report", "list", "env")
+COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "report", "list", "env")
 # A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
 PROGRAM = [
     sys.executable,

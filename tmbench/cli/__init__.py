@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ruler_tasks.errors import RulerError
-from tmbench.cli import agree, info, report, ruler, ttft
+from tmbench.cli import agree, info, report, ruler, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 
@@ -23,6 +23,7 @@ app.command("ttft")(ttft.ttft)
 app.command("ruler")(ruler.ruler)
 app.command("ruler-data")(ruler.ruler_data)
 app.command("agree")(agree.agree)
+app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 app.command("list")(info.list_)
 app.command("env")(info.env)
