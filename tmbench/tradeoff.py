@@ -9,7 +9,17 @@ from typing import Any
 
 import pandas as pd
 
-from tmbench.groups import MODEL, PARAMETERS, Group, Record, RulerGroup, TtftGroup, difference_fields, length_name
+from tmbench.groups import (
+    FEW_REPEATS,
+    MODEL,
+    PARAMETERS,
+    Group,
+    Record,
+    RulerGroup,
+    TtftGroup,
+    difference_fields,
+    length_name,
+)
 from tmbench.intervals import Difference
 
 KIND = "trade-off"
@@ -25,6 +35,7 @@ class Effect:
     parameter: str
     before: str
     after: str
+    """The values, or the parameters that make the two shapes."""
     elsewhere: str
     """What the two have in common among the parameters in which any variants here differ."""
     points: Difference
@@ -51,6 +62,11 @@ class TradeOff(Group):
         wording = f"wording {about['wording']}, average of {len(self.scores.paired_tasks)} tasks"
         return f"Accuracy kept against time saved at {length_name(about['length'])}: {self.subject}, {setting}, {wording}"
 
+    def notes(self) -> list[str]:
+        few = min(row["repeats"] for row in self.rows)
+        notes = [f"Times of only {few} repeats: fewer than {FEW_REPEATS} hardly tell what is faster."] * (few < FEW_REPEATS)
+        return notes + super().notes()
+
     def effects(self) -> list[Effect]:
         """What each parameter changes between neighbouring values, all others equal; and the shape at the same cost."""
         found = []
@@ -76,7 +92,10 @@ class TradeOff(Group):
         common = [first["method"]] * several + [
             f"{name} {first[name]}" for name in differing if first[name] not in (None, "")
         ]
-        before, after = (", ".join(f"{name} {row[name]}" for name in names) for row in (first, second))
+        if len(names) == 1:
+            before, after = str(first[parameter]), str(second[parameter])
+        else:
+            before, after = (", ".join(f"{name} {row[name]}" for name in names) for row in (first, second))
         change = 100 * (second["ttft_median_s"] / first["ttft_median_s"] - 1)
         return Effect(parameter, before, after, ", ".join(common), points, change)
 
@@ -101,7 +120,7 @@ class TradeOff(Group):
             {
                 "method": row["label"],
                 "time saved": f"{row['saved_percent']:+.1f} % ({row['saved_low']:+.1f} to {row['saved_high']:+.1f})",
-                "points against dense": _points(row["difference"], row["difference_low"], row["difference_high"]),
+                "points against dense": interval_text(row["difference"], row["difference_low"], row["difference_high"]),
                 "in words": row["verdict"],
                 "coverage": "-" if row["coverage"] is None else f"{row['coverage']:.1%}",
                 "on the front": "yes" if row["front"] else "no",
@@ -114,7 +133,7 @@ class TradeOff(Group):
                 "from": one.before,
                 "to": one.after,
                 "elsewhere": one.elsewhere,
-                "points": _points(one.points.mean, one.points.low, one.points.high),
+                "points": interval_text(one.points.mean, one.points.low, one.points.high),
                 "in words": one.points.verdict,
                 "time": f"{one.time_percent:+.1f} %",
             }
@@ -127,7 +146,8 @@ class TradeOff(Group):
         }
 
 
-def _points(mean: float, low: float, high: float) -> str:
+def interval_text(mean: float, low: float, high: float) -> str:
+    """Points with the ends of their interval."""
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 

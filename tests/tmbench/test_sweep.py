@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -119,64 +120,42 @@ def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
 
 
 SWEEP = (
-    "sweep", "--starting-layer", "2", "--starting-layer", "4", "--n-local", "64", "--last-n", "0", "--last-n", "32",
-    "--same-cost", "--task", "vt", "--task", "niah_single_1", "--length", "768", "--samples", "2", "--repeats", "1",
-    "--device", "cpu", "--offline",
+    "sweep", "--starting-layer", "4", "--n-local", "64", "--last-n", "0", "--last-n", "32", "--task", "vt",
+    "--length", "768", "--samples", "2", "--repeats", "1", "--device", "cpu", "--offline",
 )  # fmt: skip
 
 
 def start(cwd):
     program = [sys.executable, "-c", "from tmbench.cli import main; main()", *SWEEP]
-    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # Decoding waits for its threads at every token, which takes long where other processes hold the cores.
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(program, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def lines_in(folder, pattern):
     return sum(path.read_bytes().count(b"\n") for path in folder.glob(pattern))
 
 
-def wait_for(lines, folder, pattern, process):
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and lines_in(folder, pattern) < lines:
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
-def test_a_killed_sweep_ends_with_the_rows_of_one_never_killed_and_measures_nothing_twice(tmp_path):
-    # Seven plans (dense, four variants, two controls), two tasks of two samples: 28 predictions and 14 + 7 rows.
+def test_a_killed_sweep_goes_on_where_it_was_and_measures_nothing_twice(tmp_path):
+    # Three plans, dense and two variants, and a task of two samples.
     predictions, times = "results/*/ruler/predictions/*/*.jsonl", "results/*/ttft/*.csv"
-    for lines, pattern in ((3, times), (3, predictions), (13, predictions)):
+    for lines in (1, 3):
         process = start(tmp_path)
-        wait_for(lines, tmp_path, pattern, process)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and lines_in(tmp_path, predictions) < lines:
+            time.sleep(0.01)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it should have been killed in its middle"
+        assert lines <= lines_in(tmp_path, predictions) < 6
     process = start(tmp_path)
-    out, _ = process.communicate(timeout=280)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0
     assert "What one change does" in out
-    assert "shape at the same cost" in out
-    assert lines_in(tmp_path, predictions) == 28, "no sample is answered twice"
+    assert "last_n: 0 to 32" in out
+    assert lines_in(tmp_path, predictions) == 6, "no sample is answered twice"
+    assert lines_in(tmp_path, times) == 3 + 2, "three rows in two files with a header: nothing is timed twice"
     rows = read_all(tmp_path / "results", RulerRow)
-    assert len(rows) == 14
-    assert {row.status for row in rows} == {"ok"}
-    assert {row.samples for row in rows} == {2}
-    timed = read_all(tmp_path / "results", TtftRow)
-    assert len(timed) == 7
-    before = {path: path.read_bytes() for path in tmp_path.glob("results/**/*.*")}
-    process = start(tmp_path)
-    process.communicate(timeout=280)
-    assert process.returncode == 0
-    assert {path: path.read_bytes() for path in tmp_path.glob("results/**/*.*")} == before, "all was measured before"
-    # The answers are those of a run of the single command that was never killed.
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    arguments = [
-        "ruler", "--method", "tri_mix", "--starting-layer", "2", "--n-local", "64", "--last-n", "32", *SWEEP[10:17],
-        "--device", "cpu", "--offline", "--task", "niah_single_1",
-    ]  # fmt: skip
-    program = [sys.executable, "-c", "from tmbench.cli import main; main()", *arguments]
-    subprocess.run(program, cwd=whole, check=True, capture_output=True)
-    single = {row.key: row.score for row in read_all(whole / "results", RulerRow)}
-    assert single
-    swept = {row.key: row.score for row in rows}
-    assert single == {key: swept[key] for key in single}
+    assert sorted((row.method, row.last_n or 0) for row in rows) == [("dense", 0), ("tri_mix", 0), ("tri_mix", 32)]
+    assert {(row.task, row.status, row.samples) for row in rows} == {("vt", "ok", 2)}

@@ -111,11 +111,11 @@ def test_effects_are_those_of_one_change_over_the_same_samples(swept):
     effects = trade_off_of(swept).effects()
     found = {(one.parameter, one.before, one.after, one.elsewhere): one for one in effects}
     assert {key[0] for key in found} == {"starting_layer", "n_local", "last_n", SHAPE}
-    last = found["last_n", "last_n 0", "last_n 128", "starting_layer 2, n_local 64"]
+    last = found["last_n", "0", "128", "starting_layer 2, n_local 64"]
     assert last.points == difference([[0.0] * 10 + [100.0] * 20 + [0.0] * 10] * 2)
     assert last.points.verdict == GAIN
     assert last.time_percent == pytest.approx(100 * (0.5 / 0.45 - 1))
-    start = found["starting_layer", "starting_layer 2", "starting_layer 4", "n_local 64, last_n 128"]
+    start = found["starting_layer", "2", "4", "n_local 64, last_n 128"]
     assert start.points.mean == pytest.approx(15)
     shape = found[SHAPE, "n_local 192, last_n 0", "n_local 64, last_n 128", "starting_layer 4"]
     assert shape.points.mean == pytest.approx(37.5)
@@ -128,7 +128,7 @@ def test_neighbouring_values_are_compared(tmp_path):
     for place, last in enumerate((256, 0, 64)):
         add(tmp_path, place, 0.5, 0.5 + place, starting_layer=4, n_init=8, n_local=64, last_n=last)
     effects = trade_off_of(tmp_path).effects()
-    assert [(one.before, one.after) for one in effects] == [("last_n 0", "last_n 64"), ("last_n 64", "last_n 256")]
+    assert [(one.before, one.after) for one in effects] == [("0", "64"), ("64", "256")]
     assert effects[0].points.verdict == TOO_FEW
 
 
@@ -189,3 +189,11 @@ def test_the_plot_has_every_method_with_its_bars(swept, tmp_path):
     path = next(path for path in plots.draw(report, tmp_path / "plots") if path.name.startswith("trade-off-"))
     assert path.name.startswith("trade-off-some-gpu-model-4k-")
     assert imread(path).shape[1] >= 900
+
+
+def test_times_of_few_repeats_are_said_to_be_so(swept):
+    assert trade_off_of(swept).notes() == []
+    of = {"starting_layer": 2, "n_init": 8, "n_local": 64, "last_n": 0}
+    times = {"ttft_median_s": 1.0, "ttft_min_s": 1.0, "ttft_max_s": 1.0}
+    append(swept, TtftRow(**(COMMON | TTFT | of | times | {"method": "tri_mix", "repeats": 2})))
+    assert trade_off_of(swept).notes() == ["Times of only 2 repeats: fewer than 3 hardly tell what is faster."]

@@ -176,6 +176,7 @@ def _show(job: SweepJob) -> None:
     """What of the report is about this sweep."""
     from tmbench.cli.screen import console, say, table
     from tmbench.report import build
+    from tmbench.tradeoff import interval_text
 
     loaded, here = job.ttft.loaded, job.ttft.environment
     about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": job.ttft.seed}
@@ -186,11 +187,19 @@ def _show(job: SweepJob) -> None:
         if group.setting["length"] in job.lengths and all(group.setting[name] == value for name, value in about.items())
     ]
     for group in found:
-        for caption, frame in group.tables(lambda *_: "").items():
-            if len(frame):
-                shown = table(caption, *frame.columns)
-                for values in frame.itertuples(index=False):
-                    shown.add_row(*map(str, values))
-                console().print(shown)
+        shown = table(f"Against dense at {group.setting['length']} tokens", "method", "time saved", "points", "in words")
+        for row in group.rows:
+            points = interval_text(row["difference"], row["difference_low"], row["difference_high"])
+            front = ", on the front" * row["front"]
+            shown.add_row(row["label"], f"{row['saved_percent']:+.1f} %", points, f"{row['verdict']}{front}")
+        shown.columns[0].no_wrap = False
+        console().print(shown)
+        shown = table("What one change does", "from, to", "elsewhere", "time", "points", "in words")
+        for one in group.effects():
+            points = interval_text(one.points.mean, one.points.low, one.points.high)
+            change = f"{one.parameter}: {one.before} to {one.after}"
+            shown.add_row(change, one.elsewhere, f"{one.time_percent:+.1f} %", points, one.points.verdict)
+        shown.columns[0].no_wrap = False
+        console().print(shown)
     if not found:
         say("no variant was both timed and asked beside dense: nothing to show")
