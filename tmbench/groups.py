@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ruler_tasks import TASKS
+from tmbench.choices import Choices
+from tmbench.intervals import MARGIN, TOO_FEW, Difference, difference, interval
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
+from tmbench.samples import Samples
 
 MODEL = ("device", "model", "revision", "weights", "dtype")
 SETTING = {
     "ttft": (*MODEL, "prompt", "prefill", "threads", "seed"),
+    "agree": (*MODEL, "prompt", "new_tokens", "threads", "seed"),
     "ruler": (*MODEL, "length", "wording", "wording_version", "chat_template", "threads", "seed", "older_data"),
 }
 FIGURES = {
     kind: names.split()
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
-        "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage",
+        "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high",
+        "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
+        "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
@@ -34,6 +42,7 @@ PARAMETERS = (
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
+NOT_COMPARED = "not compared: "
 Record = dict[str, Any]
 
 
@@ -170,8 +179,57 @@ def _chooses_by_the_data(row: Record) -> bool:
     return not {name.partition(":")[0] for name in str(row["backends"]).split("+")} <= {"", *STATIC_PATTERNS}
 
 
+@dataclass(frozen=True)
 class RulerGroup(Group):
-    """RULER scores of one model at one length, under one wording and on one set of data."""
+    """RULER scores of one model at one length, under one wording and on one set of data.
+
+    Its rows have ``difference``, ``difference_low``, ``difference_high`` (points against dense), ``pairs``, ``differing``,
+    ``samples_needed`` and ``verdict`` too: see ``tmbench.intervals``.
+    """
+
+    samples: Mapping[tuple[str, str], Samples] = field(default_factory=dict)
+    """What each (label, task) answered, sample by sample."""
+    margin: float = MARGIN
+    """The loss in points that nobody minds."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            found = "" if row["label"] == "dense" else self.compare(row["label"], "dense", [row["task"]])
+            row |= difference_fields(found)
+
+    def compare(self, label: str, reference: str, tasks: Sequence[str]) -> Difference | str:
+        """The paired difference of two labels over tasks, in points; where a task cannot be compared, why."""
+        strata = []
+        for task in tasks:
+            answers = [self.samples.get((name, task)) or Samples(missing="not measured") for name in (label, reference)]
+            for name, answer in zip((label, reference), answers, strict=True):
+                if answer.missing:
+                    return f"{name} on {task}: {answer.missing}"
+            own, other = answers
+            pairs = [index for index in own.scores if index in other.scores]
+            if not pairs or any(own.references[index] != other.references[index] for index in pairs):
+                return f"{label} and {reference} on {task}: they did not answer the same samples"
+            strata.append([100 * (own.scores[index] - other.scores[index]) for index in pairs])
+        return difference(strata, self.margin) if strata else "no task in common"
+
+    @cached_property
+    def paired_tasks(self) -> list[str]:
+        """The tasks of the averages for which every sample of every method is known."""
+        return [task for task in self.common_tasks if all(not self.samples[name, task].missing for name in self.labels)]
+
+    @cached_property
+    def average_differences(self) -> dict[str, Difference | str]:
+        """Each label's paired difference to dense, averaged over ``paired_tasks``; where there is none, why."""
+        others = [name for name in self.labels if name != "dense"]
+        return {name: self.compare(name, "dense", self.paired_tasks) for name in others}
+
+    def average_rows(self) -> list[Record]:
+        """The average differences as records like ``rows``, for the long form."""
+        found = {name: each for name, each in self.average_differences.items() if isinstance(each, Difference)}
+        first = {row["label"]: row for row in reversed(self.rows)}
+        shared = ("kind", *MODEL, *SETTING["ruler"], "device_name", "label", "method", "parameters", *PARAMETERS)
+        place = {"task": f"average of {len(self.paired_tasks)}", "status": OK}
+        return [{key: first[name][key] for key in shared} | place | difference_fields(each) for name, each in found.items()]
 
     @property
     def title(self) -> str:
@@ -207,8 +265,16 @@ class RulerGroup(Group):
         return {name: sum(parts) / len(parts) for name, parts in counted.items() if parts}
 
     def summary(self) -> Record:
-        """What follows from the rows together, for JSON: the averages, the tasks that they are over, and the coverages."""
-        return {"averages": self.averages, "average_over": self.common_tasks, "coverages": self.coverages}
+        """What follows from the rows together, for JSON: averages, differences, the tasks that they are over, coverages."""
+        differences = {name: difference_fields(found) for name, found in self.average_differences.items()}
+        return {
+            "averages": self.averages,
+            "average_over": self.common_tasks,
+            "average_differences": differences,
+            "differences_over": self.paired_tasks,
+            "margin": self.margin,
+            "coverages": self.coverages,
+        }
 
     def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
         """A caption and a table of texts: scores by task and method, and their averages."""
@@ -224,7 +290,35 @@ class RulerGroup(Group):
         lines.append({"task": f"average of {len(self.common_tasks)}", "samples": "", **average})
         if coverages := self.coverages:
             lines.append({"task": "coverage", "samples": "", **{name: f"{part:.1%}" for name, part in coverages.items()}})
-        return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines)}
+        return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines), **self._difference_tables()}
+
+    def _difference_tables(self) -> dict[str, pd.DataFrame]:
+        """The differences to dense over the same samples: the averages a line each, and the tasks."""
+        averages = [
+            {
+                "method": name,
+                "points": f"{found.mean:+.2f}",
+                "95 % interval": f"{found.low:+.2f} to {found.high:+.2f}",
+                "in words": found.verdict,
+                "pairs": found.pairs,
+                "differing": found.differing,
+                "samples a task needed": _text(found.needed, "d"),
+            }
+            for name, found in self.average_differences.items()
+            if isinstance(found, Difference)
+        ]
+        cells: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            if row["difference"] is not None:
+                cells.setdefault(row["task"], {})[row["label"]] = difference_cell(row)
+        tasks = [{"task": task, **{n: cells[task].get(n) for n in self.labels if n != "dense"}} for task in cells]
+        over = f"average of {len(self.paired_tasks)} tasks"
+        return {
+            f"Points against dense over the same samples, {over}, and what they say for a margin of {self.margin:g}:": (
+                pd.DataFrame(averages)
+            ),
+            "Points against dense by task, in brackets the 95 % interval:": pd.DataFrame(tasks),
+        }
 
     def notes(self) -> list[str]:
         common, wording = self.common_tasks, self.setting["wording"]
@@ -234,6 +328,8 @@ class RulerGroup(Group):
             if row["source"].startswith("generated"):
                 stand_ins.setdefault(STOOD_IN_FOR.get(row["task"], "essays"), {})[row["task"]] = None
         few = min(row["samples"] for row in self.rows)
+        verdicts = [row["verdict"] for row in self.measured()]
+        unpaired = [words.removeprefix(NOT_COMPARED) for words in verdicts if words.startswith(NOT_COMPARED)]
         notes = {
             f"The weights are {self.setting['weights']}: these scores say nothing about a trained model.": (
                 self.setting["weights"] != "checkpoint"
@@ -248,6 +344,69 @@ class RulerGroup(Group):
                 wording != "prepared" and not wording.startswith("reference")
             ),
             f"Only {few} samples of some task: fewer than {FEW_SAMPLES} say little about a difference.": few < FEW_SAMPLES,
+            f"No interval for {len(unpaired)} scores, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
+        }
+        return [note for note, applies in notes.items() if applies] + super().notes()
+
+
+@dataclass(frozen=True)
+class AgreeGroup(Group):
+    """How well methods agree with dense over long answers, of one model on one kind of prompt.
+
+    Its rows have ``agreement_low`` and ``agreement_high``, the 95 % interval over samples, and ``divergence_least`` too.
+    """
+
+    choices: Mapping[tuple[str, int], Sequence[Choices]] = field(default_factory=dict)
+    """The samples of each (label, length); empty where they are not beside the rows."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            found = self.choices.get((row["label"], row["length"]), ())
+            ends = interval([np.array([one.agreement for one in found])]) if found else (None, None)
+            row["agreement_low"], row["agreement_high"] = ends
+            row["divergence_least"] = min((one.divergence for one in found), default=None)
+
+    @property
+    def title(self) -> str:
+        about = self.setting
+        setting = f"prompt {about['prompt']}, {about['new_tokens']} new tokens, {self.machine}seed {about['seed']}"
+        return f"Agreement with dense: {self.subject}, {setting}"
+
+    def summary(self) -> Record:
+        """Nothing follows from these rows together."""
+        return {}
+
+    def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
+        """A caption and a table of texts: a line for each method and length."""
+        lines = [
+            {
+                "method": row["label"],
+                "length": length_name(row["length"]),
+                "same token": _cell(row, lambda part: f"{part:.1%}"),
+                "95 % interval": NOTHING if low is None else f"{low:.1%} to {row['agreement_high']:.1%}",
+                "first difference, median": _text(row["divergence_median"], "g"),
+                "earliest": _text(row["divergence_least"], "d"),
+                "never differs": _text(row["identical"], ".0%"),
+                "samples": row["samples"],
+            }
+            for row in self.rows
+            if row["label"] != "dense"
+            for low in (row["agreement_low"],)
+        ]
+        return {
+            "At how many places of dense's text a method's next token is dense's, and how many tokens greedy decoding has "
+            "in common with dense before the first that differs:": pd.DataFrame(lines)
+        }
+
+    def notes(self) -> list[str]:
+        few = min(row["samples"] for row in self.rows)
+        bare = [row for row in self.measured() if row["agreement_low"] is None]
+        notes = {
+            f"The weights are {self.setting['weights']}: agreement says nothing about a trained model.": (
+                self.setting["weights"] != "checkpoint"
+            ),
+            f"Only {few} samples: fewer than {FEW_SAMPLES} make an interval that is too narrow.": few < FEW_SAMPLES,
+            f"No interval for {_places(bare, self.rows)}: the choices of single samples are not beside the rows.": bare,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
 
@@ -261,6 +420,29 @@ def significant(value: float) -> str:
     """Seconds with three significant digits: 0.0412, 3.60, 34.5, 128."""
     decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:.{max(decimals, 0)}f}"
+
+
+def difference_cell(row: Record) -> str:
+    """A difference in words for a table: points, interval, what it says, and what it would take where it says nothing."""
+    points = f"{row['difference']:+.1f} ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})"
+    if row["differing"] == 0:
+        points = f"none of {row['pairs']} differs"
+    needed = f", {row['samples_needed']} needed" if row["verdict"] == TOO_FEW and row["samples_needed"] else ""
+    return f"{points}, {row['verdict']}{needed}"
+
+
+def difference_fields(found: Difference | str) -> Record:
+    """A difference as columns of a record: empty but for the reason in ``verdict`` where there is none."""
+    known = found if isinstance(found, Difference) else None
+    return {
+        "difference": known and known.mean,
+        "difference_low": known and known.low,
+        "difference_high": known and known.high,
+        "pairs": known and known.pairs,
+        "differing": known and known.differing,
+        "samples_needed": known and known.needed,
+        "verdict": known.verdict if known else f"{NOT_COMPARED}{found}" if found else "",
+    }
 
 
 def record(row: Row) -> Record:
@@ -333,7 +515,7 @@ def _cell(row: Record, text: Callable[[float], str]) -> str:
     value, percent = row[FIGURES[row["kind"]][0]], row["percent_vs_dense"]
     if row["status"] != OK or value is None:
         return STATUS_WORDS.get(row["status"], NOTHING)
-    rounded = "" if percent is None or row["kind"] == "ruler" else f" ({round(percent):+d} %)".replace("+0", "0")
+    rounded = "" if percent is None or row["kind"] != "ttft" else f" ({round(percent):+d} %)".replace("+0", "0")
     return text(value) + rounded
 
 

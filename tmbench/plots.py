@@ -1,4 +1,4 @@
-"""Plots of a report: TTFT and speed-up against the prompt's length, and RULER scores as a heat map.
+"""Plots of a report: TTFT and speed-up against the prompt's length, RULER scores as a heat map, and accuracy against time.
 
 A method has the same colour and marker in every plot. Lines are labelled where they end; a speed-up carries what the method
 kept, as everywhere. Figures are drawn without pyplot, so that no global state is touched and no display is needed.
@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from tmbench.groups import STATUS_WORDS, RulerGroup, TtftGroup, length_name
 from tmbench.methods import METHODS
 from tmbench.report import Report
+from tmbench.tradeoff import TradeOff
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, told apart with any kind of colour blindness; black is for dense, the first of the methods."""
@@ -48,6 +49,8 @@ def draw(report: Report, directory: Path) -> list[Path]:
     for scores in report.ruler:
         if scores.measured():
             figures[_name("ruler", scores)] = _heat_map(scores)
+    for trade_off in report.trade_offs:
+        figures[_name("trade-off", trade_off)] = _trade_off(trade_off)
     paths = []
     for name, figure in figures.items():
         paths.append(directory / name)
@@ -166,6 +169,67 @@ def _heat_map(group: RulerGroup) -> Figure:
     return figure
 
 
+def _trade_off(group: TradeOff) -> Figure:
+    """Points against dense over the time saved; the front as steps, and the methods by number, listed at the side."""
+    names = [f"{number} {row['label']}" for number, row in enumerate(group.rows, start=1)]
+    words = [textwrap.wrap(name, 44, subsequent_indent="   ") for name in names]
+    height = max(4.9, MARGINS_INCH + ROW_INCH * sum(len(lines) + 0.3 for lines in words))
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    axes = figure.subplots()
+    heading, _, about = group.title.partition(": ")
+    _titles(figure, heading, f"{about}, {group.rows[0]['device_name']}")
+    axes.axhline(-group.scores.margin, color=PALE, linewidth=1.2, linestyle=":")
+    front = [(0.0, 0.0), *((row["saved_percent"], row["difference"]) for row in group.rows if row["front"])]
+    # A corner of the front holds up to the next one: nothing measured keeps more at so much time saved.
+    axes.step(*zip(*front, strict=True), where="pre", color=PALE, linewidth=1.5, zorder=1)
+    axes.plot(0, 0, color=COLOURS[0], marker=MARKERS[0], markersize=7)
+    axes.annotate("dense", (0, 0), (6, 6), textcoords="offset points", fontsize=LABEL_PT, weight="bold")
+    row_height = ROW_INCH / (height - MARGINS_INCH)
+    top = 1.0
+    for number, (row, lines) in enumerate(zip(group.rows, words, strict=True), start=1):
+        x, y = row["saved_percent"], row["difference"]
+        place = list(METHODS).index(row["method"]) if row["method"] in METHODS else len(METHODS)
+        colour = COLOURS[place % len(COLOURS)]
+        axes.errorbar(
+            x,
+            y,
+            xerr=[[max(x - row["saved_low"], 0)], [max(row["saved_high"] - x, 0)]],
+            yerr=[[max(y - row["difference_low"], 0)], [max(row["difference_high"] - y, 0)]],
+            color=colour,
+            marker=MARKERS[(place + place // len(COLOURS)) % len(MARKERS)],
+            markersize=6,
+            markerfacecolor=colour if row["front"] else "white",
+            elinewidth=1,
+            alpha=0.9,
+        )
+        axes.annotate(
+            str(number), (x, y), (5, 4), textcoords="offset points", fontsize=LABEL_PT, color=colour, weight="bold"
+        )
+        for line in lines:
+            bold = "bold" if row["front"] else "normal"
+            axes.annotate(
+                line, (1.03, top), xycoords="axes fraction", va="center", annotation_clip=False, color=colour, weight=bold,
+                size=LABEL_PT - 1,
+            )  # fmt: skip
+            top -= row_height
+        top -= 0.3 * row_height
+    axes.set_xlabel(
+        "time saved against dense, %; bars from the slowest to the fastest repeats\nfilled: on the front", color=GREY,
+        fontsize=LABEL_PT,
+    )  # fmt: skip
+    axes.set_ylabel(
+        f"RULER points against dense, 95 % interval\ndotted: a loss of {group.scores.margin:g}",
+        color=GREY,
+        fontsize=LABEL_PT,
+    )
+    axes.grid(color=PALE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.tick_params(which="both", color=PALE, labelsize=LABEL_PT)
+    return figure
+
+
 def _canvas(heading: str, group: TtftGroup, lines: Sequence[_Line]) -> tuple[Figure, Axes]:
     """A figure high enough for the words at the ends of the lines."""
     height = max(4.9, MARGINS_INCH + ROW_INCH * sum(len(line.words) + 0.3 for line in lines))
@@ -243,7 +307,7 @@ def _label_ends(figure: Figure, axes: Axes, lines: Sequence[_Line]) -> None:
             )
 
 
-def _name(kind: str, group: TtftGroup | RulerGroup) -> str:
+def _name(kind: str, group: TtftGroup | RulerGroup | TradeOff) -> str:
     """A file name for a group: readable, safe on any file system, and different for different settings."""
     about = group.setting
     digest = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:6]

@@ -9,13 +9,18 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
+from tmbench.choices import choices_of
 from tmbench.errors import UserError
-from tmbench.groups import FIGURES, MODEL, NOTHING, Record, RulerGroup, TtftGroup, grouped, length_name, record
-from tmbench.results import RulerRow, TtftRow, read_all
+from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGroup, TtftGroup, grouped, length_name, record
+from tmbench.intervals import MARGIN, Difference
+from tmbench.results import AgreeRow, RulerRow, TtftRow, read_all
+from tmbench.samples import read_samples
+from tmbench.tradeoff import TradeOff, trade_offs
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,17 @@ class Report:
 
     ttft: Sequence[TtftGroup]
     ruler: Sequence[RulerGroup]
+    agree: Sequence[AgreeGroup] = ()
+
+    @cached_property
+    def trade_offs(self) -> list[TradeOff]:
+        """What both TTFT and RULER were measured of, at one length."""
+        return trade_offs(self.ttft, self.ruler)
 
     @property
-    def groups(self) -> list[TtftGroup | RulerGroup]:
-        """All groups: first those of TTFT, then those of RULER."""
-        return [*self.ttft, *self.ruler]
+    def groups(self) -> list[TtftGroup | RulerGroup | AgreeGroup | TradeOff]:
+        """All groups: of TTFT, of RULER, of agreement, and of both TTFT and RULER."""
+        return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs]
 
     def fidelity(self, group: TtftGroup, label: str) -> str:
         """What a method kept, in words: its worst logit error, and its RULER average at the longest length that has one."""
@@ -43,7 +54,9 @@ class Report:
             own, dense = means.get(names.get((rows[0]["method"], rows[0]["parameters"]), "")), means.get("dense")
             if own is not None and dense is not None:
                 over = f"{len(other.common_tasks)} tasks at {length_name(other.setting['length'])}"
-                kept.append(f"RULER {own:.1f} (dense {dense:.1f}, {over})")
+                found = other.average_differences.get(names[rows[0]["method"], rows[0]["parameters"]])
+                words = f": {found.verdict}" if isinstance(found, Difference) else ""
+                kept.append(f"RULER {own:.1f} (dense {dense:.1f}, {over}){words}")
                 break
         return "; ".join(kept) or "not measured"
 
@@ -64,7 +77,7 @@ class Report:
         """Every figure on a line of its own, with all columns of its row; times in seconds, scores from 0 to 100."""
         frames = []
         for group in self.groups:
-            frame = pd.DataFrame(list(group.rows))
+            frame = pd.DataFrame([*group.rows, *(group.average_rows() if isinstance(group, RulerGroup) else ())])
             figures = FIGURES[frame["kind"][0]]
             rest = [column for column in frame.columns if column not in figures]
             long = frame.melt(id_vars=rest, value_vars=figures, var_name="figure")
@@ -85,13 +98,25 @@ class Report:
         return json.dumps(groups, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def build(root: Path) -> Report:
-    """The report on all rows under a results folder; raises UserError where there are none, or a file is not ours."""
+def build(root: Path, margin: float = MARGIN) -> Report:
+    """The report on all rows under a results folder; ``margin`` is the loss in points that nobody minds.
+
+    Raises UserError where there are no rows, or a file is not ours.
+    """
     ttft = [record(row) for row in read_all(root, TtftRow)]
     ruler = [record(row) for row in read_all(root, RulerRow)]
-    if not ttft and not ruler:
+    agree = [record(row) for row in read_all(root, AgreeRow)]
+    if not ttft and not ruler and not agree:
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
-    return Report([TtftGroup(*group) for group in grouped(ttft)], [RulerGroup(*group) for group in grouped(ruler)])
+    scores = [
+        RulerGroup(setting, rows, {(row["label"], row["task"]): read_samples(root, row) for row in rows}, margin)
+        for setting, rows in grouped(ruler)
+    ]
+    agreement = [
+        AgreeGroup(setting, rows, {(row["label"], row["length"]): choices_of(root, row) for row in rows})
+        for setting, rows in grouped(agree)
+    ]
+    return Report([TtftGroup(*group) for group in grouped(ttft)], scores, agreement)
 
 
 def _unique(rows: Iterable[Record], name: str) -> list[str]:
@@ -107,7 +132,17 @@ def _environment(rows: Sequence[Record]) -> str:
 
 def _markdown(table: pd.DataFrame) -> str:
     cells = table.fillna(NOTHING).astype(str).map(lambda text: text.replace("|", "\\|") or " ")
-    words = ("method", "task", "parameters", "faster than dense", "fidelity", "backends")
+    words = (
+        "method",
+        "task",
+        "parameters",
+        "faster than dense",
+        "fidelity",
+        "backends",
+        "in words",
+        "what changes",
+        "elsewhere",
+    )
     sides = ["left" if name in words else "right" for name in cells.columns]
     return str(cells.to_markdown(index=False, disable_numparse=True, colalign=sides))
 

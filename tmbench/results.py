@@ -1,6 +1,6 @@
 """Result files: one CSV per device, command and method; every row complete in itself and written whole.
 
-``<root>/<device>/ttft/<method>.csv`` and ``<root>/<device>/ruler/<method>.csv``. A row is appended by one write to a file
+``<root>/<device>/ttft/<method>.csv``, and likewise under ``ruler`` and ``agree``. A row is appended by one write to a file
 opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves whole
 rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from before a
 column was added is read with that column's default, and is given the column when a row is next appended to it.
@@ -199,6 +199,28 @@ class RulerRow(Row):
     """The JSONL file of predictions, relative to the CSV's folder."""
     coverage: float | None = None
     """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreeRow(Row):
+    """How well one method's greedy choices agree with dense along dense's own text; see ``tmbench.agree``."""
+
+    kind: ClassVar[str] = "agree"
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "new_tokens")
+
+    prompt: str
+    samples: int
+    new_tokens: int
+    """Tokens that dense wrote behind each prompt."""
+    agreement: float | None = None
+    """The part of all places, 0 to 1, at which the method's choice is dense's."""
+    divergence_median: float | None = None
+    """Tokens in common with dense before the first that differs, the median over samples; ``new_tokens`` where none does."""
+    identical: float | None = None
+    """The part of the samples, 0 to 1, in which no token differs."""
+    seconds_per_sample: float | None = None
+    choices: str = ""
+    """The JSONL file of choices, relative to the CSV's folder."""
 
 
 def now() -> str:

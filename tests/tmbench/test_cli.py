@@ -16,7 +16,7 @@ import pytest
 from tmbench import cli, presets
 from tmbench.results import RulerRow, TtftRow, read_all
 
-COMMANDS = ("ttft", "ruler", "ruler-data", "patterns", "report", "list", "env")
+COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "patterns", "report", "list", "env")
 # A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
 PROGRAM = [
     sys.executable,
@@ -232,6 +232,25 @@ def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
         assert (mixed.stride, mixed.threshold, mixed.first_chunk, mixed.n_local) == (16, 0.8, 256, 64)
 
 
+def test_agree_to_report(tmbench):
+    common = ("agree", "--length", "256", "--new-tokens", "4", "--samples", "2", "--device", "cpu", "--method", "streaming")
+    code, out, err = tmbench(*common, "--n-local", "16", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["method"], row["samples"], row["new_tokens"], row["status"]) for row in rows] == [
+        ("dense", 2, 4, "ok"),
+        ("streaming", 2, 4, "ok"),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in Path("results").glob("*/agree/**/*.*")}
+    code, out, _ = tmbench(*common, "--n-local", "16")
+    assert code == 0
+    assert "of 4" in out
+    assert before == {path: path.stat().st_mtime_ns for path in Path("results").glob("*/agree/**/*.*")}, "measured before"
+    code, out, _ = tmbench("report")
+    assert code == 0
+    assert "Agreement with dense: tiny" in out
+
+
 def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
@@ -315,7 +334,20 @@ def test_list_and_env(tmbench):
         (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
         (("patterns", "show", "none.json"), "FILE: "),
         (("patterns", "show"), "FILE"),
+        (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),
+        (("agree", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("agree", "--length", "16K", "--device", "cpu"), "give a length of 16128 or less, or fewer new tokens"),
+        (("agree", "--new-tokens", "0"), "--new-tokens"),
+        (
+            ("sweep", "--method", "dense"),
+            "--method dense has no triangle whose parameters could be swept: choose from tri_mix",
+        ),
+        (("sweep", "--device", "cpu", "--offline", "--last-n", "0"), "a sweep needs at least two variants: give --starting"),
+        (("sweep", "--last-n", "0", "--last-n", "-1"), "--last-n must be 0 or more, not -1"),
+        (("sweep", "--device", "cpu", "--offline", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
+        (("sweep", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
         (("report",), "tmbench ttft"),
+        (("report", "--margin", "0"), "--margin must be above 0 and at most 100 points, not 0: 1 is usual"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmbench, arguments, words):

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ruler_tasks.errors import RulerError
-from tmbench.cli import info, patterns, report, ruler, ttft
+from tmbench.cli import agree, info, patterns, report, ruler, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 
@@ -22,6 +22,8 @@ app = typer.Typer(
 app.command("ttft")(ttft.ttft)
 app.command("ruler")(ruler.ruler)
 app.command("ruler-data")(ruler.ruler_data)
+app.command("agree")(agree.agree)
+app.command("sweep")(sweep.sweep)
 app.add_typer(patterns.app, name="patterns")
 app.command("report")(report.report)
 app.command("list")(info.list_)

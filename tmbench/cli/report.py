@@ -8,6 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from tmbench.cli import options as o
+from tmbench.errors import UserError
+
+MARGIN = 1.0
+"""``tmbench.intervals.MARGIN``, which help must not import numpy for."""
 
 
 def report(
@@ -15,6 +19,9 @@ def report(
     form: Annotated[
         Literal["md", "csv", "json"], typer.Option("--format", help="Tables, or every figure in long form.")
     ] = "md",
+    margin: Annotated[
+        float, typer.Option(help="The loss in points of a hundred that nobody minds; above 0 and at most 100.")
+    ] = MARGIN,
     output: Annotated[Path | None, typer.Option(help="Write to this file.", show_default="the terminal")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
 ) -> None:
@@ -23,7 +30,9 @@ def report(
     from tmbench.report import build
     from tmbench.results import writable
 
-    built = build(results)
+    if not 0 < margin <= 100:
+        raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
+    built = build(results, margin)
     text = {"md": built.markdown, "csv": built.csv, "json": built.json}[form]()
     if plots is not None:
         from tmbench.plots import draw

@@ -93,7 +93,7 @@ def ruler(
         patterns=patterns,
         dense_backend=dense_backend,
     )
-    tasks = _tasks(task)
+    tasks = tasks_for(task)
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
     if data is not None and apply_chat_template:
@@ -107,7 +107,7 @@ def ruler(
 
     models.check_has_tokenizer(model, "RULER")
     texts = load_wording(wording)
-    sources = _sources(tasks if data is None else [], data_dir, offline)
+    sources = sources_for(tasks if data is None else [], data_dir, offline)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
@@ -154,7 +154,7 @@ def ruler_data(
     offline: OfflineOption = False,
 ) -> None:
     """Write RULER samples in the published format, <output>/<length>/data/<task>/validation.jsonl, and evaluate nothing."""
-    tasks = _tasks(task)
+    tasks = tasks_for(task)
 
     import ruler_tasks
     from ruler_tasks import Frame, load_wording
@@ -164,7 +164,7 @@ def ruler_data(
     from tmbench.ruler import chat_frame
 
     texts = load_wording(wording)
-    sources = _sources(tasks, data_dir, offline)
+    sources = sources_for(tasks, data_dir, offline)
     tokenizer = models.load_tokenizer(model)
     frame = chat_frame(tokenizer) if apply_chat_template else Frame()
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
@@ -189,7 +189,8 @@ def ruler_data(
     console().print(f"{len(lengths) * len(tasks)} files under {output}", highlight=False)
 
 
-def _tasks(names: list[str] | None) -> list[str]:
+def tasks_for(names: list[str] | None) -> list[str]:
+    """The tasks of ``--task``, each once, or all; raises UserError for one that there is none of."""
     from ruler_tasks import TASKS
 
     for name in names or ():
@@ -198,7 +199,7 @@ def _tasks(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names or TASKS))
 
 
-def _sources(tasks: list[str], data_dir: Path | None, offline: bool) -> Sources:
+def sources_for(tasks: list[str], data_dir: Path | None, offline: bool) -> Sources:
     """Load what the tasks read before anything is measured, and say what stands in for what could not be had."""
     import logging
 

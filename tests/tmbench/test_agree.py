@@ -1,0 +1,226 @@
+"""Agreement along dense's text: against free greedy decoding, over files that are kept, cut, and of another dense."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tmbench import agree, environment, models
+from tmbench.agree import AgreeJob, choices_path, follow, run
+from tmbench.attention import applied_plan
+from tmbench.choices import Choices, read_choices
+from tmbench.errors import UserError
+from tmbench.intervals import difference
+from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.models import LoadedModel
+from tmbench.report import build
+from tmbench.results import AgreeRow, read_all
+from tmbench.ruler import generate
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer("tiny")
+
+
+@pytest.fixture
+def job(make_model, tokenizer, tmp_path):
+    def make(**changes):
+        model = make_model("llama", vocab_size=len(tokenizer))
+        loaded = LoadedModel("small", model, tokenizer, "random", "")
+        settings = Settings(n_init=2, n_local=8)
+        plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in ("dense", "streaming")]
+        values = {
+            "loaded": loaded, "plans": plans, "lengths": (96,), "environment": environment.current(torch.device("cpu")),
+            "root": tmp_path, "prompt": "random", "samples": 3, "new_tokens": 12,
+        }  # fmt: skip
+        return AgreeJob(**(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Stands in for decoding: dense writes 1 to 12; another method agrees up to place 4, at place 4 not, and then again."""
+    asked = []
+
+    def answer(model, plan, ids, count, text=None):
+        asked.append((plan.method, ids.tolist()))
+        own = list(range(1, count + 1))
+        return own if text is None else [token if place != 4 else 99 for place, token in enumerate(text)]
+
+    monkeypatch.setattr(agree, "follow", answer)
+    return asked
+
+
+def rows_of(root):
+    return {row.method: row for row in read_all(root, AgreeRow)}
+
+
+@pytest.mark.parametrize("method", ["dense", "streaming", "tri_mix"])
+def test_choices_are_greedy_decoding_up_to_the_first_that_differs(make_model, prompt, method):
+    model, ids = make_model("llama"), prompt(60)
+    model.generation_config.eos_token_id = None
+    settings = Settings(starting_layer=1, n_init=1, n_local=4, last_n=0)
+    dense, plan = (METHODS[name].plan(ModelShape.of(model), settings) for name in ("dense", method))
+    free = []
+    for one in (dense, plan):
+        with applied_plan(model, one):
+            free.append(generate(model, ids, 24))
+    text = follow(model, dense, ids, 24)
+    assert text == free[0]
+    chosen = follow(model, plan, ids, 24, text)
+    divergence = Choices(0, tuple(chosen), tuple(text), 0.0).divergence
+    assert chosen[: divergence + 1] == free[1][: divergence + 1]
+    assert divergence == 24 if method == "dense" else divergence < 24, "a window of four keys must change this model's text"
+
+
+def test_choices_along_a_text_are_those_of_one_pass_over_all_of_it(make_model, prompt):
+    model, ids = make_model("llama"), prompt(40)
+    model.generation_config.eos_token_id = None
+    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    text = prompt(10)[0].tolist()
+    with torch.inference_mode():
+        whole = model(torch.cat([ids, torch.tensor([text])], dim=1)).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
+    assert follow(model, plan, ids, 10, text) == whole.tolist()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_end_tokens_are_never_chosen(make_model, prompt, several):
+    model, ids = make_model("llama"), prompt(30)
+    model.generation_config.eos_token_id = None
+    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    end = follow(model, plan, ids, 8)[0]
+    model.generation_config.eos_token_id = [end, 5] if several else end
+    chosen = follow(model, plan, ids, 8)
+    assert len(chosen) == 8
+    assert end not in chosen
+
+
+def test_agreement_and_divergence():
+    for chosen, agreement, divergence in (((1, 2, 3, 4), 1.0, 4), ((9, 2, 3, 4), 0.75, 0), ((1, 2, 9, 9), 0.5, 2)):
+        one = Choices(0, chosen, (1, 2, 3, 4), 0.0)
+        assert (one.agreement, one.divergence) == (agreement, divergence)
+
+
+def test_rows_and_their_files(job, texts):
+    work = job()
+    assert sum(step.samples for step in run(work)) == 2 * 3
+    rows = rows_of(work.root)
+    dense, other = rows["dense"], rows["streaming"]
+    assert (dense.agreement, dense.divergence_median, dense.identical) == (1.0, 12, 1.0)
+    assert (other.agreement, other.divergence_median, other.identical) == (11 / 12, 4, 0.0)
+    prompts = {name: [ids for method, ids in texts if method == name] for name in ("dense", "streaming")}
+    assert prompts["dense"] == prompts["streaming"]
+    assert len({str(ids) for ids in prompts["dense"]}) == 3, "samples differ in their prompts"
+    path = choices_path(work.root, other)
+    assert path == work.root / other.device / "agree" / other.choices
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_run_goes_on_where_it_stopped_and_more_samples_only_add(job, texts):
+    list(run(job(samples=2)))
+    assert len(texts) == 4
+    list(run(job(samples=2)))
+    assert len(texts) == 4
+    list(run(job(samples=3)))
+    assert len(texts) == 6
+    work = job(samples=3)
+    path = choices_path(work.root, rows_of(work.root)["streaming"])
+    path.write_text(path.read_text()[:-10])
+    list(run(work))
+    assert [method for method, _ in texts[6:]] == ["streaming"], "a line that was cut is measured again"
+    list(run(job(samples=3, overwrite=True)))
+    assert len(texts) == 7 + 6
+    assert len({row.key for row in read_all(work.root, AgreeRow)}) == 2
+
+
+def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
+    work = job()
+    list(run(work))
+    dense, other = (choices_path(work.root, rows_of(work.root)[name]) for name in ("dense", "streaming"))
+    entries = [json.loads(line) for line in dense.read_text().splitlines()]
+    entries[1] |= {name: [7] * 12 for name in ("chosen", "reference")}
+    dense.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    texts.clear()
+    list(run(work))
+    assert [method for method, _ in texts] == ["streaming"]
+    assert read_choices(other)[1].reference == (7,) * 12
+
+
+def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
+    real = agree.follow
+
+    def fail(model, plan, ids, count, text=None):
+        if plan.method == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, plan, ids, count, text)
+
+    monkeypatch.setattr(agree, "follow", fail)
+    failing = "streaming"
+    work = job()
+    list(run(work))
+    assert {name: row.status for name, row in rows_of(work.root).items()} == {"dense": "ok", "streaming": "out_of_memory"}
+    failing = "dense"
+    work = job(root=work.root / "other")
+    list(run(work))
+    rows = rows_of(work.root)
+    assert rows["dense"].status == "out_of_memory"
+    assert (rows["streaming"].status, rows["streaming"].error) == ("failed", "dense wrote no text to follow")
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(job):
+    job(lengths=(16,)).check_lengths()
+    work = job(lengths=(505,))
+    # Random weights read any length; those of a checkpoint do not.
+    work = replace(work, loaded=replace(work.loaded, weights="checkpoint"))
+    with pytest.raises(UserError, match="--length 505 and --new-tokens 12 are more than the 512 .*a length of 500 or less"):
+        work.check_lengths()
+
+
+def test_the_first_plan_must_be_dense(job):
+    with pytest.raises(ValueError, match="the first plan must be dense"):
+        job(plans=job().plans[::-1])
+
+
+@pytest.mark.parametrize("line", ['{"index": 0}', '{"index": 0, "chosen": [1], "reference": [1, 2], "seconds": 1}', "no"])
+def test_a_file_that_is_not_ours_is_named(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"x\.jsonl line 1 is not a sample's choices: move the file away"):
+        read_choices(tmp_path / "x.jsonl")
+
+
+def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
+    agreements = iter([12, 12, 12, 3, 6, 12])
+    monkeypatch.setattr(agree, "follow", lambda *_: [1] * (n := next(agreements)) + [2] * (12 - n))
+    work = job()
+    list(run(work))
+    report = build(work.root)
+    (group,) = report.agree
+    row = next(row for row in group.rows if row["method"] == "streaming")
+    expected = difference([[0.25, 0.5, 1.0]])
+    assert row["agreement"] == pytest.approx(expected.mean)
+    assert (row["agreement_low"], row["agreement_high"]) == pytest.approx((expected.low, expected.high))
+    line = next(line for line in report.markdown().splitlines() if line.startswith("| streaming"))
+    cells = [cell.strip() for cell in line.split("|")][1:-1]
+    interval = f"{expected.low:.1%} to {expected.high:.1%}"
+    assert cells == ["streaming", "96", "58.3%", interval, "6", "3", "33%", "3"]
+    assert "agreement_low" in report.csv()
+    assert json.loads(report.json())[0]["rows"][1]["divergence_least"] == 3
+    assert any(note.startswith("Only 3 samples") for note in group.notes())
+    for path in work.root.glob("*/agree/choices/streaming/*"):
+        path.unlink()
+    (bare,) = build(work.root).agree
+    assert any(note.startswith("No interval for streaming at 96") for note in bare.notes())
+
+
+def test_more_samples_in_the_file_than_in_the_row_do_not_count(job, texts):
+    list(run(job(samples=2)))
+    work = job(samples=2)
+    path = choices_path(work.root, rows_of(work.root)["streaming"])
+    entry = json.loads(path.read_text().splitlines()[0]) | {"index": 2, "chosen": [0] * 12}
+    path.write_text(path.read_text() + json.dumps(entry) + "\n")
+    assert len(build(work.root).agree[0].choices["streaming", 96]) == 2

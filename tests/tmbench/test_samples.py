@@ -1,0 +1,203 @@
+"""Differences in a report come from the very samples behind its rows, or the report says why there are none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+
+import pytest
+
+from tmbench import intervals
+from tmbench.cli.report import MARGIN
+from tmbench.errors import UserError
+from tmbench.groups import NOT_COMPARED
+from tmbench.intervals import LOSS, NO_LOSS, TOO_FEW, difference
+from tmbench.report import build
+from tmbench.results import RulerRow, TtftRow, append
+from tmbench.samples import read_samples
+
+COMMON = {
+    "time": "2026-01-01T00:00:00+00:00",
+    "device": "some-gpu",
+    "device_name": "Some GPU",
+    "model": "a/model",
+    "weights": "checkpoint",
+    "dtype": "bfloat16",
+    "length": 4096,
+    "seed": 42,
+    "threads": 0,
+    "tmbench": "0.1.0",
+    "python": "3.12",
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "environment": "abc",
+}
+RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}
+
+
+def add(root, method, task, scores, *, stored=None, **changes):
+    """A row with its predictions; ``stored`` are the scores in the file where they are not those of the row."""
+    name = f"predictions/{method}/{task}-{changes.get('starting_layer', '')}.jsonl"
+    path = root / "some-gpu" / "ruler" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"index": index, "score": score, "outputs": [f"{task} {index}"]}
+        for index, score in enumerate(scores if stored is None else stored)
+    ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    score = round(100 * sum(scores) / len(scores), 2)
+    row = {"method": method, "task": task, "samples": len(scores), "score": score, "predictions": name}
+    append(root, RulerRow(**(COMMON | RULER | row | changes)))
+    return path
+
+
+def scores_of(rate, n=60, seed=1):
+    draw = random.Random(seed)
+    return [float(draw.random() < rate) for _ in range(n)]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Two tasks, dense and two variants of a method: one that loses much on vt, one that differs nowhere."""
+    dense = {"niah_single_1": [1.0] * 60, "vt": scores_of(0.9)}
+    for task, scores in dense.items():
+        add(tmp_path, "dense", task, scores)
+        add(tmp_path, "tri_mix", task, scores, starting_layer=6)
+        add(tmp_path, "tri_mix", task, scores if task != "vt" else scores_of(0.5, seed=2), starting_layer=2)
+    return tmp_path
+
+
+def group_of(root, **arguments):
+    (group,) = build(root, **arguments).ruler
+    return group
+
+
+def test_differences_are_those_of_the_samples(measured):
+    group = group_of(measured)
+    label = "tri_mix (starting_layer 2)"
+    pairs = [100 * (own - other) for own, other in zip(scores_of(0.5, seed=2), scores_of(0.9), strict=True)]
+    expected = {"vt": difference([pairs]), "niah_single_1": difference([[0.0] * 60])}
+    rows = {row["task"]: row for row in group.rows if row["label"] == label}
+    for task, found in expected.items():
+        assert rows[task]["difference"] == found.mean
+        assert (rows[task]["difference_low"], rows[task]["difference_high"]) == (found.low, found.high)
+        assert (rows[task]["pairs"], rows[task]["differing"]) == (60, found.differing)
+        assert (rows[task]["samples_needed"], rows[task]["verdict"]) == (found.needed, found.verdict)
+    assert group.average_differences[label] == difference([[0.0] * 60, pairs])
+    assert group.average_differences[label].verdict == LOSS
+    assert group.average_differences["tri_mix (starting_layer 6)"].verdict == TOO_FEW
+    assert {row["verdict"] for row in group.rows if row["label"] == "dense"} == {""}
+
+
+def test_variants_are_compared_with_each_other_over_the_same_samples(measured):
+    group = group_of(measured)
+    two, six = "tri_mix (starting_layer 2)", "tri_mix (starting_layer 6)"
+    up, down = group.compare(six, two, ["vt"]), group.compare(two, six, ["vt"])
+    assert up.mean == -down.mean > 0
+    assert down == group.compare(two, "dense", ["vt"])
+
+
+def test_the_margin_decides_what_is_no_measurable_loss(measured):
+    label = "tri_mix (starting_layer 6)"
+    assert group_of(measured, margin=2.0).average_differences[label].verdict == TOO_FEW
+    found = group_of(measured, margin=2.5).average_differences[label]
+    assert (found.verdict, found.pairs) == (NO_LOSS, 120)
+
+
+def test_markdown_csv_and_json_say_the_same(measured):
+    report = build(measured)
+    (group,) = report.ruler
+    found = group.average_differences["tri_mix (starting_layer 2)"]
+    markdown = report.markdown()
+    assert "Points against dense over the same samples, average of 2 tasks, and what they say for a margin of 1:" in markdown
+    words = [f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", "loss", "120", str(found.differing)]
+    line = next(line for line in markdown.splitlines() if "| loss" in line and "120" in line)
+    assert [cell.strip() for cell in line.split("|")][2:-1] == [*words, str(found.needed)]
+    assert "none of 60 differs, too few samples, 299 needed" in markdown
+
+    lines = list(csv.DictReader(io.StringIO(report.csv())))
+    average = {line["figure"]: line for line in lines if line["task"] == "average of 2" and "2" in line["label"]}
+    assert float(average["difference"]["value"]) == found.mean
+    assert float(average["difference_low"]["value"]) == found.low
+    assert average["difference"]["verdict"] == "loss"
+    by_task = [line for line in lines if line["task"] == "vt" and line["figure"] == "difference"]
+    assert {line["label"]: line["verdict"] for line in by_task} == {
+        "tri_mix (starting_layer 2)": LOSS,
+        "tri_mix (starting_layer 6)": TOO_FEW,
+    }
+
+    (entry,) = json.loads(report.json())
+    own = entry["average_differences"]["tri_mix (starting_layer 2)"]
+    assert (own["difference"], own["difference_high"], own["samples_needed"]) == (found.mean, found.high, found.needed)
+    assert (entry["differences_over"], entry["margin"]) == (["niah_single_1", "vt"], 1.0)
+    assert report.markdown() == build(measured).markdown(), "the same files make the same report"
+
+
+def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
+    timed = COMMON | {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix"}
+    append(measured, TtftRow(**timed, method="dense", ttft_median_s=1.0))
+    append(measured, TtftRow(**timed, method="tri_mix", starting_layer=2, ttft_median_s=0.5))
+    report = build(measured)
+    assert report.fidelity(report.ttft[0], "tri_mix").endswith("2 tasks at 4K): loss")
+
+
+@pytest.mark.parametrize(
+    ("stored", "reason"),
+    [
+        ([1.0] * 30, "its file of predictions has 30 of 60 samples"),
+        ([0.5] * 60, "its file of predictions does not make its score"),
+    ],
+)
+def test_a_file_that_is_not_the_rows_makes_no_interval(measured, stored, reason):
+    add(measured, "tri_mix", "vt", scores_of(0.5, seed=2), stored=stored, starting_layer=2)
+    group = group_of(measured)
+    row = next(row for row in group.rows if row["task"] == "vt" and row["starting_layer"] == 2)
+    assert row["difference"] is None
+    assert row["verdict"] == f"{NOT_COMPARED}tri_mix (starting_layer 2) on vt: {reason}"
+    assert any(note.startswith("No interval for 1 scores, the first for this reason: ") for note in group.notes())
+    # Averages must be over the same tasks for all methods.
+    assert group.paired_tasks == ["niah_single_1"]
+    assert group.average_differences["tri_mix (starting_layer 6)"].tasks == 1
+
+
+def test_an_absent_file_is_said(measured):
+    for path in measured.glob("some-gpu/ruler/predictions/dense/*.jsonl"):
+        path.unlink()
+    group = group_of(measured)
+    assert group.rows[-1]["verdict"] == f"{NOT_COMPARED}dense on vt: its file of predictions is missing"
+    assert group.average_rows() == []
+    assert "in words" not in build(measured).markdown()
+
+
+def test_samples_beyond_those_of_the_row_do_not_count(measured):
+    add(measured, "dense", "vt", scores_of(0.9), stored=[*scores_of(0.9), 0.0, 0.0])
+    assert group_of(measured).compare("tri_mix (starting_layer 6)", "dense", ["vt"]).differing == 0
+
+
+def test_unequal_numbers_of_samples_are_compared_over_those_that_both_have(measured):
+    add(measured, "tri_mix", "vt", scores_of(0.9)[:25], starting_layer=6)
+    found = group_of(measured).compare("tri_mix (starting_layer 6)", "dense", ["vt"])
+    assert (found.pairs, found.differing) == (25, 0)
+
+
+def test_other_samples_under_the_same_numbers_are_not_compared(measured):
+    path = add(measured, "tri_mix", "vt", scores_of(0.9), starting_layer=6)
+    path.write_text(path.read_text().replace("vt 7", "vt of another seed"))
+    reason = group_of(measured).compare("tri_mix (starting_layer 6)", "dense", ["vt"])
+    assert reason == "tri_mix (starting_layer 6) and dense on vt: they did not answer the same samples"
+
+
+def test_a_cut_line_is_dropped_and_a_foreign_one_is_named(tmp_path):
+    path = add(tmp_path, "dense", "vt", [1.0, 0.0])
+    row = {"status": "ok", "score": 50.0, "samples": 2, "device": "some-gpu", "predictions": "predictions/dense/vt-.jsonl"}
+    path.write_text(path.read_text() + '{"index": 2, "sco')
+    assert read_samples(tmp_path, row).scores == {0: 1.0, 1: 0.0}
+    path.write_text('{"index": 0}\n')
+    with pytest.raises(UserError, match=r"vt-\.jsonl line 1 is not a prediction: move it out of the results folder"):
+        read_samples(tmp_path, row)
+
+
+def test_the_command_lines_margin_is_the_one_that_the_docs_define():
+    assert MARGIN == intervals.MARGIN

@@ -1,0 +1,161 @@
+"""A sweep measures every combination once, its controls cost what they say, and a killed one ends with the same rows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ruler_tasks import Frame, Sources, load_wording
+from tmbench import environment, models, ttft
+from tmbench.errors import UserError
+from tmbench.methods import METHODS, Settings
+from tmbench.models import LoadedModel
+from tmbench.results import RulerRow, TtftRow, read_all
+from tmbench.ruler import RulerJob
+from tmbench.sweep import SweepJob, same_cost, swept_method, variants
+from tmbench.ttft import TtftJob
+
+
+def test_every_combination_is_made_once():
+    made = variants([{"starting_layer": 2}, {"starting_layer": 4}], (), (64,), (0, 128, 0), {"stride": 8})
+    assert [(one.starting_layer, one.n_init, one.n_local, one.last_n, one.stride) for one in made] == [
+        (2, 8, 64, 0, 8),
+        (2, 8, 64, 128, 8),
+        (4, 8, 64, 0, 8),
+        (4, 8, 64, 128, 8),
+    ]
+    assert variants([], (), (), (), {}) == [Settings()]
+    with pytest.raises(UserError, match="--n-local must be 0 or more, not -1"):
+        variants([], (), (-1, 2), (), {})
+
+
+@pytest.mark.parametrize("name", ["dense", "streaming", "xattention"])
+def test_a_method_without_a_triangle_is_refused(name):
+    with pytest.raises(
+        UserError, match=f"--method {name} has no triangle whose parameters could be swept: choose from tri_mix"
+    ):
+        swept_method(name)
+    assert swept_method("tri_mix_xattention:stride=8") == (METHODS["tri_mix_xattention"], {"stride": 8})
+
+
+def brute_force_pairs(settings, length):
+    queries, keys = torch.arange(length)[:, None], torch.arange(length)[None]
+    near = (keys < settings.n_init) | (queries - keys < settings.n_local) | (queries >= length - settings.last_n)
+    return int((near & (keys <= queries)).sum())
+
+
+@pytest.mark.parametrize(("n_init", "n_local", "last_n"), [(8, 64, 128), (0, 1, 7), (8, 512, 128), (3, 99, 600), (8, 0, 40)])
+def test_a_control_computes_as_many_pairs_in_another_shape(n_init, n_local, last_n):
+    length = 1000
+    settings = Settings(starting_layer=3, n_init=n_init, n_local=n_local, last_n=last_n)
+    control = same_cost(settings, length)
+    assert (control.starting_layer, control.n_init, control.last_n) == (3, n_init, 0)
+    wanted = brute_force_pairs(settings, length)
+    distances = {
+        window: abs(brute_force_pairs(Settings(n_init=n_init, n_local=window, last_n=0), length) - wanted)
+        for window in range(max(control.n_local - 2, 1), control.n_local + 3)
+    }
+    assert distances[control.n_local] == min(distances.values()), "no other window comes nearer"
+    assert control.n_local > n_local
+
+
+@pytest.mark.parametrize(("n_local", "last_n"), [(64, 0), (1000, 128), (4, 1000), (990, 12), (95, 900)])
+def test_what_has_nothing_to_exchange_has_no_control(n_local, last_n):
+    assert same_cost(Settings(n_init=8, n_local=n_local, last_n=last_n), 1000) is None
+
+
+@pytest.fixture
+def job(make_model, tmp_path):
+    tokenizer = models.load_tokenizer("tiny")
+    model = make_model("llama", vocab_size=len(tokenizer))
+    loaded = LoadedModel("small", model, tokenizer, "random", "")
+    here = environment.current(torch.device("cpu"))
+
+    def make(settings, **changes):
+        ruler = RulerJob(
+            loaded=loaded, tokenizer=tokenizer, plans=(), lengths=(), tasks=("vt",), samples=1, environment=here,
+            root=tmp_path, wording=load_wording(None), sources=Sources(offline=True), frame=Frame(),
+        )  # fmt: skip
+        timed = TtftJob(loaded, (), (), here, tmp_path, prompt="random", repeats=1)
+        return SweepJob(METHODS["tri_mix"], settings, timed, ruler, (200,), **changes)
+
+    return make
+
+
+def parameters(plans):
+    return [(plan.method, plan.parameters.get("n_local"), plan.parameters.get("last_n")) for plan in plans]
+
+
+def test_plans_are_dense_the_variants_and_their_controls_each_once(job):
+    settings = [Settings(n_local=16, last_n=last) for last in (0, 10)]
+    work = job(settings, controls=True)
+    control = same_cost(settings[1], 200)
+    expected = [("dense", None, None), ("tri_mix", 16, 0), ("tri_mix", 16, 10), ("tri_mix", control.n_local, 0)]
+    assert parameters(work.plans(200)) == expected
+    # A control that is a variant already is measured once.
+    assert parameters(job([*settings, control], controls=True).plans(200)) == expected
+    assert parameters(job(settings).plans(200)) == expected[:3]
+    assert work.asking(200).plans == work.plans(200)
+
+
+def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
+    few, more = [Settings(n_local=16, last_n=0)], [Settings(n_local=16, last_n=last) for last in (0, 10)]
+    assert parameters(job(few).timing(200).plans) == [("dense", None, None), ("tri_mix", 16, 0)]
+    list(ttft.run(job(few).timing(200)))
+    assert job(few).timing(200) is None
+    assert parameters(job(more).timing(200).plans) == [("dense", None, None), ("tri_mix", 16, 10)]
+    list(ttft.run(job(more).timing(200)))
+    assert job(more).timing(200) is None
+    rows = read_all(job(more).ttft.root, TtftRow)
+    assert sorted((row.method, row.n_local, row.last_n) for row in rows if row.method != "dense") == [
+        ("tri_mix", 16, 0),
+        ("tri_mix", 16, 10),
+    ]
+
+
+SWEEP = (
+    "sweep", "--starting-layer", "4", "--n-local", "64", "--last-n", "0", "--last-n", "32", "--task", "vt",
+    "--length", "768", "--samples", "2", "--repeats", "1", "--device", "cpu", "--offline",
+)  # fmt: skip
+
+
+def start(cwd):
+    program = [sys.executable, "-c", "from tmbench.cli import main; main()", *SWEEP]
+    # Decoding waits for its threads at every token, which takes long where other processes hold the cores.
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(program, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def lines_in(folder, pattern):
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob(pattern))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was_and_measures_nothing_twice(tmp_path):
+    # Three plans, dense and two variants, and a task of two samples.
+    predictions, times = "results/*/ruler/predictions/*/*.jsonl", "results/*/ttft/*.csv"
+    for lines in (1, 3):
+        process = start(tmp_path)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and lines_in(tmp_path, predictions) < lines:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it should have been killed in its middle"
+        assert lines <= lines_in(tmp_path, predictions) < 6
+    process = start(tmp_path)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert "What one change does" in out
+    assert "last_n: 0 to 32" in out
+    assert lines_in(tmp_path, predictions) == 6, "no sample is answered twice"
+    assert lines_in(tmp_path, times) == 3 + 2, "three rows in two files with a header: nothing is timed twice"
+    rows = read_all(tmp_path / "results", RulerRow)
+    assert sorted((row.method, row.last_n or 0) for row in rows) == [("dense", 0), ("tri_mix", 0), ("tri_mix", 32)]
+    assert {(row.task, row.status, row.samples) for row in rows} == {("vt", "ok", 2)}

@@ -1,0 +1,199 @@
+"""Accuracy against time: joined by what was the same, a front that nothing beats, and the effect of one change at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from matplotlib.image import imread
+
+from tmbench import plots
+from tmbench.intervals import GAIN, TOO_FEW, difference
+from tmbench.report import build
+from tmbench.results import RulerRow, TtftRow, append
+from tmbench.tradeoff import SHAPE
+
+COMMON = {
+    "time": "2026-01-01T00:00:00+00:00",
+    "device": "some-gpu",
+    "device_name": "Some GPU",
+    "model": "a/model",
+    "weights": "checkpoint",
+    "dtype": "bfloat16",
+    "length": 4096,
+    "seed": 42,
+    "threads": 0,
+    "tmbench": "0.1.0",
+    "python": "3.12",
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "environment": "abc",
+}
+RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}
+TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix", "prefill": "eager"}
+SAMPLES = 40
+
+
+def add(root, wrong, seconds, coverage, method="tri_mix", **parameters):
+    """A variant that answers the first ``wrong`` of the samples of two tasks wrongly, and takes so many seconds."""
+    of = {"method": method, **parameters}
+    times = {"ttft_median_s": seconds, "ttft_min_s": 0.95 * seconds, "ttft_max_s": 1.1 * seconds, "coverage": coverage}
+    append(root, TtftRow(**COMMON, **TTFT, **of, **times))
+    for task in ("vt", "cwe"):
+        name = f"predictions/{method}/{task}-{'-'.join(map(str, parameters.values()))}.jsonl"
+        path = root / "some-gpu" / "ruler" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = [float(index >= wrong) for index in range(SAMPLES)]
+        entries = ({"index": index, "score": score, "outputs": [task]} for index, score in enumerate(scores))
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        score = round(100 * sum(scores) / SAMPLES, 2)
+        about = {"task": task, "samples": SAMPLES, "score": score, "predictions": name}
+        append(root, RulerRow(**COMMON, **RULER, **of, **about))
+
+
+@pytest.fixture
+def swept(tmp_path):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    for start, wrong, seconds, coverage in ((2, 10, 0.5, 0.4), (4, 4, 0.8, 0.7)):
+        add(tmp_path, wrong, seconds, coverage, starting_layer=start, n_init=8, n_local=64, last_n=128)
+        add(tmp_path, wrong + 20, seconds - 0.05, coverage - 0.1, starting_layer=start, n_init=8, n_local=64, last_n=0)
+        add(tmp_path, wrong + 15, seconds + 0.1, coverage * 1.004, starting_layer=start, n_init=8, n_local=192, last_n=0)
+    return tmp_path
+
+
+def trade_off_of(root):
+    (group,) = build(root).trade_offs
+    return group
+
+
+def variant(rows, **values):
+    (row,) = (row for row in rows if all(row[name] == value for name, value in values.items()))
+    return row
+
+
+def test_time_saved_and_points_kept(swept):
+    group = trade_off_of(swept)
+    assert len(group.rows) == 6
+    row = variant(group.rows, starting_layer=2, last_n=128)
+    assert row["saved_percent"] == pytest.approx(50)
+    assert row["saved_low"] == pytest.approx(100 * (1 - 0.55 / 0.95))
+    assert row["saved_high"] == pytest.approx(100 * (1 - 0.475 / 1.1))
+    expected = difference([[0.0] * 2 + [-100.0] * 8 + [0.0] * 30] * 2)
+    assert (row["difference"], row["difference_low"], row["verdict"]) == (expected.mean, expected.low, expected.verdict)
+    assert [row["saved_percent"] for row in group.rows] == sorted(row["saved_percent"] for row in group.rows)
+
+
+def test_nothing_beats_what_is_on_the_front(swept):
+    rows = trade_off_of(swept).rows
+    points = [(row["saved_percent"], row["difference"]) for row in rows] + [(0.0, 0.0)]
+    for row in rows:
+        own = (row["saved_percent"], row["difference"])
+        beaten = any(one[0] >= own[0] and one[1] >= own[1] and one != own for one in points)
+        assert row["front"] == (not beaten)
+    front = {(row["starting_layer"], row["last_n"]) for row in rows if row["front"]}
+    assert front == {(2, 0), (2, 128), (4, 128)}
+    slow = variant(rows, starting_layer=4, n_local=192)
+    assert not slow["front"]
+
+
+def test_what_is_slower_than_dense_is_beaten_by_it(tmp_path):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    add(tmp_path, 2, 1.5, 1.0, starting_layer=4, n_init=8, n_local=64, last_n=128)
+    (row,) = trade_off_of(tmp_path).rows
+    assert row["saved_percent"] == pytest.approx(-50)
+    assert not row["front"]
+
+
+def test_effects_are_those_of_one_change_over_the_same_samples(swept):
+    effects = trade_off_of(swept).effects()
+    found = {(one.parameter, one.before, one.after, one.elsewhere): one for one in effects}
+    assert {key[0] for key in found} == {"starting_layer", "n_local", "last_n", SHAPE}
+    last = found["last_n", "0", "128", "starting_layer 2, n_local 64"]
+    assert last.points == difference([[0.0] * 10 + [100.0] * 20 + [0.0] * 10] * 2)
+    assert last.points.verdict == GAIN
+    assert last.time_percent == pytest.approx(100 * (0.5 / 0.45 - 1))
+    start = found["starting_layer", "2", "4", "n_local 64, last_n 128"]
+    assert start.points.mean == pytest.approx(15)
+    shape = found[SHAPE, "n_local 192, last_n 0", "n_local 64, last_n 128", "starting_layer 4"]
+    assert shape.points.mean == pytest.approx(37.5)
+    # Each of the three: two starting layers; window 64 to 192 without last queries; last_n 0 to 128 at window 64.
+    assert sorted(one.parameter for one in effects) == sorted([*["starting_layer"] * 3, *["n_local", "last_n", SHAPE] * 2])
+
+
+def test_neighbouring_values_are_compared(tmp_path):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    for place, last in enumerate((256, 0, 64)):
+        add(tmp_path, place, 0.5, 0.5 + place, starting_layer=4, n_init=8, n_local=64, last_n=last)
+    effects = trade_off_of(tmp_path).effects()
+    assert [(one.before, one.after) for one in effects] == [("0", "64"), ("64", "256")]
+    assert effects[0].points.verdict == TOO_FEW
+
+
+def test_another_cost_is_no_control(tmp_path):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    add(tmp_path, 2, 0.5, 0.500, starting_layer=4, n_init=8, n_local=64, last_n=128)
+    add(tmp_path, 2, 0.5, 0.503, starting_layer=4, n_init=8, n_local=192, last_n=0)
+    add(tmp_path, 2, 0.5, 0.500, starting_layer=2, n_init=8, n_local=192, last_n=0)
+    assert [one.parameter for one in trade_off_of(tmp_path).effects()] == ["starting_layer"]
+
+
+@pytest.mark.parametrize("changes", [{"length": 8192}, {"model": "b/model"}, {"dtype": "float32"}, {"threads": 4}])
+def test_times_of_another_setting_are_not_joined(tmp_path, changes):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    add(tmp_path, 2, 0.5, 0.5, starting_layer=4, n_init=8, n_local=64, last_n=128)
+    for path in tmp_path.glob("some-gpu/ttft/*.csv"):
+        path.unlink()
+    for method, own in (("dense", {}), ("tri_mix", {"starting_layer": 4, "n_init": 8, "n_local": 64, "last_n": 128})):
+        append(tmp_path, TtftRow(**(COMMON | TTFT | own | {"method": method, "ttft_median_s": 1.0} | changes)))
+    assert build(tmp_path).trade_offs == []
+
+
+def test_markdown_csv_and_json(swept):
+    report = build(swept)
+    (group,) = report.trade_offs
+    markdown = report.markdown()
+    assert (
+        "### Accuracy kept against time saved at 4K: a/model, checkpoint weights, bfloat16, prompt kv, eager prefill"
+        in markdown
+    )
+    assert f"| {SHAPE} | n_local 192, last_n 0 | n_local 64, last_n 128 |" in re.sub(" +", " ", markdown)
+    lines = [line for line in csv.DictReader(io.StringIO(report.csv())) if line["kind"] == "trade-off"]
+    saved = {line["label"]: float(line["value"]) for line in lines if line["figure"] == "saved_percent"}
+    assert saved == pytest.approx({row["label"]: row["saved_percent"] for row in group.rows})
+    entry = next(entry for entry in json.loads(report.json()) if "front" in entry)
+    assert entry["front"] == [row["label"] for row in group.rows if row["front"]]
+    assert {one["parameter"] for one in entry["effects"]} == {"starting_layer", "n_local", "last_n", SHAPE}
+    assert entry["effects"][0]["verdict"] in {GAIN, TOO_FEW, "loss", "no measurable loss"}
+
+
+def test_the_plot_has_every_method_with_its_bars(swept, tmp_path):
+    report = build(swept)
+    figure = plots._trade_off(report.trade_offs[0])
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.texts]
+    for number in range(1, 7):
+        assert str(number) in texts
+        assert any(text.startswith(f"{number} tri_mix (") for text in texts)
+    assert len(axes.containers) == 6
+    for container, row in zip(axes.containers, report.trade_offs[0].rows, strict=True):
+        across, up = (bars.get_segments()[0] for bars in container.lines[2])
+        assert across[:, 0] == pytest.approx([row["saved_low"], row["saved_high"]])
+        assert up[:, 1] == pytest.approx([row["difference_low"], row["difference_high"]])
+    figure.draw_without_rendering()
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert box.x1 <= figure.bbox.x1 + 1, f"{text.get_text()} is cut off"
+    path = next(path for path in plots.draw(report, tmp_path / "plots") if path.name.startswith("trade-off-"))
+    assert path.name.startswith("trade-off-some-gpu-model-4k-")
+    assert imread(path).shape[1] >= 900
+
+
+def test_times_of_few_repeats_are_said_to_be_so(swept):
+    assert trade_off_of(swept).notes() == []
+    of = {"starting_layer": 2, "n_init": 8, "n_local": 64, "last_n": 0}
+    times = {"ttft_median_s": 1.0, "ttft_min_s": 1.0, "ttft_max_s": 1.0}
+    append(swept, TtftRow(**(COMMON | TTFT | of | times | {"method": "tri_mix", "repeats": 2})))
+    assert trade_off_of(swept).notes() == ["Times of only 2 repeats: fewer than 3 hardly tell what is faster."]

@@ -1,0 +1,197 @@
+"""Long answers: where a method's greedy decoding leaves dense's, and how often its next token is dense's own.
+
+Dense writes so many tokens by greedy decoding, its end token left out so that every text has that length. A method reads the
+same prompt in its own way, then dense's text token by token, and at each place its likeliest next token is its choice. Up to
+the first choice that differs this is the method's own greedy decoding, so that place is where the two diverge. After it the
+method goes on along dense's text: one different token does not count against all the tokens that come after it.
+
+Choices go to a JSONL file beside the CSV, one line per sample, so that a killed run goes on with the next sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import statistics
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tmbench.attention import applied_plan
+from tmbench.choices import Choices, read_choices
+from tmbench.environment import Environment
+from tmbench.errors import UserError
+from tmbench.failures import describe, release_memory, status_of
+from tmbench.fast import PLAIN, arranged
+from tmbench.methods import Plan
+from tmbench.models import LoadedModel
+from tmbench.prompts import prompt_ids
+from tmbench.results import FAILED, OK, AgreeRow, Status, append, append_line, csv_path, newest, now, writable
+
+
+@dataclass(frozen=True)
+class AgreeJob:
+    """What one ``tmbench agree`` measures."""
+
+    loaded: LoadedModel
+    plans: Sequence[Plan]
+    """Dense is the first: the others are held against its text."""
+    lengths: Sequence[int]
+    environment: Environment
+    root: Path
+    prompt: str = "kv"
+    samples: int = 10
+    new_tokens: int = 256
+    seed: int = 42
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plans[0].method != "dense":
+            raise ValueError("the first plan must be dense, whose text the other methods follow")
+
+    def check_lengths(self) -> None:
+        """Raise UserError for a prompt that leaves no room for the new tokens."""
+        limit = self.loaded.max_length
+        for length in self.lengths:
+            if limit is not None and length + self.new_tokens > limit:
+                raise UserError(
+                    f"--length {length} and --new-tokens {self.new_tokens} are more than the {limit} positions of "
+                    f"{self.loaded.name}: give a length of {max(limit - self.new_tokens, 1)} or less, or fewer new tokens"
+                )
+
+    def row(self, plan: Plan, length: int) -> AgreeRow:
+        """A row as far as it is known before it is measured."""
+        known: dict[str, Any] = {
+            **self.environment.row_fields(),
+            **self.loaded.row_fields(),
+            **plan.row_fields(),
+            "length": length,
+            "seed": self.seed,
+            "prompt": self.prompt,
+            "samples": self.samples,
+            "new_tokens": self.new_tokens,
+        }
+        return AgreeRow(time=now(), **known)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sample done, or one begun: what to show, how many samples it was, and the row where one was finished."""
+
+    text: str
+    samples: int = 0
+    row: AgreeRow | None = None
+
+
+def run(job: AgreeJob) -> Iterator[Step]:
+    """Let every plan answer, dense first, and append each row as it is finished.
+
+    Raises UserError for a model or a folder that cannot be used; a method that fails becomes a row.
+    """
+    for length in job.lengths:
+        texts: dict[int, Choices] | None = None
+        for plan in job.plans:
+            found = yield from _measure(job, plan, length, texts)
+            texts = found if texts is None else texts
+
+
+def choices_path(root: Path, row: AgreeRow) -> Path:
+    """The JSONL file of a row: its name holds a hash of everything that was measured."""
+    digest = hashlib.sha256("\0".join(row.name_parts).encode()).hexdigest()[:12]
+    folder = csv_path(root, AgreeRow, row.device, row.method).parent
+    return folder / "choices" / row.method / f"{row.prompt}-{row.length}-{digest}.jsonl"
+
+
+@torch.inference_mode()
+def follow(model: PreTrainedModel, plan: Plan, ids: Tensor, count: int, text: Sequence[int] | None = None) -> list[int]:
+    """The likeliest token, the model's end tokens aside, at each of ``count`` places behind a prompt.
+
+    Args:
+        ids: the prompt, ``[1, length]``, on the model's device; it is read with the plan's patterns.
+        text: ``count`` tokens that are read one by one behind the prompt, with dense attention over the full cache; None
+            reads the choices themselves, which is greedy decoding.
+    """
+    end = model.generation_config.eos_token_id
+    ends = [] if end is None else end if isinstance(end, list) else [end]
+    # Its name changed in transformers 5.24, which warns of the older one.
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    chosen: list[int] = []
+    with applied_plan(model, plan) as session, arranged(model, session, PLAIN) as prefill:
+        logits = prefill(ids)
+        session.check_complete()
+        while True:
+            logits[ends] = -torch.inf
+            chosen.append(int(logits.argmax()))
+            if len(chosen) == count:
+                return chosen
+            token = chosen[-1] if text is None else text[len(chosen) - 1]
+            following = ids.new_tensor([[token]])
+            logits = model(input_ids=following, use_cache=True, **{cache: prefill.cache}).logits[0, -1]
+
+
+def _measure(
+    job: AgreeJob, plan: Plan, length: int, texts: Mapping[int, Choices] | None
+) -> Generator[Step, None, dict[int, Choices]]:
+    """One row; ``texts`` are dense's by sample, None for dense itself. Returns what was chosen, by sample."""
+    row = job.row(plan, length)
+    path = choices_path(job.root, row)
+    have = newest(job.root, AgreeRow, row.device, row.method).get(row.key)
+    if job.overwrite:
+        with writable(path):
+            path.unlink(missing_ok=True)
+    known = read_choices(path)
+    if texts is not None:
+        # Made behind another text of dense, for instance by another version of torch: these choices say nothing of this one.
+        known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
+    wanted = range(job.samples)
+    if not isinstance(have, AgreeRow) or job.overwrite or have.status == FAILED or have.samples < job.samples:
+        have = None
+    if have is not None and (have.status != OK or all(number in known for number in wanted)):
+        yield Step(f"{plan.method} at {length}: measured before", samples=job.samples)
+        return known
+    status: Status = OK
+    error = ""
+    for number in wanted:
+        if texts is not None and number not in texts:
+            status, error = FAILED, "dense wrote no text to follow"
+        if number not in known and status == OK:
+            yield Step(f"{plan.method} at {length}, sample {number + 1} of {job.samples}")
+            try:
+                known[number] = _choose(job, plan, length, number, texts)
+            except Exception as problem:
+                status, error = status_of(problem), describe(problem)
+                release_memory()
+            else:
+                append_line(path, json.dumps(asdict(known[number])))
+        yield Step("", samples=1)
+    measured: dict[str, Any] = {}
+    if status == OK:
+        found = [known[number] for number in wanted]
+        measured = {
+            "agreement": statistics.mean(one.agreement for one in found),
+            "divergence_median": statistics.median(one.divergence for one in found),
+            "identical": sum(one.divergence == job.new_tokens for one in found) / len(found),
+            "seconds_per_sample": statistics.mean(one.seconds for one in found),
+            "choices": str(path.relative_to(csv_path(job.root, AgreeRow, row.device, row.method).parent)),
+        }
+    backends = plan.backends(*job.loaded.qkv(length))
+    finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)
+    append(job.root, finished)
+    yield Step("", row=finished)
+    return known
+
+
+def _choose(job: AgreeJob, plan: Plan, length: int, number: int, texts: Mapping[int, Choices] | None) -> Choices:
+    ids = prompt_ids(job.prompt, length, job.loaded, job.seed + number)
+    text = None if texts is None else texts[number].chosen
+    start = time.perf_counter()
+    chosen = follow(job.loaded.model, plan, ids, job.new_tokens, text)
+    seconds = time.perf_counter() - start
+    return Choices(number, tuple(chosen), tuple(chosen) if text is None else text, seconds)

@@ -1,0 +1,119 @@
+"""``tmbench agree``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tmbench.cli import options as o
+from tmbench.errors import UserError
+from tmbench.methods import DEFAULT_METHODS
+
+if TYPE_CHECKING:
+    from tmbench.agree import AgreeJob
+    from tmbench.results import AgreeRow
+
+TINY_LENGTHS = (4096,)
+LENGTHS = (32768,)
+
+
+def agree(
+    method: o.MethodOption = None,
+    length: o.LengthOption = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.", rich_help_panel=o.MEASURED)] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts.", rich_help_panel=o.MEASURED)] = 20,
+    prompt: Annotated[str, typer.Option(help="kv, a RULER task, or random.", rich_help_panel=o.MEASURED)] = "kv",
+    seed: o.SeedOption = 42,
+    model: o.ModelOption = "tiny",
+    weights: o.WeightsOption = "checkpoint",
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    starting_layer: o.StartingLayerOption = None,
+    n_init: o.NInitOption = None,
+    n_local: o.NLocalOption = None,
+    last_n: o.LastNOption = None,
+    patterns: o.PatternsOption = None,
+    dense_backend: o.DenseBackendOption = None,
+    output_dir: o.OutputDirOption = o.RESULTS,
+    overwrite: o.OverwriteOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """How long greedy decoding stays with dense's, and how often the next token is dense's along a long answer.
+
+    A length is the prompt's; the answer comes on top. Dense is always measured: it writes the answers.
+    """
+    methods = list(method or DEFAULT_METHODS)
+    if "dense" not in methods:
+        methods.insert(0, "dense")
+    settings = o.settings_for(
+        methods,
+        starting_layer=starting_layer,
+        n_init=n_init,
+        n_local=n_local,
+        last_n=last_n,
+        patterns=patterns,
+        dense_backend=dense_backend,
+    )
+    if len(settings) == 1:
+        raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
+
+    from tmbench import environment, models
+    from tmbench.agree import AgreeJob
+    from tmbench.prompts import check_kind, check_prompt
+
+    check_kind(prompt)
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    check_prompt(prompt, loaded)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    plans = sorted(o.plans_for(settings, loaded, lengths), key=lambda plan: plan.method != "dense")
+    here = environment.current(loaded.device)
+    job = AgreeJob(loaded, plans, lengths, here, output_dir, prompt, samples, new_tokens, seed, overwrite)
+    job.check_lengths()
+    environment.write_record(output_dir, here)
+    rows = _measure(job)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _show(rows)
+    if any(row.status != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+def _measure(job: AgreeJob) -> list[AgreeRow]:
+    """Measure what is missing; the newest rows of all that was asked for."""
+    from tmbench.agree import run
+    from tmbench.cli.screen import progress_bar
+    from tmbench.results import AgreeRow, newest
+
+    with progress_bar() as bar:
+        shown = bar.add_task("agreement", total=len(job.lengths) * len(job.plans) * job.samples)
+        for step in run(job):
+            bar.update(shown, description=step.text or None, advance=step.samples)
+        bar.update(shown, description="agreement measured")
+    rows = [
+        newest(job.root, AgreeRow, job.environment.device, plan.method).get(job.row(plan, length).key)
+        for length in job.lengths
+        for plan in job.plans
+    ]
+    return [row for row in rows if isinstance(row, AgreeRow)]
+
+
+def _show(rows: list[AgreeRow]) -> None:
+    from tmbench.cli.screen import console, table
+
+    figures = ("same token", "first difference, median", "never differs")
+    for length in sorted({row.length for row in rows}):
+        shown = table(f"Agreement with dense behind {length} tokens", "method", *figures, "samples", right=figures)
+        for row in rows:
+            if row.length == length and row.method != "dense":
+                shown.add_row(row.method, *_cells(row), str(row.samples))
+        console().print(shown)
+
+
+def _cells(row: AgreeRow) -> list[str]:
+    if row.agreement is None:
+        return [row.status.replace("_", " "), "", ""]
+    return [f"{row.agreement:.1%}", f"{row.divergence_median:g} of {row.new_tokens}", f"{row.identical:.0%}"]

@@ -1,0 +1,67 @@
+"""The scores of single samples, read from the predictions beside the rows: what paired differences are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tmbench.errors import UserError
+from tmbench.results import OK, RulerRow
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a method answered to the samples of one task."""
+
+    scores: Mapping[int, float] = field(default_factory=dict)
+    """From 0 to 1, by the sample's index."""
+    references: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """The answers that were wanted: two methods that were asked the same sample have the same."""
+    missing: str = ""
+    """Why there are none, in words."""
+
+
+def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
+    """The samples behind a row of RULER, given its columns by name; without any where the file does not make its score.
+
+    Raises UserError for a file that tmbench did not write.
+    """
+    if row["status"] != OK or row["score"] is None:
+        return Samples(missing="not measured")
+    if not row["predictions"]:
+        return Samples(missing="its row names no file of predictions")
+    path = root / row["device"] / RulerRow.kind / row["predictions"]
+    scores: dict[int, float] = {}
+    references: dict[int, tuple[str, ...]] = {}
+    # A file may hold more samples than its row: those of a larger run that was killed. Rows are over the first ones.
+    for index, score, wanted in _entries(path):
+        if index in scores or len(scores) < row["samples"]:
+            scores[index], references[index] = score, wanted
+    if len(scores) < row["samples"]:
+        found = f"has {len(scores)} of {row['samples']} samples" if path.exists() else "is missing"
+        return Samples(missing=f"its file of predictions {found}")
+    # Scores of rows are rounded to two decimals.
+    if abs(100 * sum(scores.values()) / len(scores) - row["score"]) > 0.01:
+        return Samples(missing="its file of predictions does not make its score")
+    return Samples(scores, references)
+
+
+def _entries(path: Path) -> list[tuple[int, float, tuple[str, ...]]]:
+    """(index, score, references) of every whole line, in order; none where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): move it out of the results folder") from error
+    found = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            found.append((int(entry["index"]), float(entry["score"]), tuple(entry["outputs"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number} is not a prediction: move it out of the results folder") from error
+    return found
