@@ -8,20 +8,25 @@ from tmbench_kernels.flash_prefill import FlashPrefill
 from tmbench_kernels.flex_prefill import FlexPrefill
 from tmbench_kernels.minference_json import HeadPattern, load_budgets, load_head_patterns
 from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.section_gradients import MEASURES, SECTIONS, DenseProbe, Sections
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
 from tmbench_kernels.xattention import XAttention
 
 __all__ = [
+    "MEASURES",
+    "SECTIONS",
     "Backend",
     "BlockLists",
     "BlockSparse",
     "BlockTopK",
     "Dense",
+    "DenseProbe",
     "FlashPrefill",
     "FlexPrefill",
     "HeadPattern",
     "Pattern",
+    "Sections",
     "Triangle",
     "VerticalSlash",
     "XAttention",
