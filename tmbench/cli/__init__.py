@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ruler_tasks.errors import RulerError
-from tmbench.cli import info, report, ruler, ttft
+from tmbench.cli import info, probe, report, ruler, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("ttft")(ttft.ttft)
 app.command("ruler")(ruler.ruler)
 app.command("ruler-data")(ruler.ruler_data)
+app.command("probe")(probe.probe)
 app.command("report")(report.report)
 app.command("list")(info.list_)
 app.command("env")(info.env)
