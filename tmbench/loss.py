@@ -5,7 +5,7 @@ prompt, and hardly those generated after it. So the prompt is read with the meth
 decoded as generation does it: densely over the full cache, one token after the other, with the true tokens given. Both means
 are in nats per token; their differences to dense attention are over the same samples.
 
-Logits of the prompt are made for a chunk of tokens at a time, by the model's own head: of the whole prompt they would take more
+Logits of the prompt are made for a chunk of tokens at a time, by the model's own head: all at once they would take more
 memory than the model.
 """
 

@@ -106,7 +106,7 @@ class ProbeJob:
 
     def check(self) -> None:
         """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
-        attention_modules(self.loaded.model)
+        layers = len(attention_modules(self.loaded.model))
         if self.loaded.model.dtype == torch.float16:
             raise UserError("--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32")
         for length in self.lengths:
@@ -119,7 +119,7 @@ class ProbeJob:
                     "--n-local"
                 )
             # A budget that cannot be met is refused now and not after the measurement.
-            propose([1.0], self.kept_share(length), self.budget, self.rule)
+            propose([1.0] * layers, self.kept_share(length), self.budget, self.rule)
 
     def kept_share(self, length: int) -> float:
         """The part of the causal pairs that is not in the middle section."""

@@ -7,10 +7,10 @@ there. Tokens of white space before the answer, which some tokenizers split off,
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ruler_tasks import TASKS, Sources, examples, load_wording, minimum_length
@@ -63,8 +63,7 @@ def questions(task: str, length: int, count: int, loaded: LoadedModel, seed: int
     if task == "random":
         vocabulary = loaded.model.config.get_text_config().vocab_size
         for index in range(count):
-            generator = torch.Generator().manual_seed(seed + 2**32 * index)
-            ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
+            ids = random.Random(f"{seed}/{index}").choices(range(vocabulary), k=length)
             yield Question(task, index, tuple(ids[:-1]), (ids[-1],), "random")
         return
     tokenizer = loaded.need_tokenizer(f"--task {task}")
