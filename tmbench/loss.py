@@ -220,7 +220,7 @@ def _measure(
     if status == OK:
         samples = [known[question.index] for question in asked]
         figures = {
-            "predictions": file.name,
+            "sample_files": file.name,
             "source": "+".join(dict.fromkeys(sample.source for sample in samples)),
             "backends": backends_name(part for sample in samples for part in sample.backends.split("+")),
             "prompt_tokens_mean": statistics.mean(sample.prompt_tokens for sample in samples),

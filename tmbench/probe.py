@@ -184,7 +184,7 @@ def run(job: ProbeJob) -> Iterator[Step]:
                 else:
                     yield Step(f"{task} at {length}: measured before", samples=job.samples)
                 done += [known[index] for index in range(job.samples)]
-            rows = _rows(job, replace(row, predictions="+".join(file.name for file in files)), done)
+            rows = _rows(job, replace(row, sample_files="+".join(file.name for file in files)), done)
         except Exception as error:
             status, text = status_of(error), describe(error)
             failed = replace(row, time=now(), status=status, error=text)

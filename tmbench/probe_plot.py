@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tmbench.groups import length_name
 from tmbench.plots import COLOURS, GREY, LABEL_PT, MARKERS, PALE
-from tmbench.results import ProbeRow
+from tmbench.results import OK, ProbeRow, read_all
 from tmbench_kernels import SECTIONS
 
 NAMES = {"logits": "|dz/ds|", "probabilities": "|dz/dp|"}
@@ -70,3 +73,24 @@ def draw(rows: Sequence[ProbeRow], derivative: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a date and a version the same rows make the same picture.
     figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def draw_all(root: Path, directory: Path) -> list[Path]:
+    """Draw every probe under a results folder into another one, by the derivative that its proposal goes by.
+
+    A probe's file name is always the same. Raises OSError where the folder cannot be written, and CorruptResultsError for a
+    file of probe results that is not ours.
+    """
+    probes: dict[tuple[Any, ...], list[ProbeRow]] = {}
+    for row in read_all(root, ProbeRow):
+        if isinstance(row, ProbeRow) and row.status == OK:
+            probes.setdefault(row.probed, []).append(row)
+    paths = []
+    for key, rows in probes.items():
+        first = rows[0]
+        words = ["probe", first.device, first.model.rstrip("/").rpartition("/")[2], first.task, length_name(first.length)]
+        slug = re.sub(r"[^a-z0-9.]+", "-", "-".join(words).lower()).strip("-.")
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:6]
+        paths.append(directory / f"{slug[:120]}-{digest}.png")
+        draw(rows, next(row.proposal for row in rows if row.proposal).rpartition(", ")[2], paths[-1])
+    return paths

@@ -254,7 +254,7 @@ class ProbeRow(Row):
     """The share of the middle sections' gradient that the proposal loses, over all layers."""
     pairs_share: float | None = None
     """The share of dense attention's pairs that the proposal computes, over all layers."""
-    predictions: str = ""
+    sample_files: str = ""
     """The JSONL files of the samples, relative to the CSV's folder, joined by "+"."""
 
     @property
@@ -287,7 +287,7 @@ class LossRow(Row):
     prompt_tokens_mean: float | None = None
     answer_tokens_mean: float | None = None
     seconds_per_sample: float | None = None
-    predictions: str = ""
+    sample_files: str = ""
     """The JSONL file of the samples, relative to the CSV's folder."""
 
 

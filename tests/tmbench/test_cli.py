@@ -214,7 +214,8 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     assert layers == list(range(8 - len(layers), 8))
     code, out, _ = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", "auto", "--json")
     assert json.loads(out)[0]["starting_layer"] == 8 - len(layers)
-    code, out, _ = tmbench("report")
+    code, out, _ = tmbench("report", "--plots", "plots")
+    assert list(Path("plots").glob("probe-*-tiny-vt-700-*.png"))
     assert "probe of vt at 700, depth, time budget 0.9, logits" in out
 
 

@@ -17,7 +17,7 @@ from tmbench.layers import Budget
 from tmbench.methods import Settings
 from tmbench.models import LoadedModel
 from tmbench.probe import ProbeJob, gradients, run
-from tmbench.probe_plot import draw
+from tmbench.probe_plot import draw, draw_all
 from tmbench.questions import questions
 from tmbench.results import ProbeRow, read_all
 from tmbench_kernels import MEASURES, SECTIONS, Sections, section_gradients
@@ -311,3 +311,14 @@ def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
     for path, derivative in ((first, "logits"), (second, "logits"), (Path(tmp_path / "c.png"), "probabilities")):
         draw(rows, derivative, path)
     assert first.read_bytes() == second.read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
+    rows = rows_of(run(job(derivative="probabilities")))
+    list(run(job(lengths=[50])))
+    paths = draw_all(tmp_path, tmp_path / "all")
+    assert paths == draw_all(tmp_path, tmp_path / "all")
+    assert sorted((tmp_path / "all").iterdir()) == sorted(paths)
+    assert ["-random-40-" in path.name for path in paths] == [True, False]
+    draw(rows, "probabilities", tmp_path / "a.png")
+    assert paths[0].read_bytes() == (tmp_path / "a.png").read_bytes()
