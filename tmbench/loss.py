@@ -32,7 +32,7 @@ from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.questions import Question, check_task, questions, wording_hash
 from tmbench.results import FAILED, OK, LossRow, Status, append, newest, now
-from tmbench.samples import Kept
+from tmbench.sample_files import Kept
 
 CHUNK_LOGITS = 2**27
 """Logits that are held at a time: half a gigabyte in float32, 1024 tokens of a vocabulary of 128K."""

@@ -41,7 +41,7 @@ from tmbench.models import LoadedModel
 from tmbench.prefill import synchronize
 from tmbench.questions import Question, check_task, questions, wording_hash
 from tmbench.results import OK, ProbeRow, append, newest, now
-from tmbench.samples import Kept
+from tmbench.sample_files import Kept
 from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections
 
 METHOD = "dense"
