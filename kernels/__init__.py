@@ -9,21 +9,26 @@ from tmbench_kernels.flex_prefill import FlexPrefill
 from tmbench_kernels.minference_heads import MInferenceHeads, load_patterns
 from tmbench_kernels.minference_json import HeadPattern, head_patterns_json, load_head_patterns, read_head_patterns
 from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.section_gradients import MEASURES, SECTIONS, DenseProbe, Sections
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
 from tmbench_kernels.xattention import XAttention
 
 __all__ = [
+    "MEASURES",
+    "SECTIONS",
     "Backend",
     "BlockLists",
     "BlockSparse",
     "BlockTopK",
     "Dense",
+    "DenseProbe",
     "FlashPrefill",
     "FlexPrefill",
     "HeadPattern",
     "MInferenceHeads",
     "Pattern",
+    "Sections",
     "Triangle",
     "VerticalSlash",
     "XAttention",

@@ -80,6 +80,7 @@ def applied(
     method: str,
     *,
     starting_layer: int | None = None,
+    layers: str | None = None,
     n_init: int = 8,
     n_local: int = 512,
     last_n: int = 128,
@@ -98,6 +99,7 @@ def applied(
         model: any decoder-only transformers model that uses the attention interface.
         method: a name from ``METHODS``.
         starting_layer: first deep layer, from 0; None takes the published one, or half the depth.
+        layers: the deep layers instead, such as "5,7,10,15-35", or a file of probe results.
         n_init, n_local, last_n: the triangle's first keys, local window and last rows, in tokens.
         patterns: a JSON file of per-head budgets in MInference's format.
         gamma, tau, min_budget: FlexPrefill's share of attention, distance of query-aware heads, and least tokens.
@@ -111,6 +113,7 @@ def applied(
     """
     settings = Settings(
         starting_layer=starting_layer,
+        layers=layers,
         n_init=n_init,
         n_local=n_local,
         last_n=last_n,

@@ -35,7 +35,7 @@ FIGURES = {
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
 PARAMETERS = (
-    "starting_layer", "n_init", "n_local", "last_n", "patterns",
+    "starting_layer", "layers", "n_init", "n_local", "last_n", "patterns",
     "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
 )  # fmt: skip
 """What decides which pairs a method computes, and so what it keeps: the backend of dense attention does not."""
@@ -508,7 +508,7 @@ def _label(rows: list[Record]) -> None:
 def _parameters(row: Record, source: bool = False) -> str:
     given = {name: row[name] for name in PARAMETERS if row[name] not in (None, "")}
     origin = f" ({row['starting_layer_source']})" if source and row["starting_layer_source"] else ""
-    return ", ".join(f"{name} {value}{origin * (name == 'starting_layer')}" for name, value in given.items())
+    return ", ".join(f"{name} {value}{origin * (name in ('starting_layer', 'layers'))}" for name, value in given.items())
 
 
 def _cell(row: Record, text: Callable[[float], str]) -> str:

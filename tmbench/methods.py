@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmbench.errors import UserError
+from tmbench.layers import layers_text, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,11 @@ class Settings:
 
     starting_layer: int | None = None
     """First deep layer, counted from 0; None takes the published one, or half the model's depth."""
+    layers: str | None = None
+    """The deep layers in place of all from a first one on: a list such as "5,7,10,15-35", a file of probe results, or "auto"
+    for the newest probe of the model in ``results``."""
+    results: Path = Path("results")
+    """Where ``layers`` "auto" looks. It decides nothing else."""
     n_init: int = 8
     n_local: int = 512
     last_n: int = 128
@@ -84,6 +90,16 @@ class Settings:
     """FlashPrefill: how much of the heaviest key block's weight a block must have."""
 
     def __post_init__(self) -> None:
+        if self.starting_layer is not None and self.layers is not None:
+            raise UserError(
+                f"--starting-layer {self.starting_layer} and --layers {self.layers} both say where triangle attention is: "
+                "give one of them"
+            )
+        if self.layers is not None and self.layers.strip().isdecimal():
+            raise UserError(
+                f"--layers {self.layers} may mean one layer or all from there on: write "
+                f"{self.layers}-{self.layers} for one, or --starting-layer {self.layers}"
+            )
         for option in ("n_init", "n_local", "last_n"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option.replace('_', '-')} must be 0 or more, not {getattr(self, option)}")
@@ -137,7 +153,7 @@ class Plan:
     One that was left to tmbench, as the backend of dense attention may be, is not among them.
     """
     starting_layer_source: str = ""
-    """Where the starting layer comes from: "given", "published", "half the depth", or "" for methods without one."""
+    """Where the deep layers come from: "given", "published", "half the depth", "probe of ...", or "" for methods without."""
 
     def backends(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         """What will run the patterns on such tensors, as rows name it: pattern:backend, joined by "+".
@@ -161,12 +177,12 @@ class Method:
     shallow: PatternFor
     deep: PatternFor | None = None
     reads: tuple[str, ...] = ()
-    """The fields of Settings that change this method; ``starting_layer`` is implied by a deep pattern."""
+    """The fields of Settings that change this method; ``starting_layer`` and ``layers`` are implied by a deep pattern."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """All fields of Settings that change this method."""
-        return (("starting_layer",) if self.deep else ()) + self.reads
+        return (("starting_layer", "layers") if self.deep else ()) + self.reads
 
     @property
     def inline(self) -> tuple[str, ...]:
@@ -179,9 +195,16 @@ class Method:
         parameters: dict[str, int | float | str] = {}
         source = ""
         if self.deep is not None:
-            start, source = starting_layer(shape, settings)
-            patterns[start:] = self.deep(settings, shape)[start:]
-            parameters["starting_layer"] = start
+            layers, source = deep_layers(shape, settings)
+            deep = self.deep(settings, shape)
+            for layer in layers:
+                patterns[layer] = deep[layer]
+            start = shape.layers - len(layers)
+            # The same layers are the same measurement, however they were given.
+            if layers == tuple(range(start, shape.layers)):
+                parameters["starting_layer"] = start
+            else:
+                parameters["layers"] = layers_text(layers)
         for name in self.reads:
             value = budgets_name(settings.patterns) if name == "patterns" else getattr(settings, name)
             if value is not None:
@@ -192,6 +215,14 @@ class Method:
 def backends_name(backends: Iterable[str]) -> str:
     """How results name what ran: the "pattern:backend" texts, joined by "+"."""
     return "+".join(sorted(set(backends)))
+
+
+def deep_layers(shape: ModelShape, settings: Settings) -> tuple[tuple[int, ...], str]:
+    """The layers of a model of this shape that have the deep pattern, and where that choice comes from."""
+    if settings.layers is not None:
+        return resolve(settings.layers, shape.name, shape.layers, settings.results)
+    start, source = starting_layer(shape, settings)
+    return tuple(range(start, shape.layers)), source
 
 
 def starting_layer(shape: ModelShape, settings: Settings) -> tuple[int, str]:

@@ -58,12 +58,18 @@ def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> T
     return torch.tensor([_cut_to(ids, length)], device=loaded.device)
 
 
-def key_value_text(pairs: int, seed: int) -> str:
+def key_value_text(pairs: int, seed: int | str) -> str:
     """A JSON object of so many UUID pairs and a question for one of its values."""
+    return key_value(pairs, seed)[0]
+
+
+def key_value(pairs: int, seed: int | str) -> tuple[str, str]:
+    """A prompt as ``key_value_text`` makes it, and the value that it asks for."""
     draw = random.Random(seed)
     data = {str(uuid.UUID(int=draw.getrandbits(128))): str(uuid.UUID(int=draw.getrandbits(128))) for _ in range(pairs)}
     asked = draw.choice(list(data))
-    return f'Find a value in this JSON object.\n{json.dumps(data, indent=0)}\nThe value stored under "{asked}" is "'
+    text = f'Find a value in this JSON object.\n{json.dumps(data, indent=0)}\nThe value stored under "{asked}" is "'
+    return text, data[asked]
 
 
 def _pairs_for(length: int, tokenizer: PreTrainedTokenizerBase) -> int:

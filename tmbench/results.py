@@ -1,9 +1,9 @@
 """Result files: one CSV per device, command and method; every row complete in itself and written whole.
 
-``<root>/<device>/ttft/<method>.csv``, and likewise under ``ruler`` and ``agree``. A row is appended by one write to a file
-opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves whole
-rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from before a
-column was added is read with that column's default, and is given the column when a row is next appended to it.
+``<root>/<device>/<kind>/<method>.csv``, the kind being ttft, ruler, agree, probe or loss. A row is appended by one write to
+a file opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves
+whole rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from
+before a column was added is read with that column's default, and is given the column when a row is next appended to it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Row:
     seed: int
     starting_layer: int | None = None
     starting_layer_source: str = ""
+    """Where the choice of deep layers comes from, be it a first layer or a list."""
+    layers: str = ""
+    """The deep layers, such as 5,7,10,15-35, where they are not all from ``starting_layer`` on."""
     n_init: int | None = None
     n_local: int | None = None
     last_n: int | None = None
@@ -92,10 +95,10 @@ class Row:
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
         "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads", "dense_backend",
-        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
+        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers",
     )  # fmt: skip
     ADDED: ClassVar[tuple[str, ...]] = (
-        "dense_backend", "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
+        "dense_backend", "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers",
     )  # fmt: skip
     """Columns that files of the first release lack; each has a default."""
 
@@ -223,6 +226,96 @@ class AgreeRow(Row):
     """The JSONL file of choices, relative to the CSV's folder."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeRow(Row):
+    """How much three sections of one layer's attention matter to the first generated token: see ``tmbench.probe``.
+
+    ``<section>_<measure>`` is the mean over the section's pairs, the heads that the row is about, and the samples; empty for
+    a section without pairs. The measures are the derivatives of the true next token's logit by the attention logits and by
+    the attention probabilities, absolute and signed.
+    """
+
+    kind: ClassVar[str] = "probe"
+    extra_key: ClassVar[tuple[str, ...]] = ("task", "wording_hash", "layer", "head")
+
+    task: str
+    """What the prompts ask; several tasks are joined by "+"."""
+    samples: int
+    """Of each task."""
+    wording_hash: str
+    source: str
+    """What the prompts are made of."""
+    layer: int | None = None
+    """From 0; empty where the probe failed as a whole."""
+    head: int | None = None
+    """The query head, from 0; empty for the mean over all heads of the layer."""
+    streaming_logits: float | None = None
+    middle_logits: float | None = None
+    last_logits: float | None = None
+    streaming_logits_signed: float | None = None
+    middle_logits_signed: float | None = None
+    last_logits_signed: float | None = None
+    streaming_probabilities: float | None = None
+    middle_probabilities: float | None = None
+    last_probabilities: float | None = None
+    streaming_probabilities_signed: float | None = None
+    middle_probabilities_signed: float | None = None
+    last_probabilities_signed: float | None = None
+    kept_share: float | None = None
+    """Part of the causal pairs that are not in the middle section, which triangle attention computes."""
+    prompt_tokens_mean: float | None = None
+    probability_mean: float | None = None
+    """The model's probability of the true next token."""
+    answered: float | None = None
+    """The part of the samples in which the true next token is the likeliest."""
+    seconds_per_sample: float | None = None
+    peak_memory_bytes: int | None = None
+    """Device memory at its peak, model included; empty on the CPU."""
+    triangle: bool | None = None
+    """Whether the proposal gives the layer triangle attention; empty for single heads."""
+    proposal: str = ""
+    """What decided that: the rule, the budget and the derivative."""
+    lost_share: float | None = None
+    """The share of the middle sections' gradient that the proposal loses, over all layers."""
+    pairs_share: float | None = None
+    """The share of dense attention's pairs that the proposal computes, over all layers."""
+    sample_files: str = ""
+    """The JSONL files of the samples, relative to the CSV's folder, joined by "+"."""
+
+    @property
+    def probed(self) -> tuple[Any, ...]:
+        """The key without layer and head: what one probe's rows have in common."""
+        return tuple(getattr(self, name) for name in self.key_fields() if name not in ("layer", "head"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRow(Row):
+    """A method's negative log-likelihood inside of prompts and after them, in nats per token: see ``tmbench.loss``."""
+
+    kind: ClassVar[str] = "loss"
+    extra_key: ClassVar[tuple[str, ...]] = ("task", "wording_hash")
+
+    task: str
+    samples: int
+    wording_hash: str
+    source: str
+    nll_prompt: float | None = None
+    """Of the prompt's tokens but the first, each given those before it: mean over tokens, then over samples."""
+    nll_answer: float | None = None
+    """Of the answer's tokens, each given the prompt and those before it."""
+    nll_first: float | None = None
+    """Of the answer's first token alone."""
+    nll_prompt_vs_dense: float | None = None
+    """The mean difference to dense attention on the same samples; empty where dense has not read them."""
+    nll_answer_vs_dense: float | None = None
+    nll_first_vs_dense: float | None = None
+    prompt_tokens_mean: float | None = None
+    answer_tokens_mean: float | None = None
+    seconds_per_sample: float | None = None
+    sample_files: str = ""
+    """The JSONL file of the samples, relative to the CSV's folder."""
+
+
 def now() -> str:
     """The time as rows hold it: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -232,12 +325,17 @@ def csv_path(root: Path, row: type[Row], device: str, method: str) -> Path:
     return root / device / row.kind / f"{method}.csv"
 
 
-def append(root: Path, row: Row) -> Path:
-    """Append one row to its CSV, whole or not at all; raises UserError where the folder cannot be written."""
+def append(root: Path, *rows: Row) -> Path:
+    """Append rows of one kind, device and method to their CSV, all of them or none.
+
+    Raises UserError where the folder cannot be written.
+    """
+    row = rows[0]
     path = csv_path(root, type(row), row.device, row.method)
+    assert all(csv_path(root, type(other), other.device, other.method) == path for other in rows)
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _append_text(path, _line(row.columns()), _line_of(row), lambda: _upgrade(path, type(row)))
+        _append_text(path, _line(row.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, type(row)))
     return path
 
 

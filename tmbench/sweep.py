@@ -2,7 +2,7 @@
 
 A sweep is nothing but rows of TTFT and of RULER. What was measured before, by this command or by the two others, is not
 measured again, and the report makes of the rows what they say together. A variant is a ``Settings``, and which layers are
-deep is one axis, ``where``: subsets of layers, once a method takes them, are further values of it.
+deep is one axis, ``where``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def variants(
     """Every combination, each once; an axis without values is left at its default.
 
     Args:
-        where: which layers are deep, each as fields of Settings: ``{"starting_layer": 16}``.
+        where: which layers are deep, each as fields of Settings: ``{"starting_layer": 16}`` or ``{"layers": "auto"}``.
         own: what all variants have in common.
     """
     axes = {"n_init": n_init, "n_local": n_local, "last_n": last_n}

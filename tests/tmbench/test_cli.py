@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tmbench import cli, presets
-from tmbench.results import RulerRow, TtftRow, read_all
+from tmbench.results import ProbeRow, RulerRow, TtftRow, read_all
 
-COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "patterns", "report", "list", "env")
+COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
 # A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
 PROGRAM = [
     sys.executable,
@@ -251,6 +251,52 @@ def test_agree_to_report(tmbench):
     assert "Agreement with dense: tiny" in out
 
 
+SHORT_PROBE = ("probe", "--length", "700", "--samples", "1", "--device", "cpu", "--n-local", "64", "--last-n", "16")
+
+
+def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
+    code, out, err = tmbench(*SHORT_PROBE, "--plot", "plots/probe.png", "--accuracy-budget", "0.2")
+    assert code == 0, err
+    assert "Triangle layers under an accuracy budget 0.2" in out
+    assert "yes, for --layers auto" in out
+    assert Path("plots/probe.png").read_bytes().startswith(b"\x89PNG")
+    path = next(Path("results").glob("*/probe/dense.csv"))
+    proposed = [row.layer for row in read_all(Path("results"), ProbeRow) if row.triangle]
+    assert 0 < len(proposed) < 8
+
+    chosen = []
+    for layers in ("auto", str(path), ",".join(f"{layer}-{layer}" for layer in proposed)):
+        code, out, err = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", layers, "--overwrite", "--json")
+        assert code == 0, err
+        assert layers[:1].isdecimal() or "tri_mix: triangle attention in layers" in err
+        row = json.loads(out)[0]
+        chosen.append((row["layers"], row["starting_layer"]))
+    assert len(set(chosen)) == 1
+    assert len({row.key for row in read_all(Path("results"), TtftRow)}) == 1
+
+    code, out, err = tmbench(*SHORT_PROBE, "--time-budget", "0.9", "--rule", "depth", "--json")
+    assert code == 0, err
+    layers = [row["layer"] for row in json.loads(out) if row["triangle"]]
+    assert layers == list(range(8 - len(layers), 8))
+    code, out, _ = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", "auto", "--json")
+    assert json.loads(out)[0]["starting_layer"] == 8 - len(layers)
+    code, out, _ = tmbench("report", "--plots", "plots")
+    assert list(Path("plots").glob("probe-*-tiny-vt-700-*.png"))
+    assert "probe of vt at 700, depth, time budget 0.9, logits" in out
+
+
+def test_losses_of_methods(tmbench):
+    methods = ("--method", "dense", "--method", "tri_mix", "--layers", "2,5-7", "--n-local", "64", "--last-n", "16")
+    code, out, err = tmbench("probe", "--loss", *methods, "--length", "700", "--samples", "1", "--device", "cpu", "--json")
+    assert code == 0, err
+    dense, tri_mix = json.loads(out)
+    assert tri_mix["layers"] == "2,5-7"
+    assert tri_mix["nll_prompt_vs_dense"] == pytest.approx(tri_mix["nll_prompt"] - dense["nll_prompt"], abs=1e-6)
+    code, out, _ = tmbench("probe", "--loss", *methods, "--length", "700", "--samples", "1", "--device", "cpu")
+    assert code == 0
+    assert "Negative log-likelihood, nats a token: vt at 700 tokens, 1 samples" in out
+
+
 def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
@@ -292,6 +338,33 @@ def test_list_and_env(tmbench):
         (("ttft", "--device", "nonsense"), "--device nonsense cannot be used here"),
         (("ttft", "--repeats", "0"), "--repeats"),
         (("ttft", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
+        (("ttft", "--layers", "9"), "--starting-layer must be between 0 and 8"),
+        (("ttft", "--layers", "2,9"), "--layers 2,9: 9 is not within the layers 0 to 7 of this model"),
+        (
+            ("ttft", "--layers", "deep"),
+            "--layers deep is neither a list of layers, such as 5,7,10,15-35, nor auto nor a file",
+        ),
+        (("ttft", "--layers", "none.csv"), "none.csv cannot be read"),
+        (("ttft", "--layers", "auto"), "--layers auto finds no probe of tiny under results: run tmbench probe --model tiny"),
+        (
+            ("ttft", "--layers", "2,3", "--starting-layer", "4"),
+            "--layers and --starting-layer are one option, given 2 times",
+        ),
+        (("ttft", "--method", "dense", "--layers", "2,3"), "--layers changes none of dense: leave it out"),
+        (("ttft", "--method", "dense", "--starting-layer", "2"), "--starting-layer changes none of dense: leave it out"),
+        (("ruler", "--layers", "auto", "--offline"), "--layers auto finds no probe of tiny"),
+        (("probe", "--task", "niah"), "--task niah is unknown: choose from kv, random, niah_single_1"),
+        (("probe", "--length", "600"), "--length 600 leaves no pair between the first 8 keys, the window of 512"),
+        (("probe", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
+        (("probe", "--accuracy-budget", "2"), "--accuracy-budget is a share, from 0 to 1, not 2"),
+        (("probe", "--accuracy-budget", "0.1", "--time-budget", "0.5"), "exclude each other: give one of them"),
+        (("probe", "--time-budget", "0.1"), "--time-budget 0.1 is less than the 0.29"),
+        (("probe", "--method", "dense"), "--method needs --loss"),
+        (("probe", "--layers", "4"), "--layers needs --loss"),
+        (("probe", "--loss", "--plot", "a.png"), "--plot has no meaning with --loss: leave it out"),
+        (("probe", "--loss", "--rule", "depth"), "--rule has no meaning with --loss: leave it out"),
+        (("probe", "--dtype", "float16", "--device", "cpu"), "--dtype float16 cannot hold gradients as small as these"),
+        (("probe", "--model", "llama-3.1-8b"), "is a preset, a config without weights: add --weights random"),
         (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
         (("ttft", "--method", "dense", "--n-local", "4"), "--n-local changes none of dense: leave it out"),
         (("ttft", "--patterns", "none.json"), "--patterns: "),

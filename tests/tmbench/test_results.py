@@ -73,13 +73,19 @@ def test_the_newest_row_of_a_key_wins(tmp_path):
     assert read_all(tmp_path, RulerRow) == []
 
 
+def test_rows_are_written_together(tmp_path):
+    rows = [replace(ROW, length=length) for length in (1, 2, 3)]
+    path = append(tmp_path, *rows)
+    assert read(path, TtftRow) == rows
+
+
 def test_what_decides_the_key():
     assert replace(ROW, ttft_median_s=9.0, torch="2.14", repeats=9).key == ROW.key
     for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}, {"last_n": 0}):
         assert replace(ROW, **change).key != ROW.key
     for change in (
         {"dense_backend": "cudnn"}, {"gamma": 0.9}, {"tau": 0.0}, {"min_budget": 1}, {"stride": 8}, {"threshold": 0.9},
-        {"first_chunk": 0}, {"alpha": 0.1},
+        {"first_chunk": 0}, {"alpha": 0.1}, {"layers": "5,7"},
     ):  # fmt: skip
         assert replace(ROW, **change).key != ROW.key
 

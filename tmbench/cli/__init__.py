@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ruler_tasks.errors import RulerError
-from tmbench.cli import agree, info, patterns, report, ruler, sweep, ttft
+from tmbench.cli import agree, info, patterns, probe, report, ruler, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 
@@ -25,6 +25,7 @@ app.command("ruler-data")(ruler.ruler_data)
 app.command("agree")(agree.agree)
 app.command("sweep")(sweep.sweep)
 app.add_typer(patterns.app, name="patterns")
+app.command("probe")(probe.probe)
 app.command("report")(report.report)
 app.command("list")(info.list_)
 app.command("env")(info.env)

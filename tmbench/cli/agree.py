@@ -31,7 +31,7 @@ def agree(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    starting_layer: o.StartingLayerOption = None,
+    layers: o.LayersOption = None,
     n_init: o.NInitOption = None,
     n_local: o.NLocalOption = None,
     last_n: o.LastNOption = None,
@@ -50,7 +50,7 @@ def agree(
         methods.insert(0, "dense")
     settings = o.settings_for(
         methods,
-        starting_layer=starting_layer,
+        **o.deep_layers(layers),
         n_init=n_init,
         n_local=n_local,
         last_n=last_n,
@@ -68,7 +68,7 @@ def agree(
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
-    plans = sorted(o.plans_for(settings, loaded, lengths), key=lambda plan: plan.method != "dense")
+    plans = sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense")
     here = environment.current(loaded.device)
     job = AgreeJob(loaded, plans, lengths, here, output_dir, prompt, samples, new_tokens, seed, overwrite)
     job.check_lengths()

@@ -47,7 +47,7 @@ def list_() -> None:
     models.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
     screen.print(models)
 
-    layers = table("First triangle layer, unless --starting-layer gives one", "model", "layer")
+    layers = table("First triangle layer, unless --layers or --starting-layer says otherwise", "model", "layer")
     for known, layer in PUBLISHED_STARTING_LAYERS.items():
         layers.add_row(known, f"{layer}, as published")
     layers.add_row("any other", "half its depth")

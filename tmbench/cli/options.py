@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -80,12 +81,15 @@ WeightsOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
-StartingLayerOption = Annotated[
-    int | None,
+LayersOption = Annotated[
+    list[str] | None,
     typer.Option(
-        help="First triangle layer, from 0.", rich_help_panel=ATTENTION, show_default="published, else half the depth"
+        "--layers", "--starting-layer", metavar="LAYERS",
+        help="Layers with triangle attention, from 0: 16 (all from there on), 16-31, 5,7,10,15-35, none, random:4, a CSV of "
+        "tmbench probe, or auto for its newest result.",
+        rich_help_panel=ATTENTION, show_default="from the published one on, else from half the depth",
     ),
-]
+]  # fmt: skip
 NInitOption = Annotated[
     int | None, typer.Option(help="First keys that all queries see.", rich_help_panel=ATTENTION, show_default="8")
 ]
@@ -127,6 +131,20 @@ DryRunOption = Annotated[
 ]
 
 
+def deep_layers(given: list[str] | None) -> dict[str, Any]:
+    """What ``--layers`` and ``--starting-layer``, two names of one option, say, as fields of Settings.
+
+    Raises UserError where more than one of them was given.
+    """
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise UserError(f"--layers and --starting-layer are one option, given {len(given)} times: give it once")
+    text = given[0].strip()
+    first = text.removeprefix("-")
+    return {"starting_layer": int(text)} if first.isdecimal() else {"layers": text}
+
+
 def settings_for(methods: list[str], **options: Any) -> dict[str, Settings]:
     """Each method's parameters, by its name: from what follows the name, and from options named as fields of Settings.
 
@@ -151,8 +169,13 @@ def settings_for(methods: list[str], **options: Any) -> dict[str, Settings]:
     return settings
 
 
-def plans_for(settings: Mapping[str, Settings], loaded: LoadedModel, lengths: list[int]) -> list[Plan]:
-    """One plan per method for this model, each checked against the model once, before anything is measured."""
+def plans_for(
+    settings: Mapping[str, Settings], loaded: LoadedModel, lengths: list[int], results: Path = RESULTS
+) -> list[Plan]:
+    """One plan per method for this model, each checked against the model once, before anything is measured.
+
+    ``results`` is where ``--layers auto`` looks for a probe.
+    """
     from tmbench.attention import attention_modules
     from tmbench.cli.screen import say
 
@@ -160,12 +183,16 @@ def plans_for(settings: Mapping[str, Settings], loaded: LoadedModel, lengths: li
     for name in dict.fromkeys(own.dense_backend for own in settings.values()):
         if name is not None:
             _check_dense_backend(name, loaded, lengths)
-    plans = [get_method(name).plan(ModelShape.of(loaded.model), own) for name, own in settings.items()]
+    shape = replace(ModelShape.of(loaded.model), name=loaded.name)
+    plans = [get_method(name).plan(shape, replace(own, results=results)) for name, own in settings.items()]
     for plan in plans:
+        if plan.starting_layer_source.startswith("probe"):
+            chosen = plan.parameters.get("layers", f"from {plan.parameters.get('starting_layer')} on")
+            say(f"{plan.method}: triangle attention in layers {chosen}, by the {plan.starting_layer_source}")
         if plan.starting_layer_source == "half the depth":
             say(
                 f"{plan.method}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
-                f"its depth, layer {plan.parameters['starting_layer']}; --starting-layer chooses another"
+                f"its depth, layer {plan.parameters['starting_layer']}; --layers chooses others, tmbench probe proposes some"
             )
     return plans
 

@@ -36,9 +36,10 @@ def report(
     text = {"md": built.markdown, "csv": built.csv, "json": built.json}[form]()
     if plots is not None:
         from tmbench.plots import draw
+        from tmbench.probe_plot import draw_all
 
         with writable(plots):
-            for path in draw(built, plots):
+            for path in (*draw(built, plots), *draw_all(results, plots)):
                 say(f"drew {path}")
     if output is not None:
         with writable(output):

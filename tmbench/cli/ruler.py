@@ -59,7 +59,7 @@ def ruler(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    starting_layer: o.StartingLayerOption = None,
+    layers: o.LayersOption = None,
     n_init: o.NInitOption = None,
     n_local: o.NLocalOption = None,
     last_n: o.LastNOption = None,
@@ -86,7 +86,7 @@ def ruler(
     methods = list(method or DEFAULT_METHODS)
     settings = o.settings_for(
         methods,
-        starting_layer=starting_layer,
+        **o.deep_layers(layers),
         n_init=n_init,
         n_local=n_local,
         last_n=last_n,
@@ -115,7 +115,7 @@ def ruler(
     job = RulerJob(
         loaded=loaded,
         tokenizer=tokenizer,
-        plans=o.plans_for(settings, loaded, lengths),
+        plans=o.plans_for(settings, loaded, lengths, output_dir),
         lengths=lengths,
         tasks=tasks,
         samples=samples,

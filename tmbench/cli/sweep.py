@@ -21,12 +21,15 @@ def sweep(
     method: Annotated[
         str, typer.Option(help="A method with a triangle; parameters may follow its name.", rich_help_panel=o.MEASURED)
     ] = "tri_mix",
-    starting_layer: Annotated[
-        list[int] | None,
+    layers: Annotated[
+        list[str] | None,
         typer.Option(
-            help="First triangle layer, from 0; repeat for several.",
+            "--layers",
+            "--starting-layer",
+            metavar="LAYERS",
+            help="Layers with triangle attention, as tmbench ttft takes them; random:4 draws four. Repeat for several.",
             rich_help_panel=o.ATTENTION,
-            show_default="published, else half the depth",
+            show_default="from the published one on, else from half the depth",
         ),
     ] = None,
     n_init: Annotated[
@@ -81,7 +84,7 @@ def sweep(
     from tmbench.ttft import TtftJob
 
     chosen, own = swept_method(method)
-    where = [{"starting_layer": layer} for layer in starting_layer or ()]
+    where = [o.deep_layers([text]) | {"results": output_dir} for text in layers or ()]
     settings = variants(where, n_init or (), n_local or (), last_n or (), own)
     tasks = r.tasks_for(task)
     models.check_has_tokenizer(model, "RULER")
@@ -118,7 +121,7 @@ def sweep(
     for tokens in lengths:
         if len(job.plans(tokens)) < 3:
             raise UserError(
-                "a sweep needs at least two variants: give --starting-layer, --n-init, --n-local or --last-n several times"
+                "a sweep needs at least two variants: give --layers, --n-init, --n-local or --last-n several times"
             )
     deep = job.plans(lengths[0])[1]
     if deep.starting_layer_source == "half the depth":

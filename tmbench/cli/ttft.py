@@ -40,7 +40,7 @@ def ttft(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     compiled: o.CompileOption = None,
-    starting_layer: o.StartingLayerOption = None,
+    layers: o.LayersOption = None,
     n_init: o.NInitOption = None,
     n_local: o.NLocalOption = None,
     last_n: o.LastNOption = None,
@@ -58,7 +58,7 @@ def ttft(
     methods = list(method or DEFAULT_METHODS)
     settings = o.settings_for(
         methods,
-        starting_layer=starting_layer,
+        **o.deep_layers(layers),
         n_init=n_init,
         n_local=n_local,
         last_n=last_n,
@@ -77,7 +77,7 @@ def ttft(
     check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
-    plans = o.plans_for(settings, loaded, lengths)
+    plans = o.plans_for(settings, loaded, lengths, output_dir)
     prefill = fast.kind_for(loaded.model, compiled=fast.compiles(loaded.device, compiled))
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
     if dry_run:

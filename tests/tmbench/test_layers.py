@@ -1,0 +1,202 @@
+"""Lists of layers, proposals whose answer is known, and the files that --layers reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tmbench.errors import UserError
+from tmbench.layers import ACCURACY_BUDGET, Budget, layers_text, parse_layers, propose, resolve
+from tmbench.methods import ModelShape, Settings, get_method
+from tmbench.results import ProbeRow, append
+from tmbench_kernels import Dense, Triangle
+
+PUBLISHED = [
+    0.32, 0.54, 0.89, 0.29, 0.73, 0.82, 0.74, 0.94, 1.20, 0.77, 0.93, 1.08, 0.50, 1.18, 0.41, 0.35,
+    0.19, 0.13, 0.08, 0.14, 0.08, 0.04, 0.04, 0.04, 0.03, 0.03, 0.05, 0.06, 0.03, 0.03, 0.02, 0.00,
+]  # fmt: skip
+"""Read off the figure that MInference's repository has of TriangleMix's gradients (drop.jpg), in 1e-5, to 0.03."""
+ROW = ProbeRow(
+    time="2026-01-01T00:00:00+00:00", device="some-gpu", method="dense", model="a/model", weights="checkpoint",
+    dtype="bfloat16", length=4096, seed=42, threads=2, device_name="Some GPU", tmbench="0.1.0", python="3.12",
+    torch="2.13.0", transformers="5.24.0", environment="abc", task="vt", samples=4, wording_hash="", source="noise",
+    proposal="rank, accuracy budget 0.1, logits",
+)  # fmt: skip
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_a_list_of_layers_is_what_its_text_says(layers):
+    assert parse_layers(layers_text(layers), 41) == tuple(sorted(layers))
+
+
+def test_texts_of_layers():
+    assert layers_text([35, 5, 7, 10, *range(15, 35)]) == "5,7,10,15-35"
+    assert (layers_text([]), layers_text([7]), layers_text([1, 2])) == ("none", "7-7", "1-2")
+    assert parse_layers(" 5, 7 ,2-3", 8) == (2, 3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("5,,7", "5,,7 is neither a list of layers, such as 5,7,10,15-35, nor auto nor a file"),
+        ("deep", "deep is neither a list"),
+        ("3-", "3- is neither a list"),
+        ("-3", "-3 is neither a list"),
+        ("1,7-9", "7-9 is not within the layers 0 to 7"),
+        ("5-3", "5-3 is not within"),
+    ],
+)
+def test_what_is_no_list_is_refused(text, words):
+    with pytest.raises(UserError, match=f"--layers {text}.*{words}|--layers {words}"):
+        parse_layers(text, 8)
+
+
+@pytest.mark.parametrize("rule", ["rank", "depth"])
+def test_the_default_budget_gives_the_published_cut_for_the_published_gradients(rule):
+    found = propose(PUBLISHED, 0.1, Budget(ACCURACY_BUDGET), rule)
+    assert found.layers == tuple(range(16, 32))
+    assert found.lost == pytest.approx(0.99 / 12.68)
+    assert found.pairs == pytest.approx(0.55)
+
+
+def test_rank_and_depth_differ_where_a_deep_layer_matters():
+    middle = [5.0, 0.0, 3.0, 0.0, 2.0, 0.0]
+    assert propose(middle, 0.2, Budget(0.0), "rank").layers == (1, 3, 5)
+    assert propose(middle, 0.2, Budget(0.0), "depth").layers == (5,)
+    assert propose(middle, 0.2, Budget(0.2), "rank").layers == (1, 3, 4, 5)
+    assert propose(middle, 0.2, Budget(1.0), "depth").layers == tuple(range(6))
+    assert propose([1.0, 2.0], 0.2, Budget(0.1), "rank").layers == ()
+
+
+def test_a_time_budget_takes_as_few_layers_as_it_needs():
+    middle = [5.0, 1.0, 3.0, 0.0]
+    for share, layers in ((1.0, ()), (0.99, (3,)), (0.8, (3,)), (0.79, (1, 3)), (0.4, (1, 2, 3)), (0.2, (0, 1, 2, 3))):
+        found = propose(middle, 0.2, Budget(time=share), "rank")
+        assert found.layers == layers
+        assert found.pairs <= share + 1e-9
+    assert propose(middle, 0.2, Budget(time=0.6), "depth").layers == (2, 3)
+    with pytest.raises(UserError, match="--time-budget 0.19 is less than the 0.2 that triangle attention in all 4 layers"):
+        propose(middle, 0.2, Budget(time=0.19), "rank")
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12).filter(any), st.floats(0, 1), st.floats(0.1, 0.9))
+def test_no_subset_of_a_proposals_size_loses_less_than_by_rank(middle, share, kept):
+    budget = Budget(share)
+    rank, depth = (propose(middle, kept, budget, rule) for rule in ("rank", "depth"))
+    assert rank.lost <= share + 1e-9
+    assert depth.lost <= share + 1e-9
+    assert len(rank.layers) >= len(depth.layers)
+    assert rank.lost == pytest.approx(sum(sorted(middle)[: len(rank.layers)]) / sum(middle))
+    assert depth.layers == tuple(range(len(middle) - len(depth.layers), len(middle)))
+
+
+@pytest.mark.parametrize("middle", [[0.0, 0.0], [float("nan"), 1.0], [-1.0, 2.0], [float("inf"), 1.0]])
+def test_gradients_that_say_nothing_propose_nothing(middle):
+    with pytest.raises(ValueError, match="finite, not negative, and not all zero"):
+        propose(middle, 0.2, Budget(0.1), "rank")
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ((0.1, 0.5), "--accuracy-budget and --time-budget exclude each other"),
+        ((-0.1, None), "--accuracy-budget is a share, from 0 to 1, not -0.1"),
+        ((None, 1.5), "--time-budget is a share, from 0 to 1, not 1.5"),
+        ((float("nan"), None), "--accuracy-budget is a share"),
+    ],
+)
+def test_budgets_are_shares(budget, words):
+    with pytest.raises(UserError, match=words):
+        Budget(*budget)
+
+
+def store(root, layers, count=8, **changes):
+    row = replace(ROW, **changes)
+    heads = [replace(row, layer=layer, head=0, proposal="") for layer in range(count)]
+    return append(root, *(replace(row, layer=layer, triangle=layer in layers) for layer in range(count)), *heads)
+
+
+def test_auto_takes_the_newest_probe_of_the_model(tmp_path):
+    store(tmp_path, {1, 5})
+    path = store(tmp_path, {2, 3}, time="2026-01-02T00:00:00+00:00", length=8192)
+    assert resolve("auto", "a/model", 8, tmp_path) == ((2, 3), "probe of vt at 8192, rank, accuracy budget 0.1, logits")
+    store(tmp_path, {7}, model="other/model", time="2026-01-03T00:00:00+00:00")
+    assert resolve("auto", "a/model", 8, tmp_path)[0] == (2, 3)
+    assert resolve(str(path), "other/model", 8, tmp_path / "elsewhere")[0] == (7,)
+    store(tmp_path, {1, 5, 6}, device="a-cpu", time="2026-01-03T00:00:00+00:00")
+    assert resolve("auto", "a/model", 8, tmp_path)[0] == (1, 5, 6)
+    # The same probe again, under another budget and within the second.
+    store(tmp_path, set(), device="a-cpu", time="2026-01-03T00:00:00+00:00", proposal="depth, accuracy budget 0, logits")
+    assert resolve("auto", "a/model", 8, tmp_path)[0] == ()
+
+
+def test_what_holds_no_proposal_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(
+        UserError, match="--layers auto finds no probe of a/model under .*: run tmbench probe --model a/model"
+    ):
+        resolve("auto", "a/model", 8, tmp_path)
+    path = store(tmp_path, {1})
+    with pytest.raises(UserError, match="dense.csv holds no probe of b/model: run tmbench probe --model b/model first"):
+        resolve(str(path), "b/model", 8, tmp_path)
+    with pytest.raises(UserError, match="is of 8 layers, but the model has 9"):
+        resolve("auto", "a/model", 9, tmp_path)
+    with pytest.raises(UserError, match="none.csv cannot be read: No such file"):
+        resolve(str(tmp_path / "none.csv"), "a/model", 8, tmp_path)
+    store(tmp_path, {1}, model="b/model", status="out_of_memory")
+    with pytest.raises(UserError, match="finds no probe of b/model"):
+        resolve("auto", "b/model", 8, tmp_path)
+
+
+SHAPE = ModelShape("a/model", layers=8, heads=4)
+
+
+def plan(**settings):
+    return get_method("tri_mix").plan(SHAPE, Settings(**settings))
+
+
+def test_a_plan_has_the_deep_pattern_in_exactly_these_layers():
+    made = plan(layers="1,5-6")
+    assert [type(pattern) for pattern in made.patterns] == [
+        Triangle if layer in (1, 5, 6) else Dense for layer in range(8)
+    ]  # fmt: skip
+    assert made.parameters == {"layers": "1,5-6", "n_init": 8, "n_local": 512, "last_n": 128}
+    assert made.starting_layer_source == "given"
+    mixed = get_method("tri_mix_minference").plan(SHAPE, Settings(layers="0-2"))
+    assert [pattern.name for pattern in mixed.patterns] == ["triangle"] * 3 + ["vertical_slash"] * 5
+
+
+def test_the_same_layers_are_the_same_measurement():
+    assert plan(layers="5-7") == plan(starting_layer=5)
+    assert plan(layers="none") == plan(starting_layer=8)
+    assert plan(layers="0-7") == plan(starting_layer=0)
+    assert plan(layers="7-7") == plan(starting_layer=7)
+
+
+def test_a_plan_names_the_probe_that_it_follows(tmp_path):
+    store(tmp_path, {1, 5})
+    made = plan(layers="auto", results=tmp_path)
+    assert made.parameters["layers"] == "1,5"
+    assert made.starting_layer_source.startswith("probe of vt at 4096")
+
+
+def test_one_choice_of_layers_is_enough():
+    with pytest.raises(UserError, match="--starting-layer 3 and --layers 2,5 both say where .*: give one"):
+        Settings(starting_layer=3, layers="2,5")
+    with pytest.raises(UserError, match="--layers 7 may mean one layer or all from there on: write 7-7 for one"):
+        Settings(layers="7")
+
+
+def test_layers_drawn_by_lot(tmp_path):
+    drawn = resolve("random:4", "tiny", 8, tmp_path)
+    assert drawn == resolve("random:4:0", "tiny", 8, tmp_path)
+    assert drawn[1] == "random"
+    assert len(set(drawn[0])) == 4
+    assert set(drawn[0]) <= set(range(8))
+    assert len({resolve(f"random:4:{seed}", "tiny", 8, tmp_path)[0] for seed in range(9)}) > 3
+    assert resolve("random:8", "tiny", 8, tmp_path)[0] == tuple(range(8))
+    for text, words in (("random:9", "asks for 9 of 8"), ("random:", "must say how many"), ("random:4:x", "must say how")):
+        with pytest.raises(UserError, match=words):
+            resolve(text, "tiny", 8, tmp_path)

@@ -1,0 +1,138 @@
+"""Losses against the plain model's own logits, whole and under the method's mask; rows, differences and resumed runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+
+from tmbench import environment, loss
+from tmbench.layers import layers_text
+from tmbench.loss import LossJob, losses, run
+from tmbench.methods import ModelShape, Settings, get_method
+from tmbench.models import LoadedModel
+from tmbench.results import LossRow, read_all
+from tmbench_kernels import Triangle
+
+WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
+ANSWER = [5, 17, 5, 80]
+
+
+def plan_of(model, name, **settings):
+    return get_method(name).plan(ModelShape.of(model), Settings(**settings))
+
+
+def whole(model, ids, answer, mask=None):
+    """Losses of all tokens from one pass over prompt and answer."""
+    together = torch.cat([ids, torch.tensor([answer])], 1)
+    with torch.no_grad():
+        logits = model(together, attention_mask=mask, use_cache=False).logits[0, :-1]
+    values = F.cross_entropy(logits, together[0, 1:], reduction="none")
+    return values[: ids.shape[1] - 1], values[ids.shape[1] - 1 :]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("granite", {"logits_scaling": 3.0}), ("gpt_neox", {"num_key_value_heads": 4})]
+)
+def test_dense_losses_are_the_plain_models(family, changes, chunk, make_model, prompt, monkeypatch):
+    """Granite divides its logits behind the head: the model's own forward must make them."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * 97)
+    model, ids = make_model(family, **changes), prompt(40)
+    of_prompt, of_answer, backends = losses(model, plan_of(model, "dense"), ids, ANSWER)
+    expected = whole(model, ids, ANSWER)
+    torch.testing.assert_close((of_prompt, of_answer), expected, rtol=1e-4, atol=1e-4)
+    assert backends == "dense:sdpa"
+    assert not [m for m in model.modules() if "forward" in vars(m) or m._forward_hooks]
+
+
+def test_a_methods_losses_are_those_under_its_mask(make_model, prompt):
+    """Rows of the prompt have the method's mask, rows of the answer see everything."""
+    model, ids = make_model("llama"), prompt(41)
+    mask = torch.ones(45, 45, dtype=torch.bool).tril()
+    x = torch.empty(1, 4, 41, 16)
+    mask[:41, :41] = Triangle(**WINDOW).mask(x, x)[0, 0]
+    plan = plan_of(model, "tri_mix", starting_layer=0, **WINDOW)
+    of_prompt, of_answer, _ = losses(model, plan, ids, ANSWER)
+    expected = whole(model, ids, ANSWER, mask[None, None])
+    torch.testing.assert_close((of_prompt, of_answer), expected, rtol=1e-4, atol=1e-4)
+    dense = whole(model, ids, ANSWER)
+    assert (of_prompt - dense[0]).abs().max() > 0.1
+    assert (of_answer - dense[1]).abs().max() > 0.01
+
+
+def test_what_the_model_generates_it_finds_likely(make_model, prompt):
+    model, ids = make_model("llama"), prompt(30)
+    config = GenerationConfig(do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
+    own = model.generate(ids, generation_config=config)[0, 30:].tolist()
+    plan = plan_of(model, "dense")
+    assert (losses(model, plan, ids, own)[1] < torch.log(torch.tensor(97.0))).all()
+
+
+@pytest.fixture
+def job(make_model, tmp_path):
+    model = make_model("llama")
+    loaded = LoadedModel("small", model, None, "random", "")
+    here = environment.current(loaded.device)
+
+    def make(**changes):
+        plans = [plan_of(model, "tri_mix", layers=layers_text([0, 2]), **WINDOW), plan_of(model, "dense")]
+        about = {"lengths": [40], "tasks": ["random"], "samples": 2, "plans": plans}
+        return LossJob(loaded=loaded, environment=here, root=tmp_path, **(about | changes))
+
+    return make
+
+
+def rows_of(steps):
+    return {step.row.method: step.row for step in steps if step.row is not None}
+
+
+def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
+    rows = rows_of(run(job()))
+    assert list(rows) == ["dense", "tri_mix"], "dense first, whatever was asked for"
+    dense, tri_mix = rows["dense"], rows["tri_mix"]
+    for name in ("nll_prompt", "nll_answer", "nll_first"):
+        assert getattr(tri_mix, f"{name}_vs_dense") == pytest.approx(getattr(tri_mix, name) - getattr(dense, name), abs=1e-6)
+        assert getattr(dense, f"{name}_vs_dense") is None
+    assert abs(tri_mix.nll_prompt_vs_dense) > 0.01
+    assert (tri_mix.layers, tri_mix.starting_layer, tri_mix.backends) == ("0,2", None, "dense:sdpa+triangle:torch-banded")
+    assert (dense.samples, dense.prompt_tokens_mean, dense.answer_tokens_mean) == (2, 39, 1)
+    assert {row.method: row for row in read_all(tmp_path, LossRow)} == rows
+    alone = rows_of(run(job(plans=job().plans[:1], seed=7)))
+    assert alone["tri_mix"].nll_prompt_vs_dense is None
+
+
+def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
+    sample, asked = loss._sample, []
+
+    def measure(job, plan, question):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append((plan.method, question.index))
+        return sample(job, plan, question)
+
+    monkeypatch.setattr(loss, "_sample", measure)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job()))
+    del asked[0]
+    rows = rows_of(run(job()))
+    assert asked == [("dense", 1), ("tri_mix", 0), ("tri_mix", 1)]
+    lines = [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")]
+    monkeypatch.setattr(loss, "_sample", sample)
+    assert rows_of(run(job())).keys() == rows.keys()
+    assert [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")] == lines == [2, 2]
+
+
+def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
+    sample = loss._sample
+
+    def measure(job, plan, question):
+        if plan.method == "dense":
+            raise MemoryError
+        return sample(job, plan, question)
+
+    monkeypatch.setattr(loss, "_sample", measure)
+    rows = rows_of(run(job()))
+    assert (rows["dense"].status, rows["dense"].nll_prompt) == ("out_of_memory", None)
+    assert (rows["tri_mix"].status, rows["tri_mix"].nll_prompt_vs_dense) == ("ok", None)

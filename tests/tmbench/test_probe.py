@@ -1,0 +1,324 @@
+"""The probe against autograd over whole matrices, against finite differences, and on models whose answer is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from tmbench import applied, environment, probe
+from tmbench.errors import UnsupportedModelError, UserError
+from tmbench.layers import Budget
+from tmbench.methods import Settings
+from tmbench.models import LoadedModel
+from tmbench.probe import ProbeJob, gradients, run
+from tmbench.probe_plot import draw, draw_all
+from tmbench.questions import questions
+from tmbench.results import ProbeRow, read_all
+from tmbench_kernels import MEASURES, SECTIONS, Sections, section_gradients
+
+SMALL = Sections(3, 7, 5)
+TARGET = 11
+LOGITS = MEASURES.index("logits")
+
+
+@pytest.fixture
+def matrices():
+    """Attention of transformers' models by plain matrices: ``kept[layer] = (logits, probabilities)``, ``added[layer]``."""
+    kept, added = {}, {}
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        logits = logits + added.get(module.layer_idx, 0)
+        later = ~torch.ones(length, length, dtype=torch.bool).tril()
+        logits = logits.masked_fill(later, -torch.inf)
+        p = logits.softmax(-1)
+        if logits.requires_grad:
+            logits.retain_grad()
+            p.retain_grad()
+        kept[module.layer_idx] = logits, p
+        return (p @ value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("by-matrices", attend)
+    AttentionMaskInterface.register("by-matrices", sdpa_mask)
+    return kept, added
+
+
+def logit(model, ids):
+    return model(ids, use_cache=False).logits[0, -1, TARGET]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("qwen3", {"num_key_value_heads": 1}), ("granite", {"attention_multiplier": 0.3, "logits_scaling": 3.0}),
+     ("gpt_neox", {"num_key_value_heads": 4})],
+)  # fmt: skip
+def test_means_are_those_of_autograd_over_whole_matrices(family, changes, make_model, prompt, matrices):
+    kept, _ = matrices
+    model, ids = make_model(family, **changes), prompt(43)
+    found, backends = gradients(model, ids, TARGET, SMALL)
+    assert backends == "dense:sdpa"
+    model.set_attn_implementation("by-matrices")
+    z = logit(model, ids)
+    z.backward()
+    labels = SMALL.labels(43)
+    expected = torch.empty_like(found.means)
+    for layer, (logits, p) in kept.items():
+        for n, values in enumerate((logits.grad.abs(), logits.grad, p.grad.abs(), p.grad)):
+            for s in range(len(SECTIONS)):
+                expected[layer, :, s, n] = values[0][:, labels == s].double().mean(-1)
+    assert expected[:, :, :, LOGITS].max() > 1e-4, "the test must see gradients"
+    torch.testing.assert_close(found.means, expected, rtol=2e-3, atol=1e-6)
+    assert found.probability == pytest.approx(float(model(ids).logits[0, -1].softmax(-1)[TARGET].detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [30, 41])
+def test_signed_means_are_finite_differences(length, make_model, prompt, matrices):
+    """What is added to all logits of a section moves the answer's logit by the sum of its gradients.
+
+    The norms of most families compute in float32 whatever the model's type; these do not.
+    """
+    _, added = matrices
+    model, ids, step = make_model("stablelm").double(), prompt(length), 1e-4
+    means = gradients(model, ids, TARGET, SMALL)[0].means[:, :, :, MEASURES.index("logits_signed")]
+    model.set_attn_implementation("by-matrices")
+    labels = SMALL.labels(length)
+    for layer, head in ((0, 0), (1, 3), (2, 1), (3, 2)):
+        for s, pairs in enumerate(SMALL.pairs(length)):
+            ends = []
+            for sign in (1, -1):
+                added.clear()
+                added[layer] = torch.zeros(4, length, length, dtype=torch.float64)
+                added[layer][head][labels == s] = sign * step
+                with torch.no_grad():
+                    ends.append(float(logit(model, ids)))
+            assert float(means[layer, head, s]) * pairs == pytest.approx(
+                (ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-8
+            )
+
+
+def propose_for(model, ids, budget=0.0, rule="rank"):
+    job = ProbeJob(*[None] * 6, Budget(budget), rule=rule)
+    return probe.proposed(gradients(model, ids, TARGET, SMALL)[0].means.mean(1), 0.5, job).layers
+
+
+def last_logits(model, ids, layers):
+    with torch.no_grad(), applied(model, "tri_mix", layers=layers, n_init=3, n_local=7, last_n=5):
+        return model(ids).logits[0, -1]
+
+
+def test_a_layer_whose_attention_leads_nowhere_is_proposed(make_model, prompt):
+    """Layer 1 writes nothing, and of the last layer only the last row is read: leaving their middle out changes nothing."""
+    model, ids = make_model("llama"), prompt(50)
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
+    assert propose_for(model, ids) == (1, 3)
+    assert propose_for(model, ids, rule="depth") == (3,)
+    dense = last_logits(model, ids, "none")
+    torch.testing.assert_close(last_logits(model, ids, "1,3"), dense, rtol=1e-4, atol=1e-4)
+    for used in ("0-0", "2-2"):
+        assert (last_logits(model, ids, used) - dense).abs().max() > 0.01
+
+
+def test_the_middle_is_unused_where_no_later_layer_mixes_positions(make_model, prompt):
+    """Layers 2 and 3 attend to nothing, so the last row of layer 1 is all that is read of it: its middle is unused alone."""
+    model, ids = make_model("llama"), prompt(50)
+    for layer in (2, 3):
+        torch.nn.init.zeros_(model.model.layers[layer].self_attn.v_proj.weight)
+    means = gradients(model, ids, TARGET, SMALL)[0].means[:, :, :, LOGITS].mean(1)
+    assert (means[1:, SECTIONS.index("middle")] == 0).all()
+    assert (means[:2, SECTIONS.index("last")] > 0).all()
+    assert means[0, SECTIONS.index("middle")] > 0
+    assert propose_for(model, ids) == propose_for(model, ids, rule="depth") == (1, 2, 3)
+    dense = last_logits(model, ids, "none")
+    torch.testing.assert_close(last_logits(model, ids, "1-3"), dense, rtol=1e-4, atol=1e-4)
+    assert (last_logits(model, ids, "0-0") - dense).abs().max() > 0.01
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operator yielded."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // max(1, x.element_size()))
+        return out
+
+
+def test_memory_is_linear_in_the_length(make_model, prompt, monkeypatch):
+    monkeypatch.setitem(section_gradients._BLOCK_ELEMENTS, "cpu", 2**14)
+    model = make_model("llama", max_position_embeddings=4096)
+    largest = []
+    for length in (400, 800):
+        with Largest() as watch:
+            gradients(model, prompt(length), TARGET, SMALL)
+        largest.append(watch.elements)
+    assert largest[1] <= 2 * largest[0]
+    assert largest[1] < 800 * 800 // 4
+
+
+def test_nothing_is_left_on_the_model(make_model, prompt, monkeypatch):
+    model, ids = make_model("llama"), prompt(20)
+    frozen = model.model.norm.weight.requires_grad_(False)
+    before = model(ids).logits
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("stop")
+
+    gradients(model, ids, TARGET, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("tmbench_kernels.section_gradients.section_gradients", refuse)
+        with pytest.raises(RuntimeError, match="stop"):
+            gradients(model, ids, TARGET, SMALL)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert not [m for m in model.modules() if "forward" in vars(m) or m._forward_hooks or "_tmbench_slot" in vars(m)]
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_models_are_refused_as_elsewhere(make_model, prompt):
+    with pytest.raises(UnsupportedModelError, match="layer 0 of MistralForCausalLM has a sliding window of 16"):
+        gradients(make_model("mistral", sliding_window=16), prompt(9), TARGET, SMALL)
+
+
+@pytest.fixture
+def job(make_model, tmp_path):
+    """``job(**changes)``: two samples of 40 random tokens."""
+    loaded = LoadedModel("small", make_model("llama"), None, "random", "")
+    here = environment.current(loaded.device)
+
+    def make(**changes):
+        about = {"lengths": [40], "tasks": ["random"], "samples": 2, "budget": Budget(0.3), "settings": Settings(n_init=3,
+                 n_local=7, last_n=5)}  # fmt: skip
+        return ProbeJob(loaded=loaded, environment=here, root=tmp_path, **(about | changes))
+
+    return make
+
+
+def rows_of(steps):
+    return [row for step in steps for row in step.rows]
+
+
+def test_rows_are_means_over_samples_and_heads(job, tmp_path):
+    measured = job()
+    rows = rows_of(run(measured))
+    assert [(row.layer, row.head) for row in rows] == [(layer, head) for layer in range(4) for head in (None, *range(4))]
+    assert read_all(tmp_path, ProbeRow) == rows
+    asked = list(questions("random", 40, 2, measured.loaded, 42))
+    ids = [torch.tensor([question.prompt]) for question in asked]
+    found = [gradients(measured.loaded.model, x, q.answer[0], SMALL)[0].means for x, q in zip(ids, asked, strict=True)]
+    means = torch.stack(found).mean(0)
+    for row in rows:
+        own = means[row.layer].mean(0) if row.head is None else means[row.layer, row.head]
+        for s, section in enumerate(SECTIONS):
+            for n, measure in enumerate(MEASURES):
+                assert getattr(row, f"{section}_{measure}") == pytest.approx(float(own[s, n]), rel=1e-4, abs=1e-9)
+    assert (rows[0].samples, rows[0].prompt_tokens_mean, rows[0].n_local, rows[0].status) == (2, 39, 7, "ok")
+    assert rows[15].triangle
+    assert rows[1].triangle is None
+    assert rows[0].lost_share <= 0.3
+
+
+def test_a_killed_probe_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
+    sample, asked = probe._sample, []
+
+    def stop_at(last):
+        def measure(job, question):
+            if question.index == last:
+                raise KeyboardInterrupt
+            asked.append(question.index)
+            return sample(job, question)
+
+        monkeypatch.setattr(probe, "_sample", measure)
+
+    stop_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job()))
+    assert read_all(tmp_path, ProbeRow) == []
+    stop_at(None)
+    rows = rows_of(run(job()))
+    more = rows_of(run(job(samples=3)))
+    assert asked == [0, 1, 2]
+    assert {row.samples for row in more} == {3}
+    lines = next(tmp_path.glob("*/probe/dense.csv")).read_text().count("\n")
+    rows_of(run(job(samples=3)))
+    assert next(tmp_path.glob("*/probe/dense.csv")).read_text().count("\n") == lines, "nothing new, nothing written"
+    other = rows_of(run(job(samples=3, budget=Budget(0.0))))
+    assert asked == [0, 1, 2]
+    assert [row.triangle for row in other if row.head is None] == [False, False, False, True]
+    rows_of(run(job(overwrite=True)))
+    assert asked == [0, 1, 2, 0, 1]
+    assert len(rows) == 20
+
+
+def test_out_of_memory_is_a_row(job, tmp_path, monkeypatch):
+    def fail(job, question):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probe, "_sample", fail)
+    rows = rows_of(run(job(lengths=[40, 50])))
+    assert [(row.length, row.status, row.layer) for row in rows] == [
+        (40, "out_of_memory", None),
+        (50, "out_of_memory", None),
+    ]
+    assert read_all(tmp_path, ProbeRow) == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lengths": [14]}, "--length 14 leaves no pair between the first 3 keys, the window of 7 and the last 5 queries"),
+        ({"budget": Budget(time=0.01)}, "--time-budget 0.01 is less than the 0.604 that triangle attention in all 4 layers"),
+        ({"tasks": ["kv"]}, "small has no tokenizer, which --task kv needs: use --task random"),
+        ({"tasks": ["poem"]}, "--task poem is unknown: choose from kv, random, niah"),
+        ({"lengths": [1]}, "--length 1 is too short for random"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused_before_anything_is_measured(changes, words, job, tmp_path):
+    with pytest.raises(UserError, match=words):
+        list(run(job(**changes)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_is_refused(job):
+    made = job()
+    made.loaded.model.half()
+    with pytest.raises(UserError, match="--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32"):
+        made.check()
+
+
+def test_a_foreign_samples_file_is_named(job, tmp_path):
+    list(run(job()))
+    path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 is not a sample: move the file away, or use --overwrite"):
+        list(run(job()))
+
+
+def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
+    rows = rows_of(run(job()))
+    first, second = tmp_path / "plots" / "a.png", tmp_path / "b.png"
+    for path, derivative in ((first, "logits"), (second, "logits"), (Path(tmp_path / "c.png"), "probabilities")):
+        draw(rows, derivative, path)
+    assert first.read_bytes() == second.read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
+    rows = rows_of(run(job(derivative="probabilities")))
+    list(run(job(lengths=[50])))
+    paths = draw_all(tmp_path, tmp_path / "all")
+    assert paths == draw_all(tmp_path, tmp_path / "all")
+    assert sorted((tmp_path / "all").iterdir()) == sorted(paths)
+    assert ["-random-40-" in path.name for path in paths] == [True, False]
+    draw(rows, "probabilities", tmp_path / "a.png")
+    assert paths[0].read_bytes() == (tmp_path / "a.png").read_bytes()

@@ -1,0 +1,270 @@
+"""``tmbench probe``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tmbench.cli import options as o
+from tmbench.errors import UserError
+from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
+from tmbench.methods import DEFAULT_METHODS, Settings
+
+if TYPE_CHECKING:
+    from tmbench.loss import LossJob
+    from tmbench.probe import ProbeJob
+    from tmbench.results import LossRow, ProbeRow
+
+TINY_LENGTHS = (4096,)
+LENGTHS = (32768,)
+TASKS = ("vt",)
+SAMPLES = 4
+PROPOSAL = "Proposal of layers"
+
+ProbeMethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method", metavar="METHOD", help="With --loss, a method; repeat for several.", rich_help_panel=o.MEASURED,
+        show_default=" ".join(DEFAULT_METHODS),
+    ),
+]  # fmt: skip
+
+
+def probe(
+    loss: Annotated[
+        bool,
+        typer.Option("--loss", help="Measure each method's loss in and after prompts instead.", rich_help_panel=o.MEASURED),
+    ] = False,
+    method: ProbeMethodOption = None,
+    length: o.LengthOption = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="kv (key-value retrieval), a RULER task, or random; repeat for the mean over several.",
+            rich_help_panel=o.MEASURED,
+            show_default=" ".join(TASKS),
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts per task.", rich_help_panel=o.MEASURED)] = SAMPLES,
+    seed: o.SeedOption = 42,
+    model: o.ModelOption = "tiny",
+    weights: o.WeightsOption = "checkpoint",
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    layers: o.LayersOption = None,
+    n_init: o.NInitOption = None,
+    n_local: o.NLocalOption = None,
+    last_n: o.LastNOption = None,
+    patterns: o.PatternsOption = None,
+    derivative: Annotated[
+        Literal["logits", "probabilities"] | None,
+        typer.Option(
+            help="What a proposal and a plot go by: the derivative before or after the softmax.",
+            rich_help_panel=PROPOSAL,
+            show_default="logits",
+        ),
+    ] = None,
+    rule: Annotated[
+        Literal["rank", "depth"] | None,
+        typer.Option(
+            help="Triangle layers by rank, wherever they are, or all from a depth on.",
+            rich_help_panel=PROPOSAL,
+            show_default="rank",
+        ),
+    ] = None,
+    accuracy_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="How much of the middle sections' gradient may be lost.",
+            rich_help_panel=PROPOSAL,
+            show_default=f"{ACCURACY_BUDGET:g}",
+        ),
+    ] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="How much of dense attention's pairs may be computed instead.", rich_help_panel=PROPOSAL
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the layers' gradients into this PNG file.", rich_help_panel=o.OUTPUT)
+    ] = None,
+    output_dir: o.OutputDirOption = o.RESULTS,
+    overwrite: o.OverwriteOption = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Which layers need the middle of the attention matrix: gradients by section, and a proposal for --layers.
+
+    The prompts' answers are known; what is differentiated is the logit of the answer's first token.
+    """
+    if loss:
+        proposal: dict[str, Any] = {"derivative": derivative, "rule": rule, "plot": plot}
+        proposal |= {"accuracy-budget": accuracy_budget, "time-budget": time_budget}
+        _refuse(proposal, "has no meaning with --loss")
+    else:
+        _refuse({"method": method, "layers": layers, "patterns": patterns}, "needs --loss, as a probe is of dense attention")
+    methods = list(method or DEFAULT_METHODS)
+    given = {"n_init": n_init, "n_local": n_local, "last_n": last_n}
+    window: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    budget = Budget(ACCURACY_BUDGET if (accuracy_budget, time_budget) == (None, None) else accuracy_budget, time_budget)
+    settings = o.settings_for(methods, **o.deep_layers(layers), **window, patterns=patterns) if loss else {}
+    sections = Settings(**window)
+    tasks = _tasks(task)
+
+    from tmbench import environment, models
+    from tmbench.loss import LossJob
+    from tmbench.probe import ProbeJob
+
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    here = environment.current(loaded.device)
+    common: dict[str, Any] = {
+        "loaded": loaded,
+        "lengths": lengths,
+        "tasks": tasks,
+        "samples": samples,
+        "environment": here,
+        "root": output_dir,
+        "seed": seed,
+        "overwrite": overwrite,
+    }
+    rows: Sequence[ProbeRow | LossRow]
+    if loss:
+        losses = LossJob(**common, plans=o.plans_for(settings, loaded, lengths, output_dir))
+        losses.check()
+        environment.write_record(output_dir, here)
+        rows = _losses(losses, quiet=as_json)
+    else:
+        choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
+        job = ProbeJob(**common, budget=budget, settings=sections, **choice)
+        job.check()
+        environment.write_record(output_dir, here)
+        rows = _gradients(job, plot, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    if any(row.status != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"--{name} {why}: leave it out")
+
+
+def _tasks(names: list[str] | None) -> list[str]:
+    from ruler_tasks import TASKS as RULER
+
+    known = ("kv", "random", *RULER)
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--task {name} is unknown: choose from {', '.join(known)}")
+    return list(dict.fromkeys(names or TASKS))
+
+
+def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRow]:
+    from tmbench.cli.screen import progress_bar, say
+    from tmbench.probe import run
+    from tmbench.results import writable
+
+    rows: list[ProbeRow] = []
+    with progress_bar() as bar:
+        shown = bar.add_task("Probe", total=len(job.lengths) * len(job.tasks) * job.samples)
+        for step in run(job):
+            bar.update(shown, description=step.text or None, advance=step.samples)
+            rows += step.rows
+        bar.update(shown, description="Probed")
+    for length in job.lengths:
+        here = [row for row in rows if row.length == length]
+        if not quiet:
+            _show(here, job)
+        if plot is not None and here[0].status == "ok":
+            from tmbench.probe_plot import draw
+
+            path = plot if len(job.lengths) == 1 else plot.with_stem(f"{plot.stem}-{length}")
+            with writable(path):
+                draw(here, job.derivative, path)
+            say(f"drew {path}")
+    return rows
+
+
+def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
+    """The layers of one length, and what each rule proposes under the budget."""
+    from tmbench.cli.screen import console, say, table
+
+    first = rows[0]
+    title = f"Mean gradient by section, {first.task} at {first.length} tokens, {first.samples} samples a task"
+    if first.status != "ok":
+        say(f"{title}: {first.status.replace('_', ' ')}, {first.error}")
+        return
+    layers = [row for row in rows if row.head is None]
+    shown = table(
+        title, "layer", *(figures := ("streaming", "middle", "last", "share of middle")), "triangle", right=figures
+    )
+    middle = [float(getattr(row, f"middle_{job.derivative}")) for row in layers]
+    for row, own in zip(layers, middle, strict=True):
+        values = (getattr(row, f"{section}_{job.derivative}") for section in ("streaming", "middle", "last"))
+        texts = ["" if value is None else f"{value:.3g}" for value in values]
+        shown.add_row(str(row.layer), *texts, f"{own / sum(middle):.1%}", "yes" if row.triangle else "")
+    console().print(shown)
+    title = f"Triangle layers under a{'n' * (job.budget.time is None)} {job.budget}"
+    costs = ("middle lost", "pairs computed")
+    shown = table(title, "rule", "--layers", *costs, "stored", right=costs)
+    rules: tuple[Rule, ...] = ("rank", "depth")
+    for rule in rules:
+        assert first.kept_share is not None
+        found = propose(middle, first.kept_share, job.budget, rule)
+        stored = "yes, for --layers auto" if rule == job.rule else ""
+        shown.add_row(rule, layers_text(found.layers), f"{found.lost:.1%}", f"{found.pairs:.1%}", stored)
+    console().print(shown)
+    assert first.answered is not None
+    assert first.probability_mean is not None
+    say(
+        f"the model's likeliest next token is the true one in {first.answered:.0%} of the prompts (mean probability "
+        f"{first.probability_mean:.2g}): what it does not know, a probe cannot tell how it finds"
+    )
+
+
+def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
+    from tmbench.cli.screen import progress_bar
+    from tmbench.loss import run
+
+    rows = []
+    with progress_bar() as bar:
+        shown = bar.add_task("Loss", total=len(job.lengths) * len(job.tasks) * len(job.plans) * job.samples)
+        for step in run(job):
+            bar.update(shown, description=step.text or None, advance=step.samples)
+            if step.row is not None:
+                rows.append(step.row)
+        bar.update(shown, description="Losses measured")
+    if not quiet:
+        _show_losses(rows)
+    return rows
+
+
+def _show_losses(rows: Sequence[LossRow]) -> None:
+    from tmbench.cli.screen import console, table
+
+    figures = ("in the prompt", "vs dense", "after it", "vs dense ", "first token", "vs dense  ")
+    for length, task in dict.fromkeys((row.length, row.task) for row in rows):
+        here = [row for row in rows if (row.length, row.task) == (length, task)]
+        title = f"Negative log-likelihood, nats a token: {task} at {length} tokens, {here[0].samples} samples"
+        shown = table(title, "method", *figures, right=figures)
+        for row in here:
+            if row.nll_prompt is None:
+                shown.add_row(row.method, row.status.replace("_", " "))
+                continue
+            texts = []
+            for name in ("nll_prompt", "nll_answer", "nll_first"):
+                apart = getattr(row, f"{name}_vs_dense")
+                texts += [f"{getattr(row, name):.4f}", "" if apart is None else f"{apart:+.4f}"]
+            shown.add_row(row.method, *texts)
+        console().print(shown)
