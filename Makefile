@@ -46,8 +46,8 @@ lint: install  ## Check style and formatting
 types: install  ## Check the types
 	$(BIN)/mypy -p tmbench -p tmbench_kernels -p ruler_tasks
 
-unit: install  ## Run every test
-	$(BIN)/pytest
+unit: install  ## Run every test, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 figures: install  ## Render docs/report.md, docs/attention.md and their pictures from what was measured
 	rm -f docs/figures/*.png

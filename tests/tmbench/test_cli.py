@@ -415,7 +415,7 @@ def test_list_and_env(tmbench):
             ("sweep", "--method", "dense"),
             "--method dense has no triangle whose parameters could be swept: choose from tri_mix",
         ),
-        (("sweep", "--device", "cpu", "--offline", "--last-n", "0"), "a sweep needs at least two variants: give --starting"),
+        (("sweep", "--device", "cpu", "--offline", "--last-n", "0"), "a sweep needs at least two variants: give --layers"),
         (("sweep", "--last-n", "0", "--last-n", "-1"), "--last-n must be 0 or more, not -1"),
         (("sweep", "--device", "cpu", "--offline", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
         (("sweep", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
