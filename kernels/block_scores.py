@@ -1,4 +1,4 @@
-"""What the selections of key blocks share: products for grouped heads, means of blocks, largest entries, tiles.
+"""What selections share: products for grouped heads, means of blocks, what the last queries see, largest entries, tiles.
 
 Nothing here reads a value back to the host, so a selection made of these never waits for the GPU.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE_ELEMENTS = 2**28
@@ -40,6 +41,30 @@ def block_means(x: Tensor, block: int) -> Tensor:
     if length > whole * block:
         means = torch.cat([means, x[:, :, whole * block :].mean(2, keepdim=True, dtype=torch.float32)], dim=2)
     return means
+
+
+def last_query_mass(q: Tensor, k: Tensor, scale: float, last: int) -> tuple[Tensor, Tensor]:
+    """Probability that the last min(last, length) queries give to each key and to each distance, summed over them.
+
+    Two float32 tensors ``[batch, heads, length]``; a distance is query minus key. A large one has fewer pairs and is not
+    scaled up for it. The probabilities themselves are held for a few heads at a time: at 128K tokens all take gigabytes.
+    """
+    batch, heads, length = q.shape[:3]
+    rows = min(last, length)
+    by_key, by_distance = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    for some, kv, _ in tiles(heads, k.shape[1], 1, batch * rows * length):
+        logits = products(q[:, some, length - rows :], k[:, kv]).mul_(scale)
+        logits[..., length - rows :].masked_fill_(future, -torch.inf)
+        shares = logits.softmax(3)
+        del logits
+        by_key[:, some] = shares.sum(2)
+        # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
+        padded = F.pad(shares, (rows - 1, 0))
+        del shares
+        strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
+        by_distance[:, some] = padded.as_strided((*padded.shape[:2], rows, length), strides).sum(2).flip(-1)
+    return by_key, by_distance
 
 
 def largest(scores: Tensor, counts: Tensor | int) -> Tensor:

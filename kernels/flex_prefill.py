@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmbench_kernels.block_lists import BLOCK, block_count
-from tmbench_kernels.block_scores import block_means, largest, products, tiles
+from tmbench_kernels.block_scores import block_means, largest, last_query_mass, products
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.masks import causal_mask
 
@@ -85,7 +85,8 @@ class FlexPrefill(BlockSparse):
         blocks, causal = block_count(length), causal_mask(block_count(length), q.device)
         if self._is_dense(length):
             return causal.expand(batch, heads, blocks, blocks)
-        by_key, by_diagonal = _last_query_shares(q, k, scale)
+        by_key, by_distance = (mass / BLOCK for mass in last_query_mass(q, k, scale, BLOCK))
+        by_diagonal = by_distance.flip(2)
         counts, diagonal_counts = self._blocks_for(by_key), self._blocks_for(by_diagonal)
         columns, diagonals = (
             torch.unflatten(F.pad(x, (0, blocks * BLOCK - length)), 2, (blocks, BLOCK)).sum(3) for x in (by_key, by_diagonal)
@@ -138,25 +139,3 @@ def _distance(p: Tensor, q: Tensor) -> Tensor:
     divergence = (p * (p / middle).log() + q * (q / middle).log()).sum(-1) / 2
     # Of equal distributions rounding may leave less than nothing.
     return divergence.clamp(min=0).sqrt()
-
-
-def _last_query_shares(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The mean attention of the last 128 queries to each key, and along each diagonal; float32 ``[batch, heads, length]``.
-
-    Index n of the second is the diagonal that ends at the last query and key n.
-    """
-    batch, heads, length = q.shape[:3]
-    by_key, by_diagonal = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
-    for some, kv, _ in tiles(heads, k.shape[1], 1, batch * BLOCK * length):
-        logits = products(q[:, some, length - BLOCK :], k[:, kv]).mul_(scale)
-        logits[..., length - BLOCK :].masked_fill_(future, -torch.inf)
-        shares = logits.softmax(3)
-        del logits
-        by_key[:, some] = shares.mean(2)
-        # With 127 zeros in front, a step of one row and one column follows a diagonal.
-        padded = F.pad(shares, (BLOCK - 1, 0))
-        del shares
-        strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
-        by_diagonal[:, some] = padded.as_strided((*padded.shape[:2], BLOCK, length), strides).sum(2) / BLOCK
-    return by_key, by_diagonal

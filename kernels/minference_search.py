@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmbench_kernels.block_scores import last_query_mass
 from tmbench_kernels.minference_json import HeadPattern
-from tmbench_kernels.vertical_slash import DEFAULT_BUDGET, last_query_mass, top_entries
+from tmbench_kernels.vertical_slash import DEFAULT_BUDGET, LAST_QUERIES, top_entries
 
 CANDIDATES = (
     HeadPattern("stream_llm", 100, 800),
@@ -104,7 +105,7 @@ def _sets(entry: HeadPattern, q: Tensor, k: Tensor, scale: float) -> tuple[Tenso
         positions = torch.arange(length, device=q.device).expand(heads, -1)
         # The window of the search reaches one key further than that of a streaming head at run time.
         return positions < entry.vertical, positions <= entry.slash
-    columns, distances = last_query_mass(q[None], k[None, None], scale)
+    columns, distances = last_query_mass(q[None], k[None, None], scale, LAST_QUERIES)
     columns[..., :FORCED] = torch.inf
     distances[..., :FORCED] = torch.inf
     columns, distances = (

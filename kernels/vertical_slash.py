@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tmbench_kernels.block_scores import last_query_mass
 from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.vertical_slash_torch import BLOCK, attend_selected, count_pairs
@@ -95,7 +95,7 @@ class VerticalSlash(Pattern):
         Probabilities are taken in float32, whatever the type of q and k: where the released code rounds logits to bf16,
         near ties can fall the other way. Ties go to the smaller column and the smaller distance.
         """
-        vertical, slash = last_query_mass(q, k, default_scale(q, scale))
+        vertical, slash = last_query_mass(q, k, default_scale(q, scale), LAST_QUERIES)
         vertical[..., :FORCED_COLUMNS] = torch.inf
         slash[..., :FORCED_DISTANCES] = torch.inf
         columns, distances = self.counts(q.shape[1], q.shape[2])
@@ -120,31 +120,6 @@ class VerticalSlash(Pattern):
         if len(self.budgets) not in (1, heads):
             raise ValueError(f"the pattern has budgets for {len(self.budgets)} heads, but q has {heads}")
         return self.budgets * heads if len(self.budgets) == 1 else self.budgets
-
-
-def last_query_mass(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Probability that the last min(64, length) queries give to each column and to each distance, summed over them.
-
-    Two float32 tensors ``[batch, heads, length]``. A large distance has fewer pairs and is not scaled up for it. The
-    probabilities themselves are held for the heads of one key head at a time: at 128K tokens all of them take gigabytes.
-    """
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    rows = min(LAST_QUERIES, length)
-    last = q[:, :, length - rows :].float().reshape(q.shape[0], k.shape[1], groups * rows, -1)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    columns, distances = (q.new_empty(*q.shape[:2], length, dtype=torch.float32) for _ in range(2))
-    for kv_head in range(k.shape[1]):
-        heads = slice(kv_head * groups, (kv_head + 1) * groups)
-        logits = (last[:, kv_head] @ k[:, kv_head].float().transpose(1, 2)).mul_(scale)
-        logits = logits.view(-1, groups, rows, length)
-        logits[..., length - rows :].masked_fill_(future, -torch.inf)
-        probabilities = logits.softmax(-1)
-        columns[:, heads] = probabilities.sum(2)
-        # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
-        padded = F.pad(probabilities, (rows - 1, 0))
-        strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
-        distances[:, heads] = padded.as_strided((*padded.shape[:3], length), strides).sum(2).flip(-1)
-    return columns, distances
 
 
 def selection_mask(chosen: Selection) -> Tensor:
