@@ -134,7 +134,7 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Item* items) {
 
 // ------------------------------------------------------------------------------------------------------------- the teams
 
-// The same for a mixed tile: the window's last keys, from i.low on, and behind them the sinks.
+// As mask_tile, for a mixed tile: the window's last keys, from i.low on, and behind them the sinks.
 __device__ __forceinline__ void mask_mixed(float (&s)[32], const Rows& r, const Item& i, int n_init) {
   const int column = 2 * (threadIdx.x & 3), base = i.low + column;
   const int sinks = (i.plain > i.whole ? 0 : i.sinks) - column;

@@ -10,7 +10,6 @@ Choices go to a JSONL file beside the CSV, one line per sample, so that a killed
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import statistics
@@ -104,9 +103,8 @@ def run(job: AgreeJob) -> Iterator[Step]:
 
 def choices_path(root: Path, row: AgreeRow) -> Path:
     """The JSONL file of a row: its name holds a hash of everything that was measured."""
-    digest = hashlib.sha256("\0".join(row.name_parts).encode()).hexdigest()[:12]
     folder = csv_path(root, AgreeRow, row.device, row.method).parent
-    return folder / "choices" / row.method / f"{row.prompt}-{row.length}-{digest}.jsonl"
+    return folder / "choices" / row.method / f"{row.prompt}-{row.length}-{row.digest}.jsonl"
 
 
 @torch.inference_mode()

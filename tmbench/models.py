@@ -6,7 +6,7 @@ checkpoint, and a folder of its name comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tmbench import structured
 from tmbench.errors import UserError
 from tmbench.floor import head_dim
+from tmbench.methods import ModelShape
 from tmbench.presets import preset_names, read_preset
 
 TINY = "tiny"
@@ -42,6 +43,11 @@ class LoadedModel:
     def device(self) -> torch.device:
         place: torch.device = self.model.device
         return place
+
+    @property
+    def shape(self) -> ModelShape:
+        """What plans are made for: known by the name that rows have, whatever the folder that it was loaded from."""
+        return replace(ModelShape.of(self.model), name=self.name)
 
     @property
     def dtype(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -116,6 +117,11 @@ class Row:
         """The key as names of files are made from it: an added column counts only where it is not at its default."""
         added = {name: value for name, value in self.defaults().items() if name in self.ADDED}
         return tuple(str(getattr(self, n)) for n in self.key_fields() if n not in added or getattr(self, n) != added[n])
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that was measured, for the names of files."""
+        return short_hash(*self.name_parts)
 
     @classmethod
     def columns(cls) -> list[str]:
@@ -314,6 +320,11 @@ class LossRow(Row):
     seconds_per_sample: float | None = None
     sample_files: str = ""
     """The JSONL file of the samples, relative to the CSV's folder."""
+
+
+def short_hash(*parts: str) -> str:
+    """12 hexadecimal digits that texts are told apart by."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def now() -> str:

@@ -6,7 +6,6 @@ larger ``--samples`` only adds to what is there. A CSV row is the score over one
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 import time
@@ -27,7 +26,7 @@ from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
-from tmbench.results import FAILED, OK, RulerRow, Status, append, append_line, csv_path, newest, now, writable
+from tmbench.results import FAILED, OK, RulerRow, Status, append, append_line, csv_path, newest, now, short_hash, writable
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -92,7 +91,7 @@ class RulerJob:
             "task": task,
             "samples": len(examples),
             "wording": "prepared" if prepared else self.wording.name,
-            "wording_hash": _digest(*(example.prompt for example in examples[:1])) if prepared else self.wording.hash,
+            "wording_hash": short_hash(*(example.prompt for example in examples[:1])) if prepared else self.wording.hash,
             "source": examples[0].source,
             "chat_template": self.chat_template,
         }
@@ -138,7 +137,7 @@ def run(job: RulerJob) -> Iterator[Step]:
 
 def predictions_path(root: Path, row: RulerRow) -> Path:
     """The JSONL file of a row: its name holds a hash of everything that was measured."""
-    name = f"{row.task}-{row.length}-{_digest(*row.name_parts)}.jsonl"
+    name = f"{row.task}-{row.length}-{row.digest}.jsonl"
     return csv_path(root, RulerRow, row.device, row.method).parent / "predictions" / row.method / name
 
 
@@ -244,7 +243,3 @@ def _json_line(prediction: Prediction, example: Example | None) -> str:
     if example is not None:
         entry["prompt"] = example.prompt
     return json.dumps(entry, ensure_ascii=False)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +27,8 @@ class Kept:
     """The file of one row's samples; its name holds a hash of everything that was measured."""
 
     def __init__(self, root: Path, row: Row, task: str) -> None:
-        digest = hashlib.sha256("\0".join(row.name_parts).encode()).hexdigest()[:12]
         self._folder = csv_path(root, type(row), row.device, row.method).parent
-        self.path = self._folder / "samples" / row.method / f"{task}-{row.length}-{digest}.jsonl"
+        self.path = self._folder / "samples" / row.method / f"{task}-{row.length}-{row.digest}.jsonl"
 
     @property
     def name(self) -> str:

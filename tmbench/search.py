@@ -55,7 +55,7 @@ class SearchJob:
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape.of(self.loaded.model)
+        return self.loaded.shape
 
     def identity(self) -> dict[str, Any]:
         """What the figures of a layer depend on: a search goes on only from those of the same."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tmbench.errors import UserError
-from tmbench.methods import METHODS, Method, ModelShape, Plan, Settings, parse_method
+from tmbench.methods import METHODS, Method, Plan, Settings, parse_method
 from tmbench.ruler import RulerJob
 from tmbench.ttft import TtftJob
 from tmbench_kernels import Triangle
@@ -89,7 +89,7 @@ class SweepJob:
 
     def plans(self, length: int) -> list[Plan]:
         """Dense and every variant at this length, each once; raises UserError for settings that do not fit the model."""
-        shape = ModelShape.of(self.ttft.loaded.model)
+        shape = self.ttft.loaded.shape
         controls = [control for one in self.settings if self.controls and (control := same_cost(one, length))]
         made = [METHODS["dense"].plan(shape, Settings())]
         made += [self.method.plan(shape, one) for one in [*self.settings, *controls]]

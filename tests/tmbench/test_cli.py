@@ -280,6 +280,9 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     assert layers == list(range(8 - len(layers), 8))
     code, out, _ = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", "auto", "--json")
     assert json.loads(out)[0]["starting_layer"] == 8 - len(layers)
+    sweep = ("sweep", "--device", "cpu", "--offline", "--length", "1K", "--task", "vt", "--dry-run")
+    code, out, err = tmbench(*sweep, "--layers", "auto", "--layers", "random:5")
+    assert code == 0, err
     code, out, _ = tmbench("report", "--plots", "plots")
     assert list(Path("plots").glob("probe-*-tiny-vt-700-*.png"))
     assert "probe of vt at 700, depth, time budget 0.9, logits" in out

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, ModelShape, Plan, Settings, get_method, parse_method
+from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, Plan, Settings, get_method, parse_method
 from tmbench.presets import preset_names
 
 if TYPE_CHECKING:
@@ -183,8 +183,7 @@ def plans_for(
     for name in dict.fromkeys(own.dense_backend for own in settings.values()):
         if name is not None:
             _check_dense_backend(name, loaded, lengths)
-    shape = replace(ModelShape.of(loaded.model), name=loaded.name)
-    plans = [get_method(name).plan(shape, replace(own, results=results)) for name, own in settings.items()]
+    plans = [get_method(name).plan(loaded.shape, replace(own, results=results)) for name, own in settings.items()]
     for plan in plans:
         if plan.starting_layer_source.startswith("probe"):
             chosen = plan.parameters.get("layers", f"from {plan.parameters.get('starting_layer')} on")
