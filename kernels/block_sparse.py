@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tmbench_kernels.block_lists import BLOCK, BlockLists, token_mask
 from tmbench_kernels.block_sparse_torch import attend_lists
 from tmbench_kernels.cuda import missing_triton, refuses_triton
+from tmbench_kernels.dense_cuda import FLASH_4, missing_module, refuses
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 
 AttendLists = Callable[[Tensor, Tensor, Tensor, BlockLists, float], Tensor]
@@ -38,12 +40,33 @@ def _attend_triton(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: fl
     return attend_lists(q, k, v, lists, scale)
 
 
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+    # Imported when it is first used: it takes FlashAttention 4.
+    from tmbench_kernels.flash_attn_blocks import attend_lists
+
+    return attend_lists(q, k, v, lists, scale)
+
+
+def _flash_limits(major: int, dim: int) -> str:
+    """On newer GPUs its kernel takes two of our blocks of queries at a time; larger heads take smaller tiles of keys."""
+    if major != 9:
+        return f"takes lists of such blocks on a GPU of compute capability 9, not {major}"
+    return "" if dim <= 128 else f"takes lists of such blocks for head sizes up to 128, not {dim}"
+
+
 class BlockSparse(Pattern):
     """A dynamic pattern of whole key blocks. Every backend attends over the same lists, whatever pattern selected them."""
 
     dynamic: ClassVar[bool] = True
     block: ClassVar[int] = BLOCK
     backends: ClassVar[tuple[Backend, ...]] = (
+        Backend(
+            "flash-attn-4",
+            ("cuda",),
+            over_lists(_attend_flash),
+            missing=partial(missing_module, *FLASH_4),
+            refuses=partial(refuses, _flash_limits),
+        ),
         Backend("triton", ("cuda",), over_lists(_attend_triton), missing=missing_triton, refuses=refuses_triton),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
     )

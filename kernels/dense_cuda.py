@@ -23,6 +23,8 @@ from tmbench_kernels.pattern import Backend, Pattern
 
 Refuses = Callable[[int, int], str]
 """``(capability, head_dim)``: "" or why this GPU has no kernel of that head size; capability 9 is Hopper."""
+FLASH_4 = ("flash_attn.cute", "pip install flash-attn-4")
+"""FlashAttention 4's module, and how to install it."""
 
 
 @cache
@@ -41,7 +43,8 @@ def function(module: str) -> tuple[Callable[..., Any] | None, str]:
 
 
 @cache
-def _missing_module(module: str, install: str) -> str:
+def missing_module(module: str, install: str) -> str:
+    """ "" where a module with ``flash_attn_func`` is installed, otherwise why it cannot be used and how to install it."""
     _, reason = function(module)
     return f"{reason} ({install})" if reason else ""
 
@@ -68,7 +71,8 @@ def _refuses_type(limits: Refuses, device: torch.device, dtype: torch.dtype, dim
     return limits(capability(device), dim)
 
 
-def _refuses(limits: Refuses, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
+def refuses(limits: Refuses, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What a library's kernel says of these tensors: of their type and head size, within its own limits."""
     return _refuses_type(limits, q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
@@ -99,7 +103,7 @@ def _cudnn_limits(major: int, dim: int) -> str:
 
 
 def _refuses_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
-    if reason := _refuses(_cudnn_limits, pattern, q, k, v):
+    if reason := refuses(_cudnn_limits, pattern, q, k, v):
         return reason
     if q.shape[2] == 1:
         return "takes prompts of 2 tokens or more"
@@ -111,8 +115,8 @@ def _refuses_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
-def _length_first(x: Tensor) -> Tensor:
-    """``[batch, heads, length, dim]`` as ``[batch, length, heads, dim]``, mostly without a copy."""
+def length_first(x: Tensor) -> Tensor:
+    """As libraries take it: ``[batch, heads, length, dim]`` as ``[batch, length, heads, dim]``, mostly without a copy."""
     x = x.transpose(1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -121,7 +125,7 @@ def _attend_flash(module: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor
     flash, reason = function(module)
     if flash is None:
         raise ValueError(f"{module} {reason}")
-    q, k, v = (_length_first(x) for x in (q, k, v))
+    q, k, v = (length_first(x) for x in (q, k, v))
     # Some versions return the logarithm of the softmax's sum as well.
     out = flash(q, k, v, softmax_scale=scale, causal=True)
     tensor: Tensor = out[0] if isinstance(out, tuple) else out
@@ -134,21 +138,21 @@ def _attend_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: floa
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _flash(name: str, module: str, limits: Refuses, install: str) -> Backend:
+def _flash(name: str, module: str, install: str, limits: Refuses) -> Backend:
     return Backend(
         name,
         ("cuda",),
         partial(_attend_flash, module),
-        missing=partial(_missing_module, module, install),
-        refuses=partial(_refuses, limits),
+        missing=partial(missing_module, module, install),
+        refuses=partial(refuses, limits),
     )
 
 
 CUDA_BACKENDS = (
-    _flash("flash-attn-4", "flash_attn.cute", _flash_4_limits, "pip install flash-attn-4"),
-    _flash("flash-attn-3", "flash_attn_interface", _flash_3_limits, "build the folder hopper of Dao-AILab/flash-attention"),
+    _flash("flash-attn-4", *FLASH_4, _flash_4_limits),
+    _flash("flash-attn-3", "flash_attn_interface", "build the folder hopper of Dao-AILab/flash-attention", _flash_3_limits),
     Backend("cudnn", ("cuda",), _attend_cudnn, missing=_missing_cudnn, refuses=_refuses_cudnn),
-    _flash("flash-attn-2", "flash_attn.flash_attn_interface", _flash_2_limits, "pip install flash-attn"),
+    _flash("flash-attn-2", "flash_attn.flash_attn_interface", "pip install flash-attn", _flash_2_limits),
 )
 """Fastest first, as benchmarks/attention.csv has them: milliseconds on an H200 of one layer with 32 query and 8 key heads of
 size 128, bfloat16. FlashAttention 3 was not measured; it is built for the same GPU as 4.

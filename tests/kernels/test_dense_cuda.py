@@ -35,7 +35,7 @@ def install(tmp_path, monkeypatch):
     """``install("flash-attn-4")``: a stand-in that keeps its calls and computes with torch, until the test ends."""
 
     def forget():
-        for cached in (dense_cuda.function, dense_cuda._missing_module, dense_cuda.capability, dense_cuda._refuses_type):
+        for cached in (dense_cuda.function, dense_cuda.missing_module, dense_cuda.capability, dense_cuda._refuses_type):
             cached.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
             del sys.modules[name]

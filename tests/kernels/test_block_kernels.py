@@ -1,22 +1,33 @@
-"""The Triton kernel over block lists: in Triton's interpreter where there is no GPU, and as compiled where there is one."""
+"""The kernels over block lists: Triton's in its interpreter where there is no GPU, and every one where there is one."""
 
 from __future__ import annotations
 
+import importlib
 import random
 
 import pytest
 import torch
 
 from tmbench_kernels import BlockLists, BlockTopK, FlashPrefill, XAttention
+from tmbench_kernels.dense_cuda import FLASH_4, missing_module
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 
+@pytest.fixture(params=["triton_blocks", "flash_attn_blocks"])
+def attend_lists(request):
+    if request.param == "flash_attn_blocks":
+        if reason := missing_module(*FLASH_4):
+            pytest.skip(f"FlashAttention 4 {reason}")
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("FlashAttention 4 takes these lists on Hopper only")
+    return importlib.import_module(f"tmbench_kernels.{request.param}").attend_lists
+
+
 @pytest.fixture
-def check(make_qkv, measure_errors):
+def check(attend_lists, make_qkv, measure_errors):
     """``check(block_map, length, block=...)`` attends over the lists of a map and compares with float64."""
-    from tmbench_kernels.triton_blocks import attend_lists
 
     def check(block_map, length, *, block=128, scale=None, change=lambda q, k, v: (q, k, v), **shape):
         q, k, v = change(*(x.to(DEVICE) for x in make_qkv(length, **{"dtype": torch.float16} | shape)))
@@ -50,6 +61,7 @@ def test_a_head_with_an_empty_list_gets_zeros(check):
     assert out[0, 1].any()
 
 
+@pytest.mark.parametrize("attend_lists", ["triton_blocks"], indirect=True)
 @pytest.mark.parametrize("dim", [192, 256])
 def test_wide_heads(check, dim):
     check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, heads=2, kv_heads=1, dim=dim)
@@ -68,9 +80,7 @@ def test_strides(check):
 
 
 @pytest.mark.parametrize("pattern", [XAttention(threshold=0.5), FlashPrefill(alpha=0.5), BlockTopK(2)], ids=repr)
-def test_what_patterns_select(make_structured_qkv, measure_errors, pattern):
-    from tmbench_kernels.triton_blocks import attend_lists
-
+def test_what_patterns_select(attend_lists, make_structured_qkv, measure_errors, pattern):
     q, k, v = (x.to(DEVICE) for x in make_structured_qkv(500, heads=2, kv_heads=1, dtype=torch.float16))
     lists = pattern.select(q, k)
     out = attend_lists(q, k, v, lists, q.shape[-1] ** -0.5)
