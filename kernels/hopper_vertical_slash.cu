@@ -1,16 +1,24 @@
-// Vertical-slash attention on Hopper: in each program three teams of four warps compute, each fed by a thread of its own.
+// Vertical-slash attention on Hopper: in each program a warp that loads and three teams of four warps that compute.
 //
-// No two blocks of queries see the same keys, so teams share nothing: each takes the next block of 64 queries of a head,
-// the longest first, until none is left. Its loader reads from the index where the pieces of the block's runs start, and which
-// of the gathered columns lie between them; pieces and columns come as tiles of 64 keys, and tiles without a key are left out.
-// Macros beside those of hopper.cuh: TEAMS; SHARED_BYTES.
+// An item is three neighbouring blocks of 64 queries of one head, one for each team. What their blocks see differs, but where
+// runs of keys are long, most pieces of one are pieces of its neighbours: the loader merges the three lists, brings each tile
+// of 64 keys once, and says with it which teams take it; the others pass over it. Gathered columns are the same for all
+// blocks of a head, of which each counts its own. Items of the query heads that share a key head run at the same time, so
+// that keys come from the cache. Macros beside those of hopper.cuh: TEAMS; SHARED_BYTES. UNITS is the number of tiles in
+// flight, of keys and values both.
 
 #include "hopper.cuh"
 
-constexpr u32 TEAM_BYTES = SLOT_BYTES + UNITS * UNIT_BYTES;  // a team's queries, later its output, and its ring
-constexpr u32 BARS_AT = TEAMS * TEAM_BYTES;
-constexpr u32 Q_FULL = 0, Q_EMPTY = 1, FULL = 2, EMPTY = FULL + UNITS, BARS = EMPTY + UNITS;
-constexpr u32 TEAMS_AT = BARS_AT + (TEAMS * BARS * 8 + 15) / 16 * 16;
+constexpr int ITEMS = 8;  // more than the loader can be ahead of a team: every item takes at least one unit
+constexpr u32 TILES_AT = TEAMS * SLOT_BYTES;
+constexpr u32 PAIR_BYTES = K_HALF * ((DIM + V_DIM) / 64), VALUES = K_HALF * (DIM / 64);
+constexpr u32 BARS_AT = TILES_AT + UNITS * PAIR_BYTES;
+constexpr u32 Q_FULL = 0, ITEM_FULL = Q_FULL + TEAMS, K_FULL = ITEM_FULL + ITEMS, V_FULL = K_FULL + UNITS, EMPTY = V_FULL + UNITS,
+              BARS = EMPTY + UNITS;
+constexpr u32 SHARED_AT = BARS_AT + (BARS * 8 + 15) / 16 * 16;
+constexpr int NEVER = 0x7fffffff;
+
+static_assert(UNITS < ITEMS, "an item could be overwritten before all teams have read it");
 
 struct Maps { TensorMap q, k, v, k_columns, v_columns, out; };
 struct Plan {
@@ -25,12 +33,12 @@ struct Plan {
 
 enum Kind { PIECE, COLUMNS, END };
 struct alignas(16) Tile {
-  int kind, first;  // the first key, of a piece; which tile of columns
-  u64 counted;      // which columns of a tile count
+  int kind, first, teams, spare;  // the first key of a piece, or which tile of columns; the teams that take it, as bits
+  u64 counted[TEAMS + TEAMS % 2];  // which columns of a tile count for a team
 };
 struct alignas(16) Item { int more, row, head, batch; };
-struct Team {
-  Item item;
+struct Shared {
+  Item items[ITEMS];
   Tile tiles[UNITS];
 };
 
@@ -42,177 +50,226 @@ template <int DIMS> __device__ __forceinline__ void fetch(const TensorMap* map, 
   for (int h = 0; h < DIMS / 64; h++) load_4d(to + h * K_HALF, map, full, h * 64, first, head, batch);
 }
 
-// 64 bytes of 0 or 1 as bits.
-__device__ __forceinline__ u64 bits_of(const unsigned char* bytes) {
-  u64 bits = 0;
-#pragma unroll
-  for (int x = 0; x < 8; x++) bits |= (reinterpret_cast<const u64*>(bytes)[x] * 0x0102040810204080ull >> 56) << (8 * x);
-  return bits;
+// The query heads of a key head next to each other, of each the last blocks, which see most, first.
+__device__ __forceinline__ Item item_at(const Plan& p, int i) {
+  const int thirds = (p.rows + TEAMS - 1) / TEAMS, both = i / (p.groups * thirds), rest = i % (p.groups * thirds);
+  const int kv_heads = p.heads / p.groups;
+  Item item;
+  item.more = i < p.items;
+  item.row = (thirds - 1 - rest / p.groups) * TEAMS;
+  item.head = both % kv_heads * p.groups + rest % p.groups;
+  item.batch = both / kv_heads;
+  return item;
 }
 
-struct Loader {
-  const Maps& maps;
-  const Plan& p;
-  u32 bars, units;
-  Team& team;
-  Ring ring;
-  Item item;
-  Tile last;
-  bool any;
-
-  __device__ __forceinline__ u32 next_unit() {
-    const u32 at = ring.at();
-    bar_wait(bars + 8 * (EMPTY + at), ring.phase() ^ 1);
+__device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) {
+  const u32 bars = smem + BARS_AT;
+  const int lane = threadIdx.x & 31;
+  Ring ring = {0};
+  // All lanes wait for the unit; ``counted`` is that of the lanes that hold a team's.
+  const auto open = [&]() -> Tile& {
+    bar_wait(bars + 8 * (EMPTY + ring.at()), ring.phase() ^ 1);
+    return shared.tiles[ring.at()];
+  };
+  const auto send = [&](const TensorMap& k, const TensorMap& v, int first, int head, int batch) {
+    const u32 at = ring.at(), to = smem + TILES_AT + at * PAIR_BYTES;
+    __syncwarp();
+    if (lane == 0) {
+      fetch<DIM>(&k, to, bars + 8 * (K_FULL + at), first, head, batch);
+      fetch<V_DIM>(&v, to + VALUES, bars + 8 * (V_FULL + at), first, head, batch);
+    }
     ring.count++;
-    return at;
-  }
-  __device__ __forceinline__ void values() {
-    if (!any) return;
-    const u32 at = next_unit(), full = bars + 8 * (FULL + at), to = units + at * UNIT_BYTES;
-    if (last.kind == PIECE)
-      fetch<V_DIM>(&maps.v, to, full, last.first, item.head / p.groups, item.batch);
-    else
-      fetch<V_DIM>(&maps.v_columns, to, full, last.first * KEYS, item.head, item.batch);
-  }
-  // The keys of a tile, and the values of the tile before it.
-  __device__ __forceinline__ void tile(const Tile& t) {
-    const u32 at = next_unit(), full = bars + 8 * (FULL + at), to = units + at * UNIT_BYTES;
-    team.tiles[at] = t;
-    if (t.kind == PIECE)
-      fetch<DIM>(&maps.k, to, full, t.first, item.head / p.groups, item.batch);
-    else if (t.kind == COLUMNS)
-      fetch<DIM>(&maps.k_columns, to, full, t.first * KEYS, item.head, item.batch);
-    else
-      bar_arrive(full);
-    values();
-    last = t;
-    any = t.kind != END;
-  }
-};
-
-__device__ void load(const Maps& maps, const Plan& p, u32 bars, u32 slot, Team& team) {
-  Loader loader{maps, p, bars, slot + SLOT_BYTES, team, {0}, {}, {}, false};
+  };
   for (u32 n = 0;; n++) {
-    const int i = atomicAdd(p.next, 1), both = p.items / p.rows;
-    bar_wait(bars + 8 * Q_EMPTY, n & 1 ^ 1);
-    Item& item = loader.item;
-    item.more = i < p.items;
-    item.row = p.rows - 1 - i / both;
-    item.head = i % both % p.heads;
-    item.batch = i % both / p.heads;
-    team.item = item;
-    if (!item.more) {
-      bar_arrive(bars + 8 * Q_FULL);
-      return;
+    int i = 0;
+    if (lane == 0) i = atomicAdd(p.next, 1);
+    const Item item = item_at(p, __shfl_sync(~0u, i, 0));
+    if (lane == 0) {
+      shared.items[n % ITEMS] = item;
+      bar_arrive(bars + 8 * (ITEM_FULL + n % ITEMS));
     }
-    bar_expect(bars + 8 * Q_FULL, Q_BYTES);
-#pragma unroll
-    for (int h = 0; h < DIM / 64; h++)
-      load_4d(slot + h * Q_HALF, &maps.q, bars + 8 * Q_FULL, h * 64, item.row * TEAM_ROWS, item.head, item.batch);
-    const u64 place = u64(item.batch * p.heads + item.head) * p.rows + item.row;
-    const int count = p.counts[place], before = p.before[place];
+    if (!item.more) return;
+    const int kv_head = item.head / p.groups;
+
+    // Each of the first lanes walks its team's list; the smallest start of the three is the next tile.
+    const int row = item.row + lane;
+    const u64 place = u64(item.batch * p.heads + item.head) * p.rows + row;
+    const bool walks = lane < TEAMS && row < p.rows;
     const int* starts = p.starts + place * p.most;
-    const unsigned char* kept = p.kept + place * p.width;
-    for (int t = 0; t < count; t++) loader.tile({PIECE, starts[t], 0});
-    for (int t = 0; t * KEYS < before; t++) {
-      const u64 counted = bits_of(kept + t * KEYS);
-      if (counted) loader.tile({COLUMNS, t, counted});
+    const int* end = starts + (walks ? p.counts[place] : 0);
+    int start = starts < end ? *starts : NEVER, ahead = starts + 1 < end ? starts[1] : NEVER;
+    while (true) {
+      int first = start;
+#pragma unroll
+      for (int x = 1; x < TEAMS; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
+      first = __shfl_sync(~0u, first, 0);
+      if (first == NEVER) break;
+      const bool mine = start == first;
+      const u32 teams = __ballot_sync(~0u, mine);
+      if (mine) {
+        starts++;
+        start = ahead;
+        ahead = starts + 1 < end ? starts[1] : NEVER;
+      }
+      Tile& tile = open();
+      if (lane == 0) tile.kind = PIECE, tile.first = first, tile.teams = teams;
+      send(maps.k, maps.v, first, kv_head, item.batch);
     }
-    loader.tile({END, 0, 0});
+
+    // Eight lanes for each team: every one turns 8 bytes of 0 or 1 into bits.
+    const int team = lane >> 3;
+    const bool reads = team < TEAMS && item.row + team < p.rows;
+    const u64 counts = u64(item.batch * p.heads + item.head) * p.rows + item.row + team;
+    const u64* kept = reinterpret_cast<const u64*>(p.kept + counts * p.width) + (lane & 7);
+    const int own = reads ? (p.before[counts] + KEYS - 1) / KEYS : 0;
+    int most = own;
+#pragma unroll
+    for (int x = 8; x < 32; x *= 2) most = max(most, __shfl_xor_sync(~0u, most, x));
+    u64 word = own > 0 ? kept[0] : 0;
+    for (int t = 0; t < most; t++) {
+      u64 counted = (word * 0x0102040810204080ull >> 56) << (8 * (lane & 7));
+      word = t + 1 < own ? kept[(t + 1) * (KEYS / 8)] : 0;
+#pragma unroll
+      for (int x = 1; x < 8; x *= 2) counted |= __shfl_xor_sync(~0u, counted, x);
+      const u32 some = __ballot_sync(~0u, counted != 0 && (lane & 7) == 0);
+      if (!some) continue;
+      Tile& tile = open();
+      if ((lane & 7) == 0 && team < TEAMS) tile.counted[team] = counted;
+      if (lane == 0) tile.kind = COLUMNS, tile.first = t, tile.teams = (some & 1) | (some >> 7 & 2) | (some >> 14 & 4);
+      send(maps.k_columns, maps.v_columns, t * KEYS, item.head, item.batch);
+    }
+
+    Tile& tile = open();
+    if (lane == 0) {
+      tile.kind = END;
+      bar_arrive(bars + 8 * (K_FULL + ring.at()));
+    }
+    ring.count++;
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------- the teams
 
-__device__ __forceinline__ void mask(float (&s)[KEYS / 2], const Rows& r, const Tile& t, int start, int length) {
-  if (t.kind == COLUMNS) {
-    // Columns lie before the last run, and so before all queries of the block.
-    const u64 counted = t.counted >> (2 * (threadIdx.x & 3));
-#pragma unroll
-    for (int e = 0; e < KEYS / 2; e++) s[e] = counted >> (8 * (e >> 2) + (e & 1)) & 1 ? s[e] : NONE;
-  } else if (t.first + KEYS - 1 > start) {
-    mask_tile(s, r, t.first, 0, length, length, 0, 0, start);
-  }
-}
-
-__device__ void compute(const Maps& maps, const Plan& p, u32 bars, u32 slot, const Team& own, int team, int warp) {
+__device__ void compute(const Maps& maps, const Plan& p, u32 smem, const Shared& shared, int team, int warp) {
+  const u32 bars = smem + BARS_AT, slot = smem + team * SLOT_BYTES, q_full = bars + 8 * (Q_FULL + team);
   const int lane = threadIdx.x & 31;
-  const u32 units = slot + SLOT_BYTES;
   float s[KEYS / 2], o[V_DIM / 2], shrink[2];
   u32 operand[KEYS / 4];
   Rows r;
   Ring ring = {0};
+  int start, kind, first;
+  u64 counted;
+
+  const auto release = [&](u32 at) {
+    if (lane == 0) bar_arrive(bars + 8 * (EMPTY + at));
+  };
+  const auto keys_at = [&](u32 at) { return smem + TILES_AT + at * PAIR_BYTES; };
+  // Pass over tiles of other teams, at most ``limit`` tiles in all: whether the tile before the ring is this team's, or an end.
+  const auto find = [&](int limit) {
+    for (int looked = 0; looked < limit; looked++) {
+      const u32 at = ring.at();
+      bar_wait(bars + 8 * (K_FULL + at), ring.phase());
+      ring.count++;
+      const Tile& tile = shared.tiles[at];
+      kind = tile.kind, first = tile.first;
+      const bool mine = kind == END || (tile.teams >> team & 1);
+      if (mine) {
+        if (kind == COLUMNS) counted = tile.counted[team];
+        return true;
+      }
+      __syncwarp();
+      release(at);
+    }
+    return false;
+  };
+  const auto mask = [&]() {
+    if (kind == COLUMNS) {
+      // Columns lie before the last run, and so before all queries of the block.
+      const u64 bits = counted >> (2 * (threadIdx.x & 3));
+#pragma unroll
+      for (int e = 0; e < KEYS / 2; e++) s[e] = bits >> (8 * (e >> 2) + (e & 1)) & 1 ? s[e] : NONE;
+    } else if (first + KEYS - 1 > start) {
+      mask_tile(s, r, first, 0, p.length, p.length, 0, 0, start);
+    }
+  };
+  const auto rescale = [&]() {
+#pragma unroll
+    for (int e = 0; e < V_DIM / 2; e++) o[e] *= shrink[(e >> 1) & 1];
+  };
+
   for (u32 n = 0;; n++) {
-    bar_wait(bars + 8 * Q_FULL, n & 1);
-    const Item item = own.item;
+    bar_wait(bars + 8 * (ITEM_FULL + n % ITEMS), n / ITEMS & 1);
+    const Item item = shared.items[n % ITEMS];
     if (!item.more) return;
-    const int start = item.row * TEAM_ROWS;
+    start = (item.row + team) * TEAM_ROWS;
+    if (warp == 0 && lane == 0) {
+      bar_expect(q_full, Q_BYTES);
+#pragma unroll
+      for (int h = 0; h < DIM / 64; h++) load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, start, item.head, item.batch);
+    }
     r.position[0] = start + warp * 16 + (lane >> 2);
     r.position[1] = r.position[0] + 8;
 #pragma unroll
     for (int x = 0; x < 2; x++) r.peak[x] = NONE, r.shift[x] = r.total[x][0] = r.total[x][1] = 0.0f;
-    int add = 0;
-    u32 k_at = ring.at();
-    bar_wait(bars + 8 * (FULL + k_at), ring.phase());
-    ring.count++;
-    if (own.tiles[k_at].kind == END) {
 #pragma unroll
-      for (int e = 0; e < V_DIM / 2; e++) o[e] = 0.0f;
-      if (lane == 0) bar_arrive(bars + 8 * (EMPTY + k_at));
-    } else {
-      mma_fence();
-      multiply_keys(s, slot, units + k_at * UNIT_BYTES);
-      mma_commit();
-      mma_wait<0>();
-      pin(s);
-      mask(s, r, own.tiles[k_at], start, p.length);
-      if (lane == 0) bar_arrive(bars + 8 * (EMPTY + k_at));
-      softmax(s, r, p.scale_log2, shrink);
-      to_operand(s, operand);
-      while (true) {
+    for (int e = 0; e < V_DIM / 2; e++) o[e] = 0.0f;
+    bar_wait(q_full, n & 1);
+
+    bool holds = false;  // whether ``operand`` has the probabilities of the tile in unit ``held``
+    u32 held = 0, held_phase = 0;
+    while (true) {
+      // While a unit is held no more than the others can be filled: further on than those this team must not wait.
+      const bool found = find(holds ? UNITS - 1 : NEVER);
+      const u32 at = (ring.count - 1) % UNITS, phase = (ring.count - 1) / UNITS & 1;
+      if (holds && found && kind != END) {
         // The product of the next tile's keys and that of this tile's values run together, and the softmax of the former
         // overlaps with the latter.
-        k_at = ring.at();
-        bar_wait(bars + 8 * (FULL + k_at), ring.phase());
-        ring.count++;
-        const Tile t = own.tiles[k_at];
-        if (t.kind == END) break;
         mma_fence();
-        multiply_keys(s, slot, units + k_at * UNIT_BYTES);
+        multiply_keys(s, slot, keys_at(at));
         mma_commit();
-        const u32 v_at = ring.at(), v_phase = ring.phase();
-        bar_wait(bars + 8 * (FULL + v_at), v_phase);
-        ring.count++;
-        multiply_values(o, operand, units + v_at * UNIT_BYTES, add);
+        bar_wait(bars + 8 * (V_FULL + held), held_phase);
+        multiply_values(o, operand, keys_at(held) + VALUES, 1);
         mma_commit();
-        add = 1;
         mma_wait<1>();
         pin(s);
-        if (lane == 0) bar_arrive(bars + 8 * (EMPTY + k_at));
-        mask(s, r, t, start, p.length);
+        mask();
         const bool grows = softmax(s, r, p.scale_log2, shrink);
         // A loop on a barrier, which the assembler moves no arithmetic across: the softmax overlaps with the product.
-        bar_wait(bars + 8 * (FULL + v_at), v_phase);
+        bar_wait(bars + 8 * (V_FULL + held), held_phase);
         mma_wait<0>();
         pin(o);
-        if (lane == 0) bar_arrive(bars + 8 * (EMPTY + v_at));
-        if (grows) {
-#pragma unroll
-          for (int e = 0; e < V_DIM / 2; e++) o[e] *= shrink[(e >> 1) & 1];
+        release(held);
+        if (grows) rescale();
+        to_operand(s, operand);
+      } else {
+        if (holds) {
+          bar_wait(bars + 8 * (V_FULL + held), held_phase);
+          mma_fence();
+          multiply_values(o, operand, keys_at(held) + VALUES, 1);
+          mma_commit();
+          mma_wait<0>();
+          pin(o);
+          release(held);
+          holds = false;
+          if (!found) continue;
         }
+        if (kind == END) {
+          release(at);
+          break;
+        }
+        mma_fence();
+        multiply_keys(s, slot, keys_at(at));
+        mma_commit();
+        mma_wait<0>();
+        pin(s);
+        mask();
+        if (softmax(s, r, p.scale_log2, shrink)) rescale();
         to_operand(s, operand);
       }
-      const u32 v_at = ring.at();
-      if (lane == 0) bar_arrive(bars + 8 * (EMPTY + k_at));
-      bar_wait(bars + 8 * (FULL + v_at), ring.phase());
-      ring.count++;
-      mma_fence();
-      multiply_values(o, operand, units + v_at * UNIT_BYTES, add);
-      mma_commit();
-      mma_wait<0>();
-      pin(o);
-      if (lane == 0) bar_arrive(bars + 8 * (EMPTY + v_at));
+      holds = true;
+      held = at, held_phase = phase;
     }
+
     float total[2] = {r.total[0][0] + r.total[0][1], r.total[1][0] + r.total[1][1]}, factor[2];
     normalizers(total, factor);
     stage(o, factor, team, warp, slot);
@@ -224,37 +281,31 @@ __device__ void compute(const Maps& maps, const Plan& p, u32 bars, u32 slot, con
         store_4d(&maps.out, slot + warp * 2048 + h * Q_HALF, h * 64, start + warp * 16, item.head, item.batch);
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      bar_arrive(bars + 8 * Q_EMPTY);
     }
+    // The next queries take the place of all four warps' outputs.
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + team) : "memory");
   }
 }
 
-static_assert(TEAMS_AT + TEAMS * sizeof(Team) <= SHARED_BYTES, "shared memory");
+static_assert(SHARED_AT + sizeof(Shared) <= SHARED_BYTES, "shared memory");
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * TEAMS, 1)
     vertical_slash(const __grid_constant__ Maps maps, const __grid_constant__ Plan p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  const u32 smem = u32(__cvta_generic_to_shared(memory));
-  if (threadIdx.x < TEAMS) {
-    const u32 bars = smem + BARS_AT + threadIdx.x * BARS * 8;
-    bar_init(bars + 8 * Q_FULL, 1);
-    bar_init(bars + 8 * Q_EMPTY, 4);
-    for (int b = 0; b < UNITS; b++) {
-      bar_init(bars + 8 * (FULL + b), 1);
-      bar_init(bars + 8 * (EMPTY + b), 4);
-    }
+  const u32 smem = u32(__cvta_generic_to_shared(memory)), bars = smem + BARS_AT;
+  if (threadIdx.x == 0) {
+    for (u32 b = 0; b < EMPTY; b++) bar_init(bars + 8 * b, 1);
+    for (u32 b = EMPTY; b < BARS; b++) bar_init(bars + 8 * b, 4 * TEAMS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  Shared& shared = *reinterpret_cast<Shared*>(memory + SHARED_AT);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), group = warp >> 2;
-  const int team = group == 0 ? warp : group - 1;
-  const u32 bars = smem + BARS_AT + team * BARS * 8, slot = smem + team * TEAM_BYTES;
-  Team& own = reinterpret_cast<Team*>(memory + TEAMS_AT)[team];
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    if (team < TEAMS && (threadIdx.x & 31) == 0) load(maps, p, bars, slot, own);
+    if (warp == 0) load(maps, p, smem, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    compute(maps, p, bars, slot, own, team, warp & 3);
+    compute(maps, p, smem, shared, group - 1, warp & 3);
   }
 }

@@ -16,8 +16,8 @@ from tmbench_kernels.vertical_slash_torch import BLOCK
 
 SOURCE = Path(__file__).with_name("hopper_vertical_slash.cu")
 TEAMS = 3
-UNITS = 3
-"""Tiles of keys or values in flight for each team."""
+UNITS = 5
+"""Tiles in flight, of keys and values both."""
 THREADS = 128 * (TEAMS + 1)
 PLAN = struct.Struct("5q7if")
 """The kernel's struct Plan."""
@@ -30,8 +30,9 @@ def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
-    """Shared memory of a program: every team's queries, which its output takes over, its tiles in flight, and the rest."""
-    return 2 * max(padded(dim), padded(v_dim)) * TEAMS * (BLOCK + UNITS * BLOCK) + 1024
+    """Shared memory of a program: every team's queries, which its output takes over, the tiles in flight, and the rest."""
+    dim, v_dim = padded(dim), padded(v_dim)
+    return 2 * BLOCK * (TEAMS * max(dim, v_dim) + UNITS * (dim + v_dim)) + 1024
 
 
 def _tiles(x: Tensor, rows: int = BLOCK) -> bytes:
@@ -55,7 +56,7 @@ def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) ->
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
         *(x.data_ptr() for x in (index.starts, index.counts, index.kept, index.before, taken)),
-        length, rows, most, width, heads, heads // k.shape[1], batch * heads * rows, scale * LOG2_E,
+        length, rows, most, width, heads, heads // k.shape[1], batch * heads * -(-rows // TEAMS), scale * LOG2_E,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, q.dtype).items())
     kernel = load_kernel(q.device, SOURCE, "vertical_slash", shared_bytes(dim, v_dim), THREADS, macros)
