@@ -142,7 +142,9 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) 
     Tile& tile = open();
     if (lane == 0) {
       tile.kind = END;
+      // Both, so that their phases stay those of the ring.
       bar_arrive(bars + 8 * (K_FULL + ring.at()));
+      bar_arrive(bars + 8 * (V_FULL + ring.at()));
     }
     ring.count++;
   }

@@ -125,6 +125,16 @@ def test_what_the_pattern_selects(attend_selected, make_structured_qkv, measure_
 
 
 @pytest.mark.gpu
+def test_many_blocks_for_every_program(check):
+    """Programs that stay on the GPU go from block to block, and what they count by runs around several times."""
+    chance = torch.Generator().manual_seed(0)
+    shares = torch.linspace(0, 0.1, 64)[:, None]
+    columns, distances = (torch.rand(4, 64, 1100, generator=chance) < share for share in (shares, shares.flip(0)))
+    distances[..., 0] = True
+    check(columns, distances, kv_heads=16, dim=64)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", VerticalSlash.backends[:2], ids=lambda backend: backend.name)
 def test_nothing_waits_for_the_gpu(make_structured_qkv, backend):
     pattern = VerticalSlash(((100, 800),))
