@@ -49,10 +49,11 @@ types: install  ## Check the types
 unit: install  ## Run every test, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-figures: install  ## Render docs/report.md, docs/attention.md and their pictures from what was measured
+figures: install  ## Render the pages and pictures in docs/ from what was measured
 	rm -f docs/figures/*.png
 	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
 	$(BIN)/python benchmarks/render.py benchmarks/attention.csv docs/attention.md
+	$(BIN)/python benchmarks/render.py benchmarks/dynamic_attention.csv docs/dynamic-attention.md
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \

@@ -15,24 +15,48 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from structured_qkv import structured_qkv
 from torch import Tensor
 
 from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
+from tmbench_kernels.block_lists import block_count
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.masks import masked_attention
 from tmbench_kernels.vertical_slash_torch import BLOCK, visible_keys
 
 PUBLISHED = ((30, 800), (100, 800), (500, 700), (1000, 6096), (3500, 100))
 """Budgets of MInference's search on Llama-3.1-8B, dealt out to the heads in turn."""
+SHARES = ((0.05,), (0.1,), (0.2,), (0.5,), (1.0,), (0.02, 0.05, 0.2, 1.0))
+"""Parts of the causal blocks that are drawn to see the kernels' rates alone; the last one has heads that differ."""
 COLUMNS = [
     "device", "torch", "pattern", "parameters", "backend", "length", "heads", "kv_heads", "head_dim", "coverage",
     "ms_median", "ms_min", "ms_max", "select_ms", "tflops", "times_dense", "error",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RandomBlocks(BlockSparse):
+    """Blocks by chance, the query block's own among them; each head has the next of the ``shares`` in turn."""
+
+    shares: tuple[float, ...]
+
+    name: ClassVar[str] = "random_blocks"
+
+    def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        raise NotImplementedError("blocks drawn by chance have no rule")
+
+    def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        blocks, heads = block_count(q.shape[2]), q.shape[1]
+        shares = torch.tensor([self.shares[head % len(self.shares)] for head in range(heads)], device=q.device)
+        random = torch.Generator(q.device).manual_seed(0)
+        drawn = torch.rand(q.shape[0], heads, blocks, blocks, generator=random, device=q.device) < shares[:, None, None]
+        return drawn | torch.eye(blocks, dtype=torch.bool, device=q.device)
 
 
 def main() -> None:
@@ -53,6 +77,7 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
     scale, causal = q.shape[-1] ** -0.5, q.shape[1] * length * (length + 1) // 2
     budgets = tuple(PUBLISHED[head % len(PUBLISHED)] for head in range(options.heads))
     patterns: list[Pattern] = [Dense(), VerticalSlash(budgets), FlexPrefill(), FlashPrefill(), XAttention()]
+    patterns += [RandomBlocks(shares) for shares in SHARES]
     turns: list[tuple[Pattern, str, Callable[[], object], list[float]]] = []
     for pattern in patterns:
         serving = [backend for backend in pattern.backends if not backend.obstacle(pattern, q, k, v)]
@@ -81,7 +106,7 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "torch": torch.__version__,
             "pattern": pattern.name,
-            "parameters": "published budgets" if isinstance(pattern, VerticalSlash) else repr(pattern),
+            "parameters": _parameters(pattern),
             "backend": name,
             "length": length,
             "heads": q.shape[1],
@@ -97,6 +122,14 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
             "error": f"{_error(pattern, run, q, k, v):.2e}",
         })  # fmt: skip
     return rows
+
+
+def _parameters(pattern: Pattern) -> str:
+    if isinstance(pattern, VerticalSlash):
+        return "published budgets"
+    if isinstance(pattern, RandomBlocks):
+        return ", ".join(f"{share:.0%}" for share in pattern.shares)
+    return repr(pattern).partition("(")[2].removesuffix(")")
 
 
 def _select(pattern: Pattern, q: Tensor, k: Tensor) -> object:

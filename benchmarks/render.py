@@ -1,4 +1,4 @@
-"""Renders the CSV of benchmarks/attention.py into markdown tables: python benchmarks/render.py INPUT OUTPUT."""
+"""Renders a benchmark's CSV into markdown tables: python benchmarks/render.py INPUT.csv OUTPUT.md."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pandas as pd
 
-SOURCE = "Rendered by `make figures` from [benchmarks/attention.csv](../benchmarks/attention.csv); do not edit."
+SOURCE = "Rendered by `make figures` from [benchmarks/{0}](../benchmarks/{0}); do not edit."
 
 
 def main(source: Path, target: Path) -> None:
     rows = pd.read_csv(source, keep_default_na=False, dtype=str)
-    target.write_text(render(rows), encoding="utf-8")
+    page = dynamic_page(rows) if "select_ms" in rows else attention_page(rows)
+    target.write_text("\n\n".join([page[0], SOURCE.format(source.name), *page[1:]]) + "\n", encoding="utf-8")
 
 
-def render(rows: pd.DataFrame) -> str:
-    """A page of tables: milliseconds a layer, times the fastest dense attention, errors."""
+def attention_page(rows: pd.DataFrame) -> list[str]:
+    """Of benchmarks/attention.py: milliseconds a layer, times the fastest dense attention, errors."""
     first = rows.iloc[0]
     parts = [
         "# Attention kernels beside their peers",
-        SOURCE,
         f"{first.device}, torch {first.torch}, Triton {first.triton}; {first.heads} heads, {first.kv_heads} key heads, head "
         f"size {first.head_dim}, {first['dtype']}, batch of one, causal. The triangle has {_triangle(rows)}. Median of "
         f"{rows.launches[rows.ms_median != ''].astype(int).min()} or more launches, all implementations in turns.",
         "## Milliseconds for one layer",
-        _table(rows, "ms_median", lambda ms: f"{float(ms):#.3g}" if float(ms) < 100 else f"{float(ms):.0f}"),
+        _table(rows, "ms_median", _milliseconds),
         "## Times faster than the fastest dense attention of the same run",
         _table(rows[rows.pattern == "triangle"], "times_dense", lambda x: f"{float(x):.1f}"),
         "## Rate on the pairs of the pattern, TFLOP/s",
@@ -40,7 +40,52 @@ def render(rows: pd.DataFrame) -> str:
     if len(failed):
         parts.append("## Not timed")
         parts += [f"- {row.implementation}, {_tokens(row.length)}: {row.note}" for row in failed.itertuples()]
-    return "\n\n".join(parts) + "\n"
+    return parts
+
+
+def dynamic_page(rows: pd.DataFrame) -> list[str]:
+    """Of benchmarks/dynamic_attention.py: milliseconds of selection and attention, and the kernels' rates."""
+    first = rows.iloc[0]
+    blocks = rows.pattern == "random_blocks"
+    patterns, drawn = rows[~blocks].rename(columns={"backend": "implementation"}), rows[blocks]
+    drawn = drawn.assign(pattern=drawn.parameters.map("{} of the blocks".format), implementation=drawn.backend)
+    dense = patterns[patterns.pattern == "dense"]
+    selected = patterns[patterns.select_ms != ""].drop_duplicates(["pattern", "length"])
+    share = selected.assign(
+        implementation="selection",
+        share=[f"{float(row.select_ms) / _fastest(patterns, row):.2f}" for row in selected.itertuples()],
+    )
+    given = "; ".join(f"{row.pattern}: {row.parameters}" for row in selected.drop_duplicates("pattern").itertuples())
+    return [
+        "# Dynamic patterns, selection and attention",
+        f"{first.device}, torch {first.torch}; {first.heads} heads, {first.kv_heads} key heads, head size {first.head_dim}, "
+        f"batch of one, on the tensors of benchmarks/structured_qkv.py. Medians, all in turns. {given}.",
+        "## Milliseconds for one layer, selection included",
+        _table(patterns, "ms_median", _milliseconds),
+        "## Milliseconds of the selection alone",
+        _table(selected.assign(implementation="selection"), "select_ms", _milliseconds),
+        "## The selection's share of the fastest implementation's time",
+        _table(share, "share", lambda x: f"{float(x):.0%}"),
+        "## Part of the causal pairs that was selected",
+        _table(selected.assign(implementation="selection"), "coverage", lambda x: f"{float(x):.1%}"),
+        "## Rate on the selected pairs, TFLOP/s",
+        "Selections, and blocks by chance; of the latter each head of the last rows has another share.",
+        _table(pd.concat([patterns, drawn]), "tflops", lambda x: f"{float(x):.0f}"),
+        "## Times faster than the fastest dense attention of the same run",
+        _table(patterns[~patterns.index.isin(dense.index)], "times_dense", lambda x: f"{float(x):.1f}"),
+        "## Error",
+        "Relative RMS difference from softmax in float32 over the same pairs, on sampled queries.",
+        _table(pd.concat([patterns, drawn]), "error", lambda x: f"{float(x):.1e}"),
+    ]
+
+
+def _fastest(rows: pd.DataFrame, row) -> float:  # type: ignore[no-untyped-def]
+    of_same = rows[(rows.pattern == row.pattern) & (rows.length == row.length)]
+    return float(of_same.ms_median.astype(float).min())
+
+
+def _milliseconds(ms: str) -> str:
+    return f"{float(ms):#.3g}" if float(ms) < 100 else f"{float(ms):.0f}"
 
 
 def _triangle(rows: pd.DataFrame) -> str:

@@ -26,6 +26,8 @@ struct Plan {
   const int* counts;          // [batch, heads, rows]
   const unsigned char* kept;  // [batch, heads, rows, width], width a multiple of 64
   const int* before;          // [batch, heads, rows]
+  const int* reach;           // [heads]
+  const int* sinks;           // [heads]
   int* next;                  // the next item, for all programs
   int length, rows, most, width, heads, groups, items;
   float scale_log2;
@@ -36,7 +38,7 @@ struct alignas(16) Tile {
   int kind, first, teams, spare;  // the first key of a piece, or which tile of columns; the teams that take it, as bits
   u64 counted[TEAMS + TEAMS % 2];  // which columns of a tile count for a team
 };
-struct alignas(16) Item { int more, row, head, batch; };
+struct alignas(16) Item { int more, row, head, batch, reach, sinks; };
 struct Shared {
   Item items[ITEMS];
   Tile tiles[UNITS];
@@ -59,6 +61,8 @@ __device__ __forceinline__ Item item_at(const Plan& p, int i) {
   item.row = (thirds - 1 - rest / p.groups) * TEAMS;
   item.head = both % kv_heads * p.groups + rest % p.groups;
   item.batch = both / kv_heads;
+  item.reach = item.more ? p.reach[item.head] : 0;
+  item.sinks = item.more ? p.sinks[item.head] : 0;
   return item;
 }
 
@@ -159,7 +163,7 @@ __device__ void compute(const Maps& maps, const Plan& p, u32 smem, const Shared&
   u32 operand[KEYS / 4];
   Rows r;
   Ring ring = {0};
-  int start, kind, first;
+  int start, free_from, reach, sinks, kind, first;
   u64 counted;
 
   const auto release = [&](u32 at) {
@@ -190,8 +194,8 @@ __device__ void compute(const Maps& maps, const Plan& p, u32 smem, const Shared&
       const u64 bits = counted >> (2 * (threadIdx.x & 3));
 #pragma unroll
       for (int e = 0; e < KEYS / 2; e++) s[e] = bits >> (8 * (e >> 2) + (e & 1)) & 1 ? s[e] : NONE;
-    } else if (first + KEYS - 1 > start) {
-      mask_tile(s, r, first, 0, p.length, p.length, 0, 0, start);
+    } else if ((first + KEYS - 1 > start) | (first < free_from)) {
+      mask_tile(s, r, first, 0, p.length, reach, sinks, free_from, start);
     }
   };
   const auto rescale = [&]() {
@@ -204,6 +208,7 @@ __device__ void compute(const Maps& maps, const Plan& p, u32 smem, const Shared&
     const Item item = shared.items[n % ITEMS];
     if (!item.more) return;
     start = (item.row + team) * TEAM_ROWS;
+    reach = item.reach, sinks = item.sinks, free_from = max(start + TEAM_ROWS - reach, 0);
     if (warp == 0 && lane == 0) {
       bar_expect(q_full, Q_BYTES);
 #pragma unroll

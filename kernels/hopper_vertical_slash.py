@@ -19,7 +19,7 @@ TEAMS = 3
 UNITS = 5
 """Tiles in flight, of keys and values both."""
 THREADS = 128 * (TEAMS + 1)
-PLAN = struct.Struct("5q7if")
+PLAN = struct.Struct("7q7if")
 """The kernel's struct Plan."""
 
 
@@ -55,7 +55,7 @@ def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) ->
     maps = b"".join(_tiles(x) for x in (q, k, v, k_columns, v_columns)) + _tiles(out, 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
-        *(x.data_ptr() for x in (index.starts, index.counts, index.kept, index.before, taken)),
+        *(x.data_ptr() for x in (index.starts, index.counts, index.kept, index.before, index.reach, index.sinks, taken)),
         length, rows, most, width, heads, heads // k.shape[1], batch * heads * -(-rows // TEAMS), scale * LOG2_E,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, q.dtype).items())

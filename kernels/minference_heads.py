@@ -9,19 +9,24 @@ block-sparse head takes 100 blocks, whatever its budget says.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from tmbench_kernels.block_topk import BlockTopK
+from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
 from tmbench_kernels.minference_json import HeadPattern, load_head_patterns
 from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
+
+if TYPE_CHECKING:
+    from tmbench_kernels.triton_vertical_slash import Index
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,45 @@ class _Part:
     keys: list[int]
 
 
+def _attend_parts(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = empty_output(q, v)
+    for part in pattern.parts(q, k):
+        out[:, part.queries] = part.pattern.attend(q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=scale)
+    return out
+
+
+def _attend_hopper(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _attend_index("hopper_vertical_slash", pattern, q, k, v, scale)
+
+
+def _attend_triton(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _attend_index("triton_vertical_slash", pattern, q, k, v, scale)
+
+
+def _attend_index(module: str, pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """All heads in one launch of a vertical-slash kernel, imported here because it takes Triton."""
+    out: Tensor = import_module(f"tmbench_kernels.{module}").attend_index(q, k, v, build_index(pattern, q, k, scale), scale)
+    return out
+
+
 @dataclass(frozen=True)
 class MInferenceHeads(Pattern):
     """``heads`` says for each query head what kind it is, and its budget.
 
-    One call for each kind; where a kind has more of one key head's query heads than of another's, one for each such number.
-    k and v are copied for the key heads of a call, never repeated for their query heads. Raises ValueError for no heads,
-    and, where tensors come in, for a number of heads that is not that of q.
+    On a GPU one launch serves all heads. In torch it is one call for each kind, and where a kind has more of one key head's
+    query heads than of another's, one for each such number; k and v are copied for the key heads of a call, never repeated
+    for their query heads. Raises ValueError for no heads, and, where tensors come in, for a number of heads that is not q's.
     """
 
     heads: tuple[HeadPattern, ...]
 
     name: ClassVar[str] = "minference_heads"
     dynamic: ClassVar[bool] = True
-    backends: ClassVar[tuple[Backend, ...]] = ()
-    """None of its own: those of the kinds run, see ``backend``."""
+    backends: ClassVar[tuple[Backend, ...]] = (
+        Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=missing_hopper, refuses=refuses_hopper),
+        Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
+        Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts),
+    )
 
     def __post_init__(self) -> None:
         if not self.heads:
@@ -57,35 +86,76 @@ class MInferenceHeads(Pattern):
         """Bool ``[batch, heads, length, length]``: each head by the definition of its kind."""
         batch, heads, length = q.shape[:3]
         mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=q.device)
-        for part in self._parts(q, k):
+        for part in self.parts(q, k):
             mask[:, part.queries] = part.pattern.mask(q[:, part.queries], k[:, part.keys], scale=scale)
         return mask
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted kind by kind, at the cost of their selections."""
-        parts = self._parts(q, k)
+        parts = self.parts(q, k)
         return sum(part.pattern.pairs(q[:, part.queries], k[:, part.keys], scale=scale) for part in parts)
-
-    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> Backend:
-        """One that runs what serves each kind, named after all of them: "torch-banded/torch-gathered"."""
-        check_shapes(q, k, v)
-        served = [part.pattern.backend(q[:, part.queries], k[:, part.keys], v[:, part.keys]) for part in self._parts(q, k)]
-        return Backend("/".join(sorted({backend.name for backend in served})), (q.device.type,), _attend_parts)
 
     def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """The last query alone, in each kind's own way."""
         check_shapes(q, k, v)
         row = v.new_empty(*q.shape[:2], 1, v.shape[3])
-        for part in self._parts(q, k):
+        for part in self.parts(q, k):
             row[:, part.queries] = part.pattern.last_row(
                 q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=default_scale(q, scale)
             )
         return row
 
-    def _parts(self, q: Tensor, k: Tensor) -> list[_Part]:
+    def parts(self, q: Tensor, k: Tensor) -> list[_Part]:
+        """The heads kind by kind, in calls that can serve them."""
+        self.check_heads(q)
+        return _parts(self.heads, k.shape[1])
+
+    def check_heads(self, q: Tensor) -> None:
+        """Raise ValueError where the pattern is for another number of heads than q's."""
         if len(self.heads) != q.shape[1]:
             raise ValueError(f"the pattern is for {len(self.heads)} heads, but q has {q.shape[1]}")
-        return _parts(self.heads, k.shape[1])
+
+
+def build_index(pattern: MInferenceHeads, q: Tensor, k: Tensor, scale: float) -> Index:
+    """What every block of 64 queries of every head attends to, whatever its kind: the index of the vertical-slash kernels.
+
+    A streaming head has its first keys as columns and its window as distances, and of its runs it sees what the window
+    reaches; the runs of a block-sparse head are its blocks. Nothing is read back to the host. A selection is made for all
+    heads, and kept for those of its kind.
+    """
+    from tmbench_kernels import triton_vertical_slash
+
+    pattern.check_heads(q)
+    heads, length = pattern.heads, q.shape[2]
+    kinds, budgets = {head.type for head in heads}, _budgets(heads, q.device)
+    numbers = torch.arange(length, device=q.device)
+    columns = (numbers < (budgets.vertical * budgets.streams)[:, None]).expand(len(q), -1, -1)
+    # The kernels count on distance 0. Where a window is empty, its reach hides the key again.
+    distances = (numbers < (budgets.slash * budgets.streams).clamp(min=1)[:, None]).expand(len(q), -1, -1)
+    slashes = VerticalSlash(tuple((h.vertical, h.slash) if h.type == "vertical_and_slash" else (0, 0) for h in heads))
+    if "vertical_and_slash" in kinds:
+        chosen = slashes.select(q, k, scale=scale)
+        columns = torch.where(budgets.slashes[:, None], chosen.columns, columns)
+        distances = torch.where(budgets.slashes[:, None], chosen.distances, distances)
+    most_columns, most_distances = slashes.counts(len(heads), length)
+    streams = [head for head in heads if head.type == "stream_llm"]
+    blocks = BlockTopK()
+    index = triton_vertical_slash.build_index(
+        columns,
+        distances,
+        max(most_columns + tuple(head.vertical for head in streams)),
+        max(most_distances + tuple(head.slash for head in streams) + (blocks.blocks,) * ("block_sparse" in kinds)),
+    )
+    if "block_sparse" in kinds:
+        lists = blocks.select(q, k, scale=scale)
+        most = min(index.starts.shape[3], lists.indices.shape[3])
+        starts = lists.indices[..., :most].index_select(1, budgets.blocks) * blocks.block
+        index.starts[..., :most].index_copy_(1, budgets.blocks, starts)
+        index.counts.index_copy_(1, budgets.blocks, lists.counts.index_select(1, budgets.blocks))
+    if streams:
+        reach = torch.where(budgets.streams, budgets.slash, index.reach)
+        index = replace(index, reach=reach, sinks=budgets.vertical * budgets.streams)
+    return index
 
 
 def load_patterns(path: str | Path, *, layers: int, heads: int) -> list[Pattern]:
@@ -103,11 +173,32 @@ def layer_pattern(heads: Sequence[HeadPattern]) -> Pattern:
     return MInferenceHeads(tuple(heads))
 
 
-def _attend_parts(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    out = empty_output(q, v)
-    for part in pattern._parts(q, k):
-        out[:, part.queries] = part.pattern.attend(q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=scale)
-    return out
+@dataclass(frozen=True, eq=False)
+class _Budgets:
+    """What kind each head is and its budget, on a device."""
+
+    vertical: Tensor
+    """int32 ``[heads]``."""
+    slash: Tensor
+    """int32 ``[heads]``."""
+    slashes: Tensor
+    """Vertical-slash heads, bool ``[heads]``."""
+    streams: Tensor
+    """Streaming heads, bool ``[heads]``."""
+    blocks: Tensor
+    """The numbers of the block-sparse heads, int64."""
+
+
+@lru_cache(maxsize=256)
+def _budgets(heads: tuple[HeadPattern, ...], device: torch.device) -> _Budgets:
+    """Kept on the device: to send them there again would wait for all that it has to do."""
+    return _Budgets(
+        vertical=torch.tensor([head.vertical for head in heads], dtype=torch.int32, device=device),
+        slash=torch.tensor([head.slash for head in heads], dtype=torch.int32, device=device),
+        slashes=torch.tensor([head.type == "vertical_and_slash" for head in heads], device=device),
+        streams=torch.tensor([head.type == "stream_llm" for head in heads], device=device),
+        blocks=torch.tensor([n for n, head in enumerate(heads) if head.type == "block_sparse"], device=device).long(),
+    )
 
 
 @lru_cache(maxsize=256)

@@ -21,6 +21,9 @@ from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import LOG2_E, attend_tile, block_dim, loadable, positive, softmax_step
 from tmbench_kernels.vertical_slash_torch import BLOCK, largest_below
 
+ALL = 2**30
+"""A reach beyond any prompt."""
+
 
 @dataclass(frozen=True, eq=False)
 class Index:
@@ -36,6 +39,10 @@ class Index:
     """uint8 ``[batch, heads, rows, width]``: 1 for the columns that lie in none of a block's runs, nor after the block."""
     before: Tensor
     """int32 ``[batch, heads, rows]``: how many columns lie before the block's end."""
+    reach: Tensor
+    """int32 ``[heads]``: of its runs a query sees the keys that lie less than so many before it,"""
+    sinks: Tensor
+    """int32 ``[heads]``: and the first so many keys, wherever they are."""
 
 
 @triton.jit
@@ -83,7 +90,7 @@ def _index(
 @triton.jit(do_not_specialize=["length", "rows", "most", "width", "stride_qb"])
 def _walk(
     q_ptr, out_ptr, k_tiles, v_tiles, k_columns, v_columns, starts_ptr, counts_ptr, columns_ptr, kept_ptr, before_ptr,
-    stride_qb, stride_qh, stride_qn, stride_qd, length, rows, most, width, scale_log2,
+    reach_ptr, sinks_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, rows, most, width, scale_log2,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -106,13 +113,16 @@ def _walk(
     total = tl.zeros([BLOCK], tl.float32)
     peak = tl.full([BLOCK], -float("inf"), tl.float32)
     starts = starts_ptr + slot * most
+    reach = tl.load(reach_ptr + head)
+    sinks = tl.load(sinks_ptr + head)
     pieces: tl.constexpr = BLOCK // KEYS
     for t in range(tl.load(counts_ptr + slot) * pieces):
         first = tl.load(starts + t // pieces) + t % pieces * KEYS
         k = k_tiles.load([batch, head // GROUPS, first, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([batch, head // GROUPS, first, 0]).reshape(KEYS, BLOCK_V_DIM)
+        masked = (first + KEYS - 1 > start) | (first < start + BLOCK - reach)
         acc, total, peak = attend_tile(
-            q, k, v, first, length, first + KEYS - 1 > start, position, length, 0, scale_log2, acc, total, peak, KEYS
+            q, k, v, first, length, masked, position, reach, sinks, scale_log2, acc, total, peak, KEYS
         )
     columns = columns_ptr + both.to(tl.int64) * width
     kept = kept_ptr + slot * width
@@ -154,6 +164,8 @@ def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_dist
         columns=ordered,
         kept=torch.zeros(*shape, width, dtype=torch.uint8, device=device),
         before=torch.empty(shape, dtype=torch.int32, device=device),
+        reach=torch.full((heads,), ALL, dtype=torch.int32, device=device),
+        sinks=torch.zeros(heads, dtype=torch.int32, device=device),
     )
     below = largest_below(distances).int()
     _index[(rows, batch * heads)](
@@ -198,7 +210,7 @@ def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) ->
 
     _walk[(batch * heads, rows)](
         q, out, tiles(k, block), tiles(v, v_block), tiles(k_columns, block), tiles(v_columns, v_block),
-        index.starts, index.counts, index.columns, index.kept, index.before, *q.stride(),
+        index.starts, index.counts, index.columns, index.kept, index.before, index.reach, index.sinks, *q.stride(),
         length, rows, index.starts.shape[3], width, scale * LOG2_E,
         HEADS=heads, GROUPS=groups, DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block, BLOCK=BLOCK, KEYS=keys,
         num_warps=4, num_stages=2,

@@ -76,9 +76,8 @@ class VerticalSlash(Pattern):
     name: ClassVar[str] = "vertical_slash"
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
-        Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
-        # Behind the portable kernel until a measurement on such a GPU puts it in front.
         Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=missing_hopper, refuses=refuses_hopper),
+        Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
         Backend("torch-gathered", ("cpu", "cuda"), _attend_torch),
     )
 

@@ -1,12 +1,19 @@
 """Heads of different kinds in one layer: each as if it were alone, whatever the others are and however they share keys."""
 
+import random
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import BlockTopK, HeadPattern, MInferenceHeads, VerticalSlash
-from tmbench_kernels.minference_heads import layer_pattern
+from tmbench_kernels.cuda import missing_hopper, refuses_hopper
+from tmbench_kernels.minference_heads import build_index, layer_pattern
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 
 KINDS = {
     "vertical_and_slash": st.tuples(st.integers(0, 60), st.integers(0, 150)),
@@ -59,13 +66,59 @@ def test_block_sparse_heads_leave_blocks_out_of_long_prompts_only(make_qkv, asse
     assert_exact(pattern.attend(q, k, v)[:, :, rows], q[:, :, rows], k, v, pattern.mask(q, k)[:, :, rows])
 
 
-def test_what_runs_is_named_after_all_kinds(make_qkv):
+def test_a_cpu_runs_kind_by_kind(make_qkv):
     q, k, v = make_qkv(50)
     heads = (HeadPattern(), HeadPattern("stream_llm", 8, 64), HeadPattern("block_sparse"), HeadPattern())
-    assert MInferenceHeads(heads).backend(q, k, v).name == "torch-banded/torch-blocks/torch-gathered"
+    assert MInferenceHeads(heads).backend(q, k, v).name == "torch-by-kind"
     meta = (x.to("meta") for x in (q, k, v))
     with pytest.raises(ValueError, match="no backend of the pattern .* serves these tensors"):
         MInferenceHeads(heads).backend(*meta)
+
+
+@pytest.fixture(params=["triton", pytest.param("hopper", marks=pytest.mark.gpu)])
+def check_one_launch(request, make_structured_qkv, measure_errors):
+    """``check(heads, length, ...)`` attends by a vertical-slash kernel over the index of all heads."""
+    attend_index = import_module(f"tmbench_kernels.{request.param}_vertical_slash").attend_index
+    torch.use_deterministic_algorithms(not GPU)
+
+    def check(heads, length, rows=slice(None), **shape):
+        shape = {"heads": len(heads), "kv_heads": 2, "dim": 32, "dtype": torch.float16} | shape
+        q, k, v = (x.to(DEVICE) for x in make_structured_qkv(length, **shape))
+        if request.param == "hopper" and (reason := missing_hopper() or refuses_hopper(None, q, k, v)):
+            pytest.skip(reason)
+        pattern, scale = MInferenceHeads(tuple(heads)), q.shape[3] ** -0.5
+        out = attend_index(q, k, v, build_index(pattern, q, k, scale), scale)
+        mask = pattern.mask(q, k)
+        _, error, plain_error = measure_errors(out[:, :, rows], q[:, :, rows], k, v, mask[:, :, rows], None)
+        assert error <= 2 * plain_error
+        return mask
+
+    yield check
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.parametrize("seed", range(30 if GPU else 6))
+def test_one_launch_serves_all_kinds(check_one_launch, seed):
+    draw = random.Random(seed)
+    length = draw.choice([1, 64, 65, draw.randint(2, 2500 if GPU else 500)])
+    heads = [
+        draw.choice(
+            [
+                HeadPattern("vertical_and_slash", draw.randint(0, 60), draw.randint(0, 150)),
+                HeadPattern("stream_llm", draw.choice([0, 1, 70, 3000]), draw.choice([0, 1, 63, 64, 200, 3000])),
+                HeadPattern("block_sparse"),
+            ][: draw.randint(1, 3)]
+        )
+        for _ in range(8)
+    ]
+    check_one_launch(heads, length, batch=draw.choice([1, 2]), kv_heads=draw.choice([1, 2, 8]), seed=seed)
+
+
+@pytest.mark.gpu
+def test_one_launch_leaves_blocks_out_of_long_prompts(check_one_launch):
+    heads = [HeadPattern("block_sparse"), HeadPattern("stream_llm", 8, 64), HeadPattern("block_sparse"), HeadPattern()]
+    mask = check_one_launch(heads, 8000, rows=slice(7000, None, 7))
+    assert not mask[0, 0, 7999].all()
 
 
 def test_heads_of_one_kind_need_no_division():
