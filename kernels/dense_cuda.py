@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -34,7 +35,10 @@ def function(module: str) -> tuple[Callable[..., Any] | None, str]:
         # FlashAttention 2 and 4 share the package flash_attn, so only the module itself tells which of them is there.
         if importlib.util.find_spec(module) is None:
             return None, "is not installed"
-        return importlib.import_module(module).flash_attn_func, ""
+        found = importlib.import_module(module).flash_attn_func
+        # FlashAttention 4 warns of an argument of its own at every compilation.
+        warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", module="cutlass")
+        return found, ""
     except Exception as error:
         # A library that was built for another torch, CUDA or Python fails to load in ways of its own.
         if isinstance(error, ModuleNotFoundError) and error.name and module.startswith(error.name):
