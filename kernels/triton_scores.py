@@ -39,12 +39,13 @@ def _mean_weights(
         if first <= row:
             places = column.to(tl.int64)[:, None] * DIM + dim[None, :]
             mean = tl.load(means + places, mask=(column < blocks)[:, None] & dim_ok[None, :], other=0.0)
-            s = tl.dot(q, mean.T) * scale_log2
+            # Means by queries: a row is then summed within one warp, not across all of them.
+            s = tl.dot(mean, q.T) * scale_log2
             # Those count that see all of a key block: of its own queries the last alone.
-            sees = row_ok[:, None] & (position[:, None] >= (column * BLOCK + BLOCK - 1)[None, :])
+            sees = row_ok[None, :] & (position[None, :] >= (column * BLOCK + BLOCK - 1)[:, None])
             s = tl.where(sees, s, -float("inf"))
-            peak = tl.max(s, 0)
-            total = tl.sum(tl.exp2(s - tl.where(peak == -float("inf"), 0.0, peak)[None, :]), 0)
+            peak = tl.max(s, 1)
+            total = tl.sum(tl.exp2(s - tl.where(peak == -float("inf"), 0.0, peak)[:, None]), 1)
         # Where nothing counts the peak of -inf decides; elsewhere the total is 1 or more.
         tl.store(out + column, (peak + tl.log2(tl.maximum(total, 1.0))) * log_2, mask=column < blocks)
 
@@ -61,7 +62,7 @@ def mean_weights(q: Tensor, means: Tensor, scale: float) -> Tensor:
     out = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
     _mean_weights[(batch * heads, blocks)](
         q, means, out, *q.stride(), length, blocks, scale * LOG2_E, math.log(2),
-        HEADS=heads, GROUPS=heads // means.shape[1], DIM=dim, BLOCK_DIM=block_dim(dim), BLOCK=BLOCK, MEANS=64, num_warps=8,
+        HEADS=heads, GROUPS=heads // means.shape[1], DIM=dim, BLOCK_DIM=block_dim(dim), BLOCK=BLOCK, MEANS=128, num_warps=8,
     )  # fmt: skip
     return out
 
