@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tmbench_kernels.cuda import runs_triton
 from tmbench_kernels.masks import causal_mask
 
 BLOCK = 128
@@ -22,10 +23,10 @@ class BlockLists:
     """For every block of queries of every query head, the key blocks that it attends to.
 
     The first ``counts`` entries of a list are block numbers, ascending, each once, none after the query block's own. What
-    follows them is not part of the list; lists made by ``from_map`` go on with the other blocks, so that every entry is a
-    valid block number. Within the own block a query sees the keys up to itself. A list may be empty or lack the own block:
-    a query without any key gets zeros. Raises ValueError for tensors that cannot be such lists; their values are trusted,
-    since reading them would wait for the GPU.
+    follows them is not part of the list; lists made by ``from_map`` go on with the other blocks, descending, so that every
+    entry is a valid block number. Within the own block a query sees the keys up to itself. A list may be empty or lack the
+    own block: a query without any key gets zeros. Raises ValueError for tensors that cannot be such lists; their values are
+    trusted, since reading them would wait for the GPU.
     """
 
     counts: Tensor
@@ -49,18 +50,14 @@ class BlockLists:
     def from_map(cls, block_map: Tensor, length: int, block: int = BLOCK) -> BlockLists:
         """The lists of a bool map ``[batch, heads, q_blocks, k_blocks]``; blocks after the query block's own are dropped.
 
-        Each block is sent to its place in the list, which is known from running counts: nothing is sorted, and nothing is
-        read back to the host.
+        Nothing is sorted, and nothing is read back to the host.
         """
-        blocks = block_map.shape[3]
-        block_map = block_map & causal_mask(blocks, block_map.device)
-        chosen = block_map.cumsum(3, dtype=torch.int32)
-        counts = chosen[..., -1:]
-        numbers = torch.arange(blocks, dtype=torch.int32, device=block_map.device)
-        # Block n is the chosen[n]-th of the list, or the (n + 1 - chosen[n])-th of those that follow it.
-        places = torch.where(block_map, chosen - 1, counts + (numbers - chosen)).long()
-        indices = torch.empty_like(chosen).scatter_(3, places, numbers.expand_as(chosen))
-        return cls(counts.squeeze(3).contiguous(), indices, length, block)
+        if runs_triton(block_map.device):
+            # Imported when it is first used: it takes Triton.
+            from tmbench_kernels.triton_lists import list_blocks
+
+            return cls(*list_blocks(block_map), length, block)
+        return cls(*_list_blocks(block_map), length, block)
 
     def to_map(self) -> Tensor:
         """The lists as a bool map ``[batch, heads, q_blocks, k_blocks]``."""
@@ -89,6 +86,18 @@ class BlockLists:
         own = self.own_listed().long()
         whole = (self.counts.long() - own) * self.block
         return int((rows * whole + own * (rows * (rows + 1) // 2)).sum())
+
+
+def _list_blocks(block_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and indices of a bool map: each block is sent to its place, which is known from running counts."""
+    blocks = block_map.shape[3]
+    block_map = block_map & causal_mask(blocks, block_map.device)
+    ranks = block_map.cumsum(3, dtype=torch.int32)
+    numbers = torch.arange(blocks, dtype=torch.int32, device=block_map.device)
+    # Block n is the ranks[n]-th of the list, or the (n + 1 - ranks[n])-th from the end.
+    places = torch.where(block_map, ranks - 1, (blocks - 1 - numbers) + ranks).long()
+    indices = torch.empty_like(ranks).scatter_(3, places, numbers.expand_as(ranks))
+    return ranks[..., -1].contiguous(), indices
 
 
 def block_count(length: int, block: int = BLOCK) -> int:

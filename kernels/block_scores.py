@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmbench_kernels.cuda import runs_triton
+
 TILE_ELEMENTS = 2**28
 """Largest part of a score matrix that is held at a time: 1 GiB in float32, of which a selection has two or three."""
 
@@ -47,24 +49,35 @@ def last_query_mass(q: Tensor, k: Tensor, scale: float, last: int) -> tuple[Tens
     """Probability that the last min(last, length) queries give to each key and to each distance, summed over them.
 
     Two float32 tensors ``[batch, heads, length]``; a distance is query minus key. A large one has fewer pairs and is not
-    scaled up for it. The probabilities themselves are held for a few heads at a time: at 128K tokens all take gigabytes.
+    scaled up for it. The logits are held for a few heads at a time: at 128K tokens all take gigabytes.
     """
     batch, heads, length = q.shape[:3]
     rows = min(last, length)
     by_key, by_distance = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    sums = _sum_shares
+    if runs_triton(q.device):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels.triton_scores import sum_shares
+
+        sums = sum_shares
     for some, kv, _ in tiles(heads, k.shape[1], 1, batch * rows * length):
-        logits = products(q[:, some, length - rows :], k[:, kv]).mul_(scale)
-        logits[..., length - rows :].masked_fill_(future, -torch.inf)
-        shares = logits.softmax(3)
-        del logits
-        by_key[:, some] = shares.sum(2)
-        # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
-        padded = F.pad(shares, (rows - 1, 0))
-        del shares
-        strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
-        by_distance[:, some] = padded.as_strided((*padded.shape[:2], rows, length), strides).sum(2).flip(-1)
+        by_key[:, some], by_distance[:, some] = sums(products(q[:, some, length - rows :], k[:, kv]), scale)
     return by_key, by_distance
+
+
+def _sum_shares(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``triton_scores.sum_shares`` in torch; it overwrites the logits."""
+    rows, length = logits.shape[2:]
+    future = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu(1)
+    logits.mul_(scale)[..., length - rows :].masked_fill_(future, -torch.inf)
+    shares = logits.softmax(3)
+    del logits
+    by_key = shares.sum(2)
+    # With rows - 1 zeros in front, a step of one row and one column follows a diagonal.
+    padded = F.pad(shares, (rows - 1, 0))
+    del shares
+    strides = (*padded.stride()[:2], padded.shape[3] + 1, 1)
+    return by_key, padded.as_strided((*padded.shape[:2], rows, length), strides).sum(2).flip(-1)
 
 
 def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
@@ -73,9 +86,11 @@ def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
     ``counts`` broadcasts to ``scores`` without its last dimension.
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    ranks = torch.arange(scores.shape[-1], device=scores.device)
-    taken = ranks < (counts[..., None] if isinstance(counts, Tensor) else counts)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order))
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    if not isinstance(counts, Tensor):
+        return none.scatter_(-1, order[..., :counts], True)
+    taken = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
+    return none.scatter_(-1, order, taken.expand_as(order))
 
 
 def tiles(heads: int, kv_heads: int, blocks: int, elements: int) -> Iterator[tuple[slice, slice, range]]:

@@ -80,7 +80,7 @@ class BlockSparse(Pattern):
 
     @abc.abstractmethod
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """``rule`` for all heads, bool ``[batch, heads, blocks, blocks]``.
+        """``rule`` for all heads, bool ``[batch, heads, blocks, blocks]``: the future does not count here either.
 
         Reads nothing back to the host, loops over no head for its own sake, and holds a few GiB at most for 32 heads of 128K
         tokens. Sums run in float32 in another order than the rule's, so that a near tie may fall the other way.

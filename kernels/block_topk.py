@@ -55,7 +55,7 @@ class BlockTopK(BlockSparse):
             scores = products(queries[:, some, rows.start : rows.stop], keys[:, kv])
             scores.masked_fill_(~causal[rows.start : rows.stop], -torch.inf)
             kept[:, some, rows.start : rows.stop] = largest(scores, self.blocks)
-        return kept & causal
+        return kept
 
     def _means(self, x: Tensor) -> Tensor:
         """Means of blocks, the last one over as many tokens as the others."""

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TRITON_CAPABILITIES = (8, 9, 10, 11, 12)
+"""The major compute capabilities that the kernels in Triton take."""
+
 
 @cache
 def capability(device: torch.device) -> int:
@@ -38,28 +41,39 @@ def missing_triton() -> str:
 
 
 @cache
-def refuses_tensors(
-    device: torch.device, dtype: torch.dtype, widest: int, capabilities: tuple[int, ...], largest: int
-) -> str:
-    """ "" where a kernel for these compute capabilities and head sizes serves such tensors, otherwise why it does not."""
+def refuses_device(device: torch.device, capabilities: tuple[int, ...]) -> str:
+    """ "" where a CUDA device has one of these compute capabilities, otherwise why a kernel for them refuses it."""
     if torch.version.hip is not None:
         return "takes an NVIDIA GPU"
     if capability(device) not in capabilities:
         wanted = " or ".join(map(str, capabilities))
         return f"takes a GPU of compute capability {wanted}, not {capability(device)}"
-    if reason := refuses_dtype(dtype):
+    return ""
+
+
+@cache
+def refuses_tensors(
+    device: torch.device, dtype: torch.dtype, widest: int, capabilities: tuple[int, ...], largest: int
+) -> str:
+    """ "" where a kernel for these compute capabilities and head sizes serves such tensors, otherwise why it does not."""
+    if reason := refuses_device(device, capabilities) or refuses_dtype(dtype):
         return reason
     return "" if widest <= largest else f"takes head sizes up to {largest}, not {widest}"
 
 
 def refuses_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     """What the kernels in Triton say of these tensors."""
-    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (8, 9, 10, 11, 12), 256)
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), TRITON_CAPABILITIES, 256)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is there and has this device, for a step that torch does elsewhere and that multiplies nothing."""
+    return device.type == "cuda" and not missing_triton() and not refuses_device(device, TRITON_CAPABILITIES)
 
 
 def triton_serves(x: Tensor) -> bool:
     """Whether kernels in Triton are there and take such a tensor, for a step that torch does elsewhere."""
-    return x.device.type == "cuda" and not missing_triton() and not refuses_triton(None, x, x, x)
+    return runs_triton(x.device) and not refuses_triton(None, x, x, x)
 
 
 @cache

@@ -82,7 +82,7 @@ class FlashPrefill(BlockSparse):
         columns = torch.arange(blocks, device=q.device)
         distance = columns[:, None] - columns
         kept |= (columns < self.sinks) | (distance < self.window) | (columns[:, None] >= blocks - self.last)
-        return kept & (distance >= 0)
+        return kept
 
     def _heavy(self, weights: Tensor) -> Tensor:
         """Which of these weights, logarithms ``[batch, heads, rows, blocks]``, are chosen for themselves."""

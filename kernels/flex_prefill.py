@@ -82,9 +82,9 @@ class FlexPrefill(BlockSparse):
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         batch, heads, length = q.shape[:3]
-        blocks, causal = block_count(length), causal_mask(block_count(length), q.device)
+        blocks = block_count(length)
         if self._is_dense(length):
-            return causal.expand(batch, heads, blocks, blocks)
+            return causal_mask(blocks, q.device).expand(batch, heads, blocks, blocks)
         by_key, by_distance = (mass / BLOCK for mass in last_query_mass(q, k, scale, BLOCK))
         by_diagonal = by_distance.flip(2)
         counts, diagonal_counts = self._blocks_for(by_key), self._blocks_for(by_diagonal)
@@ -107,7 +107,7 @@ class FlexPrefill(BlockSparse):
         kept = chosen[:, :, None] | offsets[..., (numbers[:, None] - numbers).clamp(min=0)]
         if asked is not None:
             kept |= asked
-        return kept & causal
+        return kept
 
     def _is_dense(self, length: int) -> bool:
         return length <= max(2 * BLOCK, block_count(self.min_budget) * BLOCK)
@@ -124,13 +124,20 @@ class FlexPrefill(BlockSparse):
         return (tokens // BLOCK + 1).clamp(self._least(length), most)
 
     def _asked(self, query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
-        """The heaviest blocks of each head by pooled queries, as long as their sum is at most gamma of the whole."""
+        """The heaviest blocks of each head by pooled queries, as long as their sum is at most gamma of the whole.
+
+        What it says of blocks in the future does not count.
+        """
         blocks = key_means.shape[2]
         future = ~causal_mask(blocks, key_means.device)
         pooled = products(query_means, key_means).mul_(scale).masked_fill_(future, -torch.inf).softmax(3).flatten(2)
-        ranked, order = pooled.sort(dim=2, descending=True, stable=True)
+        # Half of the matrix is in the future, all zeros: only the other half is sorted, which keeps its order for ties.
+        row, column = torch.tril_indices(blocks, blocks, device=pooled.device)
+        ranked, order = pooled.index_select(2, row * blocks + column).sort(dim=2, descending=True, stable=True)
         within = ranked.cumsum(2, dtype=torch.float64) <= self.gamma * blocks
-        return torch.zeros_like(within).scatter_(2, order, within).view(*within.shape[:2], blocks, blocks)
+        asked = torch.zeros_like(within).scatter_(2, order, within)
+        row, column = torch.arange(blocks, device=pooled.device)[:, None], torch.arange(blocks, device=pooled.device)
+        return asked[..., row * (row + 1) // 2 + torch.minimum(row, column)]
 
 
 def _distance(p: Tensor, q: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tmbench_kernels.block_lists import BLOCK, block_count
 from tmbench_kernels.block_scores import products, tiles
 from tmbench_kernels.block_sparse import BlockSparse
+from tmbench_kernels.cuda import runs_triton
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,18 @@ class XAttention(BlockSparse):
         kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
         # Of two strides laid side by side, one of them backwards, the product of the whole is the antidiagonal's sum.
         keys = _strides(k, blocks, self.stride).flip(3).flatten(3)
+        sums, strides = _sum_strides, block_count(length, self.stride)
+        if runs_triton(q.device):
+            # Imported when it is first used: it takes Triton.
+            from tmbench_kernels.triton_scores import sum_strides
+
+            sums = sum_strides
         for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * cells * cells * blocks):
             queries = q[:, some, rows.start * BLOCK : rows.stop * BLOCK]
             queries = _strides(queries, len(rows), self.stride).flatten(3)
-            logits = products(queries, keys[:, kv, : rows.stop * cells]).mul_(scale / self.stride)
-            size = len(rows) * cells
-            future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-            logits[..., rows.start * cells :].masked_fill_(future, -torch.inf)
-            shares = logits.softmax(3)
+            logits = products(queries, keys[:, kv, : rows.stop * cells])
+            mass = sums(logits, rows.start, cells, strides, scale / self.stride)
             del logits
-            shares[:, :, block_count(length, self.stride) - rows.start * cells :] = 0
-            mass = torch.unflatten(torch.unflatten(shares, 3, (rows.stop, cells)).sum(4), 2, (len(rows), cells)).sum(3)
-            del shares
             kept[:, some, rows.start : rows.stop, : rows.stop] = self._covers(mass, rows)
         return kept
 
@@ -98,16 +99,31 @@ class XAttention(BlockSparse):
         column = torch.arange(mass.shape[3], device=mass.device)
         within_first = row * BLOCK < self.first_chunk
         forced = (column == row) | ((column == 0) & ~within_first)
-        order = mass.masked_fill(forced, torch.inf).sort(dim=3, descending=True, stable=True).indices
-        held = mass.gather(3, order).cumsum(3, dtype=torch.float64)
-        before = F.pad(held, (1, 0))[..., :-1]
-        before = torch.where(within_first, F.pad(before, (1, 0))[..., :-1], before)
-        taken = before < self.threshold * held[..., -1:]
+        ranked, order = mass.masked_fill(forced, torch.inf).sort(dim=3, descending=True, stable=True)
+        # What is forced, two blocks at most, comes first: there infinity stands for what they hold.
+        ranked[..., :2] = mass.gather(3, order[..., :2])
+        held = ranked.cumsum(3, dtype=torch.float64)
+        # A block is taken while those before it fall short.
+        taken = F.pad(held < self.threshold * held[..., -1:], (1, 0), value=True)[..., :-1]
+        if rows.start * BLOCK < self.first_chunk:
+            taken = torch.where(within_first, F.pad(taken, (1, 0), value=True)[..., :-1], taken)
         kept = torch.zeros_like(taken).scatter_(3, order, taken)
-        return (kept | forced | (column == 0)) & (column <= row)
+        return kept | forced | (column == 0)
+
+
+def _sum_strides(logits: Tensor, start: int, cells: int, strides: int, scale: float) -> Tensor:
+    """``triton_scores.sum_strides`` in torch; it overwrites the logits."""
+    size = logits.shape[2]
+    future = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu(1)
+    logits.mul_(scale)[..., start * cells :].masked_fill_(future, -torch.inf)
+    shares = logits.softmax(3)
+    shares[:, :, strides - start * cells :] = 0
+    return torch.unflatten(torch.unflatten(shares, 3, (-1, cells)).sum(4), 2, (-1, cells)).sum(3)
 
 
 def _strides(x: Tensor, blocks: int, stride: int) -> Tensor:
     """Tokens stride by stride, filled up with zeros to whole blocks: ``[batch, heads, strides, stride, dim]``."""
-    x = F.pad(x, (0, 0, 0, blocks * BLOCK - x.shape[2]))
+    # A pad of nothing would be a copy.
+    if missing := blocks * BLOCK - x.shape[2]:
+        x = F.pad(x, (0, 0, 0, missing))
     return torch.unflatten(x, 2, (blocks * BLOCK // stride, stride))

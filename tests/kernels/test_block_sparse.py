@@ -8,7 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tmbench_kernels import BlockTopK, Dense, FlashPrefill, FlexPrefill, XAttention, block_scores
+from tmbench_kernels import (
+    BlockTopK,
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    XAttention,
+    block_lists,
+    block_scores,
+    flash_prefill,
+    xattention,
+)
 
 PATTERNS = [
     FlexPrefill(gamma=0.6, min_budget=128),
@@ -104,6 +114,21 @@ def test_tiles_do_not_change_the_selection(make_structured_qkv, monkeypatch, pat
     expected = pattern.select(q, k).to_map()
     monkeypatch.setattr(block_scores, "TILE_ELEMENTS", elements)
     assert torch.equal(pattern.select(q, k).to_map(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run in any case")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_kernels_do_not_change_the_selection(make_structured_qkv, monkeypatch, pattern):
+    """Of all steps that Triton takes over on a GPU, interpreted."""
+    q, k, _ = make_structured_qkv(700, heads=2, kv_heads=1, dtype=torch.float16)
+    expected = pattern.select(q, k).to_map()
+    used = []
+    for module in (block_lists, block_scores, xattention):
+        monkeypatch.setattr(module, "runs_triton", lambda device, module=module: used.append(module) or True)
+    monkeypatch.setattr(flash_prefill, "triton_serves", lambda x: used.append(flash_prefill) or True)
+    assert torch.equal(pattern.select(q, k).to_map(), expected)
+    scores = {"flex_prefill": {block_scores}, "xattention": {xattention}, "flash_prefill": {flash_prefill}}
+    assert set(used) == {block_lists} | scores.get(pattern.name, set())
 
 
 class Memory(TorchDispatchMode):

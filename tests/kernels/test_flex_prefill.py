@@ -144,6 +144,20 @@ def test_ties_go_to_the_earlier_block_and_the_nearer_diagonal():
     assert chosen[7].nonzero().flatten().tolist() == [0, 1, 2, 5, 6, 7]
 
 
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 0.77, 0.95])
+@pytest.mark.parametrize("length", [1000, 1024, 1408])
+def test_ties_among_what_pooled_queries_ask_for_go_to_the_earlier_block(gamma, length):
+    """Few kinds of blocks, of small whole numbers, so that means are exact: shares tie within a row and between rows."""
+    random = torch.Generator().manual_seed(length)
+    kinds = torch.randint(-1, 2, (3, 8), generator=random).float()
+    q, k = (kinds[torch.randint(3, (2, 11), generator=random)].repeat_interleave(B, 1)[None, :, :length] for _ in range(2))
+    q[:, 1] = 0
+    pattern = FlexPrefill(gamma=gamma, tau=1, min_budget=128)
+    chosen = pattern.select(q, k, scale=0.5).to_map()
+    assert torch.equal(chosen[0], torch.stack([pattern.rule(q[0, h], k[0, h], 0.5) for h in range(2)]))
+    assert not torch.equal(chosen, FlexPrefill(gamma=gamma, tau=0, min_budget=128).select(q, k, scale=0.5).to_map())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

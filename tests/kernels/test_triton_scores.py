@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tmbench_kernels.block_lists import block_count
-from tmbench_kernels.block_scores import block_means
+from tmbench_kernels.block_scores import _sum_shares, block_means
 from tmbench_kernels.flash_prefill import _weights
+from tmbench_kernels.xattention import _sum_strides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,6 +32,61 @@ def test_weights_of_mean_keys(make_qkv, length, heads, kv_heads, dim):
 def test_more_blocks_than_a_tile(make_qkv):
     from tmbench_kernels.triton_scores import mean_weights
 
-    q, k, _ = (x.to(DEVICE) for x in make_qkv(66 * 128 - 5, heads=1, kv_heads=1, dim=16, dtype=torch.float16))
+    q, k, _ = (x.to(DEVICE) for x in make_qkv(130 * 128 - 5, heads=1, kv_heads=1, dim=16, dtype=torch.float16))
     means = block_means(k, 128).half()
-    torch.testing.assert_close(mean_weights(q, means, 1.0), _weights(q, means, range(66), 1.0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(mean_weights(q, means, 1.0), _weights(q, means, range(130), 1.0), rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 400), st.integers(1, 40), st.integers(1, 2), st.sampled_from([-0.7, 0.0, 0.1, 3.0]), st.integers(0, 99)
+)
+def test_sums_of_the_last_queries_shares(length, last, batch, scale, seed):
+    from tmbench_kernels.triton_scores import sum_shares
+
+    rows = min(last, length)
+    logits = 5 * torch.randn(batch, 3, rows, length, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    got = sum_shares(logits, scale)
+    for sums, expected in zip(got, _sum_shares(logits.clone(), scale), strict=True):
+        assert sums.shape == (batch, 3, length)
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_last_queries_see_more_keys_than_a_tile():
+    from tmbench_kernels.triton_scores import sum_shares
+
+    logits = torch.randn(1, 2, 3, 9001, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    logits[..., 5000] += 30
+    for sums, expected in zip(sum_shares(logits, 0.5), _sum_shares(logits.clone(), 0.5), strict=True):
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-7)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([1, 2, 8, 16, 128]),
+    st.integers(1, 12),
+    st.integers(0, 11),
+    st.integers(0, 127),
+    st.sampled_from([-0.7, 0.1, 2.0]),
+    st.integers(0, 99),
+)
+def test_sums_of_strides(cells, blocks, start, missing, scale, seed):
+    """The query blocks from any one on, of a prompt whose last block may lack strides."""
+    from tmbench_kernels.triton_scores import sum_strides
+
+    start, strides = start % blocks, blocks * cells - missing % cells
+    shape = (2, 2, (blocks - start) * cells, blocks * cells)
+    logits = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    got = sum_strides(logits, start, cells, strides, scale)
+    expected = _sum_strides(logits.clone(), start, cells, strides, scale)
+    assert got.shape == expected.shape == (2, 2, blocks - start, blocks)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_strides_that_tie_hold_the_same():
+    """So that ties between blocks stay ties, over more strides than a tile has."""
+    from tmbench_kernels.triton_scores import sum_strides
+
+    mass = sum_strides(torch.zeros(1, 1, 8, 131 * 8, device=DEVICE), 130, 8, 131 * 8, 1.0)
+    torch.testing.assert_close(mass.sum(), mass.new_tensor(8.0))
+    assert (mass[..., :-1] == mass[..., :1]).all()
