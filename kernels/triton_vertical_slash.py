@@ -185,6 +185,18 @@ def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_dist
     return index
 
 
+def count_pairs(index: Index, length: int) -> int:
+    """How many (query, key) pairs an index stands for, over batch and heads, if every block sees its own keys."""
+    first = BLOCK * torch.arange(index.counts.shape[2], device=index.counts.device)
+    queries = (length - first).clamp(max=BLOCK)
+    last = index.starts.gather(3, (index.counts - 1).clamp(min=0).long()[..., None]).squeeze(3)
+    # The last piece may go on beyond its block's end.
+    beyond = (last + BLOCK - (first + queries)).clamp(min=0).masked_fill(index.counts == 0, 0)
+    keys = index.counts.long() * BLOCK - beyond + index.kept.sum(3)
+    # Of these the block's own are seen by its later queries only.
+    return int((queries * keys - queries * (queries - 1) // 2).sum())
+
+
 def gathered(x: Tensor, index: Index) -> Tensor:
     """Keys or values of the selected columns, ``[batch, heads, width, dim]``: each query head has columns of its own."""
     batch, heads = index.columns.shape[:2]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.block_scores import last_query_mass
-from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
+from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton, runs_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.vertical_slash_torch import BLOCK, attend_selected, count_pairs
 
@@ -113,6 +113,12 @@ class VerticalSlash(Pattern):
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of a selection; memory linear in length."""
         chosen = self.select(q, k, scale=scale)
+        if runs_triton(q.device):
+            from tmbench_kernels import triton_vertical_slash
+
+            columns, distances = self.counts(q.shape[1], q.shape[2])
+            index = triton_vertical_slash.build_index(chosen.columns, chosen.distances, max(columns), max(distances))
+            return triton_vertical_slash.count_pairs(index, q.shape[2])
         return count_pairs(chosen.columns, chosen.distances)
 
     def _head_budgets(self, heads: int) -> tuple[tuple[int, int], ...]:

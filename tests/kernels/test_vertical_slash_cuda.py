@@ -124,6 +124,21 @@ def test_what_the_pattern_selects(attend_selected, make_structured_qkv, measure_
     assert error <= 2 * plain_error
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_pairs_of_an_index(seed):
+    from tmbench_kernels.triton_vertical_slash import build_index, count_pairs
+
+    draw, chance = random.Random(seed), torch.Generator().manual_seed(seed)
+    length = draw.choice([1, 63, 64, 65, draw.randint(1, 700)])
+    columns, distances = (
+        (torch.rand(2, 3, length, generator=chance) < draw.choice([0.0, 0.01, 0.2])).to(DEVICE) for _ in range(2)
+    )
+    distances[..., 0] = True
+    index = build_index(columns, distances, int(columns.sum(2).max()), int(distances.sum(2).max()))
+    mask = selection_mask(Selection(columns.cpu(), distances.cpu()))
+    assert count_pairs(index, length) == int(mask.sum())
+
+
 @pytest.mark.gpu
 def test_many_blocks_for_every_program(check):
     """Programs that stay on the GPU go from block to block, and what they count by runs around several times."""
