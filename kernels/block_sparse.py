@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_lists import BLOCK, BlockLists, token_mask
 from tmbench_kernels.block_sparse_torch import attend_lists
-from tmbench_kernels.cuda import missing_triton, refuses_triton
+from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
 from tmbench_kernels.dense_cuda import FLASH_4, missing_module, refuses
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 
@@ -47,6 +47,12 @@ def _attend_flash(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: flo
     return attend_lists(q, k, v, lists, scale)
 
 
+def _attend_hopper(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+    from tmbench_kernels.hopper_lists import attend_lists
+
+    return attend_lists(q, k, v, lists, scale)
+
+
 def _flash_limits(major: int, dim: int) -> str:
     """On newer GPUs its kernel takes two of our blocks of queries at a time; larger heads take smaller tiles of keys."""
     if major != 9:
@@ -67,6 +73,8 @@ class BlockSparse(Pattern):
             missing=partial(missing_module, *FLASH_4),
             refuses=partial(refuses, _flash_limits),
         ),
+        # Behind flash-attn-4 until a measurement says otherwise.
+        Backend("cuda-hopper", ("cuda",), over_lists(_attend_hopper), missing=missing_hopper, refuses=refuses_hopper),
         Backend("triton", ("cuda",), over_lists(_attend_triton), missing=missing_triton, refuses=refuses_triton),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
     )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tmbench_kernels.triangle import Triangle
 
 SOURCE = Path(__file__).with_name("hopper_triangle.cu")
+KERNEL = "triangle"
 TEAMS = 3
 TEAM_ROWS = 64
 """Query rows of a team: what one warpgroup multiplies at once."""
@@ -103,7 +104,7 @@ def _job(
         positions=TEAMS * TEAM_ROWS >> shift, keys=KEYS, overhead=ITEM_STEPS, slots=programs,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, dtype).items())
-    kernel = load_kernel(device, SOURCE, "triangle", shared_bytes(dim, v_dim), THREADS, macros)
+    kernel = load_kernel(device, SOURCE, KERNEL, shared_bytes(dim, v_dim), THREADS, macros)
     numbers = (
         length, cut.tail, pattern.n_init, pattern.n_local, cut.part_keys, cut.parts, max(cut.last_tiles, 1), batch,
         *_deal(cut, batch, programs), heads, tile_heads, heads // kv_heads, shift, v_dim, scale * LOG2_E,

@@ -46,7 +46,7 @@ def _attend_parts(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, sca
 
 
 def _attend_hopper(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _attend_index("hopper_vertical_slash", pattern, q, k, v, scale)
+    return _attend_index("hopper_lists", pattern, q, k, v, scale)
 
 
 def _attend_triton(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

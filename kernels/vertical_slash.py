@@ -49,7 +49,7 @@ def _attend_triton(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scal
 
 
 def _attend_hopper(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from tmbench_kernels.hopper_vertical_slash import attend_selected
+    from tmbench_kernels.hopper_lists import attend_selected
 
     return _attend_bounded(attend_selected, pattern, q, k, v, scale)
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import importlib
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from tmbench_kernels import BlockLists, BlockTopK, FlashPrefill, XAttention
+from tmbench_kernels.cuda import missing_hopper
 from tmbench_kernels.dense_cuda import FLASH_4, missing_module
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+ON_HOPPER = {"flash_attn_blocks": partial(missing_module, *FLASH_4), "hopper_lists": missing_hopper}
 
 
-@pytest.fixture(params=["triton_blocks", "flash_attn_blocks"])
+@pytest.fixture(params=["triton_blocks", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_HOPPER)])
 def attend_lists(request):
-    if request.param == "flash_attn_blocks":
-        if reason := missing_module(*FLASH_4):
-            pytest.skip(f"FlashAttention 4 {reason}")
-        if torch.cuda.get_device_capability()[0] != 9:
-            pytest.skip("FlashAttention 4 takes these lists on Hopper only")
+    if request.param in ON_HOPPER and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("takes these lists on Hopper only")
+    if request.param in ON_HOPPER and (reason := ON_HOPPER[request.param]()):
+        pytest.skip(reason)
     return importlib.import_module(f"tmbench_kernels.{request.param}").attend_lists
 
 

@@ -75,16 +75,16 @@ def test_a_cpu_runs_kind_by_kind(make_qkv):
         MInferenceHeads(heads).backend(*meta)
 
 
-@pytest.fixture(params=["triton", pytest.param("hopper", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["triton_vertical_slash", pytest.param("hopper_lists", marks=pytest.mark.gpu)])
 def check_one_launch(request, make_structured_qkv, measure_errors):
     """``check(heads, length, ...)`` attends by a vertical-slash kernel over the index of all heads."""
-    attend_index = import_module(f"tmbench_kernels.{request.param}_vertical_slash").attend_index
+    attend_index = import_module(f"tmbench_kernels.{request.param}").attend_index
     torch.use_deterministic_algorithms(not GPU)
 
     def check(heads, length, rows=slice(None), **shape):
         shape = {"heads": len(heads), "kv_heads": 2, "dim": 32, "dtype": torch.float16} | shape
         q, k, v = (x.to(DEVICE) for x in make_structured_qkv(length, **shape))
-        if request.param == "hopper" and (reason := missing_hopper() or refuses_hopper(None, q, k, v)):
+        if request.param == "hopper_lists" and (reason := missing_hopper() or refuses_hopper(None, q, k, v)):
             pytest.skip(reason)
         pattern, scale = MInferenceHeads(tuple(heads)), q.shape[3] ** -0.5
         out = attend_index(q, k, v, build_index(pattern, q, k, scale), scale)

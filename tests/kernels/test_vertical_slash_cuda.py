@@ -23,11 +23,11 @@ def _running_sums_on_a_gpu():
     torch.use_deterministic_algorithms(True)
 
 
-@pytest.fixture(params=["triton", pytest.param("hopper", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["triton_vertical_slash", pytest.param("hopper_lists", marks=pytest.mark.gpu)])
 def attend_selected(request):
-    if request.param == "hopper" and (reason := missing_hopper()):
+    if request.param == "hopper_lists" and (reason := missing_hopper()):
         pytest.skip(reason)
-    return import_module(f"tmbench_kernels.{request.param}_vertical_slash").attend_selected
+    return import_module(f"tmbench_kernels.{request.param}").attend_selected
 
 
 @pytest.fixture

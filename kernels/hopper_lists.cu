@@ -1,11 +1,12 @@
-// Vertical-slash attention on Hopper: in each program a warp that loads and three teams of four warps that compute.
+// Attention over listed keys on Hopper: in each program a warp that loads and three teams of four warps that compute. It serves
+// vertical-slash patterns, whose lists hold pieces of 64 keys that start anywhere, and patterns of whole key blocks.
 //
-// An item is three neighbouring blocks of 64 queries of one head, one for each team. What their blocks see differs, but where
-// runs of keys are long, most pieces of one are pieces of its neighbours: the loader merges the three lists, brings each tile
-// of 64 keys once, and says with it which teams take it; the others pass over it. Gathered columns are the same for all
-// blocks of a head, of which each counts its own. Items of the query heads that share a key head run at the same time, so
-// that keys come from the cache. Macros beside those of hopper.cuh: TEAMS; SHARED_BYTES. UNITS is the number of tiles in
-// flight, of keys and values both.
+// An item is three neighbouring blocks of 64 queries of one head, one for each team. What they see differs, but where runs of
+// keys are long, most pieces of one are pieces of its neighbours: the loader merges the three lists, brings each tile of 64
+// keys once, and says with it which teams take it; the others pass over it. Gathered columns are the same for all blocks of a
+// head, of which each counts its own. Items of the query heads that share a key head run at the same time, so that keys come
+// from the cache. Macros beside those of hopper.cuh: TEAMS; SHARED_BYTES. UNITS is the number of tiles in flight, of keys and
+// values both.
 
 #include "hopper.cuh"
 
@@ -16,20 +17,20 @@ constexpr u32 BARS_AT = TILES_AT + UNITS * PAIR_BYTES;
 constexpr u32 Q_FULL = 0, ITEM_FULL = Q_FULL + TEAMS, K_FULL = ITEM_FULL + ITEMS, V_FULL = K_FULL + UNITS, EMPTY = V_FULL + UNITS,
               BARS = EMPTY + UNITS;
 constexpr u32 SHARED_AT = BARS_AT + (BARS * 8 + 15) / 16 * 16;
-constexpr int NEVER = 0x7fffffff;
+constexpr int NEVER = 0x7fffffff, ALL = 1 << 30;
 
 static_assert(UNITS < ITEMS, "an item could be overwritten before all teams have read it");
 
 struct Maps { TensorMap q, k, v, k_columns, v_columns, out; };
 struct Plan {
-  const int* starts;          // [batch, heads, rows, most]
-  const int* counts;          // [batch, heads, rows]
+  const int* entries;         // [batch, heads, lists, most], ascending: where ``pieces`` pieces start, in ``unit`` keys
+  const int* counts;          // [batch, heads, lists]
   const unsigned char* kept;  // [batch, heads, rows, width], width a multiple of 64
-  const int* before;          // [batch, heads, rows]
-  const int* reach;           // [heads]
+  const int* before;          // [batch, heads, rows], or null where there are no columns
+  const int* reach;           // [heads], or null where queries see all of their pieces
   const int* sinks;           // [heads]
   int* next;                  // the next item, for all programs
-  int length, rows, most, width, heads, groups, items;
+  int length, rows, fold, unit, pieces, most, width, heads, groups, items;  // ``fold`` rows share a list
   float scale_log2;
 };
 
@@ -61,8 +62,8 @@ __device__ __forceinline__ Item item_at(const Plan& p, int i) {
   item.row = (thirds - 1 - rest / p.groups) * TEAMS;
   item.head = both % kv_heads * p.groups + rest % p.groups;
   item.batch = both / kv_heads;
-  item.reach = item.more ? p.reach[item.head] : 0;
-  item.sinks = item.more ? p.sinks[item.head] : 0;
+  item.reach = item.more && p.reach ? p.reach[item.head] : ALL;
+  item.sinks = item.more && p.reach ? p.sinks[item.head] : 0;
   return item;
 }
 
@@ -96,13 +97,14 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) 
     const int kv_head = item.head / p.groups;
 
     // Each of the first lanes walks its team's list; the smallest start of the three is the next tile.
-    const int row = item.row + lane;
-    const u64 place = u64(item.batch * p.heads + item.head) * p.rows + row;
-    const bool walks = lane < TEAMS && row < p.rows;
-    const int* starts = p.starts + place * p.most;
-    const int* end = starts + (walks ? p.counts[place] : 0);
-    int start = starts < end ? *starts : NEVER, ahead = starts + 1 < end ? starts[1] : NEVER;
+    const int row = item.row + lane, lists = (p.rows + p.fold - 1) / p.fold, own_end = (row + 1) * TEAM_ROWS;
+    const u64 list = u64(item.batch * p.heads + item.head) * lists + row / p.fold;
+    const int* entry = p.entries + list * p.most;
+    const int* end = entry + (lane < TEAMS && row < p.rows ? p.counts[list] : 0);
+    int start = entry < end ? *entry * p.unit : NEVER, ahead = entry + 1 < end ? entry[1] * p.unit : NEVER, piece = 0;
     while (true) {
+      // Of a block that several rows share, the first ones do not reach the last pieces.
+      if (start >= own_end) start = NEVER;
       int first = start;
 #pragma unroll
       for (int x = 1; x < TEAMS; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
@@ -111,9 +113,13 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) 
       const bool mine = start == first;
       const u32 teams = __ballot_sync(~0u, mine);
       if (mine) {
-        starts++;
-        start = ahead;
-        ahead = starts + 1 < end ? starts[1] : NEVER;
+        start += KEYS;
+        if (++piece == p.pieces) {
+          entry++;
+          piece = 0;
+          start = ahead;
+          ahead = entry + 1 < end ? entry[1] * p.unit : NEVER;
+        }
       }
       Tile& tile = open();
       if (lane == 0) tile.kind = PIECE, tile.first = first, tile.teams = teams;
@@ -122,10 +128,10 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) 
 
     // Eight lanes for each team: every one turns 8 bytes of 0 or 1 into bits.
     const int team = lane >> 3;
-    const bool reads = team < TEAMS && item.row + team < p.rows;
-    const u64 counts = u64(item.batch * p.heads + item.head) * p.rows + item.row + team;
-    const u64* kept = reinterpret_cast<const u64*>(p.kept + counts * p.width) + (lane & 7);
-    const int own = reads ? (p.before[counts] + KEYS - 1) / KEYS : 0;
+    const bool reads = p.before && team < TEAMS && item.row + team < p.rows;
+    const u64 place = u64(item.batch * p.heads + item.head) * p.rows + item.row + team;
+    const u64* kept = reinterpret_cast<const u64*>(p.kept + place * p.width) + (lane & 7);
+    const int own = reads ? (p.before[place] + KEYS - 1) / KEYS : 0;
     int most = own;
 #pragma unroll
     for (int x = 8; x < 32; x *= 2) most = max(most, __shfl_xor_sync(~0u, most, x));
@@ -297,7 +303,7 @@ __device__ void compute(const Maps& maps, const Plan& p, u32 smem, const Shared&
 static_assert(SHARED_AT + sizeof(Shared) <= SHARED_BYTES, "shared memory");
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * TEAMS, 1)
-    vertical_slash(const __grid_constant__ Maps maps, const __grid_constant__ Plan p) {
+    lists(const __grid_constant__ Maps maps, const __grid_constant__ Plan p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const u32 smem = u32(__cvta_generic_to_shared(memory)), bars = smem + BARS_AT;
   if (threadIdx.x == 0) {
