@@ -23,14 +23,14 @@ static_assert(UNITS < ITEMS, "an item could be overwritten before all teams have
 
 struct Maps { TensorMap q, k, v, k_columns, v_columns, out; };
 struct Plan {
-  const int* entries;         // [batch, heads, lists, most], ascending: where ``pieces`` pieces start, in ``unit`` keys
+  const int* entries;         // [batch, heads, lists, most], ascending: where ``fold`` pieces start, in ``unit`` keys
   const int* counts;          // [batch, heads, lists]
   const unsigned char* kept;  // [batch, heads, rows, width], width a multiple of 64
   const int* before;          // [batch, heads, rows], or null where there are no columns
   const int* reach;           // [heads], or null where queries see all of their pieces
   const int* sinks;           // [heads]
   int* next;                  // the next item, for all programs
-  int length, rows, fold, unit, pieces, most, width, heads, groups, items;  // ``fold`` rows share a list
+  int length, rows, fold, unit, most, width, heads, groups, items;  // ``fold`` rows share a list
   float scale_log2;
 };
 
@@ -114,7 +114,7 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) 
       const u32 teams = __ballot_sync(~0u, mine);
       if (mine) {
         start += KEYS;
-        if (++piece == p.pieces) {
+        if (++piece == p.fold) {
           entry++;
           piece = 0;
           start = ahead;

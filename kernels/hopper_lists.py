@@ -26,7 +26,7 @@ ROWS = 64
 UNITS = 5
 """Tiles in flight, of keys and values both."""
 THREADS = 128 * (TEAMS + 1)
-PLAN = struct.Struct("7q10if4x")
+PLAN = struct.Struct("7q9if")
 """The kernel's struct Plan."""
 
 
@@ -79,7 +79,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, listed: Index | BlockLists, scale: 
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
         entries.data_ptr(), listed.counts.data_ptr(), *tables, taken.data_ptr(),
-        length, rows, block // ROWS, unit, block // ROWS, entries.shape[3], width, heads, heads // k.shape[1],
+        length, rows, block // ROWS, unit, entries.shape[3], width, heads, heads // k.shape[1],
         batch * heads * -(-rows // TEAMS), scale * LOG2_E,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, q.dtype).items())
