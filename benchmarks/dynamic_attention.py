@@ -4,9 +4,10 @@
 
 Every backend that serves the tensors is timed, and the fastest dense attention beside them, all in turns: the chip slows as
 it warms, and then slows for all. "select_ms" is the pattern's selection alone, "ms" selection and attention together. The
-rate is that of the pairs that were selected, in what selection alone leaves of the time: it comes out too high where launches
-bind a selection that is timed alone, and attention hides them. The error is the RMS difference from softmax in float32 over the same pairs, on
-sampled queries, over the RMS of the exact output. On a machine without a GPU it runs on the CPU, for short lengths.
+rate is that of the pairs that were selected, in the time that the selection leaves: too high where launches bind a
+selection that is timed alone, and attention hides them. The error is the RMS difference from softmax in float32 over the
+same pairs, on sampled queries, over the RMS of the exact output. On a machine without a GPU it runs on the CPU, for short
+lengths.
 """
 
 from __future__ import annotations
