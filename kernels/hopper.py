@@ -20,6 +20,10 @@ ARCHITECTURE = "sm_90a"
 HEADERS = (Path(__file__).with_name("hopper.cuh"),)
 """What the kernels' sources include."""
 MAP_BYTES = 128
+TEAM_ROWS = 64
+"""Query rows of a team of four warps: what one warpgroup multiplies at once."""
+KEYS = 64
+"""Keys of a tile."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,12 @@ def tensor_map(
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     return ctypes.string_at(int(_checked(result).getPtr()), MAP_BYTES)
+
+
+def header_macros(dim: int, v_dim: int, dtype: torch.dtype, **more: int) -> dict[str, int]:
+    """The macros of hopper.cuh for these head sizes, up to 128, and this type, fp16 or bf16, and ``more`` beside them."""
+    sizes = {"DIM": padded(dim), "V_DIM": padded(v_dim), "HALF": int(dtype == torch.float16)}
+    return sizes | {"TEAM_ROWS": TEAM_ROWS, "KEYS": KEYS} | more
 
 
 def padded(dim: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.block_lists import BlockLists
-from tmbench_kernels.hopper import load_kernel, padded, tensor_map
+from tmbench_kernels.hopper import KEYS, TEAM_ROWS, header_macros, load_kernel, padded, tensor_map
 from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import LOG2_E, loadable, multiprocessors, positive
 from tmbench_kernels.triton_vertical_slash import Index, build_index, gathered
@@ -21,8 +21,6 @@ from tmbench_kernels.triton_vertical_slash import Index, build_index, gathered
 SOURCE = Path(__file__).with_name("hopper_lists.cu")
 KERNEL = "lists"
 TEAMS = 3
-ROWS = 64
-"""Queries of a team, and keys of a tile."""
 UNITS = 5
 """Tiles in flight, of keys and values both."""
 THREADS = 128 * (TEAMS + 1)
@@ -32,14 +30,13 @@ PLAN = struct.Struct("7q9if")
 
 def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
-    sizes = {"TEAMS": TEAMS, "TEAM_ROWS": ROWS, "KEYS": ROWS, "UNITS": UNITS, "SHARED_BYTES": shared_bytes(dim, v_dim)}
-    return {"DIM": padded(dim), "V_DIM": padded(v_dim), "HALF": int(dtype == torch.float16)} | sizes
+    return header_macros(dim, v_dim, dtype, TEAMS=TEAMS, UNITS=UNITS, SHARED_BYTES=shared_bytes(dim, v_dim))
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
     """Shared memory of a program: every team's queries, which its output takes over, the tiles in flight, and the rest."""
     dim, v_dim = padded(dim), padded(v_dim)
-    return 2 * ROWS * (TEAMS * max(dim, v_dim) + UNITS * (dim + v_dim)) + 1024
+    return 2 * (TEAMS * TEAM_ROWS * max(dim, v_dim) + UNITS * KEYS * (dim + v_dim)) + 1024
 
 
 def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) -> Tensor:
@@ -66,20 +63,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, listed: Index | BlockLists, scale: 
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
     batch, heads, length, dim = q.shape
-    v_dim, rows = v.shape[3], -(-length // ROWS)
+    v_dim, rows = v.shape[3], -(-length // TEAM_ROWS)
     if isinstance(listed, Index):
-        entries, unit, block, width = listed.starts, 1, ROWS, listed.columns.shape[2]
+        entries, unit, block, width = listed.starts, 1, TEAM_ROWS, listed.columns.shape[2]
         columns = tuple(loadable(gathered(x, listed)) for x in (k, v))
         tables = [table.data_ptr() for table in (listed.kept, listed.before, listed.reach, listed.sinks)]
     else:
         entries, unit, block, width = listed.indices, listed.block, listed.block, 0
         columns, tables = (k, v), [0, 0, 0, 0]
     out = empty_output(q, v)
-    maps = b"".join(_tiles(x, ROWS) for x in (q, k, v, *columns)) + _tiles(out, 16)
+    maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, *columns)) + _tiles(out, 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
         entries.data_ptr(), listed.counts.data_ptr(), *tables, taken.data_ptr(),
-        length, rows, block // ROWS, unit, entries.shape[3], width, heads, heads // k.shape[1],
+        length, rows, block // TEAM_ROWS, unit, entries.shape[3], width, heads, heads // k.shape[1],
         batch * heads * -(-rows // TEAMS), scale * LOG2_E,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, q.dtype).items())

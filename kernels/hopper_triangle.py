@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tmbench_kernels.hopper import Kernel, load_kernel, padded, tensor_map
+from tmbench_kernels.hopper import KEYS, TEAM_ROWS, Kernel, header_macros, load_kernel, padded, tensor_map
 from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import (
     LOG2_E,
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("hopper_triangle.cu")
 KERNEL = "triangle"
 TEAMS = 3
-TEAM_ROWS = 64
-"""Query rows of a team: what one warpgroup multiplies at once."""
-KEYS = 64
-"""Keys of a tile."""
 BOX = 16
 """Keys that the tensor memory accelerator brings at a time to a tile that mixes the window's edge with sinks."""
 UNITS = 8
@@ -48,9 +44,7 @@ PLAN = struct.Struct("2q17if")
 
 def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
-    sizes = {"TEAMS": TEAMS, "TEAM_ROWS": TEAM_ROWS, "KEYS": KEYS, "BOX": BOX, "UNITS": UNITS}
-    shared = {"SHARED_BYTES": shared_bytes(dim, v_dim)}
-    return {"DIM": padded(dim), "V_DIM": padded(v_dim), "HALF": int(dtype == torch.float16)} | sizes | shared
+    return header_macros(dim, v_dim, dtype, TEAMS=TEAMS, BOX=BOX, UNITS=UNITS, SHARED_BYTES=shared_bytes(dim, v_dim))
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
