@@ -43,7 +43,7 @@ STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
 MANY_METHODS = 7
-"""Beyond so many methods a table of scores has a line for each of them, and a column for each task."""
+"""Beyond so many methods a table or a plot of scores has a line for each of them, and a column for each task."""
 NOT_COMPARED = "not compared: "
 Record = dict[str, Any]
 
@@ -294,7 +294,8 @@ class RulerGroup(Group):
             lines.append({"task": "coverage", "samples": "", **{name: f"{part:.1%}" for name, part in coverages.items()}})
         scores = pd.DataFrame(lines)
         if len(self.labels) > MANY_METHODS:
-            scores = scores.set_index("task").rename_axis(columns="method").T.reset_index().rename_axis(columns=None)
+            scores = scores.set_index("task")[[*self.labels, "samples"]].rename_axis(columns="method")
+            scores = scores.T.reset_index().rename_axis(columns=None)
         return {"Scores from 0 to 100; in brackets points against dense:": scores, **self._difference_tables()}
 
     def _difference_tables(self) -> dict[str, pd.DataFrame]:
