@@ -13,7 +13,7 @@ import pandas as pd
 
 from ruler_tasks import TASKS
 from tmbench.choices import Choices
-from tmbench.intervals import MARGIN, TOO_FEW, Difference, difference, interval
+from tmbench.intervals import MARGIN, Difference, difference, interval, unseen_samples
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples
@@ -42,6 +42,8 @@ PARAMETERS = (
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
+MANY_METHODS = 7
+"""Beyond so many methods a table or a plot of scores has a line for each of them, and a column for each task."""
 NOT_COMPARED = "not compared: "
 Record = dict[str, Any]
 
@@ -277,7 +279,7 @@ class RulerGroup(Group):
         }
 
     def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
-        """A caption and a table of texts: scores by task and method, and their averages."""
+        """Captions and tables of texts: scores by task and method with their averages, and the differences to dense."""
         texts = {(row["task"], row["label"]): _cell(row, lambda score: f"{round(score, 2):g}") for row in self.rows}
         counts = {task: sorted({row["samples"] for row in self.rows if row["task"] == task}) for task in self.scores.index}
         lines = [
@@ -290,34 +292,30 @@ class RulerGroup(Group):
         lines.append({"task": f"average of {len(self.common_tasks)}", "samples": "", **average})
         if coverages := self.coverages:
             lines.append({"task": "coverage", "samples": "", **{name: f"{part:.1%}" for name, part in coverages.items()}})
-        return {"Scores from 0 to 100; in brackets points against dense:": pd.DataFrame(lines), **self._difference_tables()}
+        scores = pd.DataFrame(lines)
+        if len(self.labels) > MANY_METHODS:
+            scores = scores.set_index("task")[[*self.labels, "samples"]].rename_axis(columns="method")
+            scores = scores.T.reset_index().rename_axis(columns=None)
+        return {"Scores from 0 to 100; in brackets points against dense:": scores, **self._difference_tables()}
 
     def _difference_tables(self) -> dict[str, pd.DataFrame]:
-        """The differences to dense over the same samples: the averages a line each, and the tasks."""
+        """The differences to dense over the same samples: a line for each average, and one for each task that differs."""
         averages = [
-            {
-                "method": name,
-                "points": f"{found.mean:+.2f}",
-                "95 % interval": f"{found.low:+.2f} to {found.high:+.2f}",
-                "in words": found.verdict,
-                "pairs": found.pairs,
-                "differing": found.differing,
-                "samples a task needed": _text(found.needed, "d"),
-            }
+            {"method": name, **_difference_line(difference_fields(found), 2)}
             for name, found in self.average_differences.items()
             if isinstance(found, Difference)
         ]
-        cells: dict[str, dict[str, str]] = {}
-        for row in self.rows:
-            if row["difference"] is not None:
-                cells.setdefault(row["task"], {})[row["label"]] = difference_cell(row)
-        tasks = [{"task": task, **{n: cells[task].get(n) for n in self.labels if n != "dense"}} for task in cells]
+        differing = sorted((row for row in self.rows if row["differing"]), key=lambda row: list(TASKS).index(row["task"]))
+        tasks = [{"task": row["task"], "method": row["label"], **_difference_line(row, 1)} for row in differing]
         over = f"average of {len(self.paired_tasks)} tasks"
         return {
             f"Points against dense over the same samples, {over}, and what they say for a margin of {self.margin:g}:": (
                 pd.DataFrame(averages)
             ),
-            "Points against dense by task, in brackets the 95 % interval:": pd.DataFrame(tasks),
+            "Points against dense by task. A method without a line here has the same score as dense in every sample of the "
+            f"task; it takes {unseen_samples(self.margin)} such samples to exclude a loss of {self.margin:g}:": (
+                pd.DataFrame(tasks)
+            ),
         }
 
     def notes(self) -> list[str]:
@@ -422,15 +420,6 @@ def significant(value: float) -> str:
     return f"{value:.{max(decimals, 0)}f}"
 
 
-def difference_cell(row: Record) -> str:
-    """A difference in words for a table: points, interval, what it says, and what it would take where it says nothing."""
-    points = f"{row['difference']:+.1f} ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})"
-    if row["differing"] == 0:
-        points = f"none of {row['pairs']} differs"
-    needed = f", {row['samples_needed']} needed" if row["verdict"] == TOO_FEW and row["samples_needed"] else ""
-    return f"{points}, {row['verdict']}{needed}"
-
-
 def difference_fields(found: Difference | str) -> Record:
     """A difference as columns of a record: empty but for the reason in ``verdict`` where there is none."""
     known = found if isinstance(found, Difference) else None
@@ -443,6 +432,23 @@ def difference_fields(found: Difference | str) -> Record:
         "samples_needed": known and known.needed,
         "verdict": known.verdict if known else f"{NOT_COMPARED}{found}" if found else "",
     }
+
+
+def _difference_line(row: Record, decimals: int) -> Record:
+    """The columns of a difference as texts of a table, given the fields that ``difference_fields`` makes."""
+    return {
+        "points": signed(row["difference"], decimals),
+        "95 % interval": f"{signed(row['difference_low'], decimals)} to {signed(row['difference_high'], decimals)}",
+        "in words": row["verdict"],
+        "pairs": row["pairs"],
+        "differing": row["differing"],
+        "samples a task needed": _text(row["samples_needed"], "d"),
+    }
+
+
+def signed(value: float, decimals: int) -> str:
+    """Points with their sign; what rounds to nothing is +0, whichever side it comes from."""
+    return f"{round(value, decimals) + 0.0:+.{decimals}f}"
 
 
 def record(row: Row) -> Record:
@@ -460,10 +466,10 @@ def grouped(rows: list[Record]) -> list[tuple[Record, list[Record]]]:
     """The rows of one kind, sorted into groups: each its setting and its rows, methods in their order, dense first."""
     _mark_older_data([row for row in rows if row["kind"] == "ruler"])
     together: dict[tuple[Any, ...], list[Record]] = {}
-    for row in sorted(rows, key=_order):
+    for row in sorted(rows, key=in_order):
         together.setdefault(tuple(row[name] for name in SETTING[row["kind"]]), []).append(row)
     for members in together.values():
-        _label(members)
+        label(members)
         figure, place = FIGURES[members[0]["kind"]][0], "task" if "task" in members[0] else "length"
         dense = {row[place]: row[figure] for row in members if row["label"] == "dense"}
         for row in members:
@@ -485,7 +491,8 @@ def _mark_older_data(rows: list[Record]) -> None:
         row["older_data"] = sorted(times, key=times.__getitem__, reverse=True).index(row["data"])
 
 
-def _order(row: Record) -> tuple[Any, ...]:
+def in_order(row: Record) -> tuple[Any, ...]:
+    """The key that sorts rows by method, dense first, then by parameters, length and task."""
     methods, tasks = list(METHODS), list(TASKS)
     method = methods.index(row["method"]) if row["method"] in methods else len(methods)
     task = tasks.index(row["task"]) if row.get("task") in tasks else len(tasks)
@@ -494,7 +501,8 @@ def _order(row: Record) -> tuple[Any, ...]:
     return method, row["method"], *values, row["length"], task
 
 
-def _label(rows: list[Record]) -> None:
+def label(rows: list[Record]) -> None:
+    """Set ``label`` of rows that stand together: the method, with those parameters in which its variants differ."""
     variants: dict[str, list[Record]] = {}
     for row in rows:
         variants.setdefault(row["method"], []).append(row)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from tmbench.groups import STATUS_WORDS, RulerGroup, TtftGroup, length_name
+from tmbench.groups import MANY_METHODS, STATUS_WORDS, RulerGroup, TtftGroup, length_name
 from tmbench.methods import METHODS
 from tmbench.report import Report
 from tmbench.tradeoff import TradeOff
@@ -137,7 +137,10 @@ def _speed_up(report: Report, group: TtftGroup) -> Figure:
 def _heat_map(group: RulerGroup) -> Figure:
     scores, averages = group.scores, group.averages
     rows = [*scores.index, f"average of {len(group.common_tasks)}"]
-    width, height = 3.2 + 1.15 * len(group.labels), 2.0 + 0.34 * len(rows)
+    # Many methods are lines, as in the report's table, and few are columns.
+    turned = len(group.labels) > MANY_METHODS
+    columns, lines = (rows, group.labels) if turned else (group.labels, rows)
+    width, height = 3.2 + 1.15 * len(columns), 2.0 + 0.34 * len(lines)
     figure = Figure(figsize=(max(width, 6.4), height), layout="constrained")
     axes = figure.subplots()
     heading, _, about = group.title.partition(": ")
@@ -155,16 +158,22 @@ def _heat_map(group: RulerGroup) -> Figure:
             status = STATUS_WORDS.get(statuses.get((task, label), ""), "-").replace("out of ", "out of\n")
             score = f"{value:.1f}" if last else f"{round(value, 2):g}"
             text = score if known else status
-            axes.add_patch(Rectangle((x - 0.5, place - 0.5), 1, 1, facecolor=fill, edgecolor="white", linewidth=1.5))
+            left, top = (place, x) if turned else (x, place)
+            axes.add_patch(Rectangle((left - 0.5, top - 0.5), 1, 1, facecolor=fill, edgecolor="white", linewidth=1.5))
             size = TEXT_PT if known else 7.0
-            axes.text(x, place, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
-    axes.set_xlim(-0.5, len(group.labels) - 0.5)
-    axes.set_ylim(len(rows) - 0.2, -0.5)
-    axes.set_xticks(range(len(group.labels)), [textwrap.fill(label.replace(" (", "\n("), 22) for label in group.labels])
-    axes.set_yticks([*range(len(rows) - 1), len(rows) - 0.75], rows)
+            axes.text(left, top, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+    places = [*range(len(rows) - 1), len(rows) - 0.75]
+    if turned:
+        axes.set(xlim=(-0.5, len(rows) - 0.2), ylim=(len(group.labels) - 0.5, -0.5))
+        axes.set_xticks(places, rows)
+        axes.set_yticks(range(len(group.labels)), group.labels)
+    else:
+        axes.set(xlim=(-0.5, len(group.labels) - 0.5), ylim=(len(rows) - 0.2, -0.5))
+        axes.set_xticks(range(len(group.labels)), [textwrap.fill(label.replace(" (", "\n("), 22) for label in group.labels])
+        axes.set_yticks(places, rows)
     axes.tick_params(length=0, labelsize=LABEL_PT)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.get_yticklabels()[-1].set_fontweight("bold")
+    (axes.get_xticklabels() if turned else axes.get_yticklabels())[-1].set_fontweight("bold")
     axes.spines[:].set_visible(False)
     return figure
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from tmbench.choices import choices_of
 from tmbench.errors import UserError
 from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGroup, TtftGroup, grouped, length_name, record
 from tmbench.intervals import MARGIN, Difference
+from tmbench.lengths import by_length
 from tmbench.results import AgreeRow, RulerRow, TtftRow, read_all
 from tmbench.samples import read_samples
 from tmbench.tradeoff import TradeOff, trade_offs
@@ -67,10 +68,10 @@ class Report:
             here = [group for group in self.groups if group.setting["device"] == device]
             rows = [row for group in here for row in group.rows]
             lines += [f"## {' / '.join(_unique(rows, 'device_name'))} ({device})", _environment(rows)]
+            for lengths in by_length(group for group in here if isinstance(group, RulerGroup)):
+                lines += _section(lengths.title, lengths.tables(), lengths.notes())
             for group in here:
-                tables = {caption: table for caption, table in group.tables(self.fidelity).items() if len(table)}
-                lines += [f"### {group.title}", *(f"{caption}\n\n{_markdown(tables[caption])}" for caption in tables)]
-                lines += ["\n".join(f"- {note}" for note in group.notes())]
+                lines += _section(group.title, group.tables(self.fidelity), group.notes())
         return "\n\n".join(line for line in lines if line) + "\n"
 
     def csv(self) -> str:
@@ -117,6 +118,11 @@ def build(root: Path, margin: float = MARGIN) -> Report:
         for setting, rows in grouped(agree)
     ]
     return Report([TtftGroup(*group) for group in grouped(ttft)], scores, agreement)
+
+
+def _section(title: str, tables: Mapping[str, pd.DataFrame], notes: Sequence[str]) -> list[str]:
+    filled = [f"{caption}\n\n{_markdown(table)}" for caption, table in tables.items() if len(table)]
+    return [f"### {title}", *filled, "\n".join(f"- {note}" for note in notes)]
 
 
 def _unique(rows: Iterable[Record], name: str) -> list[str]:

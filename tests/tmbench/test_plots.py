@@ -163,6 +163,18 @@ def test_a_heat_map_shows_scores_failures_and_the_average(tmp_path):
     assert colours[1] != colours[4]
 
 
+def test_a_heat_map_of_many_methods_has_a_line_for_each(tmp_path):
+    add_ruler(tmp_path, "dense", "vt", 90.0)
+    for layer in range(7):
+        add_ruler(tmp_path, "tri_mix", "vt", 10.0 * layer, starting_layer=layer)
+    (axes,) = plots._heat_map(build(tmp_path).ruler[0]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["vt", "average of 1"]
+    lines = [label.get_text() for label in axes.get_yticklabels()]
+    assert lines == ["dense", *(f"tri_mix (starting_layer {layer})" for layer in range(7))]
+    scores = {text.get_position(): text.get_text() for text in axes.texts}
+    assert (scores[0, 0], scores[0, 7], scores[1.25, 7]) == ("90", "60", "60.0")
+
+
 def test_a_method_has_one_colour_everywhere(tmp_path):
     for method in ("dense", "tri_mix"):
         add_ttft(tmp_path, method, 2048, 1.0)

@@ -11,7 +11,7 @@ import pytest
 
 from ruler_tasks import TASKS
 from tmbench.errors import UserError
-from tmbench.groups import length_name, significant
+from tmbench.groups import length_name, signed, significant
 from tmbench.report import build
 from tmbench.results import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow, append, csv_path
 
@@ -146,6 +146,26 @@ def test_the_published_ruler_table(published):
     # 1009.28 / 13 = 77.637 and 1004.62 / 13 = 77.278, published as 77.6 and 77.3
     assert table["average of 13"]["dense"] == "77.6"
     assert table["average of 13"]["tri_mix"] == "77.3 (-0.4)"
+
+
+def test_many_methods_have_a_line_each_and_the_tasks_are_columns(tmp_path):
+    for layer in range(1, 8):
+        add_ruler(tmp_path, "tri_mix", "vt", 90.0 + layer, starting_layer=layer, coverage=0.5)
+    add_ruler(tmp_path, "dense", "vt", 95.0)
+    add_ruler(tmp_path, "dense", "cwe", 40.0)
+    for layer in range(1, 7):
+        add_ruler(tmp_path, "tri_mix", "cwe", 30.0, starting_layer=layer)
+    add_ruler(tmp_path, "tri_mix", "cwe", None, starting_layer=7, status=OUT_OF_MEMORY)
+    table = table_with(build(tmp_path).markdown(), "average of 1")
+    assert list(table) == ["dense", *(f"tri_mix (starting_layer {layer})" for layer in range(1, 8)), "samples"]
+    seventh = {"vt": "97", "cwe": "out of memory", "average of 1": "97.0 (+2.0)", "coverage": "50.0%"}
+    assert table["tri_mix (starting_layer 7)"] == {"method": "tri_mix (starting_layer 7)", **seventh}
+    assert table["samples"]["vt"] == "100"
+
+
+@pytest.mark.parametrize(("points", "text"), [(-0.04, "+0.0"), (0.0, "+0.0"), (-0.06, "-0.1"), (38.5, "+38.5")])
+def test_points_that_round_to_nothing_have_no_minus(points, text):
+    assert signed(points, 1) == text
 
 
 def test_a_speed_up_stands_beside_what_was_kept(tmp_path):

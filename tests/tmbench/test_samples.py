@@ -115,7 +115,14 @@ def test_markdown_csv_and_json_say_the_same(measured):
     words = [f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", "loss", "120", str(found.differing)]
     line = next(line for line in markdown.splitlines() if "| loss" in line and "120" in line)
     assert [cell.strip() for cell in line.split("|")][2:-1] == [*words, str(found.needed)]
-    assert "none of 60 differs, too few samples, 299 needed" in markdown
+    assert "it takes 299 such samples to exclude a loss of 1:" in markdown
+    (line,) = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (starting_layer 2)" in line]
+    row = next(row for row in group.rows if row["label"] == "tri_mix (starting_layer 2)" and row["task"] == "vt")
+    ends = f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}"
+    cells = [f"{row['difference']:+.1f}", ends, "loss", "60", str(row["differing"]), str(row["samples_needed"])]
+    assert [cell.strip() for cell in line.split("|")][3:-1] == cells
+    same = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (starting_layer 6)" in line]
+    assert not same, "no sample differs, so there is nothing to say of this task"
 
     lines = list(csv.DictReader(io.StringIO(report.csv())))
     average = {line["figure"]: line for line in lines if line["task"] == "average of 2" and "2" in line["label"]}
