@@ -3,11 +3,10 @@
     python benchmarks/dynamic_attention.py OUTPUT.csv [--lengths 32768 65536 131072] [--heads 32] [--kv-heads 8]
 
 Every backend that serves the tensors is timed, and the fastest dense attention beside them, all in turns: the chip slows as
-it warms, and then slows for all. "select_ms" is the pattern's selection alone, "ms" selection and attention together. The
-rate is that of the pairs that were selected, in the time that the selection leaves: too high where launches bind a
-selection that is timed alone, and attention hides them. The error is the RMS difference from softmax in float32 over the
-same pairs, on sampled queries, over the RMS of the exact output. On a machine without a GPU it runs on the CPU, for short
-lengths.
+it warms, and then slows for all. "ms" is selection and attention together, "select_ms" the selection alone, and "attend_ms"
+attention over what was selected before. The rate is that of the selected pairs in attention alone. The error is the RMS
+difference from softmax in float32 over the same pairs, on sampled queries, over the RMS of the exact output. On a machine
+without a GPU it runs on the CPU, for short lengths.
 """
 
 from __future__ import annotations
@@ -26,19 +25,21 @@ import torch
 from structured_qkv import structured_qkv
 from torch import Tensor
 
-from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
+from tmbench_kernels import BlockLists, Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
 from tmbench_kernels.block_lists import block_count
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.vertical_slash import Selection
 from tmbench_kernels.vertical_slash_torch import BLOCK, visible_keys
 
 PUBLISHED = ((30, 800), (100, 800), (500, 700), (1000, 6096), (3500, 100))
 """Budgets of MInference's search on Llama-3.1-8B, dealt out to the heads in turn."""
 SHARES = ((0.05,), (0.1,), (0.2,), (0.5,), (1.0,), (0.02, 0.05, 0.2, 1.0))
 """Parts of the causal blocks that are drawn to see the kernels' rates alone; the last one has heads that differ."""
+SELECT, ALONE = "select", "alone"
 COLUMNS = [
     "device", "torch", "pattern", "parameters", "backend", "length", "heads", "kv_heads", "head_dim", "coverage",
-    "ms_median", "ms_min", "ms_max", "select_ms", "tflops", "times_dense", "error",
+    "ms_median", "ms_min", "ms_max", "select_ms", "attend_ms", "tflops", "times_dense", "error",
 ]  # fmt: skip
 
 
@@ -83,13 +84,13 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
     turns: list[tuple[Pattern, str, Callable[[], object], list[float]]] = []
     for pattern in patterns:
         serving = [backend for backend in pattern.backends if not backend.obstacle(pattern, q, k, v)]
-        turns += [
-            (pattern, backend.name, partial(backend.attend, pattern, q, k, v, scale), [])
-            for backend in (serving[:1] if isinstance(pattern, Dense) else serving)
-            if backend.name not in options.skip
-        ]
+        given = _given(pattern, q, k)
+        for backend in serving[:1] if isinstance(pattern, Dense) else serving:
+            if backend.name not in options.skip:
+                turns.append((pattern, backend.name, partial(backend.attend, pattern, q, k, v, scale), []))
+                turns.append((pattern, f"{backend.name} {ALONE}", partial(backend.attend, given, q, k, v, scale), []))
         if pattern.dynamic:
-            turns.append((pattern, "select", partial(_select, pattern, q, k), []))
+            turns.append((pattern, SELECT, partial(_select, pattern, q, k), []))
     for _, _, run, _ in turns:
         run()
     for _ in range(options.turns):
@@ -99,11 +100,10 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
     dense = min(ms for (pattern, _), ms in medians.items() if pattern == Dense())
     rows = []
     for pattern, name, run, ms in turns:
-        if name == "select":
+        if name == SELECT or name.endswith(ALONE):
             continue
         pairs = pattern.pairs(q, k)
-        selecting = medians.get((pattern, "select"), 0.0)
-        median = medians[pattern, name]
+        median, alone = medians[pattern, name], medians[pattern, f"{name} {ALONE}"]
         rows.append({
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "torch": torch.__version__,
@@ -118,8 +118,9 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
             "ms_median": f"{median:.3f}",
             "ms_min": f"{min(ms):.3f}",
             "ms_max": f"{max(ms):.3f}",
-            "select_ms": f"{selecting:.3f}" if selecting else "",
-            "tflops": f"{4 * q.shape[3] * pairs / (median - selecting) / 1e9:.0f}",
+            "select_ms": f"{medians[pattern, SELECT]:.3f}" if pattern.dynamic else "",
+            "attend_ms": f"{alone:.3f}",
+            "tflops": f"{4 * q.shape[3] * pairs / alone / 1e9:.0f}",
             "times_dense": f"{dense / median:.2f}",
             "error": f"{_error(pattern, run, q, k, v):.2e}",
         })  # fmt: skip
@@ -132,6 +133,41 @@ def _parameters(pattern: Pattern) -> str:
     if isinstance(pattern, RandomBlocks):
         return ", ".join(f"{share:.0%}" for share in pattern.shares)
     return repr(pattern).partition("(")[2].removesuffix(")")
+
+
+@dataclass(frozen=True, eq=False)
+class _GivenLists(BlockSparse):
+    """What another pattern selected: attention over it is attention alone."""
+
+    lists: BlockLists
+
+    name: ClassVar[str] = "given_lists"
+
+    def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        raise NotImplementedError("these lists were selected before")
+
+    block_map = rule
+
+    def select(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> BlockLists:
+        return self.lists
+
+
+@dataclass(frozen=True, eq=False)
+class _GivenSelection(VerticalSlash):
+    """The same for columns and distances."""
+
+    chosen: Selection | None = None
+
+    def select(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Selection:
+        assert self.chosen is not None
+        return self.chosen
+
+
+def _given(pattern: Pattern, q: Tensor, k: Tensor) -> Pattern:
+    """The pattern with its selection made, or itself where it selects nothing."""
+    if isinstance(pattern, VerticalSlash):
+        return _GivenSelection(pattern.budgets, pattern.select(q, k))
+    return _GivenLists(pattern.select(q, k)) if isinstance(pattern, BlockSparse) else pattern
 
 
 def _select(pattern: Pattern, q: Tensor, k: Tensor) -> object:
