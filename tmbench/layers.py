@@ -73,8 +73,8 @@ def propose(middle: Sequence[float], kept: float, budget: Budget, rule: Rule) ->
         UserError: triangle attention in all layers still takes more than the time budget.
         ValueError: the gradients are not finite, or negative, or all of them are zero.
     """
-    count, total = len(middle), math.fsum(middle)
-    if not all(math.isfinite(value) and value >= 0 for value in middle) or total == 0:
+    count = len(middle)
+    if not all(math.isfinite(value) and value >= 0 for value in middle) or not any(middle):
         raise ValueError("a proposal needs gradients that are finite, not negative, and not all zero")
     # Of two layers that matter alike the deeper one comes first.
     order = sorted(range(count), key=(lambda layer: (middle[layer], -layer)) if rule == "rank" else (lambda layer: -layer))
@@ -88,13 +88,17 @@ def propose(middle: Sequence[float], kept: float, budget: Budget, rule: Rule) ->
         taken = 0 if budget.time >= 1 else math.ceil(count * (1 - budget.time) / (1 - kept) - 1e-9)
     else:
         assert budget.accuracy is not None
-        limit = budget.accuracy * total * (1 + 1e-12)
-        taken = 0
-        while taken < count and math.fsum(middle[layer] for layer in order[: taken + 1]) <= limit:
+        limit, taken = budget.accuracy * (1 + 1e-12), 0
+        # Shares are compared, since a part of the smallest numbers would round to the whole.
+        while taken < count and _part(middle, order[: taken + 1]) <= limit:
             taken += 1
     layers = tuple(sorted(order[:taken]))
-    lost = math.fsum(middle[layer] for layer in layers) / total
-    return Proposal(layers, lost, (count - taken + taken * kept) / count)
+    return Proposal(layers, _part(middle, layers), (count - taken + taken * kept) / count)
+
+
+def _part(middle: Sequence[float], layers: Iterable[int]) -> float:
+    """The share of all gradients that some layers hold."""
+    return math.fsum(middle[layer] for layer in layers) / math.fsum(middle)
 
 
 def layers_text(layers: Iterable[int]) -> str:

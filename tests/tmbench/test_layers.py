@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tmbench.errors import UserError
@@ -82,6 +82,7 @@ def test_a_time_budget_takes_as_few_layers_as_it_needs():
         propose(middle, 0.2, Budget(time=0.19), "rank")
 
 
+@example(middle=[5e-324], share=0.75, kept=0.5)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=12).filter(any), st.floats(0, 1), st.floats(0.1, 0.9))
 def test_no_subset_of_a_proposals_size_loses_less_than_by_rank(middle, share, kept):
     budget = Budget(share)
