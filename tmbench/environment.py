@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmbench import __version__
 from tmbench.results import writable
-from tmbench_kernels import Dense
+from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash, XAttention
 
 PACKAGES = (
     "torch",
@@ -35,6 +35,14 @@ PACKAGES = (
     "numpy",
     "lm-eval",
 )
+
+PATTERNS: Mapping[str, Pattern] = {
+    "dense": Dense(),
+    "triangle": Triangle(),
+    "vertical slashes": VerticalSlash(),
+    "key blocks": XAttention(),
+}
+"""One pattern for each set of backends: those of whole key blocks share theirs."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +120,28 @@ def write_record(root: Path, environment: Environment) -> Path:
     return path
 
 
-def dense_backends(device: torch.device) -> dict[str, str]:
-    """What computes dense attention on this device, each tried on a small prefill: "works", or why not.
+def attention_backends(device: torch.device) -> dict[str, dict[str, str]]:
+    """What computes attention on this device, pattern by pattern, each tried on a small prefill: "works", or why not.
 
     Heads of size 128, in bfloat16 on a GPU and float32 elsewhere; "works, picked" is what such a model gets. Behind the
-    backends come the kernels that torch may choose from for the last of them, ``sdpa``.
+    backends of dense attention come the kernels that torch may choose from for the last of them, ``sdpa``.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(1, heads, 256, 128, device=device, dtype=dtype) for heads in (4, 2, 2))
-    results = {}
-    for name in (backend.name for backend in Dense.backends):
-        pattern = Dense(name)
-        results[name] = pattern.candidates[0].obstacle(pattern, q, k, v) or _tried(partial(pattern.attend, q, k, v))
-    results[Dense().backend(q, k, v).name] += ", picked"
+    found = {}
+    for name, pattern in PATTERNS.items():
+        states = {
+            backend.name: backend.obstacle(pattern, q, k, v) or _tried(partial(backend.attend, pattern, q, k, v, 0.1))
+            for backend in pattern.backends
+        }
+        states[pattern.backend(q, k, v).name] += ", picked"
+        found[name] = states
     for kernel in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         with sdpa_kernel(SDPBackend.__members__[kernel]):
-            results[f"sdpa {kernel.lower()}"] = _tried(
+            found["dense"][f"sdpa {kernel.lower()}"] = _tried(
                 lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             )
-    return results
+    return found
 
 
 def _tried(attend: Callable[[], Any]) -> str:

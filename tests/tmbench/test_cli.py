@@ -324,9 +324,12 @@ def test_list_and_env(tmbench):
         assert word in out
     code, out, _ = tmbench("env", "--json", "--device", "cpu")
     assert code == 0
-    dense = json.loads(out)["dense_backends"]
+    backends = json.loads(out)["backends"]
+    dense = backends["dense"]
     assert dense["sdpa flash_attention"] == "works"
     assert (dense["sdpa"], dense["flash-attn-4"]) == ("works, picked", "runs on cuda, not on cpu")
+    assert backends["key blocks"]["torch-blocks"] == backends["triangle"]["torch-banded"] == "works, picked"
+    assert backends["vertical slashes"]["cuda-hopper"] == "runs on cuda, not on cpu"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def list_() -> None:
 
 
 def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
-    """Device, driver, versions, and which dense attention works here: paste it into a bug report."""
+    """Device, driver, versions, and what computes attention here: paste it into a bug report."""
     import json
     from dataclasses import asdict
 
@@ -72,9 +72,9 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
 
     place = models.check_device(device or models.default_device())
     here = environment.current(place)
-    dense = environment.dense_backends(place)
+    backends = environment.attention_backends(place)
     if as_json:
-        typer.echo(json.dumps({**asdict(here), "dense_backends": dense}, indent=2))
+        typer.echo(json.dumps({**asdict(here), "backends": backends}, indent=2))
         return
     shown = table("Environment", "what", "here")
     for name, value in asdict(here).items():
@@ -82,6 +82,7 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
             shown.add_row(name.replace("_", " "), str(value))
     for package, version in here.packages.items():
         shown.add_row(package, version)
-    for backend, state in dense.items():
-        shown.add_row(f"dense: {backend}", state)
+    for pattern, states in backends.items():
+        for backend, state in states.items():
+            shown.add_row(f"{pattern}: {backend}", state)
     console().print(shown)
