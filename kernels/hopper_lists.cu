@@ -71,7 +71,7 @@ __device__ void load(const Maps& maps, const Plan& p, u32 smem, Shared& shared) 
   const u32 bars = smem + BARS_AT;
   const int lane = threadIdx.x & 31;
   Ring ring = {0};
-  // All lanes wait for the unit; ``counted`` is that of the lanes that hold a team's.
+  // All lanes wait for the unit, since several write to its tile.
   const auto open = [&]() -> Tile& {
     bar_wait(bars + 8 * (EMPTY + ring.at()), ring.phase() ^ 1);
     return shared.tiles[ring.at()];

@@ -11,7 +11,7 @@ def list_() -> None:
     from ruler_tasks import TASKS
     from tmbench.cli.screen import console, table
     from tmbench.presets import preset_names, read_preset
-    from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Triangle, VerticalSlash, XAttention
+    from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, MInferenceHeads, Triangle, VerticalSlash, XAttention
 
     screen = console()
     methods = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
@@ -54,7 +54,7 @@ def list_() -> None:
     screen.print(layers)
 
     backends = table("Backends", "pattern", "backend", "runs on")
-    for pattern in (Dense, Triangle, VerticalSlash, FlexPrefill, XAttention, FlashPrefill):
+    for pattern in (Dense, Triangle, VerticalSlash, MInferenceHeads, FlexPrefill, XAttention, FlashPrefill):
         for backend in pattern.backends:
             backends.add_row(pattern.name, backend.name, ", ".join(backend.devices))
     screen.print(backends)
