@@ -73,9 +73,9 @@ class BlockSparse(Pattern):
             missing=partial(missing_module, *FLASH_4),
             refuses=partial(refuses, _flash_limits),
         ),
-        # Behind flash-attn-4 until a measurement says otherwise.
-        Backend("cuda-hopper", ("cuda",), over_lists(_attend_hopper), missing=missing_hopper, refuses=refuses_hopper),
         Backend("triton", ("cuda",), over_lists(_attend_triton), missing=missing_triton, refuses=refuses_triton),
+        # Behind the portable kernel until a measurement puts it in front.
+        Backend("cuda-hopper", ("cuda",), over_lists(_attend_hopper), missing=missing_hopper, refuses=refuses_hopper),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
     )
 
