@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -33,24 +34,10 @@ def over_lists(attend: AttendLists) -> Callable[[Any, Tensor, Tensor, Tensor, fl
     return select_and_attend
 
 
-def _attend_triton(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
-    # Imported when it is first used: it takes Triton.
-    from tmbench_kernels.triton_blocks import attend_lists
-
-    return attend_lists(q, k, v, lists, scale)
-
-
-def _attend_flash(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
-    # Imported when it is first used: it takes FlashAttention 4.
-    from tmbench_kernels.flash_attn_blocks import attend_lists
-
-    return attend_lists(q, k, v, lists, scale)
-
-
-def _attend_hopper(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
-    from tmbench_kernels.hopper_lists import attend_lists
-
-    return attend_lists(q, k, v, lists, scale)
+def _attend_by(module: str, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+    # Imported when it is first used: all of them take Triton, and one takes FlashAttention 4 too.
+    out: Tensor = import_module(f"tmbench_kernels.{module}").attend_lists(q, k, v, lists, scale)
+    return out
 
 
 def _flash_limits(major: int, dim: int) -> str:
@@ -69,13 +56,25 @@ class BlockSparse(Pattern):
         Backend(
             "flash-attn-4",
             ("cuda",),
-            over_lists(_attend_flash),
+            over_lists(partial(_attend_by, "flash_attn_blocks")),
             missing=partial(missing_module, *FLASH_4),
             refuses=partial(refuses, _flash_limits),
         ),
-        Backend("triton", ("cuda",), over_lists(_attend_triton), missing=missing_triton, refuses=refuses_triton),
+        Backend(
+            "triton",
+            ("cuda",),
+            over_lists(partial(_attend_by, "triton_blocks")),
+            missing=missing_triton,
+            refuses=refuses_triton,
+        ),
         # Behind the portable kernel until a measurement puts it in front.
-        Backend("cuda-hopper", ("cuda",), over_lists(_attend_hopper), missing=missing_hopper, refuses=refuses_hopper),
+        Backend(
+            "cuda-hopper",
+            ("cuda",),
+            over_lists(partial(_attend_by, "hopper_lists")),
+            missing=missing_hopper,
+            refuses=refuses_hopper,
+        ),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
     )
 

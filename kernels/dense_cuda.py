@@ -119,21 +119,25 @@ def _refuses_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
-def length_first(x: Tensor) -> Tensor:
-    """As libraries take it: ``[batch, heads, length, dim]`` as ``[batch, length, heads, dim]``, mostly without a copy."""
+def _length_first(x: Tensor) -> Tensor:
+    """``[batch, heads, length, dim]`` as ``[batch, length, heads, dim]``, mostly without a copy."""
     x = x.transpose(1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def call_flash(flash: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> Tensor:
+    """A ``flash_attn_func`` over tensors as they are everywhere else here: ``[batch, heads, length, dim]``, in and out."""
+    # Some versions return the logarithm of the softmax's sum as well.
+    out = flash(*(_length_first(x) for x in (q, k, v)), softmax_scale=scale, **options)
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor.transpose(1, 2)
 
 
 def _attend_flash(module: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     flash, reason = function(module)
     if flash is None:
         raise ValueError(f"{module} {reason}")
-    q, k, v = (length_first(x) for x in (q, k, v))
-    # Some versions return the logarithm of the softmax's sum as well.
-    out = flash(q, k, v, softmax_scale=scale, causal=True)
-    tensor: Tensor = out[0] if isinstance(out, tuple) else out
-    return tensor.transpose(1, 2)
+    return call_flash(flash, q, k, v, scale, causal=True)
 
 
 def _attend_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from torch import Tensor
 
 from tmbench_kernels.block_lists import BlockLists
-from tmbench_kernels.dense_cuda import length_first
+from tmbench_kernels.dense_cuda import call_flash
 from tmbench_kernels.triton_triangle import positive
 
 
@@ -30,9 +30,12 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: floa
     q, scale = positive(q, scale)
     own = lists.own_listed().int()
     blocks = own.shape[2]
-    out = flash_attn_func(
-        *(length_first(x) for x in (q, k, v)),
-        softmax_scale=scale,
+    return call_flash(
+        flash_attn_func,
+        q,
+        k,
+        v,
+        scale,
         mask_mod=_causal,
         block_sparse_tensors=BlockSparseTensorsTorch(
             mask_block_cnt=own,
@@ -42,5 +45,3 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: floa
             block_size=(lists.block, lists.block),
         ),
     )
-    tensor: Tensor = out[0] if isinstance(out, tuple) else out
-    return tensor.transpose(1, 2)

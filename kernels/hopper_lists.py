@@ -16,7 +16,7 @@ from tmbench_kernels.block_lists import BlockLists
 from tmbench_kernels.hopper import KEYS, TEAM_ROWS, header_macros, load_kernel, padded, tensor_map
 from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triton_triangle import LOG2_E, loadable, multiprocessors, positive
-from tmbench_kernels.triton_vertical_slash import Index, build_index, gathered
+from tmbench_kernels.triton_vertical_slash import Index, gathered
 
 SOURCE = Path(__file__).with_name("hopper_lists.cu")
 KERNEL = "lists"
@@ -45,13 +45,6 @@ def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) ->
     The index must be of a selection with distance 0: then no selected column lies in a block of queries outside its runs.
     """
     return _attend(q, k, v, index, scale)
-
-
-def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, distances: Tensor, most_columns: int, most_distances: int, scale: float
-) -> Tensor:
-    """Attention over a selection of at most so many columns and distances a head, distance 0 among them."""
-    return attend_index(q, k, v, build_index(columns, distances, most_columns, most_distances), scale)
 
 
 def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:

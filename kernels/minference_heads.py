@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.block_topk import BlockTopK
-from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
 from tmbench_kernels.minference_json import HeadPattern, load_head_patterns
 from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
 from tmbench_kernels.triangle import Triangle
-from tmbench_kernels.vertical_slash import VerticalSlash
+from tmbench_kernels.vertical_slash import INDEX_BACKENDS, VerticalSlash
 
 if TYPE_CHECKING:
     from tmbench_kernels.triton_vertical_slash import Index
@@ -45,20 +43,6 @@ def _attend_parts(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, sca
     return out
 
 
-def _attend_hopper(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _attend_index("hopper_lists", pattern, q, k, v, scale)
-
-
-def _attend_triton(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _attend_index("triton_vertical_slash", pattern, q, k, v, scale)
-
-
-def _attend_index(module: str, pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """All heads in one launch of a vertical-slash kernel, imported here because it takes Triton."""
-    out: Tensor = import_module(f"tmbench_kernels.{module}").attend_index(q, k, v, build_index(pattern, q, k, scale), scale)
-    return out
-
-
 @dataclass(frozen=True)
 class MInferenceHeads(Pattern):
     """``heads`` says for each query head what kind it is, and its budget.
@@ -73,8 +57,7 @@ class MInferenceHeads(Pattern):
     name: ClassVar[str] = "minference_heads"
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
-        Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=missing_hopper, refuses=refuses_hopper),
-        Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
+        *INDEX_BACKENDS,
         Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts),
     )
 
@@ -107,55 +90,53 @@ class MInferenceHeads(Pattern):
 
     def parts(self, q: Tensor, k: Tensor) -> list[_Part]:
         """The heads kind by kind, in calls that can serve them."""
-        self.check_heads(q)
+        self._check_heads(q)
         return _parts(self.heads, k.shape[1])
 
-    def check_heads(self, q: Tensor) -> None:
-        """Raise ValueError where the pattern is for another number of heads than q's."""
+    def index(self, q: Tensor, k: Tensor, scale: float) -> Index:
+        """What every block of 64 queries attends to, whatever the kinds of the heads, as the vertical-slash kernels take it.
+
+        A streaming head has its first keys as columns and its window as distances, and of its runs it sees what the window
+        reaches; the runs of a block-sparse head are its blocks. Nothing is read back to the host. A selection is made for
+        all heads, and kept for those of its kind.
+        """
+        from tmbench_kernels import triton_vertical_slash
+
+        self._check_heads(q)
+        heads, length = self.heads, q.shape[2]
+        kinds, budgets = {head.type for head in heads}, _budgets(heads, q.device)
+        numbers = torch.arange(length, device=q.device)
+        columns = (numbers < (budgets.vertical * budgets.streams)[:, None]).expand(len(q), -1, -1)
+        # The kernels count on distance 0. Where a window is empty, its reach hides the key again.
+        distances = (numbers < (budgets.slash * budgets.streams).clamp(min=1)[:, None]).expand(len(q), -1, -1)
+        slashes = VerticalSlash(tuple((h.vertical, h.slash) if h.type == "vertical_and_slash" else (0, 0) for h in heads))
+        if "vertical_and_slash" in kinds:
+            chosen = slashes.select(q, k, scale=scale)
+            columns = torch.where(budgets.slashes[:, None], chosen.columns, columns)
+            distances = torch.where(budgets.slashes[:, None], chosen.distances, distances)
+        most_columns, most_distances = slashes.counts(len(heads), length)
+        streams = [head for head in heads if head.type == "stream_llm"]
+        blocks = BlockTopK()
+        index = triton_vertical_slash.build_index(
+            columns,
+            distances,
+            max(most_columns + tuple(head.vertical for head in streams)),
+            max(most_distances + tuple(head.slash for head in streams) + (blocks.blocks,) * ("block_sparse" in kinds)),
+        )
+        if "block_sparse" in kinds:
+            lists = blocks.select(q, k, scale=scale)
+            most = min(index.starts.shape[3], lists.indices.shape[3])
+            starts = lists.indices[..., :most].index_select(1, budgets.blocks) * blocks.block
+            index.starts[..., :most].index_copy_(1, budgets.blocks, starts)
+            index.counts.index_copy_(1, budgets.blocks, lists.counts.index_select(1, budgets.blocks))
+        if streams:
+            reach = torch.where(budgets.streams, budgets.slash, index.reach)
+            index = replace(index, reach=reach, sinks=budgets.vertical * budgets.streams)
+        return index
+
+    def _check_heads(self, q: Tensor) -> None:
         if len(self.heads) != q.shape[1]:
             raise ValueError(f"the pattern is for {len(self.heads)} heads, but q has {q.shape[1]}")
-
-
-def build_index(pattern: MInferenceHeads, q: Tensor, k: Tensor, scale: float) -> Index:
-    """What every block of 64 queries of every head attends to, whatever its kind: the index of the vertical-slash kernels.
-
-    A streaming head has its first keys as columns and its window as distances, and of its runs it sees what the window
-    reaches; the runs of a block-sparse head are its blocks. Nothing is read back to the host. A selection is made for all
-    heads, and kept for those of its kind.
-    """
-    from tmbench_kernels import triton_vertical_slash
-
-    pattern.check_heads(q)
-    heads, length = pattern.heads, q.shape[2]
-    kinds, budgets = {head.type for head in heads}, _budgets(heads, q.device)
-    numbers = torch.arange(length, device=q.device)
-    columns = (numbers < (budgets.vertical * budgets.streams)[:, None]).expand(len(q), -1, -1)
-    # The kernels count on distance 0. Where a window is empty, its reach hides the key again.
-    distances = (numbers < (budgets.slash * budgets.streams).clamp(min=1)[:, None]).expand(len(q), -1, -1)
-    slashes = VerticalSlash(tuple((h.vertical, h.slash) if h.type == "vertical_and_slash" else (0, 0) for h in heads))
-    if "vertical_and_slash" in kinds:
-        chosen = slashes.select(q, k, scale=scale)
-        columns = torch.where(budgets.slashes[:, None], chosen.columns, columns)
-        distances = torch.where(budgets.slashes[:, None], chosen.distances, distances)
-    most_columns, most_distances = slashes.counts(len(heads), length)
-    streams = [head for head in heads if head.type == "stream_llm"]
-    blocks = BlockTopK()
-    index = triton_vertical_slash.build_index(
-        columns,
-        distances,
-        max(most_columns + tuple(head.vertical for head in streams)),
-        max(most_distances + tuple(head.slash for head in streams) + (blocks.blocks,) * ("block_sparse" in kinds)),
-    )
-    if "block_sparse" in kinds:
-        lists = blocks.select(q, k, scale=scale)
-        most = min(index.starts.shape[3], lists.indices.shape[3])
-        starts = lists.indices[..., :most].index_select(1, budgets.blocks) * blocks.block
-        index.starts[..., :most].index_copy_(1, budgets.blocks, starts)
-        index.counts.index_copy_(1, budgets.blocks, lists.counts.index_select(1, budgets.blocks))
-    if streams:
-        reach = torch.where(budgets.streams, budgets.slash, index.reach)
-        index = replace(index, reach=reach, sinks=budgets.vertical * budgets.streams)
-    return index
 
 
 def load_patterns(path: str | Path, *, layers: int, heads: int) -> list[Pattern]:

@@ -228,10 +228,3 @@ def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) ->
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
-
-
-def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, distances: Tensor, most_columns: int, most_distances: int, scale: float
-) -> Tensor:
-    """Attention over a selection of at most so many columns and distances a head."""
-    return attend_index(q, k, v, build_index(columns, distances, most_columns, most_distances), scale)

@@ -7,10 +7,11 @@ and 100 distances are forced, and for every block of 64 queries the diagonals wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from tmbench_kernels.block_scores import last_query_mass
 from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton, runs_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.vertical_slash_torch import BLOCK, attend_selected, count_pairs
+
+if TYPE_CHECKING:
+    from tmbench_kernels.triton_vertical_slash import Index
 
 DEFAULT_BUDGET = (1000, 6096)
 """Columns and distances of a head for which no search result exists, as published."""
@@ -41,26 +45,21 @@ def _attend_torch(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale
     return attend_selected(q, k, v, chosen.columns, chosen.distances, scale)
 
 
-def _attend_triton(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend_index(module: str, pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # Imported when it is first used: it takes Triton.
-    from tmbench_kernels.triton_vertical_slash import attend_selected
-
-    return _attend_bounded(attend_selected, pattern, q, k, v, scale)
-
-
-def _attend_hopper(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from tmbench_kernels.hopper_lists import attend_selected
-
-    return _attend_bounded(attend_selected, pattern, q, k, v, scale)
+    out: Tensor = import_module(f"tmbench_kernels.{module}").attend_index(q, k, v, pattern.index(q, k, scale), scale)
+    return out
 
 
-def _attend_bounded(
-    attend: Callable[..., Tensor], pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
-    """Select, and attend by a kernel whose index is made for the largest of the heads' budgets."""
-    chosen = pattern.select(q, k, scale=scale)
-    columns, distances = pattern.counts(q.shape[1], q.shape[2])
-    return attend(q, k, v, chosen.columns, chosen.distances, max(columns), max(distances), scale)
+INDEX_BACKENDS = (
+    Backend(
+        "cuda-hopper", ("cuda",), partial(_attend_index, "hopper_lists"), missing=missing_hopper, refuses=refuses_hopper
+    ),
+    Backend(
+        "triton", ("cuda",), partial(_attend_index, "triton_vertical_slash"), missing=missing_triton, refuses=refuses_triton
+    ),
+)
+"""The kernels over runs and columns, for patterns whose ``index(q, k, scale)`` says where they lie."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class VerticalSlash(Pattern):
     name: ClassVar[str] = "vertical_slash"
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
-        Backend("cuda-hopper", ("cuda",), _attend_hopper, missing=missing_hopper, refuses=refuses_hopper),
-        Backend("triton", ("cuda",), _attend_triton, missing=missing_triton, refuses=refuses_triton),
+        *INDEX_BACKENDS,
         Backend("torch-gathered", ("cpu", "cuda"), _attend_torch),
     )
 
@@ -112,14 +110,20 @@ class VerticalSlash(Pattern):
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of a selection; memory linear in length."""
-        chosen = self.select(q, k, scale=scale)
         if runs_triton(q.device):
             from tmbench_kernels import triton_vertical_slash
 
-            columns, distances = self.counts(q.shape[1], q.shape[2])
-            index = triton_vertical_slash.build_index(chosen.columns, chosen.distances, max(columns), max(distances))
-            return triton_vertical_slash.count_pairs(index, q.shape[2])
+            return triton_vertical_slash.count_pairs(self.index(q, k, default_scale(q, scale)), q.shape[2])
+        chosen = self.select(q, k, scale=scale)
         return count_pairs(chosen.columns, chosen.distances)
+
+    def index(self, q: Tensor, k: Tensor, scale: float) -> Index:
+        """The selection of these q and k as the kernels take it, with room for the largest of the heads' budgets."""
+        from tmbench_kernels.triton_vertical_slash import build_index
+
+        chosen = self.select(q, k, scale=scale)
+        columns, distances = self.counts(q.shape[1], q.shape[2])
+        return build_index(chosen.columns, chosen.distances, max(columns), max(distances))
 
     def _head_budgets(self, heads: int) -> tuple[tuple[int, int], ...]:
         if len(self.budgets) not in (1, heads):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tmbench_kernels import BlockTopK, HeadPattern, MInferenceHeads, VerticalSlash
 from tmbench_kernels.cuda import missing_hopper, refuses_hopper
-from tmbench_kernels.minference_heads import build_index, layer_pattern
+from tmbench_kernels.minference_heads import layer_pattern
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -87,7 +87,7 @@ def check_one_launch(request, make_structured_qkv, measure_errors):
         if request.param == "hopper_lists" and (reason := missing_hopper() or refuses_hopper(None, q, k, v)):
             pytest.skip(reason)
         pattern, scale = MInferenceHeads(tuple(heads)), q.shape[3] ** -0.5
-        out = attend_index(q, k, v, build_index(pattern, q, k, scale), scale)
+        out = attend_index(q, k, v, pattern.index(q, k, scale), scale)
         mask = pattern.mask(q, k)
         _, error, plain_error = measure_errors(out[:, :, rows], q[:, :, rows], k, v, mask[:, :, rows], None)
         assert error <= 2 * plain_error

@@ -24,16 +24,18 @@ def _running_sums_on_a_gpu():
 
 
 @pytest.fixture(params=["triton_vertical_slash", pytest.param("hopper_lists", marks=pytest.mark.gpu)])
-def attend_selected(request):
+def attend_index(request):
     if request.param == "hopper_lists" and (reason := missing_hopper()):
         pytest.skip(reason)
-    return import_module(f"tmbench_kernels.{request.param}").attend_selected
+    return import_module(f"tmbench_kernels.{request.param}").attend_index
 
 
 @pytest.fixture
-def check(attend_selected, make_qkv, measure_errors):
+def check(attend_index, make_qkv, measure_errors):
     """``check(columns, distances, ...)`` attends over two sets ``[batch, heads, length]`` and compares with float64."""
-    on_hopper = "hopper" in attend_selected.__module__
+    from tmbench_kernels.triton_vertical_slash import build_index
+
+    on_hopper = "hopper" in attend_index.__module__
 
     def check(columns, distances, *, scale=None, most=None, change=lambda q, k, v: (q, k, v), **shape):
         batch, heads, length = columns.shape
@@ -45,7 +47,8 @@ def check(attend_selected, make_qkv, measure_errors):
             pytest.skip("takes selections with distance 0")
         columns, distances = columns.to(DEVICE), distances.to(DEVICE)
         bounds = most or (int(columns.sum(2).max()), int(distances.sum(2).max()))
-        out = attend_selected(q, k, v, columns, distances, *bounds, q.shape[-1] ** -0.5 if scale is None else scale)
+        index = build_index(columns, distances, *bounds)
+        out = attend_index(q, k, v, index, q.shape[-1] ** -0.5 if scale is None else scale)
         mask = selection_mask(Selection(columns.cpu(), distances.cpu())).to(DEVICE)
         size, error, plain_error = measure_errors(out, q, k, v, mask, scale)
         assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny
@@ -111,7 +114,7 @@ def test_strides(check):
     )
 
 
-def test_what_the_pattern_selects(attend_selected, make_structured_qkv, measure_errors):
+def test_what_the_pattern_selects(attend_index, make_structured_qkv, measure_errors):
     """By way of the pattern, whose budgets bound the index."""
     pattern = VerticalSlash(((30, 50), (200, 120)))
     q, k, v = (x.to(DEVICE) for x in make_structured_qkv(600, heads=2, kv_heads=1, dtype=torch.float16))
@@ -119,7 +122,7 @@ def test_what_the_pattern_selects(attend_selected, make_structured_qkv, measure_
     columns, distances = pattern.counts(2, 600)
     assert (chosen.columns.sum(2).tolist(), chosen.distances.sum(2).tolist()) == ([list(columns)], [list(distances)])
     scale = q.shape[-1] ** -0.5
-    out = attend_selected(q, k, v, chosen.columns, chosen.distances, max(columns), max(distances), scale)
+    out = attend_index(q, k, v, pattern.index(q, k, scale), scale)
     _, error, plain_error = measure_errors(out, q, k, v, selection_mask(chosen), None)
     assert error <= 2 * plain_error
 
