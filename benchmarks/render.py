@@ -55,12 +55,8 @@ def dynamic_page(rows: pd.DataFrame) -> list[str]:
     blocks = rows.pattern == "random_blocks"
     patterns, drawn = rows[~blocks].rename(columns={"backend": "implementation"}), rows[blocks]
     drawn = drawn.assign(pattern=drawn.parameters.map("{} of the blocks".format), implementation=drawn.backend)
-    dense = patterns[patterns.pattern == "dense"]
-    selected = patterns[patterns.select_ms != ""].drop_duplicates(["pattern", "length"])
-    share = selected.assign(
-        implementation="selection",
-        share=[f"{float(row.select_ms) / _fastest(patterns, row):.2f}" for row in selected.itertuples()],
-    )
+    selected = patterns[patterns.select_ms != ""].drop_duplicates(["pattern", "length"]).assign(implementation="selection")
+    share = selected.assign(share=[f"{float(row.select_ms) / _fastest(patterns, row):.2f}" for row in selected.itertuples()])
     given = "; ".join(f"{row.pattern}: {row.parameters}" for row in selected.drop_duplicates("pattern").itertuples())
     return [
         "# Dynamic patterns, selection and attention",
@@ -69,17 +65,17 @@ def dynamic_page(rows: pd.DataFrame) -> list[str]:
         "## Milliseconds for one layer, selection included",
         _table(patterns, "ms_median", _milliseconds),
         "## Milliseconds of the selection alone",
-        _table(selected.assign(implementation="selection"), "select_ms", _milliseconds),
+        _table(selected, "select_ms", _milliseconds),
         "## The selection's share of the fastest implementation's time",
         _table(share, "share", lambda x: f"{float(x):.0%}"),
         "## Part of the causal pairs that was selected",
-        _table(selected.assign(implementation="selection"), "coverage", lambda x: f"{float(x):.1%}"),
+        _table(selected, "coverage", lambda x: f"{float(x):.1%}"),
         "## Rate on the selected pairs, TFLOP/s",
         "Selections, and blocks by chance; of the latter each head of the last rows has another share."
         + ("" if "attend_ms" in rows else NOT_ALONE),
         _table(pd.concat([patterns, drawn]), "tflops", lambda x: f"{float(x):.0f}"),
         "## Times faster than the fastest dense attention of the same run",
-        _table(patterns[~patterns.index.isin(dense.index)], "times_dense", lambda x: f"{float(x):.1f}"),
+        _table(patterns[patterns.pattern != "dense"], "times_dense", lambda x: f"{float(x):.1f}"),
         "## Error",
         "Relative RMS difference from softmax in float32 over the same pairs, on sampled queries.",
         _table(pd.concat([patterns, drawn]), "error", lambda x: f"{float(x):.1e}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,20 +47,19 @@ class RulerLengths:
         """Every method that some length has, with the parameters that tell its variants apart."""
         return list(self._own_labels)
 
+    def _found(self, name: str) -> Iterator[tuple[int, RulerGroup, str]]:
+        """The lengths that have the method of a label, each with its group and the method's label in it."""
+        own = self._own_labels[name]
+        return ((length, group, own[length]) for group in self.groups if (length := group.setting["length"]) in own)
+
     def averages(self, name: str) -> dict[int, float]:
         """The averages of the method of a label, at each length that has one."""
-        own = self._own_labels[name]
-        found = {group.setting["length"]: group.averages.get(own.get(group.setting["length"], "")) for group in self.groups}
-        return {length: mean for length, mean in found.items() if mean is not None}
+        return {length: group.averages[own] for length, group, own in self._found(name) if own in group.averages}
 
     def differences(self, name: str) -> dict[int, Difference]:
         """The average differences to dense of the method of a label, at each length that has one."""
-        own = self._own_labels[name]
-        found = {
-            group.setting["length"]: group.average_differences.get(own.get(group.setting["length"], ""))
-            for group in self.groups
-        }
-        return {length: each for length, each in found.items() if isinstance(each, Difference)}
+        found = ((length, group.average_differences.get(own)) for length, group, own in self._found(name))
+        return {length: each for length, each in found if isinstance(each, Difference)}
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Captions and tables of texts: the averages, and how they differ from dense."""

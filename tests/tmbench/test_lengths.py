@@ -78,9 +78,7 @@ def test_a_line_for_each_method_a_column_for_each_length_and_the_average(measure
 
 
 def test_differences_to_dense_are_those_of_each_length(measured):
-    words = table_of(
-        build(measured).markdown(), "Points against dense over the same samples, in brackets the 95 % interval:"
-    )
+    words = table_of(build(measured).markdown(), DIFFERENCES)
     assert list(words) == ["tri_mix (starting_layer 8)", "tri_mix (starting_layer 16)"]
     at_128k = difference([[-100.0] * 6 + [0.0] * 34])
     text = f"-15.0 ({at_128k.low:+.1f} to {at_128k.high:+.1f}), loss"
