@@ -7,31 +7,14 @@ import re
 
 import pytest
 
+import made_rows
 from tmbench.intervals import difference
 from tmbench.lengths import by_length
 from tmbench.report import build
 from tmbench.results import RulerRow, append
 
 DIFFERENCES = "Points against dense over the same samples, in brackets the 95 % interval:"
-COMMON = {
-    "time": "2026-01-01T00:00:00+00:00",
-    "device": "some-gpu",
-    "device_name": "Some GPU",
-    "model": "a/model",
-    "weights": "checkpoint",
-    "dtype": "bfloat16",
-    "seed": 42,
-    "threads": 0,
-    "tmbench": "0.1.0",
-    "python": "3.12",
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-    "environment": "abc",
-    "wording": "reference-ruler",
-    "wording_hash": "f00d",
-    "source": "noise",
-    "chat_template": False,
-}
+COMMON = made_rows.COMMON | {"wording": "reference-ruler", "wording_hash": "f00d", "source": "noise", "chat_template": False}
 SAMPLES = 40
 
 

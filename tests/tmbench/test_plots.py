@@ -8,26 +8,13 @@ from itertools import pairwise
 import pytest
 from matplotlib.image import imread
 
+import made_rows
 from tmbench import plots
 from tmbench.plots import draw
 from tmbench.report import build
 from tmbench.results import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow, append
 
-COMMON = {
-    "time": "2026-01-01T00:00:00+00:00",
-    "device": "some-gpu",
-    "device_name": "Some GPU",
-    "model": "a/model",
-    "weights": "checkpoint",
-    "dtype": "bfloat16",
-    "seed": 42,
-    "threads": 2,
-    "tmbench": "0.1.0",
-    "python": "3.12",
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-    "environment": "abc",
-}
+COMMON = made_rows.COMMON | {"threads": 2}
 METHODS = ("dense", "tri_mix", "minference", "streaming")
 
 

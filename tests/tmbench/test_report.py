@@ -9,31 +9,14 @@ import re
 
 import pytest
 
+import made_rows
 from ruler_tasks import TASKS
 from tmbench.errors import UserError
 from tmbench.groups import length_name, signed, significant
 from tmbench.report import build
 from tmbench.results import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow, append, csv_path
 
-COMMON = {
-    "time": "2026-01-01T00:00:00+00:00",
-    "device": "some-gpu",
-    "device_name": "Some GPU",
-    "driver": "570.1",
-    "method": "dense",
-    "model": "a/model",
-    "weights": "checkpoint",
-    "dtype": "bfloat16",
-    "length": 4096,
-    "seed": 42,
-    "threads": 2,
-    "tmbench": "0.1.0",
-    "commit": "aaaa",
-    "python": "3.12",
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-    "environment": "abc",
-}
+COMMON = made_rows.COMMON | {"driver": "570.1", "method": "dense", "length": 4096, "threads": 2, "commit": "aaaa"}
 TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix minference tri_mix_minference"}
 RULER = {"samples": 100, "wording": "reference-ruler", "wording_hash": "f00d", "source": "noise", "chat_template": False}
 TRIANGLE = {"starting_layer": 16, "starting_layer_source": "published", "n_init": 8, "n_local": 512, "last_n": 128}

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+import made_rows
 from tmbench import intervals
 from tmbench.cli.report import MARGIN
 from tmbench.errors import UserError
@@ -18,22 +19,7 @@ from tmbench.report import build
 from tmbench.results import RulerRow, TtftRow, append
 from tmbench.samples import read_samples
 
-COMMON = {
-    "time": "2026-01-01T00:00:00+00:00",
-    "device": "some-gpu",
-    "device_name": "Some GPU",
-    "model": "a/model",
-    "weights": "checkpoint",
-    "dtype": "bfloat16",
-    "length": 4096,
-    "seed": 42,
-    "threads": 0,
-    "tmbench": "0.1.0",
-    "python": "3.12",
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-    "environment": "abc",
-}
+COMMON = made_rows.COMMON | {"length": 4096}
 RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}
 
 

@@ -10,28 +10,14 @@ import re
 import pytest
 from matplotlib.image import imread
 
+import made_rows
 from tmbench import plots
 from tmbench.intervals import GAIN, TOO_FEW, difference
 from tmbench.report import build
 from tmbench.results import RulerRow, TtftRow, append
 from tmbench.tradeoff import SHAPE
 
-COMMON = {
-    "time": "2026-01-01T00:00:00+00:00",
-    "device": "some-gpu",
-    "device_name": "Some GPU",
-    "model": "a/model",
-    "weights": "checkpoint",
-    "dtype": "bfloat16",
-    "length": 4096,
-    "seed": 42,
-    "threads": 0,
-    "tmbench": "0.1.0",
-    "python": "3.12",
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-    "environment": "abc",
-}
+COMMON = made_rows.COMMON | {"length": 4096}
 RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}
 TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix", "prefill": "eager"}
 SAMPLES = 40
