@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,24 @@ def flash_attn_func(q, k, v, *, softmax_scale, causal):
 """
 
 
+LIBRARIES = ("flash_attn", "flash_attn_interface")
+
+
+class OnlyIn:
+    """Finds the libraries in one folder and nowhere else, whatever is installed on this machine."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in LIBRARIES:
+            return None
+        spec = PathFinder.find_spec(name, path or [self.folder])
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return spec
+
+
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """``install("flash-attn-4")``: a stand-in that keeps its calls and computes with torch, until the test ends."""
@@ -37,8 +56,8 @@ def install(tmp_path, monkeypatch):
     def forget():
         for cached in (dense_cuda.function, dense_cuda.missing_module, dense_cuda.capability, dense_cuda._refuses_type):
             cached.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
-            del sys.modules[name]
+        names = [name for name in sys.modules if name.partition(".")[0] in LIBRARIES]
+        return {name: sys.modules.pop(name) for name in names}
 
     def make(name, returned="out.transpose(1, 2), None", content=CALLED):
         path = tmp_path / FLASH[name]
@@ -48,15 +67,16 @@ def install(tmp_path, monkeypatch):
             path.with_name("__init__.py").write_text("from flash_attn.flash_attn_interface import flash_attn_func\n")
         forget()
 
-    monkeypatch.syspath_prepend(tmp_path)
-    forget()
+    monkeypatch.setattr(sys, "meta_path", [OnlyIn(tmp_path), *sys.meta_path])
+    installed = forget()
     yield make
     forget()
+    sys.modules.update(installed)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """``gpu(9)``: CUDA devices are said to have this compute capability, and torch to come with this cuDNN."""
+def gpu(monkeypatch, install):
+    """``gpu(9)``: CUDA devices have this compute capability, torch this cuDNN, and only stand-ins are installed."""
 
     def make(major=9, cudnn=91700):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
