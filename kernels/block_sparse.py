@@ -61,19 +61,18 @@ class BlockSparse(Pattern):
             refuses=partial(refuses, _flash_limits),
         ),
         Backend(
-            "triton",
-            ("cuda",),
-            over_lists(partial(_attend_by, "triton_blocks")),
-            missing=missing_triton,
-            refuses=refuses_triton,
-        ),
-        # Behind the portable kernel until a measurement puts it in front.
-        Backend(
             "cuda-hopper",
             ("cuda",),
             over_lists(partial(_attend_by, "hopper_lists")),
             missing=missing_hopper,
             refuses=refuses_hopper,
+        ),
+        Backend(
+            "triton",
+            ("cuda",),
+            over_lists(partial(_attend_by, "triton_blocks")),
+            missing=missing_triton,
+            refuses=refuses_triton,
         ),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
     )

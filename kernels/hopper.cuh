@@ -162,14 +162,13 @@ __device__ __forceinline__ bool softmax(float (&s)[KEYS / 2], Rows& r, float sca
       for (int e = 0; e < 4; e++) top[e] = fmaxf(top[e], s[4 * g + 2 * row + (e & 1) + 4 * (e >> 1)]);
     peak[row] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
   }
-#pragma unroll
-  for (int x = 1; x <= 2; x++)
-#pragma unroll
-    for (int row = 0; row < 2; row++) peak[row] = fmaxf(peak[row], __shfl_xor_sync(~0u, peak[row], x));
+  // Each of the four threads of a row asks for its own keys: they tell one another only where a peak grew.
   const bool grows = __any_sync(~0u, (peak[0] * scale_log2 > r.peak[0] + SLACK) | (peak[1] * scale_log2 > r.peak[1] + SLACK));
   if (grows) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
+#pragma unroll
+      for (int x = 1; x <= 2; x++) peak[row] = fmaxf(peak[row], __shfl_xor_sync(~0u, peak[row], x));
       const float top = fmaxf(peak[row] * scale_log2, r.peak[row]);
       // A row that has seen no key yet has a peak of -inf, and -inf - -inf is not a number.
       r.shift[row] = top == NONE ? 0.0f : top;
