@@ -99,7 +99,7 @@ class RulerJob:
 
 @dataclass(frozen=True)
 class Step:
-    """One sample done, or a task begun: what to show, how many samples it was, and the row where one was finished."""
+    """One sample done, or a task begun: what to show, how many samples it was, and a method's row once it is there."""
 
     text: str
     samples: int = 0
@@ -171,7 +171,7 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
         with writable(path):
             path.unlink(missing_ok=True)
     elif isinstance(have, RulerRow) and have.status != FAILED and have.samples >= len(examples):
-        yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples))
+        yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
     known = read_predictions(path)
     status: Status = OK

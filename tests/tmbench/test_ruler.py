@@ -115,6 +115,14 @@ def test_more_samples_only_add(job, answers):
     assert len(answers) == before + 4 + 12
 
 
+def test_a_run_again_hands_over_the_rows_that_were_there(job, answers):
+    work = job()
+    first = [step.row for step in run(work) if step.row is not None]
+    before = len(answers)
+    assert [step.row for step in run(work) if step.row is not None] == first
+    assert len(answers) == before
+
+
 def test_coverage_is_that_of_the_first_sample(job, answers):
     work = job(tasks=("vt",))
     list(run(work))
