@@ -9,12 +9,6 @@ import pandas as pd
 
 SOURCE = "Rendered by `make figures` from [benchmarks/{0}](../benchmarks/{0}); do not edit."
 
-NOT_ALONE = (
-    " Attention was not timed alone here: its time is what the selection leaves, which is too short where launches bind a "
-    "selection that runs alone, as FlexPrefill's at 32K."
-)
-"""What must be said beside rates of the first runs."""
-
 
 def main(source: Path, target: Path) -> None:
     rows = pd.read_csv(source, keep_default_na=False, dtype=str)
@@ -71,8 +65,7 @@ def dynamic_page(rows: pd.DataFrame) -> list[str]:
         "## Part of the causal pairs that was selected",
         _table(selected, "coverage", lambda x: f"{float(x):.1%}"),
         "## Rate on the selected pairs, TFLOP/s",
-        "Selections, and blocks by chance; of the latter each head of the last rows has another share."
-        + ("" if "attend_ms" in rows else NOT_ALONE),
+        "Attention alone, over selections and over blocks by chance, in the last rows of another share in each head.",
         _table(pd.concat([patterns, drawn]), "tflops", lambda x: f"{float(x):.0f}"),
         "## Times faster than the fastest dense attention of the same run",
         _table(patterns[patterns.pattern != "dense"], "times_dense", lambda x: f"{float(x):.1f}"),

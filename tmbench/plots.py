@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -32,6 +33,8 @@ GREY, PALE = "#5f6368", "#dadce0"
 TEXT_PT, LABEL_PT = 10.0, 9.0
 ROW_INCH, MARGINS_INCH = 0.17, 1.45
 """The height of a line of words, and what the titles and the axis take of a figure's height."""
+NAME_WIDTH = 0.06
+"""What the name of a length takes of the axis of lengths."""
 
 
 def draw(report: Report, directory: Path) -> list[Path]:
@@ -266,7 +269,8 @@ def _finish(figure: Figure, axes: Axes, group: TtftGroup, lines: Sequence[_Line]
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.12)
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_name(round(value))))
+    named = _named_lengths(lengths)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: length_name(round(n)) if round(n) in named else ""))
     bad: dict[str, list[str]] = {}
     for row in group.rows:
         if row["status"] in STATUS_WORDS:
@@ -279,6 +283,16 @@ def _finish(figure: Figure, axes: Axes, group: TtftGroup, lines: Sequence[_Line]
     axes.spines[["left", "bottom"]].set_color(PALE)
     axes.tick_params(which="both", color=PALE, labelsize=LABEL_PT)
     _label_ends(figure, axes, lines)
+
+
+def _named_lengths(lengths: Sequence[int]) -> list[int]:
+    """Of these lengths on a logarithmic axis those whose names do not overlap; powers of two come first."""
+    gap = NAME_WIDTH * log2(lengths[-1] / lengths[0])
+    named: list[int] = []
+    for length in sorted(lengths, key=lambda length: (length.bit_count() > 1, length)):
+        if all(abs(log2(length / other)) > gap for other in named):
+            named.append(length)
+    return named
 
 
 def _label_ends(figure: Figure, axes: Axes, lines: Sequence[_Line]) -> None:

@@ -131,9 +131,9 @@ def _unique(rows: Iterable[Record], name: str) -> list[str]:
 
 def _environment(rows: Sequence[Record]) -> str:
     parts = {"driver": "driver", "torch": "torch", "triton": "triton", "transformers": "transformers", "tmbench": "tmbench"}
-    words = [f"{word} {' and '.join(_unique(rows, name))}" for name, word in parts.items() if _unique(rows, name)]
+    words = [f"{word} {', '.join(_unique(rows, name))}" for name, word in parts.items() if _unique(rows, name)]
     commits = sorted({row["commit"] + " (edited)" * row["dirty"] for row in rows if row["commit"]})
-    return "; ".join([*words, f"commit {' and '.join(commits)}"] if commits else words) + "."
+    return "; ".join([*words, f"commit {', '.join(commits)}"] if commits else words) + "."
 
 
 def _markdown(table: pd.DataFrame) -> str:

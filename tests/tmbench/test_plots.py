@@ -170,3 +170,10 @@ def test_a_method_has_one_colour_everywhere(tmp_path):
     few, many = (plots._ttft(group).axes[0].get_lines() for group in build(tmp_path).ttft)
     assert [line.get_color() for line in few] == [line.get_color() for line in many[:2]]
     assert len({line.get_color() for line in many}) == 4
+
+
+def test_names_of_lengths_do_not_overlap():
+    lengths = [n * 1024 for n in (32, 48, 64, 80, 96, 112, 128, 256, 512)]
+    assert set(plots._named_lengths(lengths[:7])) == set(lengths[:7])
+    assert set(lengths) - set(plots._named_lengths(lengths)) == {112 * 1024}
+    assert plots._named_lengths([4096]) == [4096]
