@@ -6,8 +6,8 @@ that some are hard for any method, then drops out of the difference, and far few
 **Interval.** The percentile bootstrap (Efron 1979, Annals of Statistics 7, 1-26): each task's paired differences are drawn
 again with replacement, as many as there are; the mean over the draw is taken, for an average the plain mean of the tasks'
 means; the 2.5 % and the 97.5 % quantile of ``RESAMPLES`` such means are the interval. Tasks are strata: each keeps its
-number of samples. The seed is fixed, so that the same results make the same report. With fewer than about 20 samples a task
-such an interval is a little too narrow.
+number of samples. The seed is fixed, so that the same results make the same report. With fewer than about 50 samples a task
+such an interval is too narrow.
 
 **Words.** The margin is the loss that nobody minds, one point of a hundred unless the user says otherwise.
 
