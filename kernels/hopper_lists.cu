@@ -267,6 +267,8 @@ __device__ void compute(const Maps& maps, const Plan& p, u32 smem, const Shared&
           if (!found) continue;
         }
         if (kind == END) {
+          // A team without a tile comes here with nothing that held its lanes together since they read which one it is.
+          __syncwarp();
           release(at);
           break;
         }

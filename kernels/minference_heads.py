@@ -79,8 +79,10 @@ class MInferenceHeads(Pattern):
         return sum(part.pattern.pairs(q[:, part.queries], k[:, part.keys], scale=scale) for part in parts)
 
     def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """The last query alone, in each kind's own way."""
+        """The last query alone: in torch in each kind's own way, and where one launch serves all heads, of that launch."""
         check_shapes(q, k, v)
+        if self.backend(q, k, v) in INDEX_BACKENDS:
+            return super().last_row(q, k, v, scale=scale)
         row = v.new_empty(*q.shape[:2], 1, v.shape[3])
         for part in self.parts(q, k):
             row[:, part.queries] = part.pattern.last_row(

@@ -10,7 +10,6 @@ Choices go to a JSONL file beside the CSV, one line per sample, so that a killed
 
 from __future__ import annotations
 
-import inspect
 import json
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
+from tmbench.calls import cache_name
 from tmbench.choices import Choices, read_choices
 from tmbench.environment import Environment
 from tmbench.errors import UserError
@@ -118,8 +118,7 @@ def follow(model: PreTrainedModel, plan: Plan, ids: Tensor, count: int, text: Se
     """
     end = model.generation_config.eos_token_id
     ends = [] if end is None else end if isinstance(end, list) else [end]
-    # Its name changed in transformers 5.24, which warns of the older one.
-    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = cache_name(model)
     chosen: list[int] = []
     with applied_plan(model, plan) as session, arranged(model, session, PLAIN) as prefill:
         logits = prefill(ids)

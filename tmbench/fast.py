@@ -13,7 +13,6 @@ Nothing of a model class is touched: only ``forward`` attributes of module insta
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import shutil
@@ -31,6 +30,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tmbench import regions
 from tmbench.attention import IMPLEMENTATION, PLACE, TRACED, Applied, applied_plan, attend, attention_modules, parents
+from tmbench.calls import cache_of, keep_last
 from tmbench.errors import UserError
 from tmbench.methods import METHODS, ModelShape, Settings
 
@@ -62,15 +62,14 @@ class Prefill:
         self.kind = kind
         self.cache: Any | None = None
         """Keys and values of every layer, ready for decoding once the ``with`` block is left; None before and on failure."""
-        parameters = inspect.signature(model.forward).parameters
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._keep = keep_last(model)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits ``[vocabulary]`` of the last of ``ids`` ``[1, length]``. The cache of the pass before is let go first."""
         self.cache = None
         if self.session is None or self.kind == PLAIN:
             output = self.model(input_ids=ids, use_cache=True, **self._keep)
-            self.cache = getattr(output, "cache", None) or output.past_key_values
+            self.cache = cache_of(output)
         else:
             cache = DynamicCache(config=self.model.config.get_text_config())
             self.session.cache = cache

@@ -101,12 +101,12 @@ class TtftGroup(Group):
     def break_even(self, label: str) -> tuple[int | None, str]:
         """The shortest length from which on the method is faster than dense wherever both ran, in tokens and in words."""
         dense = {row["length"] for row in self.measured("dense")}
-        rows = [row for row in self.rows if row["label"] == label and row["length"] in dense]
+        rows = [row for row in self.measured(label) if row["length"] in dense]
         faster = {row["length"]: (row["percent_vs_dense"] or 0) < 0 for row in rows}
         slower = [length for length in faster if not faster[length]]
         start = min((length for length in faster if length > max(slower, default=0)), default=None)
         if not faster:
-            return None, "not compared: dense has no time at these lengths"
+            return None, "not compared: at no length have both a time"
         if start is not None:
             return start, f"from {length_name(start)} on" + ("" if slower else ", the shortest measured")
         if len(slower) < len(faster):
@@ -157,7 +157,7 @@ class TtftGroup(Group):
     def notes(self) -> list[str]:
         dense = {row["length"]: row for row in self.measured("dense")}
         rows = self.measured()
-        apart = [row for row in rows if row["length"] in dense and not _in_turns(row, dense[row["length"]])]
+        apart = [row for row in rows if row["length"] in dense and not in_turns(row, dense[row["length"]])]
         few = [row for row in rows if row["repeats"] < FEW_REPEATS]
         random, structured = (self.setting["weights"] == drawn for drawn in ("random", "structured"))
         chosen = [row for row in rows if _chooses_by_the_data(row)]
@@ -451,6 +451,11 @@ def signed(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:+.{decimals}f}"
 
 
+def interval_text(mean: float, low: float, high: float, decimals: int = 2) -> str:
+    """Points with the ends of their interval."""
+    return f"{signed(mean, decimals)} ({signed(low, decimals)} to {signed(high, decimals)})"
+
+
 def record(row: Row) -> Record:
     """A result row as a group holds it."""
     record = {"kind": row.kind, **asdict(row)}
@@ -533,8 +538,12 @@ def _text(value: float | None, form: str | Callable[[float], str]) -> str:
     return format(value, form) if isinstance(form, str) else form(value)
 
 
-def _in_turns(row: Record, dense: Record) -> bool:
-    return "dense" in row["interleaved"].split() and row["method"] in dense["interleaved"].split()
+def in_turns(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two TTFT rows of one length come from the same turns: then what changed over time changed both.
+
+    The matrix rate is measured between the turns, so that rows of other turns have another one.
+    """
+    return all(one[name] == other[name] for name in ("interleaved", "matrix_rate_flops", "length"))
 
 
 def _places(rows: Sequence[Record], whole: Sequence[Record]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from tmbench.groups import SETTING, RulerGroup, in_order, label, length_name, signed
+from tmbench.groups import SETTING, RulerGroup, in_order, interval_text, label, length_name
 from tmbench.intervals import Difference
 
 ACROSS = tuple(name for name in SETTING["ruler"] if name != "length")
@@ -88,7 +88,7 @@ class RulerLengths:
 
 
 def _words(found: Difference) -> str:
-    return f"{signed(found.mean, 1)} ({signed(found.low, 1)} to {signed(found.high, 1)}), {found.verdict}"
+    return f"{interval_text(found.mean, found.low, found.high, 1)}, {found.verdict}"
 
 
 def by_length(groups: Iterable[RulerGroup]) -> list[RulerLengths]:

@@ -11,7 +11,6 @@ memory than the model.
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
+from tmbench.calls import cache_name, cache_of, keep_last
 from tmbench.environment import Environment
 from tmbench.errors import UnsupportedModelError
 from tmbench.failures import describe, release_memory, status_of
@@ -133,22 +133,19 @@ def losses(model: PreTrainedModel, plan: Plan, ids: Tensor, answer: Sequence[int
     Raises:
         UnsupportedModelError: as ``tmbench.applied``, and for a model whose logits are not made from its hidden states.
     """
-    parameters = inspect.signature(model.forward).parameters
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    cached = "cache" if "cache" in parameters else "past_key_values"
+    cache = cache_name(model)
     hidden: list[Any] = []
     base = _base(model)
     hook = base.register_forward_hook(lambda module, given, out: hidden.append(out))
     try:
         with applied_plan(model, plan) as session:
-            out = model(input_ids=ids, use_cache=True, **keep)
+            out = model(input_ids=ids, use_cache=True, **keep_last(model))
             hook.remove()
             session.check_complete()
             following = [out.logits[0, -1].float()]
             for token in answer[:-1]:
-                past = getattr(out, "cache", None) or out.past_key_values
                 one = torch.tensor([[token]], device=ids.device)
-                out = model(input_ids=one, use_cache=True, **{cached: past})
+                out = model(input_ids=one, use_cache=True, **{cache: cache_of(out)})
                 following.append(out.logits[0, -1].float())
     finally:
         hook.remove()

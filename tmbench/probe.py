@@ -16,7 +16,6 @@ runs layers once more, one after the other, and attention recomputes its probabi
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan, attention_modules, parents
+from tmbench.calls import keep_last
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
@@ -220,13 +220,12 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
         found[layer] = sums[0].cpu()
 
     patterns = tuple(DenseProbe(sections=sections, record=partial(record, layer)) for layer in range(len(modules)))
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with (
         torch.enable_grad(),
         applied_plan(model, Plan(METHOD, patterns)) as session,
         _differentiable(model, modules),
     ):
-        logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -1].float()
+        logits = model(input_ids=ids, use_cache=False, **keep_last(model)).logits[0, -1].float()
         logits[target].backward()
     session.check_complete()
     if len(found) != len(modules):

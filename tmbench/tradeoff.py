@@ -12,12 +12,15 @@ import pandas as pd
 from tmbench.groups import (
     FEW_REPEATS,
     MODEL,
+    NOTHING,
     PARAMETERS,
     Group,
     Record,
     RulerGroup,
     TtftGroup,
     difference_fields,
+    in_turns,
+    interval_text,
     length_name,
 )
 from tmbench.intervals import Difference
@@ -40,8 +43,13 @@ class Effect:
     """What the two have in common among the parameters in which any variants here differ."""
     points: Difference
     """Of the second against the first, over the same samples."""
-    time_percent: float
-    """The second's time against the first's: negative is faster."""
+    time_percent: float | None
+    """The second's time against the first's: negative is faster. None where they were not timed in turns."""
+
+    @property
+    def time(self) -> str:
+        """``time_percent`` in words."""
+        return NOTHING if self.time_percent is None else f"{self.time_percent:+.1f} %"
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,9 @@ class TradeOff(Group):
     """One model at one length, timed and asked. Its rows are the methods beside dense, by the time that they save.
 
     A row has ``saved_percent``, the part of dense's time that the medians save, with ``saved_low`` and ``saved_high`` from
-    the slowest and the fastest repeats; the average difference to dense as ``RulerGroup`` has it; and ``front``, whether no
-    other method, dense among them, saves as much time and keeps as much accuracy, with one of the two better.
+    the slowest and the fastest repeats; ``apart``, whether dense was timed in other turns; the average difference to dense
+    as ``RulerGroup`` has it; and ``front``, whether no other method, dense among them, saves as much time and keeps as much
+    accuracy, with one of the two better.
     """
 
     scores: RulerGroup
@@ -65,6 +74,9 @@ class TradeOff(Group):
     def notes(self) -> list[str]:
         few = min(row["repeats"] for row in self.rows)
         notes = [f"Times of only {few} repeats: fewer than {FEW_REPEATS} hardly tell what is faster."] * (few < FEW_REPEATS)
+        apart = [row["label"] for row in self.rows if row["apart"]]
+        if apart:
+            notes.append(f"Not timed in turns with dense, so the machine may have changed in between: {'; '.join(apart)}.")
         return notes + super().notes()
 
     def effects(self) -> list[Effect]:
@@ -96,7 +108,7 @@ class TradeOff(Group):
             before, after = str(first[parameter]), str(second[parameter])
         else:
             before, after = (", ".join(f"{name} {row[name]}" for name in names) for row in (first, second))
-        change = 100 * (second["ttft_median_s"] / first["ttft_median_s"] - 1)
+        change = 100 * (second["ttft_median_s"] / first["ttft_median_s"] - 1) if in_turns(first, second) else None
         return Effect(parameter, before, after, ", ".join(common), points, change)
 
     def summary(self) -> Record:
@@ -122,7 +134,7 @@ class TradeOff(Group):
                 "time saved": f"{row['saved_percent']:+.1f} % ({row['saved_low']:+.1f} to {row['saved_high']:+.1f})",
                 "points against dense": interval_text(row["difference"], row["difference_low"], row["difference_high"]),
                 "in words": row["verdict"],
-                "coverage": "-" if row["coverage"] is None else f"{row['coverage']:.1%}",
+                "coverage": NOTHING if row["coverage"] is None else f"{row['coverage']:.1%}",
                 "on the front": "yes" if row["front"] else "no",
             }
             for row in self.rows
@@ -135,7 +147,7 @@ class TradeOff(Group):
                 "elsewhere": one.elsewhere,
                 "points": interval_text(one.points.mean, one.points.low, one.points.high),
                 "in words": one.points.verdict,
-                "time": f"{one.time_percent:+.1f} %",
+                "time": one.time,
             }
             for one in self.effects()
         ]
@@ -144,11 +156,6 @@ class TradeOff(Group):
             "interval. What is on the front is beaten by nothing else in both time and points:": pd.DataFrame(methods),
             "What one change does, by the same samples and with its 95 % interval:": pd.DataFrame(effects),
         }
-
-
-def interval_text(mean: float, low: float, high: float) -> str:
-    """Points with the ends of their interval."""
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _same_cost(rows: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
@@ -195,7 +202,8 @@ def _rows(times: TtftGroup, scores: RulerGroup) -> list[Record]:
             "saved_high": row["ttft_min_s"] / dense["ttft_max_s"],
         }
         saved = {name: 100 * (1 - ratio) for name, ratio in ratios.items()}
-        rows[label] = row | difference_fields(kept) | saved | {"kind": KIND, "label": label, "percent_vs_dense": None}
+        about = {"kind": KIND, "label": label, "percent_vs_dense": None, "apart": not in_turns(row, dense)}
+        rows[label] = row | difference_fields(kept) | saved | about
     ordered = sorted(rows.values(), key=lambda row: float(row["saved_percent"]))
     at = [(0.0, 0.0), *((row["saved_percent"], row["difference"]) for row in ordered)]
     for place, row in enumerate(ordered, start=1):

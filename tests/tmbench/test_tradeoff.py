@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from matplotlib.image import imread
@@ -14,7 +15,7 @@ import made_rows
 from tmbench import plots
 from tmbench.intervals import GAIN, TOO_FEW, difference
 from tmbench.report import build
-from tmbench.results import RulerRow, TtftRow, append
+from tmbench.results import RulerRow, TtftRow, append, read
 from tmbench.tradeoff import SHAPE
 
 COMMON = made_rows.COMMON | {"length": 4096}
@@ -91,6 +92,23 @@ def test_what_is_slower_than_dense_is_beaten_by_it(tmp_path):
     (row,) = trade_off_of(tmp_path).rows
     assert row["saved_percent"] == pytest.approx(-50)
     assert not row["front"]
+
+
+def test_times_of_other_turns_are_named_and_no_effect(tmp_path):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    add(tmp_path, 10, 0.5, 0.4, starting_layer=2, n_init=8, n_local=64, last_n=128)
+    add(tmp_path, 30, 0.3, 0.3, starting_layer=2, n_init=8, n_local=64, last_n=0)
+    path = tmp_path / "some-gpu" / "ttft" / "tri_mix.csv"
+    rows = read(path, TtftRow)
+    path.unlink()
+    append(tmp_path, rows[0], replace(rows[1], interleaved="dense tri_mix tri_mix"))
+    group = trade_off_of(tmp_path)
+    assert [row["apart"] for row in group.rows] == [False, True]
+    (note,) = group.notes()
+    assert note.endswith("may have changed in between: tri_mix (last_n 0).")
+    (effect,) = group.effects()
+    assert effect.time_percent is None
+    assert effect.time == "-"
 
 
 def test_effects_are_those_of_one_change_over_the_same_samples(swept):

@@ -178,8 +178,8 @@ def _show_plan(job: SweepJob) -> None:
 def _show(job: SweepJob) -> None:
     """What of the report is about this sweep."""
     from tmbench.cli.screen import console, say, table
+    from tmbench.groups import interval_text
     from tmbench.report import build
-    from tmbench.tradeoff import interval_text
 
     loaded, here = job.ttft.loaded, job.ttft.environment
     about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": job.ttft.seed}
@@ -201,7 +201,7 @@ def _show(job: SweepJob) -> None:
         for one in group.effects():
             points = interval_text(one.points.mean, one.points.low, one.points.high)
             change = f"{one.parameter}: {one.before} to {one.after}"
-            shown.add_row(change, one.elsewhere, f"{one.time_percent:+.1f} %", points, one.points.verdict)
+            shown.add_row(change, one.elsewhere, one.time, points, one.points.verdict)
         shown.columns[0].no_wrap = False
         console().print(shown)
     if not found:

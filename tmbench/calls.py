@@ -1,0 +1,27 @@
+"""How a model is called, whatever the release of transformers: names that changed are known here alone."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def keep_last(model: PreTrainedModel) -> dict[str, int]:
+    """What to pass so that logits are made of the last position alone: nothing where a model makes them of all."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The parameter that takes the key-value cache: transformers 5.24 renamed it, and warns of the older name."""
+    return "cache" if "cache" in _parameters(model) else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The key-value cache that a model returned."""
+    return getattr(output, "cache", None) or output.past_key_values
+
+
+def _parameters(model: PreTrainedModel) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
