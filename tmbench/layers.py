@@ -145,7 +145,7 @@ def random_layers(text: str, count: int) -> tuple[int, ...]:
 
 
 def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, ...], str]:
-    """The layers that a ``--layers`` stands for, and where they come from, in words: "given", or which probe.
+    """The layers that a ``--layers`` stands for, and where they come from, in words: "given", "random", or which probe.
 
     Args:
         text: a list of layers, "auto" for the newest probe of the model under ``root``, a file of probe results, or

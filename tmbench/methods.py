@@ -63,8 +63,8 @@ class Settings:
     starting_layer: int | None = None
     """First deep layer, counted from 0; None takes the published one, or half the model's depth."""
     layers: str | None = None
-    """The deep layers in place of all from a first one on: a list such as "5,7,10,15-35", a file of probe results, or "auto"
-    for the newest probe of the model in ``results``."""
+    """The deep layers in place of all from a first one on: a list such as "5,7,10,15-35", "random:4" for so many drawn by lot,
+    a file of probe results, or "auto" for the newest probe of the model in ``results``."""
     results: Path = Path("results")
     """Where ``layers`` "auto" looks. It decides nothing else."""
     n_init: int = 8
@@ -153,7 +153,8 @@ class Plan:
     One that was left to tmbench, as the backend of dense attention may be, is not among them.
     """
     starting_layer_source: str = ""
-    """Where the deep layers come from: "given", "published", "half the depth", "probe of ...", or "" for methods without."""
+    """Where the deep layers come from: "given", "published", "half the depth", "random", "probe of ...", or "" for methods
+    without."""
 
     def backends(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         """What will run the patterns on such tensors, as rows name it: pattern:backend, joined by "+".
