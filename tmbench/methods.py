@@ -63,7 +63,7 @@ class Settings:
     starting_layer: int | None = None
     """First deep layer, counted from 0; None takes the published one, or half the model's depth."""
     layers: str | None = None
-    """The deep layers in place of all from a first one on: a list such as "5,7,10,15-35", "random:4" for so many drawn by lot,
+    """The deep layers in place of all from a first one on: a list such as "5,7,10,15-35", "random:4" for four drawn by lot,
     a file of probe results, or "auto" for the newest probe of the model in ``results``."""
     results: Path = Path("results")
     """Where ``layers`` "auto" looks. It decides nothing else."""
