@@ -170,10 +170,13 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
     if job.overwrite:
         with writable(path):
             path.unlink(missing_ok=True)
-    elif isinstance(have, RulerRow) and have.status != FAILED and have.samples >= len(examples):
+    known = read_predictions(path)
+    if not isinstance(have, RulerRow) or job.overwrite or have.status == FAILED or have.samples < len(examples):
+        have = None
+    # A killed --overwrite leaves the older row without the predictions that it was made of.
+    if have is not None and (have.status != OK or all(example.index in known for example in examples)):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
-    known = read_predictions(path)
     status: Status = OK
     error = ""
     for done, example in enumerate(examples):
