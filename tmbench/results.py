@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -344,10 +344,22 @@ def append(root: Path, *rows: Row) -> Path:
     row = rows[0]
     path = csv_path(root, type(row), row.device, row.method)
     assert all(csv_path(root, type(other), other.device, other.method) == path for other in rows)
+    _append_rows(path, type(row), rows)
+    return path
+
+
+def prepare(root: Path, row: type[Row], device: str, method: str) -> None:
+    """Leave a method's CSV with the header of this version, so that what is measured next can be appended to it.
+
+    Raises UserError where the folder cannot be written, and CorruptResultsError for a file that is not ours.
+    """
+    _append_rows(csv_path(root, row, device, method), row, ())
+
+
+def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _append_text(path, _line(row.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, type(row)))
-    return path
+        _append_text(path, _line(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:

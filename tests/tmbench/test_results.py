@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tmbench import results
 from tmbench.errors import UserError
-from tmbench.results import CorruptResultsError, RulerRow, TtftRow, append, csv_path, newest, read, read_all
+from tmbench.results import CorruptResultsError, RulerRow, TtftRow, append, csv_path, newest, prepare, read, read_all
 
 ROW = TtftRow(
     time="2026-01-01T00:00:00+00:00",
@@ -77,6 +77,19 @@ def test_rows_are_written_together(tmp_path):
     rows = [replace(ROW, length=length) for length in (1, 2, 3)]
     path = append(tmp_path, *rows)
     assert read(path, TtftRow) == rows
+
+
+def test_a_file_that_is_prepared_has_a_header_and_what_it_had(tmp_path):
+    path = tmp_path.joinpath(*PATH)
+    for content in ([], [ROW]):
+        prepare(tmp_path, TtftRow, "some-gpu", "tri_mix")
+        assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
+        assert read(path, TtftRow) == content
+        append(tmp_path, ROW)
+    older(path)
+    prepare(tmp_path, TtftRow, "some-gpu", "tri_mix")
+    assert read(path, TtftRow) == [ROW, ROW]
+    assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
 
 
 def test_what_decides_the_key():
