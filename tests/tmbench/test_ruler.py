@@ -288,9 +288,11 @@ def test_generation_ends_at_the_models_end_token(make_model, prompt):
     assert len(free) == 8
 
 
-def test_a_file_that_is_no_prediction_is_named(tmp_path):
+@pytest.mark.parametrize("index", [None, '"x"'])
+def test_a_file_that_is_no_prediction_is_named(tmp_path, index):
     path = tmp_path / "vt.jsonl"
-    path.write_text('{"index": 0}\n')
+    rest = '"prediction": "", "outputs": [], "score": 0, "prompt_tokens": 1, "new_tokens": 1, "seconds": 1'
+    path.write_text(f'{{"index": {index}, {rest}}}\n' if index else '{"index": 0}\n')
     with pytest.raises(UserError, match="line 1 is not a prediction.*--overwrite"):
         read_predictions(path)
 
