@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -31,6 +32,9 @@ OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
 Status = Literal["ok", "out_of_memory", "failed"]
 Parsed = TypeVar("Parsed")
+UNESCAPED: Final = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}
+"""How line ends, and the backslash that stands for them, are written in every column but ``error``."""
+ESCAPES: Final = str.maketrans({plain: written for written, plain in UNESCAPED.items()})
 
 
 class CorruptResultsError(UserError):
@@ -558,7 +562,7 @@ def _whole_lines(descriptor: int) -> int:
 
 
 def _line_of(row: Row) -> str:
-    return _line([_text(value) for value in asdict(row).values()])
+    return _line([_text(value, name) for name, value in asdict(row).items()])
 
 
 def _line(values: list[str]) -> str:
@@ -567,13 +571,16 @@ def _line(values: list[str]) -> str:
     return buffer.getvalue()
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, name: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    # A row is one line of the file, whatever an error message holds.
-    return repr(value) if isinstance(value, float) else " ".join(str(value).split())
+    if isinstance(value, float):
+        return repr(value)
+    # A row is one line of the file, whatever it holds. Of an error the words count; all else must read back as it was, or a
+    # row would not be found under its own key.
+    return " ".join(str(value).split()) if name == "error" else str(value).translate(ESCAPES)
 
 
 def _parse(text: str, hint: Any, name: str) -> Any:
@@ -590,4 +597,4 @@ def _parse(text: str, hint: Any, name: str) -> Any:
                 return kind(text)
             except ValueError:
                 raise ValueError(f"{name} is {text!r}, not a number") from None
-    return text
+    return text if name == "error" else re.sub(r"\\[\\nr]", lambda found: UNESCAPED[found[0]], text)

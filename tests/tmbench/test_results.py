@@ -61,17 +61,28 @@ def test_a_row_comes_back_as_it_was(tmp_path):
     assert read(path, TtftRow) == [ROW]
 
 
-@given(st.text(), st.floats(allow_nan=False), st.integers() | st.none())
-def test_any_content_stays_one_line(tmp_path_factory, text, number, token):
+TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from('\\\n\r nr",'))
+
+
+@given(TEXTS, TEXTS, st.floats(allow_nan=False), st.integers() | st.none())
+def test_any_content_stays_one_line(tmp_path_factory, text, model, number, token):
+    """An error loses the white space between its words, all else reads back as it was."""
     root = tmp_path_factory.mktemp("rows")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return
-    row = replace(ROW, error=text, ttft_median_s=number, first_token=token)
+    row = replace(ROW, error=text, model=model, ttft_median_s=number, first_token=token)
     path = append(root, row)
     assert path.read_bytes().count(b"\n") == 2
     assert read(path, TtftRow) == [replace(row, error=" ".join(text.split()))]
+
+
+@pytest.mark.parametrize("model", ["my  models/a", " a ", "a\nb", "a\r\nb", "a\\nb", "a\tb"])
+def test_a_row_is_found_under_its_own_key(tmp_path, model):
+    row = replace(ROW, model=model)
+    path = append(tmp_path, row)
+    assert newest(tmp_path, TtftRow, "some-gpu", "tri_mix")[row.key] == row
+    assert path.read_bytes().count(b"\n") == 2
+    # A kill while a second one is written must leave the first.
+    os.truncate(append(tmp_path, row), path.stat().st_size - 5)
+    assert read(path, TtftRow) == [row]
 
 
 def test_the_newest_row_of_a_key_wins(tmp_path):
