@@ -286,34 +286,36 @@ def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
     assert work.loaded.model.config._attn_implementation == "sdpa"
 
 
-def refuse_passes(monkeypatch):
-    def first(prefill, ids):
-        raise AssertionError("a pass was made whose row cannot be kept")
+@pytest.fixture
+def passes(monkeypatch):
+    """The lengths of the prefills that were made."""
+    made = []
+    real = ttft.first_token
+    monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: made.append(ids.shape[1]) or real(prefill, ids))
+    return made
 
-    monkeypatch.setattr(ttft, "first_token", first)
 
-
-def test_a_foreign_file_is_refused_before_anything_is_measured(job, monkeypatch):
+def test_a_foreign_file_is_refused_before_anything_is_measured(job, passes):
     work = job(names=("dense", "streaming"), lengths=(96,), overwrite=True)
     path = csv_path(work.root, TtftRow, work.environment.device, "streaming")
     path.parent.mkdir(parents=True)
     path.write_text("a,b\n1,2\n")
-    refuse_passes(monkeypatch)
     with pytest.raises(CorruptResultsError, match="streaming.csv .*its columns differ"):
         list(run(work))
     assert path.read_text() == "a,b\n1,2\n"
+    assert not passes
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(job, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(job, passes, monkeypatch):
     work = job(names=("dense",), lengths=(96,))
 
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(results.os, "open", refuse)
-    refuse_passes(monkeypatch)
     with pytest.raises(UserError, match="--output-dir: .*dense.csv cannot be written .Permission denied"):
         list(run(work))
+    assert not passes
 
 
 def test_what_one_file_refuses_costs_the_other_methods_nothing(job, monkeypatch):
