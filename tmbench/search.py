@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
 
-Done = TypeVar("Done")
 Advance = Callable[[str, float], None]
 """Told what is being done, and how many layers' worth of it are done since the last call."""
 
@@ -82,7 +81,11 @@ class SearchJob:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise UserError for a file that is there already and is to stay, and for a folder that does not say."""
-    if _at_output(output, output.exists) and not overwrite:
+    try:
+        there = output.exists()
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be read ({error.strerror or error})") from error
+    if there and not overwrite:
         raise UserError(f"--output {output} is there already: name another file, or add --overwrite to search again")
 
 
@@ -94,7 +97,7 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     """
     job.check()
     if job.overwrite:
-        _at_output(job.output, lambda: job.partial.unlink(missing_ok=True))
+        _at_output(job, lambda: job.partial.unlink(missing_ok=True))
     kept = _read_partial(job)
     advance(f"{len(kept)} layers measured before" if kept else "reading the prompt", float(len(kept)))
     if len(kept) < job.shape.layers:
@@ -102,7 +105,7 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     found = [[best_pattern(head) for head in kept[layer]] for layer in range(job.shape.layers)]
     if job.remap:
         found = [[published_remapping(head) for head in layer] for layer in found]
-    _at_output(job.output, lambda: _write(job, head_patterns_json(found)))
+    _at_output(job, lambda: _write(job, head_patterns_json(found)))
     return found
 
 
@@ -185,8 +188,8 @@ def _write(job: SearchJob, text: str) -> None:
     job.partial.unlink(missing_ok=True)
 
 
-def _at_output(output: Path, act: Callable[[], Done]) -> Done:
+def _at_output(job: SearchJob, act: Callable[[], None]) -> None:
     try:
-        return act()
+        act()
     except OSError as error:
-        raise UserError(f"--output: {output} cannot be written ({error.strerror or error})") from error
+        raise UserError(f"--output: {job.output} cannot be written ({error.strerror or error})") from error
