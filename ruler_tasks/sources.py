@@ -163,11 +163,8 @@ class Sources:
         generate: Callable[[], Loaded],
     ) -> Loaded:
         if kind not in self._loaded:
-            path = self.data_dir / file if self.data_dir is not None else None
-            if path is not None and path.exists():
-                self._loaded[kind] = _from_file(path, kind, read)
-            else:
-                self._loaded[kind] = self._from_hub(kind, download) or generate()
+            own = None if self.data_dir is None else _from_file(self.data_dir / file, kind, read)
+            self._loaded[kind] = own or self._from_hub(kind, download) or generate()
         loaded: Loaded = self._loaded[kind]
         return loaded
 
@@ -186,9 +183,12 @@ def default_sources() -> Sources:
     return Sources()
 
 
-def _from_file(path: Path, kind: str, read: Callable[[Any, str], Loaded]) -> Loaded:
+def _from_file(path: Path, kind: str, read: Callable[[Any, str], Loaded]) -> Loaded | None:
+    """What a file of the data folder holds; None where there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise SourceError(f"The file {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tmbench.errors import UserError
-from tmbench.results import OK, AgreeRow
+from tmbench.results import OK, AgreeRow, read_lines
 
 
 @dataclass(frozen=True)
@@ -38,24 +36,15 @@ class Choices:
 
 def read_choices(path: Path) -> dict[int, Choices]:
     """The choices of a JSONL file by sample, the newest of each; raises UserError for a file that tmbench did not write."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): move it out of the results folder") from error
-    found = {}
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
-        try:
-            entry = json.loads(line)
-            own, other = (tuple(int(token) for token in entry[name]) for name in ("chosen", "reference"))
-            one = Choices(int(entry["index"]), own, other, float(entry["seconds"]))
-            if not own or len(own) != len(other):
-                raise ValueError("as many choices as tokens of dense belong into a line")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} line {number} is not a sample's choices: move the file away") from error
-        found[one.index] = one
-    return found
+    found = read_lines(path, _choices, "a sample's choices", "move the file away")
+    return {one.index: one for one in found}
+
+
+def _choices(entry: Any) -> Choices:
+    own, other = (tuple(int(token) for token in entry[name]) for name in ("chosen", "reference"))
+    if not own or len(own) != len(other):
+        raise ValueError("as many choices as tokens of dense belong into a line")
+    return Choices(int(entry["index"]), own, other, float(entry["seconds"]))
 
 
 def choices_of(root: Path, row: Mapping[str, Any]) -> list[Choices]:

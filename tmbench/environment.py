@@ -91,6 +91,7 @@ class Environment:
 def current(device: torch.device) -> Environment:
     """The environment of a run on this torch device."""
     device_name, driver, memory = _device(device)
+    device_name = " ".join(device_name.split())  # older processors fill theirs up with spaces
     commit, dirty = source_state()
     return Environment(
         device=_folder(device_name, device),

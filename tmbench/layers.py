@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from tmbench.errors import UserError
-from tmbench.results import OK, ProbeRow, read
+from tmbench.results import OK, ProbeRow, csv_paths, read
 
 AUTO = "auto"
 RANDOM = "random:"
@@ -160,8 +160,7 @@ def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, .
     if text.startswith(RANDOM):
         return random_layers(text, count), "random"
     if text == AUTO:
-        files = sorted(root.glob(f"*/{ProbeRow.kind}/*.csv"))
-        rows = [row for path in files for row in _proposed(path, model)]
+        rows = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
         if not rows:
             raise UserError(f"--layers auto finds no probe of {model} under {root}: run tmbench probe --model {model} first")
     elif text.endswith(".csv") or Path(text).is_file():

@@ -12,13 +12,16 @@ import csv
 import fcntl
 import hashlib
 import io
+import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar, get_type_hints
 
 from tmbench.errors import UserError
 
@@ -28,6 +31,10 @@ OK: Final = "ok"
 OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
 Status = Literal["ok", "out_of_memory", "failed"]
+Parsed = TypeVar("Parsed")
+UNESCAPED: Final = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}
+"""How line ends, and the backslash that stands for them, are written in every column but ``error``."""
+ESCAPES: Final = str.maketrans({plain: written for written, plain in UNESCAPED.items()})
 
 
 class CorruptResultsError(UserError):
@@ -140,7 +147,7 @@ class Row:
     @classmethod
     def parse(cls, texts: dict[str, str]) -> Self:
         """A row from a CSV's texts; raises ValueError for a text that its column cannot hold."""
-        hints = get_type_hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes the hash of a row for that of its class
         return cls(**{name: _parse(text, hints[name], name) for name, text in texts.items()})
 
 
@@ -322,6 +329,12 @@ class LossRow(Row):
     """The JSONL file of the samples, relative to the CSV's folder."""
 
 
+@cache
+def _hints(row: type[Row]) -> dict[str, Any]:
+    """The columns' types; making them out takes much longer than reading a row."""
+    return get_type_hints(row)
+
+
 def short_hash(*parts: str) -> str:
     """12 hexadecimal digits that texts are told apart by."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
@@ -344,22 +357,43 @@ def append(root: Path, *rows: Row) -> Path:
     row = rows[0]
     path = csv_path(root, type(row), row.device, row.method)
     assert all(csv_path(root, type(other), other.device, other.method) == path for other in rows)
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _append_text(path, _line(row.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, type(row)))
+    _append_rows(path, type(row), rows)
     return path
 
 
+def prepare(root: Path, row: type[Row], device: str, method: str) -> None:
+    """Leave a method's CSV with the header of this version, so that what is measured next can be appended to it.
+
+    Raises UserError where the folder cannot be written, and CorruptResultsError for a file that is not ours.
+    """
+    _append_rows(csv_path(root, row, device, method), row, ())
+
+
+def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append_text(path, _line(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
+
+
 def read(path: Path, row: type[Row]) -> list[Row]:
-    """All rows of one CSV, oldest first; raises CorruptResultsError for anything that is not one of ours."""
+    """All rows of one CSV, oldest first.
+
+    Raises CorruptResultsError for anything that is not one of ours, UserError where the file system refuses.
+    """
+    with readable(path):
+        return _rows(path, row)
+
+
+def _rows(path: Path, row: type[Row]) -> list[Row]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _whole(path).decode()
     except UnicodeDecodeError as error:
         raise CorruptResultsError(path, "not text") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    complete = text[: text.rfind("\n") + 1]  # a line without its end was being written when the machine died
-    lines = list(csv.reader(io.StringIO(complete)))
+    lines: list[list[str]] = []
+    try:
+        lines.extend(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise CorruptResultsError(path, f"line {len(lines) + 1}: {error}") from error
     if not lines:
         return []
     if not row.is_header(lines[0]):
@@ -378,16 +412,43 @@ def read(path: Path, row: type[Row]) -> list[Row]:
 def read_all(root: Path, row: type[Row]) -> list[Row]:
     """The newest row of every key under a results folder, all devices and methods, in a stable order."""
     newest: dict[tuple[Any, ...], Row] = {}
-    for path in sorted(root.glob(f"*/{row.kind}/*.csv")):
+    for path in csv_paths(root, row):
         for entry in read(path, row):
             newest[entry.key] = entry
     return list(newest.values())
 
 
+def csv_paths(root: Path, row: type[Row]) -> list[Path]:
+    """The CSVs of one kind under a results folder, all devices and methods; raises UserError for a folder that is shut."""
+    return [path for device in _listed(root) for path in _listed(device / row.kind) if path.suffix == ".csv"]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, in order. A glob would pass over one that may not be read, and a report would lack a device."""
+    with readable(folder):
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
 def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[Any, ...], Row]:
     """The newest row of every key in one method's CSV; empty where there is none yet."""
     path = csv_path(root, row, device, method)
-    return {entry.key: entry for entry in read(path, row)} if path.exists() else {}
+    with readable(path):
+        try:
+            return {entry.key: entry for entry in _rows(path, row)}
+        except FileNotFoundError:
+            return {}
+
+
+@contextmanager
+def readable(path: Path, remedy: str = "check the path and its permissions") -> Iterator[None]:
+    """Turn a refusal of the file system into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from error
 
 
 @contextmanager
@@ -405,6 +466,37 @@ def append_line(path: Path, line: str) -> None:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _append_text(path, "", line + "\n")
+
+
+def read_lines(path: Path, parse: Callable[[Any], Parsed], what: str, remedy: str) -> list[Parsed]:
+    """What ``parse`` makes of each line of a JSONL file, in order; nothing where there is no file.
+
+    Args:
+        parse: given a line's value of JSON; it may raise ValueError, LookupError, TypeError or OverflowError.
+        what: what a line should be, such as "a prediction".
+        remedy: what to do about a file that is not ours.
+
+    Raises:
+        UserError: the file cannot be read, or a line is refused.
+    """
+    found = []
+    with readable(path, remedy):
+        try:
+            lines = _whole(path).split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(json.loads(line.decode())))
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            raise UserError(f"{path} line {number} is not {what}: {remedy}") from error
+    return found
+
+
+def _whole(path: Path) -> bytes:
+    """A file up to its last line end: a line without one was being written when its process died."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _append_text(path: Path, header: str, line: str, upgrade: Callable[[], None] | None = None) -> None:
@@ -470,7 +562,7 @@ def _whole_lines(descriptor: int) -> int:
 
 
 def _line_of(row: Row) -> str:
-    return _line([_text(value) for value in asdict(row).values()])
+    return _line([_text(value, name) for name, value in asdict(row).items()])
 
 
 def _line(values: list[str]) -> str:
@@ -479,13 +571,16 @@ def _line(values: list[str]) -> str:
     return buffer.getvalue()
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, name: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    # A row is one line of the file, whatever an error message holds.
-    return repr(value) if isinstance(value, float) else " ".join(str(value).split())
+    if isinstance(value, float):
+        return repr(value)
+    # A row is one line of the file, whatever it holds. Of an error the words count; all else must read back as it was, or a
+    # row would not be found under its own key.
+    return " ".join(str(value).split()) if name == "error" else str(value).translate(ESCAPES)
 
 
 def _parse(text: str, hint: Any, name: str) -> Any:
@@ -502,4 +597,4 @@ def _parse(text: str, hint: Any, name: str) -> Any:
                 return kind(text)
             except ValueError:
                 raise ValueError(f"{name} is {text!r}, not a number") from None
-    return text
+    return text if name == "error" else re.sub(r"\\[\\nr]", lambda found: UNESCAPED[found[0]], text)

@@ -26,7 +26,20 @@ from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
-from tmbench.results import FAILED, OK, RulerRow, Status, append, append_line, csv_path, newest, now, short_hash, writable
+from tmbench.results import (
+    FAILED,
+    OK,
+    RulerRow,
+    Status,
+    append,
+    append_line,
+    csv_path,
+    newest,
+    now,
+    read_lines,
+    short_hash,
+    writable,
+)
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -170,10 +183,13 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
     if job.overwrite:
         with writable(path):
             path.unlink(missing_ok=True)
-    elif isinstance(have, RulerRow) and have.status != FAILED and have.samples >= len(examples):
+    known = read_predictions(path)
+    if not isinstance(have, RulerRow) or job.overwrite or have.status == FAILED or have.samples < len(examples):
+        have = None
+    # A killed --overwrite leaves the older row without the predictions that it was made of.
+    if have is not None and (have.status != OK or all(example.index in known for example in examples)):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
-    known = read_predictions(path)
     status: Status = OK
     error = ""
     for done, example in enumerate(examples):
@@ -222,20 +238,14 @@ def _answer(job: RulerJob, plan: Plan, example: Example, *, count: bool) -> Pred
 
 def read_predictions(path: Path) -> dict[int, Prediction]:
     """The predictions of a JSONL file by sample index; raises UserError for a file that tmbench did not write."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
-        try:
-            entry = json.loads(line)
-            # Files of the first release have no coverage.
-            fields = {name: entry[name] for name in Prediction.__dataclass_fields__ if name in entry or name != "coverage"}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} line {number} is not a prediction: move the file away, or use --overwrite") from error
-        found[int(entry["index"])] = Prediction(**(fields | {"outputs": tuple(fields["outputs"])}))
-    return found
+    found = read_lines(path, _prediction, "a prediction", "move the file away, or use --overwrite")
+    return {prediction.index: prediction for prediction in found}
+
+
+def _prediction(entry: Any) -> Prediction:
+    # Files of the first release have no coverage.
+    fields = {name: entry[name] for name in Prediction.__dataclass_fields__ if name in entry or name != "coverage"}
+    return Prediction(**(fields | {"index": int(entry["index"]), "outputs": tuple(entry["outputs"])}))
 
 
 def _json_line(prediction: Prediction, example: Example | None) -> str:

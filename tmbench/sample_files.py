@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from tmbench.errors import UserError
-from tmbench.results import Row, append_line, csv_path, writable
+from tmbench.results import Row, append_line, csv_path, read_lines, writable
 
 
 class Sample(Protocol):
@@ -43,21 +42,11 @@ class Kept:
 
     def read(self, kind: type[S]) -> dict[int, S]:
         """The samples by their number; raises UserError for a file that tmbench did not write."""
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return {}
-        found: dict[int, S] = {}
-        for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
-            try:
-                entry = json.loads(line)
-                sample = kind(**{name: entry[name] for name in kind.__dataclass_fields__})
-                found[int(sample.index)] = sample
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.path} line {number} is not a sample: move the file away, or use --overwrite"
-                ) from error
-        return found
+
+        def parse(entry: Any) -> tuple[int, S]:
+            return int(entry["index"]), kind(**{name: entry[name] for name in kind.__dataclass_fields__})
+
+        return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
 
     def add(self, sample: Any) -> None:
         """Append a sample, whole or not at all."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tmbench.errors import UserError
-from tmbench.results import OK, RulerRow
+from tmbench.results import OK, RulerRow, read_lines
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
     scores: dict[int, float] = {}
     references: dict[int, tuple[str, ...]] = {}
     # A file may hold more samples than its row: those of a larger run that was killed. Rows are over the first ones.
-    for index, score, wanted in _entries(path):
+    for index, score, wanted in read_lines(path, _entry, "a prediction", "move it out of the results folder"):
         if index in scores or len(scores) < row["samples"]:
             scores[index], references[index] = score, wanted
     if len(scores) < row["samples"]:
@@ -49,19 +47,6 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
     return Samples(scores, references)
 
 
-def _entries(path: Path) -> list[tuple[int, float, tuple[str, ...]]]:
-    """(index, score, references) of every whole line, in order; none where there is no file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): move it out of the results folder") from error
-    found = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
-        try:
-            entry = json.loads(line)
-            found.append((int(entry["index"]), float(entry["score"]), tuple(entry["outputs"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} line {number} is not a prediction: move it out of the results folder") from error
-    return found
+def _entry(entry: Any) -> tuple[int, float, tuple[str, ...]]:
+    """(index, score, references) of a line."""
+    return int(entry["index"]), float(entry["score"]), tuple(entry["outputs"])

@@ -26,7 +26,7 @@ from tmbench.fast import Prefill
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
-from tmbench.results import append_line
+from tmbench.results import append_line, read_lines
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
@@ -76,10 +76,17 @@ class SearchJob:
             raise UserError(
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
-        if self.output.exists() and not self.overwrite:
-            raise UserError(
-                f"--output {self.output} is there already: name another file, or add --overwrite to search again"
-            )
+        check_output(self.output, self.overwrite)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError for a file that is there already and is to stay, and for a folder that does not say."""
+    try:
+        there = output.exists()
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be read ({error.strerror or error})") from error
+    if there and not overwrite:
+        raise UserError(f"--output {output} is there already: name another file, or add --overwrite to search again")
 
 
 def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[list[HeadPattern]]:
@@ -144,27 +151,21 @@ def _append(job: SearchJob, entry: dict[str, Any]) -> None:
 
 def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
     """The layers that an earlier run of this search has finished; raises UserError for another's file."""
-    try:
-        text = job.partial.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"--output: {job.partial} cannot be read ({error.strerror or error})") from error
     remedy = "add --overwrite to begin anew, or name another --output"
+    before: dict[str, Any] = {}
     kept: dict[int, list[list[float]]] = {}
-    try:
-        # A line without its end was being written when the process died.
-        first, *lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()] or [None]
-        if first is None:
-            return {}
-        before = dict(first["search"])
-        for line in lines:
-            figures = [[float(figure) for figure in head] for head in line["kept"]]
-            if [len(head) for head in figures] != [len(CANDIDATES)] * job.shape.heads:
-                raise ValueError("a layer of another shape")
-            kept[int(line["layer"])] = figures
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{job.partial} does not hold a search that was interrupted: {remedy}") from error
+
+    def take(entry: Any) -> None:
+        if not before:
+            before.update(entry["search"])
+            return
+        figures = [[float(figure) for figure in head] for head in entry["kept"]]
+        if [len(head) for head in figures] != [len(CANDIDATES)] * job.shape.heads:
+            raise ValueError("a layer of another shape")
+        kept[int(entry["layer"])] = figures
+
+    if not read_lines(job.partial, take, "of a search that was interrupted", remedy):
+        return {}
     differing = [name for name, value in job.identity().items() if before.get(name) != value]
     if differing:
         name = differing[0]

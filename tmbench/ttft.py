@@ -19,13 +19,14 @@ from tmbench import floor
 from tmbench.attention import applied_plan
 from tmbench.coverage import PairCounter, causal_pairs
 from tmbench.environment import Environment
+from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, Kind, arranged
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prefill import FirstToken, first_token
 from tmbench.prompts import prompt_ids
-from tmbench.results import FAILED, OK, Status, TtftRow, append, newest, now
+from tmbench.results import FAILED, OK, Status, TtftRow, append, newest, now, prepare
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def run(job: TtftJob) -> Iterator[Step]:
 
 
 def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan]) -> Iterator[Step]:
+    for plan in plans:
+        prepare(job.root, TtftRow, job.environment.device, plan.method)
     ids = prompt_ids(job.prompt, length, job.loaded, job.seed)
     trials = [_Trial(plan) for plan in plans]
     rates = []
@@ -150,10 +153,18 @@ def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan]) -> Iterato
         if turn >= job.warmup and any(trial.status == OK for trial in trials):
             rates.append(floor.matrix_rate(job.loaded.device, job.loaded.model.dtype))
     dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.status == OK), None)
+    refused: list[UserError] = []
     for trial in trials:
         row = _row(job, length, trial, statistics.median(rates or [0.0]), trials, dense)
-        append(job.root, row)
-        yield Step("", row=row)
+        try:
+            append(job.root, row)
+        except UserError as error:
+            # The others' measurements are finished too, and their files may take them.
+            refused.append(error)
+        else:
+            yield Step("", row=row)
+    if refused:
+        raise refused[0]
 
 
 def _pass(job: TtftJob, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:

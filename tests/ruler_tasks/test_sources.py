@@ -144,6 +144,17 @@ def test_a_foreign_file_is_refused_and_not_replaced(data_dir: Path, file: str, t
         getattr(Sources(data_dir, offline=True), load)()
 
 
+def test_a_file_that_may_not_be_read_is_refused_and_not_replaced(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **keywords: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    own = Sources(data_dir, offline=True)
+    for look in ("stat", "read_text"):
+        monkeypatch.setattr(Path, look, refuse)
+    with pytest.raises(SourceError, match=r"squad\.json cannot be read: Permission denied"):
+        own.squad()
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         Sources(tmp_path / "none")

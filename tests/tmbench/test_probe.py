@@ -300,9 +300,11 @@ def test_a_foreign_samples_file_is_named(job, tmp_path):
     list(run(job()))
     path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
-    path.write_text("{}\n")
-    with pytest.raises(UserError, match="line 1 is not a sample: move the file away, or use --overwrite"):
-        list(run(job()))
+    whole = json.loads(path.read_text().splitlines()[0])
+    for content in (b"{}\n", b"\xff\n", json.dumps(whole | {"index": "x"}).encode() + b"\n"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="line 1 is not a sample: move the file away, or use --overwrite"):
+            list(run(job()))
 
 
 def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):

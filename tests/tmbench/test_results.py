@@ -6,6 +6,7 @@ import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 
 from tmbench import results
 from tmbench.errors import UserError
-from tmbench.results import CorruptResultsError, RulerRow, TtftRow, append, csv_path, newest, read, read_all
+from tmbench.results import (
+    CorruptResultsError,
+    RulerRow,
+    TtftRow,
+    append,
+    csv_path,
+    newest,
+    prepare,
+    read,
+    read_all,
+    read_lines,
+)
 
 ROW = TtftRow(
     time="2026-01-01T00:00:00+00:00",
@@ -49,17 +61,28 @@ def test_a_row_comes_back_as_it_was(tmp_path):
     assert read(path, TtftRow) == [ROW]
 
 
-@given(st.text(), st.floats(allow_nan=False), st.integers() | st.none())
-def test_any_content_stays_one_line(tmp_path_factory, text, number, token):
+TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from('\\\n\r nr",'))
+
+
+@given(TEXTS, TEXTS, st.floats(allow_nan=False), st.integers() | st.none())
+def test_any_content_stays_one_line(tmp_path_factory, text, model, number, token):
+    """An error loses the white space between its words, all else reads back as it was."""
     root = tmp_path_factory.mktemp("rows")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return
-    row = replace(ROW, error=text, ttft_median_s=number, first_token=token)
+    row = replace(ROW, error=text, model=model, ttft_median_s=number, first_token=token)
     path = append(root, row)
     assert path.read_bytes().count(b"\n") == 2
     assert read(path, TtftRow) == [replace(row, error=" ".join(text.split()))]
+
+
+@pytest.mark.parametrize("model", ["my  models/a", " a ", "a\nb", "a\r\nb", "a\\nb", "a\tb"])
+def test_a_row_is_found_under_its_own_key(tmp_path, model):
+    row = replace(ROW, model=model)
+    path = append(tmp_path, row)
+    assert newest(tmp_path, TtftRow, "some-gpu", "tri_mix")[row.key] == row
+    assert path.read_bytes().count(b"\n") == 2
+    # A kill while a second one is written must leave the first.
+    os.truncate(append(tmp_path, row), path.stat().st_size - 5)
+    assert read(path, TtftRow) == [row]
 
 
 def test_the_newest_row_of_a_key_wins(tmp_path):
@@ -77,6 +100,19 @@ def test_rows_are_written_together(tmp_path):
     rows = [replace(ROW, length=length) for length in (1, 2, 3)]
     path = append(tmp_path, *rows)
     assert read(path, TtftRow) == rows
+
+
+def test_a_file_that_is_prepared_has_a_header_and_what_it_had(tmp_path):
+    path = tmp_path.joinpath(*PATH)
+    for content in ([], [ROW]):
+        prepare(tmp_path, TtftRow, "some-gpu", "tri_mix")
+        assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
+        assert read(path, TtftRow) == content
+        append(tmp_path, ROW)
+    older(path)
+    prepare(tmp_path, TtftRow, "some-gpu", "tri_mix")
+    assert read(path, TtftRow) == [ROW, ROW]
+    assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
 
 
 def test_what_decides_the_key():
@@ -195,12 +231,20 @@ def test_writers_that_append_at_once_lose_nothing(tmp_path):
     )
 
 
+def test_types_of_columns_are_made_out_once(tmp_path, monkeypatch):
+    path = append(tmp_path, *(replace(ROW, length=length) for length in range(1, 5)))
+    read(path, TtftRow)
+    monkeypatch.setattr(results, "get_type_hints", None)
+    assert len(read(path, TtftRow)) == 4
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"a,b,c\n1,2,3\n", "its columns differ"),
         (b"\xff\xfe\x00\n", "not text"),
         (",".join(TtftRow.columns()).encode() + b"\n1,2\n", "line 2 has 2 fields"),
+        (",".join(TtftRow.columns()).encode() + b'\n"' + b"x,y\n" * 2**16, "line 2: field larger than field limit"),
     ],
 )
 def test_a_foreign_file_is_named_and_left_alone(tmp_path, content, reason):
@@ -210,6 +254,82 @@ def test_a_foreign_file_is_named_and_left_alone(tmp_path, content, reason):
     with pytest.raises(CorruptResultsError, match=f"tri_mix.csv .*{reason}.*move it out"):
         read_all(tmp_path, TtftRow)
     assert path.read_bytes() == content
+
+
+def test_a_letter_cut_by_a_kill_is_dropped_with_its_line(tmp_path):
+    path = append(tmp_path, ROW)
+    path.write_bytes(path.read_bytes() + "1,2026,é".encode()[:-1])
+    assert read(path, TtftRow) == [ROW]
+
+
+def refuse(monkeypatch, method, refused):
+    """Let a method of Path fail for one path: modes do not bind root, whom these tests may run as."""
+    real = getattr(Path, method)
+
+    def ask(path, *arguments, **keywords):
+        if path == refused:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, method, ask)
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    path = append(tmp_path, ROW)
+    for method in ("read_bytes", "stat"):
+        refuse(monkeypatch, method, path)
+    for look in (lambda: newest(tmp_path, TtftRow, "some-gpu", "tri_mix"), lambda: read_all(tmp_path, TtftRow)):
+        with pytest.raises(UserError, match="tri_mix.csv cannot be read: Permission denied; check the path and its perm"):
+            look()
+
+
+def test_a_device_whose_folder_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """A glob leaves it out without a word."""
+    append(tmp_path, ROW)
+    append(tmp_path, replace(ROW, device="other"))
+    (tmp_path / "report.md").write_text("a file beside the devices")
+    assert [row.device for row in read_all(tmp_path, TtftRow)] == ["other", "some-gpu"]
+    real = os.scandir, os.listdir
+
+    def shut(listing, folder):
+        if str(folder).endswith("some-gpu/ttft"):
+            raise PermissionError(13, "Permission denied")
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", lambda folder=".": shut(real[0], folder))
+    monkeypatch.setattr(os, "listdir", lambda folder=".": shut(real[1], folder))
+    with pytest.raises(UserError, match="some-gpu/ttft cannot be read: Permission denied"):
+        read_all(tmp_path, TtftRow)
+
+
+def entry_of(value):
+    return int(value["index"])
+
+
+def test_lines_are_read_up_to_the_last_whole_one(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert read_lines(path, entry_of, "an entry", "move it") == []
+    path.write_bytes('{"index": 3}\n{"index": 4, "text": "\x85 \u2028"}\n{"index": 5, "text": "é'.encode()[:-1])
+    assert read_lines(path, entry_of, "an entry", "move it") == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"index": "x"}', b'{"index": "\xff"}', b"[1]", b"null", b'{"index": null}', b'{"index": Infinity}', b"", b"no"],
+)
+def test_a_foreign_line_is_named(tmp_path, line):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"index": 0}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"x\.jsonl line 2 is not an entry: move it"):
+        read_lines(path, entry_of, "an entry", "move it")
+
+
+def test_a_file_of_lines_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Is a directory; move it"):
+        read_lines(tmp_path, entry_of, "an entry", "move it")
+    refuse(monkeypatch, "read_bytes", tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"x\.jsonl cannot be read: Permission denied; move it"):
+        read_lines(tmp_path / "x.jsonl", entry_of, "an entry", "move it")
 
 
 def test_a_text_where_a_number_belongs_is_named(tmp_path):

@@ -123,6 +123,35 @@ def test_a_run_again_hands_over_the_rows_that_were_there(job, answers):
     assert len(answers) == before
 
 
+def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypatch):
+    list(run(job(tasks=("vt",))))
+    path = predictions_path(job().root, rows_of(job().root)["dense", "vt", 1024])
+    real = ruler._answer
+    monkeypatch.setattr(ruler, "_answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job(tasks=("vt",), overwrite=True)))
+    assert not path.exists()
+    monkeypatch.setattr(ruler, "_answer", real)
+    answers.clear()
+    rows = [step.row for step in run(job(tasks=("vt",))) if step.row is not None]
+    assert [entry[0] for entry in answers] == ["dense"] * 3
+    assert sorted(read_predictions(path)) == [0, 1, 2]
+    assert [row.score for row in rows] == [100.0, 0.0]
+
+
+def test_a_row_without_memory_has_no_predictions_and_is_not_asked_again(job, answers, monkeypatch):
+    real = ruler._answer
+
+    def fail(*arguments, count):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ruler, "_answer", fail)
+    first = [step.row for step in run(job(tasks=("vt",))) if step.row is not None]
+    monkeypatch.setattr(ruler, "_answer", real)
+    assert [step.row for step in run(job(tasks=("vt",))) if step.row is not None] == first
+    assert not answers
+
+
 def test_coverage_is_that_of_the_first_sample(job, answers):
     work = job(tasks=("vt",))
     list(run(work))
@@ -259,9 +288,11 @@ def test_generation_ends_at_the_models_end_token(make_model, prompt):
     assert len(free) == 8
 
 
-def test_a_file_that_is_no_prediction_is_named(tmp_path):
+@pytest.mark.parametrize("index", [None, '"x"'])
+def test_a_file_that_is_no_prediction_is_named(tmp_path, index):
     path = tmp_path / "vt.jsonl"
-    path.write_text('{"index": 0}\n')
+    rest = '"prediction": "", "outputs": [], "score": 0, "prompt_tokens": 1, "new_tokens": 1, "seconds": 1'
+    path.write_text(f'{{"index": {index}, {rest}}}\n' if index else '{"index": 0}\n')
     with pytest.raises(UserError, match="line 1 is not a prediction.*--overwrite"):
         read_predictions(path)
 

@@ -131,11 +131,29 @@ def test_a_partial_file_of_another_search_is_kept_and_named(job, monkeypatch, ch
     assert not job().partial.exists()
 
 
-@pytest.mark.parametrize("text", ["hello\n", '{"search": 3}\n', "[1]\n", '{"search": {}}\n{"layer": 0, "kept": [[1]]}\n'])
-def test_a_partial_file_that_is_none_is_named(job, text):
-    job().partial.write_text(text)
-    with pytest.raises(UserError, match=r"found.json.partial does not hold a search .*--overwrite"):
+@pytest.mark.parametrize(
+    "content",
+    [b"hello\n", b'{"search": 3}\n', b"[1]\n", b'{"search": {}}\n{"layer": 0, "kept": [[1]]}\n', b'{"search": "\xff"}\n'],
+)
+def test_a_partial_file_that_is_none_is_named(job, content):
+    job().partial.write_bytes(content)
+    with pytest.raises(UserError, match=r"found.json.partial line . is not of a search that was interrupted: .*--overwrite"):
         run(job())
+
+
+def test_a_folder_in_place_of_a_partial_file_is_named(job):
+    job().partial.mkdir()
+    with pytest.raises(UserError, match=r"found.json.partial cannot be read: Is a directory; .*another --output"):
+        run(job())
+
+
+def test_an_output_that_may_not_be_looked_at_is_one_sentence(job, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(job().output), "exists", refuse)
+    with pytest.raises(UserError, match=r"--output: .*found.json cannot be read .Permission denied."):
+        job().check()
 
 
 def test_a_file_that_is_there_is_kept(job):

@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tmbench import environment, floor, ttft
+from tmbench import environment, floor, results, ttft
 from tmbench.attention import applied_plan
+from tmbench.errors import UserError
 from tmbench.fast import EAGER, PLAIN, Prefill
 from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.prefill import first_token
 from tmbench.prompts import prompt_ids
-from tmbench.results import TtftRow, read_all
+from tmbench.results import CorruptResultsError, TtftRow, csv_path, read_all
 from tmbench.ttft import TtftJob, run
 
 NAMES = ("dense", "tri_mix", "minference", "streaming")
@@ -283,3 +284,50 @@ def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
         list(run(work))
     assert {length for _, length in rows_of(work)} == {96}
     assert work.loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The lengths of the prefills that were made."""
+    made = []
+    real = ttft.first_token
+    monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: made.append(ids.shape[1]) or real(prefill, ids))
+    return made
+
+
+def test_a_foreign_file_is_refused_before_anything_is_measured(job, passes):
+    work = job(names=("dense", "streaming"), lengths=(96,), overwrite=True)
+    path = csv_path(work.root, TtftRow, work.environment.device, "streaming")
+    path.parent.mkdir(parents=True)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(CorruptResultsError, match="streaming.csv .*its columns differ"):
+        list(run(work))
+    assert path.read_text() == "a,b\n1,2\n"
+    assert not passes
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(job, passes, monkeypatch):
+    work = job(names=("dense",), lengths=(96,))
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(results.os, "open", refuse)
+    with pytest.raises(UserError, match="--output-dir: .*dense.csv cannot be written .Permission denied"):
+        list(run(work))
+    assert not passes
+
+
+def test_what_one_file_refuses_costs_the_other_methods_nothing(job, monkeypatch):
+    work = job(names=("dense", "tri_mix", "streaming"), lengths=(96,))
+    real = ttft.append
+
+    def append(root, row):
+        if row.method == "dense":
+            raise UserError("the disk went away")
+        return real(root, row)
+
+    monkeypatch.setattr(ttft, "append", append)
+    with pytest.raises(UserError, match="the disk went away"):
+        list(run(work))
+    assert {method for method, _ in rows_of(work)} == {"tri_mix", "streaming"}
