@@ -100,6 +100,15 @@ def test_ttft_to_report(tmbench, tmp_path):
     assert len(list(csv.reader(out.splitlines()))) > 2
 
 
+def test_paths_are_shown_as_they_are(tmbench):
+    layers = [{"0": ["vertical_and_slash", 100, 800, 1.0]}]
+    Path("a[b]:x:.json").write_text(json.dumps(layers))
+    code, out, err = tmbench("patterns", "show", "a[b]:x:.json", "--plot", "br[/x]/[b].png")
+    assert code == 0, err
+    assert "a[b]:x:.json" in out
+    assert "drew br[/x]/[b].png" in err
+
+
 def test_compilation_is_a_choice(tmbench, monkeypatch):
     from tmbench import fast
 
@@ -336,6 +345,10 @@ def test_list_and_env(tmbench):
     ("arguments", "words"),
     [
         (("ttft", "--method", "trimix"), "--method trimix is unknown: choose from dense, tri_mix"),
+        (("ttft", "--method", "[/b]"), "--method [/b] is unknown: choose from dense, tri_mix"),
+        (("probe", "--task", "[vt]"), "--task [vt] is unknown"),
+        (("ttft", "--layers", "[/x]"), "--layers [/x] is neither a list of layers"),
+        (("ttft", "--length", "[/x]"), "'[/x]' is no number of tokens"),
         (("ttft", "--length", "32X"), "32768 or 32K"),
         (("ttft", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
         (("ttft", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),

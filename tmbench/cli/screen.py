@@ -10,12 +10,17 @@ from rich.table import Table
 
 def console() -> Console:
     """Where results go."""
-    return Console()
+    return _console(stderr=False)
 
 
 def error_console() -> Console:
     """Where everything else goes, so that results can be piped."""
-    return Console(stderr=True)
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    # Paths, names and labels are shown as they are: nothing in them is markup or the name of an emoji.
+    return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -29,7 +34,7 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 def progress_bar() -> Progress:
     """A bar with the elapsed time and an estimate of the time left, on standard error."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
