@@ -109,6 +109,7 @@ def show(
     from tmbench.cli.screen import say
     from tmbench_kernels import read_head_patterns
 
+    o.check_plot(plot)
     try:
         layers = read_head_patterns(file)
     except (OSError, ValueError) as error:
@@ -116,8 +117,6 @@ def show(
     if not any(layers):
         raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
     if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise UserError(f"--plot {plot} must be the name of a PNG file: let it end in .png")
         from tmbench.pattern_plot import draw
 
         try:

@@ -111,6 +111,7 @@ def probe(
         _refuse(proposal, "has no meaning with --loss")
     else:
         _refuse({"method": method, "layers": layers, "patterns": patterns}, "needs --loss, as a probe is of dense attention")
+    o.check_plot(plot)
     methods = list(method or DEFAULT_METHODS)
     given = {"n_init": n_init, "n_local": n_local, "last_n": last_n}
     window: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
