@@ -26,11 +26,13 @@ from tmbench.fast import Prefill
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
-from tmbench.results import append_line
+from tmbench.results import append_line, writable
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
 
+OPTION = "--output"
+"""What names the file that is written."""
 Advance = Callable[[str, float], None]
 """Told what is being done, and how many layers' worth of it are done since the last call."""
 
@@ -90,7 +92,8 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     """
     job.check()
     if job.overwrite:
-        _at_output(job, lambda: job.partial.unlink(missing_ok=True))
+        with writable(job.partial, OPTION):
+            job.partial.unlink(missing_ok=True)
     kept = _read_partial(job)
     advance(f"{len(kept)} layers measured before" if kept else "reading the prompt", float(len(kept)))
     if len(kept) < job.shape.layers:
@@ -98,7 +101,8 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     found = [[best_pattern(head) for head in kept[layer]] for layer in range(job.shape.layers)]
     if job.remap:
         found = [[published_remapping(head) for head in layer] for layer in found]
-    _at_output(job, lambda: _write(job, head_patterns_json(found)))
+    with writable(job.output, OPTION):
+        _write(job, head_patterns_json(found))
     return found
 
 
@@ -135,11 +139,7 @@ def _measure(job: SearchJob, kept: dict[int, list[list[float]]], advance: Advanc
 
 
 def _append(job: SearchJob, entry: dict[str, Any]) -> None:
-    try:
-        append_line(job.partial, json.dumps(entry))
-    except UserError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
-        raise UserError(f"--output: {job.partial} cannot be written ({reason})") from error
+    append_line(job.partial, json.dumps(entry), OPTION)
 
 
 def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
@@ -185,10 +185,3 @@ def _write(job: SearchJob, text: str) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     job.partial.unlink(missing_ok=True)
-
-
-def _at_output(job: SearchJob, act: Callable[[], None]) -> None:
-    try:
-        act()
-    except OSError as error:
-        raise UserError(f"--output: {job.output} cannot be written ({error.strerror or error})") from error

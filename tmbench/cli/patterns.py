@@ -118,11 +118,10 @@ def show(
         raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
     if plot is not None:
         from tmbench.pattern_plot import draw
+        from tmbench.results import writable
 
-        try:
+        with writable(plot, "--plot"):
             draw(layers, plot)
-        except OSError as error:
-            raise UserError(f"--plot: {plot} cannot be written ({error.strerror or error})") from error
     _show(layers, file.name)
     if plot is not None:
         say(f"drew {plot}")
