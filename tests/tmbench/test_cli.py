@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import made_rows
 from tmbench import cli, presets
+from tmbench.cli.screen import print_rows
 from tmbench.results import ProbeRow, RulerRow, TtftRow, read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
@@ -93,6 +95,10 @@ def test_ttft_to_report(tmbench, tmp_path):
     assert code == 0
     assert "tri_mix" in Path("report.md").read_text()
     assert list(Path("plots").glob("*.png"))
+    for option in ("--output", "--plots"):
+        code, _, err = tmbench("report", option, "/dev/null/r")
+        assert code == 2
+        assert f"{option}: /dev/null/r cannot be written" in err
     code, out, _ = tmbench("report", "--format", "json")
     assert code == 0
     assert json.loads(out)
@@ -107,6 +113,14 @@ def test_paths_are_shown_as_they_are(tmbench):
     assert code == 0, err
     assert "a[b]:x:.json" in out
     assert "drew br[/x]/[b].png" in err
+
+
+def test_json_has_no_number_that_is_not_finite(capsys):
+    more = {"method": "streaming", "length": 256, "prompt": "kv", "repeats": 1, "warmup": 1, "interleaved": "streaming"}
+    print_rows([TtftRow(**made_rows.COMMON, **more, logit_error=float("nan"), coverage=0.5)])
+    out, _ = capsys.readouterr()
+    assert "NaN" not in out
+    assert [(row["logit_error"], row["coverage"]) for row in json.loads(out)] == [(None, 0.5)]
 
 
 def test_compilation_is_a_choice(tmbench, monkeypatch):
@@ -153,6 +167,9 @@ def test_patterns_are_searched_shown_and_used(tmbench):
         range(8)
     )
     assert Path("plots/found.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = tmbench("patterns", "show", "found.json", "--plot", "/dev/null/found.png")
+    assert code == 2
+    assert "--plot: /dev/null/found.png cannot be written" in err
     assert tmbench(*FAST_TTFT, "--method", "minference", "--patterns", "found.json")[0] == 0
     code, _, err = tmbench(*SEARCH)
     assert code == 2
@@ -292,6 +309,9 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     sweep = ("sweep", "--device", "cpu", "--offline", "--length", "1K", "--task", "vt", "--dry-run")
     code, out, err = tmbench(*sweep, "--layers", "auto", "--layers", "random:5")
     assert code == 0, err
+    code, _, err = tmbench(*SHORT_PROBE, "--plot", "/dev/null/p.png")
+    assert code == 2
+    assert "--plot: /dev/null/p.png cannot be written" in err
     code, out, _ = tmbench("report", "--plots", "plots")
     assert list(Path("plots").glob("probe-*-tiny-vt-700-*.png"))
     assert "probe of vt at 700, depth, time budget 0.9, logits" in out
@@ -360,6 +380,7 @@ def test_list_and_env(tmbench):
         (("ttft", "--device", "meta"), "--device meta has no backend of attention: choose from"),
         (("env", "--device", "mps"), "--device mps has no backend of attention: choose from"),
         (("ttft", "--repeats", "0"), "--repeats"),
+        (("ttft", "--dry-run", "--json"), "--dry-run prints a table of what would be measured, and --json rows: leave one"),
         (("ttft", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
         (("ttft", "--layers", "9"), "--starting-layer must be between 0 and 8"),
         (("ttft", "--layers", "2,9"), "--layers 2,9: 9 is not within the layers 0 to 7 of this model"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import print_rows
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -75,7 +74,7 @@ def agree(
     environment.write_record(output_dir, here)
     rows = _measure(job)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        print_rows(rows)
     else:
         _show(rows)
     if any(row.status != "ok" for row in rows):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from tmbench.json_text import json_text
+
+if TYPE_CHECKING:
+    from tmbench.results import Row
 
 
 def console() -> Console:
@@ -44,6 +54,11 @@ def progress_bar() -> Progress:
         # Passes differ in length by orders of magnitude: the estimate must not forget the long ones.
         speed_estimate_period=3600,
     )
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The rows as JSON on standard output: what ``--json`` asks for."""
+    typer.echo(json_text([asdict(row) for row in rows]))
 
 
 def say(text: str) -> None:
