@@ -139,17 +139,29 @@ def test_compilation_is_a_choice(tmbench, monkeypatch):
 
 
 def test_ruler_and_its_data(tmbench):
-    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2", "--offline")
-    code, _, _ = tmbench("ruler-data", "--output", "data", *common)
+    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2")
+    code, _, _ = tmbench("ruler-data", "--output", "data", *common, "--offline")
     assert code == 0
     lines = Path("data/1024/data/niah_single_1/validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1]
 
-    generated = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--save-samples")
+    generated = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--save-samples", "--offline")
     prepared = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--data", "data")
     assert generated[0] == prepared[0] == 0
     scores = {row.wording: row.score for row in read_all(Path("results"), RulerRow)}
     assert scores["tmbench-1"] == scores["prepared"]
+
+    code, _, err = tmbench("ruler", *common, "--task", "vt", "--device", "cpu", "--data", "data", "--output-dir", "other")
+    assert code == 2
+    assert "--data: The data folder data holds no validation.jsonl for task vt at length 1024" in err
+    assert not Path("other").exists(), "no task is measured before all can be read"
+
+
+def test_data_for_a_task_that_does_not_fit_is_not_begun(tmbench):
+    code, _, err = tmbench("ruler-data", "--output", "data", "--length", "600", "--task", "vt", "--task", "cwe", "--offline")
+    assert code == 2
+    assert "--length 600 is too short for cwe, which needs" in err
+    assert not Path("data").exists()
 
 
 SEARCH = ("patterns", "search", "--length", "2600", "--device", "cpu", "--output", "found.json")
@@ -374,6 +386,8 @@ def test_list_and_env(tmbench):
         (("ttft", "--seed", str(2**63), "--prompt", "random"), "--seed"),
         (("ttft", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
         (("ttft", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("ttft", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
+        (("agree", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
         (("ttft", "--model", "no/such-folder/anywhere"), "--model no/such-folder/anywhere cannot be loaded"),
         (("ttft", "--dtype", "float8"), "float32"),
         (("ttft", "--device", "nonsense"), "--device nonsense cannot be used here"),
@@ -442,9 +456,18 @@ def test_list_and_env(tmbench):
         (("ruler", "--task", "cwe", "--length", "300", "--offline"), "--length 300 is too short for cwe"),
         (("ruler", "--length", "131072"), "--length 131072 is more than the 16384 positions of tiny"),
         (("ruler", "--data", "none"), "--data needs --length"),
-        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "none"),
-        (("ruler", "--data-dir", "none"), "none"),
-        (("ruler", "--wording", "none.toml"), "none.toml"),
+        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "--data: The data folder none holds no"),
+        *(
+            (("ruler", "--data", "none", "--length", "2K", *option), f"{option[0]} does not go with --data")
+            for option in (("--wording", "reference"), ("--data-dir", "d"), ("--offline",), ("--apply-chat-template",))
+        ),
+        (("ruler", "--data-dir", "none"), "--data-dir: The data folder none does not exist"),
+        (("ruler", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
+        (("sweep", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
+        (
+            ("ruler-data", "--output", "/dev/null/d", "--task", "vt", "--length", "1K", "--samples", "1"),
+            "--output: The data set /dev/null/d/1024/data/vt/validation.jsonl cannot be written",
+        ),
         (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
         (("patterns", "search"), "--output"),
         (("patterns", "search", "--output", "a.json", "--length", "2K"), "--length 2048 leaves nothing to search"),

@@ -65,8 +65,8 @@ def agree(
 
     check_kind(prompt)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
-    check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    check_prompt(prompt, loaded, lengths)
     plans = sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense")
     here = environment.current(loaded.device)
     job = AgreeJob(loaded, plans, lengths, here, output_dir, prompt, samples, new_tokens, seed, overwrite)

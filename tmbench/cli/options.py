@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ruler_tasks.errors import RulerError
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, Plan, Settings, get_method, parse_method
 from tmbench.presets import preset_names
@@ -130,6 +132,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the rows as JSON
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be measured, and stop.", rich_help_panel=OUTPUT)
 ]
+
+
+@contextmanager
+def naming(option: str, kind: type[RulerError]) -> Iterator[None]:
+    """Have such an error of ``ruler_tasks``, which knows no command line, name the option that it is about."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 def check_plot(path: Path | None) -> None:

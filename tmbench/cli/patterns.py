@@ -86,10 +86,10 @@ def search(
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     attention_modules(loaded.model)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
-    check_prompt(prompt, loaded)
     wanted = TINY_LENGTH if model == "tiny" else LENGTH
     tokens = length or min(wanted, loaded.max_length or wanted)
     loaded.check_length(tokens)
+    check_prompt(prompt, loaded, [tokens])
     job = SearchJob(loaded, output, tokens, prompt, seed, remap, overwrite)
     job.check()
     with progress_bar() as bar:
