@@ -49,6 +49,11 @@ def check_task(task: str, length: int, loaded: LoadedModel) -> None:
             raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
 
 
+def longest_prompt(task: str, length: int) -> int:
+    """How many tokens of ``length`` a prompt of the task has at most, less its answer or the room for it."""
+    return length - (TASKS[task].tokens_to_generate if task in TASKS else 1)
+
+
 def wording_hash(task: str) -> str:
     """What the wording of a task's prompts is known by; "" for those that are not RULER's."""
     return load_wording().hash if task in TASKS else ""

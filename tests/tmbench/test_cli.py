@@ -413,6 +413,7 @@ def test_list_and_env(tmbench):
         (("ruler", "--layers", "auto", "--offline"), "--layers auto finds no probe of tiny"),
         (("probe", "--task", "niah"), "--task niah is unknown: choose from kv, random, niah_single_1"),
         (("probe", "--length", "600"), "--length 600 leaves no pair between the first 8 keys, the window of 512"),
+        (("probe", "--length", "670"), "--length 670 leaves no pair between the first 8 keys, the window of 512"),
         (("probe", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
         (("probe", "--accuracy-budget", "2"), "--accuracy-budget is a share, from 0 to 1, not 2"),
         (("probe", "--accuracy-budget", "0.1", "--time-budget", "0.5"), "exclude each other: give one of them"),
