@@ -78,10 +78,15 @@ class SearchJob:
             raise UserError(
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
-        if self.output.exists() and not self.overwrite:
-            raise UserError(
-                f"--output {self.output} is there already: name another file, or add --overwrite to search again"
-            )
+        check_output(self.output, overwrite=self.overwrite)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise UserError for a file that is there already, unless it may be replaced, and for a path that cannot be one."""
+    with writable(path, OPTION):
+        there = path.exists()
+    if there and not overwrite:
+        raise UserError(f"--output {path} is there already: name another file, or add --overwrite to search again")
 
 
 def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[list[HeadPattern]]:

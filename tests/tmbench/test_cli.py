@@ -475,6 +475,7 @@ def test_list_and_env(tmbench):
         (("patterns", "search", "--output", "a.json", "--length", "32K"), "--length 32768 is more than the 16384 positions"),
         (("patterns", "search", "--output", "a.json", "--prompt", "poem"), "--prompt poem is unknown: choose from kv"),
         (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
+        (("patterns", "search", "--output", "x" * 300), "cannot be written (File name too long)"),
         (("patterns", "show", "none.json"), "FILE: "),
         (("patterns", "show"), "FILE"),
         (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),

@@ -76,13 +76,12 @@ def search(
     from tmbench.attention import attention_modules
     from tmbench.cli.screen import progress_bar, say
     from tmbench.prompts import check_kind, check_prompt
-    from tmbench.search import SearchJob, run
+    from tmbench.search import SearchJob, check_output, run
 
     if prompt is not None:
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output} is there already: name another file, or add --overwrite to search again")
+    check_output(output, overwrite=overwrite)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     attention_modules(loaded.model)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
