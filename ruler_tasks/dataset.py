@@ -24,15 +24,18 @@ def dataset_path(directory: str | Path, task: str, length: int | None = None) ->
 
     Raises:
         UnknownTaskError: the task does not exist.
-        DatasetError: there is no such file.
+        DatasetError: there is no such file, or the folder cannot be read.
     """
     get_task(task)
     root = Path(directory)
     bases = [root / str(length)] if length is not None else []
     for base in (*bases, root):
         for path in (base / "data" / task / FILE, base / task / FILE):
-            if path.is_file():
-                return path
+            try:
+                if path.is_file():
+                    return path
+            except OSError as error:
+                raise DatasetError(f"The data folder {root} cannot be read: {error.strerror or error}.") from error
     at_length = "" if length is None else f" at length {length}"
     raise DatasetError(f"The data folder {root} holds no {FILE} for task {task}{at_length}.")
 

@@ -139,7 +139,11 @@ class Sources:
         self.offline = offline
         self.notes: list[str] = []
         self._loaded: dict[str, Any] = {}
-        if self.data_dir is not None and not self.data_dir.is_dir():
+        try:
+            missing = self.data_dir is not None and not self.data_dir.is_dir()
+        except OSError as error:
+            raise SourceError(f"The data folder {self.data_dir} cannot be read: {error.strerror or error}.") from error
+        if missing:
             raise SourceError(f"The data folder {self.data_dir} does not exist.")
 
     def essays(self) -> Essays:

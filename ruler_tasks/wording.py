@@ -90,14 +90,13 @@ def load_wording(spec: str | Path | Wording | None = None) -> Wording:
         return spec
     if spec is None or str(spec) == "tmbench":
         return _shipped()
-    if str(spec) == "reference" or str(spec).startswith("reference:") or Path(spec).is_dir():
-        from ruler_tasks.reference import read_reference
-
-        place = str(spec).removeprefix("reference").removeprefix(":") if str(spec).startswith("reference") else spec
-        if Path(spec).is_dir():
-            place = spec
-        return from_mapping(read_reference(Path(place) if place else None), "the reference wording")
     try:
+        folder = Path(spec).is_dir()
+        if folder or str(spec) == "reference" or str(spec).startswith("reference:"):
+            from ruler_tasks.reference import read_reference
+
+            place = spec if folder else str(spec).removeprefix("reference").removeprefix(":")
+            return from_mapping(read_reference(Path(place) if place else None), "the reference wording")
         text = Path(spec).read_text(encoding="utf-8")
     except OSError as error:
         raise WordingError(f"The wording {str(spec)!r} cannot be read: {error.strerror or error}.") from error

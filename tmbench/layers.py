@@ -19,6 +19,8 @@ from tmbench.results import OK, ProbeRow, csv_paths, read
 
 AUTO = "auto"
 RANDOM = "random:"
+LIST = frozenset("0123456789,- ")
+"""What lists of layers are written with: such a text is never looked for as a file."""
 Rule = Literal["rank", "depth"]
 """Which layers a proposal may take: those that matter least, wherever they are, or all from some depth on."""
 ACCURACY_BUDGET = 0.1
@@ -163,7 +165,7 @@ def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, .
         rows = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
         if not rows:
             raise UserError(f"--layers auto finds no probe of {model} under {root}: run tmbench probe --model {model} first")
-    elif text.endswith(".csv") or Path(text).is_file():
+    elif text.endswith(".csv") or (not LIST.issuperset(text) and _is_file(text)):
         rows = _proposed(Path(text), model)
         if not rows:
             raise UserError(f"--layers {text} holds no probe of {model}: run tmbench probe --model {model} first")
@@ -180,6 +182,14 @@ def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, .
         )
     found = tuple(layer for layer in range(count) if layers[layer])
     return found, f"probe of {newest.task} at {newest.length}, {newest.proposal}"
+
+
+def _is_file(text: str) -> bool:
+    """Whether there is such a file; what is too long for a path, or out of reach, is none."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
 
 
 def _proposed(path: Path, model: str) -> list[ProbeRow]:

@@ -20,6 +20,7 @@ from tmbench.errors import UserError
 from tmbench.floor import head_dim
 from tmbench.methods import ModelShape
 from tmbench.presets import preset_names, read_preset
+from tmbench_kernels import Dense
 
 TINY = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,9 +103,12 @@ def default_device() -> str:
 
 
 def check_device(name: str) -> torch.device:
-    """The torch device of that name; raises UserError where this machine has none."""
+    """The torch device of that name; raises UserError where this machine has none, or no backend runs on its type."""
+    types = dict.fromkeys(place for backend in Dense.backends for place in backend.devices)
     try:
         device = torch.device(name)
+        if device.type not in types:
+            raise UserError(f"--device {name} has no backend of attention: choose from {', '.join(types)}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")

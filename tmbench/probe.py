@@ -39,7 +39,7 @@ from tmbench.layers import Budget, Proposal, Rule, propose
 from tmbench.methods import Plan, Settings, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prefill import synchronize
-from tmbench.questions import Question, check_task, questions, wording_hash
+from tmbench.questions import Question, check_task, longest_prompt, questions, wording_hash
 from tmbench.results import OK, ProbeRow, append, newest, now
 from tmbench.sample_files import Kept
 from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections
@@ -106,20 +106,24 @@ class ProbeJob:
 
     def check(self) -> None:
         """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
-        layers = len(attention_modules(self.loaded.model))
+        attention_modules(self.loaded.model)
         if self.loaded.model.dtype == torch.float16:
             raise UserError("--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32")
         for length in self.lengths:
             for task in self.tasks:
                 check_task(task, length, self.loaded)
-            if self.sections.pairs(length)[SECTIONS.index("middle")] == 0:
-                raise UserError(
-                    f"--length {length} leaves no pair between the first {self.settings.n_init} keys, the window of "
-                    f"{self.settings.n_local} and the last {self.settings.last_n} queries: give a longer one, or a smaller "
-                    "--n-local"
-                )
-            # A budget that cannot be met is refused now and not after the measurement.
-            propose([1.0] * layers, self.kept_share(length), self.budget, self.rule)
+            self.check_prompts(length, [longest_prompt(task, length) for task in self.tasks])
+
+    def check_prompts(self, length: int, tokens: Sequence[int]) -> None:
+        """Raise UserError if one of a length's prompts, of so many tokens, has no middle, or the budget cannot be met."""
+        if self.sections.pairs(min(tokens))[SECTIONS.index("middle")] == 0:
+            raise UserError(
+                f"--length {length} leaves no pair between the first {self.settings.n_init} keys, the window of "
+                f"{self.settings.n_local} and the last {self.settings.last_n} queries, as a prompt has {min(tokens)} tokens "
+                "of it: give a longer one, or a smaller --n-local"
+            )
+        # A budget that cannot be met is refused now and not after the measurement.
+        propose([1.0] * self.loaded.shape.layers, statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
 
     def kept_share(self, length: int) -> float:
         """The part of the causal pairs that is not in the middle section."""
@@ -168,23 +172,32 @@ def run(job: ProbeJob) -> Iterator[Step]:
     job.check()
     for length in job.lengths:
         row = job.row(job.task, length)
-        files = [Kept(job.root, job.row(task, length), task) for task in job.tasks]
+        files = {task: Kept(job.root, job.row(task, length), task) for task in job.tasks}
         done: list[ProbeSample] = []
         try:
-            for task, file in zip(job.tasks, files, strict=True):
-                known = (file.clear() if job.overwrite else file).read(ProbeSample)
-                if not set(range(job.samples)) <= set(known):
+            known = {task: {} if job.overwrite else file.read(ProbeSample) for task, file in files.items()}
+            asked: dict[str, list[Question]] = {task: [] for task in job.tasks}
+            tokens: list[int] = []
+            for task, have in known.items():
+                if not set(range(job.samples)) <= set(have):
                     yield Step(f"{task} at {length}: preparing {job.samples} prompts")
-                    for question in questions(task, length, job.samples, job.loaded, job.seed):
-                        if question.index not in known:
-                            yield Step(f"{task} at {length}, sample {question.index + 1} of {job.samples}")
-                            known[question.index] = _sample(job, question)
-                            file.add(known[question.index])
-                        yield Step("", samples=1)
-                else:
-                    yield Step(f"{task} at {length}: measured before", samples=job.samples)
-                done += [known[index] for index in range(job.samples)]
-            rows = _rows(job, replace(row, sample_files="+".join(file.name for file in files)), done)
+                    every = questions(task, length, job.samples, job.loaded, job.seed)
+                    asked[task] = [question for question in every if question.index not in have]
+                tokens += [sample.prompt_tokens for sample in have.values() if sample.index < job.samples]
+                tokens += [len(question.prompt) for question in asked[task]]
+            job.check_prompts(length, tokens)
+            for task, file in files.items():
+                if job.overwrite:
+                    file.clear()
+                if before := job.samples - len(asked[task]):
+                    yield Step(f"{task} at {length}: {before} measured before", samples=before)
+                for question in asked[task]:
+                    yield Step(f"{task} at {length}, sample {question.index + 1} of {job.samples}")
+                    known[task][question.index] = _sample(job, question)
+                    file.add(known[task][question.index])
+                    yield Step("", samples=1)
+                done += [known[task][index] for index in range(job.samples)]
+            rows = _rows(job, replace(row, sample_files="+".join(file.name for file in files.values())), done)
         except Exception as error:
             status, text = status_of(error), describe(error)
             failed = replace(row, time=now(), status=status, error=text)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import uuid
+from collections.abc import Iterable
+from functools import cache
+from itertools import count
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import TASKS, Sources, examples
+from ruler_tasks import TASKS, Sources, examples, minimum_length
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
 
@@ -29,11 +32,30 @@ def check_kind(kind: str) -> None:
         raise UserError(f"--prompt {kind} is unknown: choose from {', '.join(prompt_kinds())}")
 
 
-def check_prompt(kind: str, loaded: LoadedModel) -> None:
-    """Raise UserError for a kind of prompt that there is none of, or that this model cannot be given."""
+def check_prompt(kind: str, loaded: LoadedModel, lengths: Iterable[int] = ()) -> None:
+    """Raise UserError for a kind of prompt that there is none of or this model cannot be given, or too short a length."""
     check_kind(kind)
-    if kind != "random":
-        _tokenizer(kind, loaded)
+    if kind == "random":
+        return
+    tokenizer = _tokenizer(kind, loaded)
+    if kind not in TASKS:
+        return
+    least = minimum_length(kind, tokenizer, sources=offline_sources())
+    for length in lengths:
+        if _asked(kind, length) < least:
+            enough = next(longer for longer in count(length) if _asked(kind, longer) >= least)
+            raise UserError(f"--length {length} is too short for --prompt {kind}, which needs {enough} tokens here")
+
+
+@cache
+def offline_sources() -> Sources:
+    """Generated texts stand in for essays and questions that are not on this machine: nothing is downloaded for a prompt."""
+    return Sources(offline=True)
+
+
+def _asked(kind: str, length: int) -> int:
+    """The length that a RULER example is asked for: it may fill a little less, so what is too much is cut."""
+    return length + length // 16 + TASKS[kind].tokens_to_generate + KEPT_END
 
 
 def _tokenizer(kind: str, loaded: LoadedModel) -> PreTrainedTokenizerBase:
@@ -42,7 +64,7 @@ def _tokenizer(kind: str, loaded: LoadedModel) -> PreTrainedTokenizerBase:
 
 def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> Tensor:
     """Token ids ``[1, length]`` on the model's device; the same for the same (kind, length, seed, tokenizer)."""
-    check_prompt(kind, loaded)
+    check_prompt(kind, loaded, [length])
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         vocabulary = loaded.model.config.get_text_config().vocab_size
@@ -51,9 +73,8 @@ def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> T
     if kind == "kv":
         ids = tokenizer(key_value_text(_pairs_for(length, tokenizer), seed))["input_ids"]
     else:
-        # A RULER example may fill a little less than it is asked to, so ask for more and cut.
-        asked = length + length // 16 + TASKS[kind].tokens_to_generate + KEPT_END
-        example = next(iter(examples(kind, asked, [0], tokenizer=tokenizer, seed=seed, sources=Sources(offline=True))))
+        asked = _asked(kind, length)
+        example = next(iter(examples(kind, asked, [0], tokenizer=tokenizer, seed=seed, sources=offline_sources())))
         ids = tokenizer(example.prompt)["input_ids"]
     return torch.tensor([_cut_to(ids, length)], device=loaded.device)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import TASKS, Sources, examples, load_wording, minimum_length
+from ruler_tasks import TASKS, examples, load_wording, minimum_length
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
-from tmbench.prompts import key_value, key_value_text, prompt_kinds
+from tmbench.prompts import key_value, key_value_text, offline_sources, prompt_kinds
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,14 @@ def check_task(task: str, length: int, loaded: LoadedModel) -> None:
     if task == "kv":
         _key_value_ids(length, tokenizer, "0/0")
     else:
-        least = minimum_length(task, tokenizer, sources=_sources())
+        least = minimum_length(task, tokenizer, sources=offline_sources())
         if length < least:
             raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+
+
+def longest_prompt(task: str, length: int) -> int:
+    """How many tokens of ``length`` a prompt of the task has at most, less its answer or the room for it."""
+    return length - (TASKS[task].tokens_to_generate if task in TASKS else 1)
 
 
 def wording_hash(task: str) -> str:
@@ -72,7 +77,7 @@ def questions(task: str, length: int, count: int, loaded: LoadedModel, seed: int
             prompt, answer = _key_value_ids(length, tokenizer, f"{seed}/{index}")
             yield Question(task, index, prompt, answer, "uuids")
         return
-    for example in examples(task, length, range(count), tokenizer=tokenizer, seed=seed, sources=_sources()):
+    for example in examples(task, length, range(count), tokenizer=tokenizer, seed=seed, sources=offline_sources()):
         wanted = example.outputs if TASKS[task].metric == "all" else example.outputs[:1]
         prompt, answer = split(example.prompt, " " + " ".join(wanted), tokenizer)
         yield Question(task, example.index, prompt, answer, example.source)
@@ -95,11 +100,6 @@ def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not 0 < at < len(whole):
         raise ValueError(f"the answer {answer!r} has no token of its own behind its prompt")
     return tuple(whole[:at]), tuple(whole[at:])
-
-
-def _sources() -> Sources:
-    """Generated texts stand in for essays and questions: the probe asks what is there, and nothing is downloaded."""
-    return Sources(offline=True)
 
 
 def _key_value_ids(length: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

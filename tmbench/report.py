@@ -5,7 +5,6 @@ A speed-up never stands without a figure of what the method kept, or the words t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tmbench.choices import choices_of
 from tmbench.errors import UserError
 from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGroup, TtftGroup, grouped, length_name, record
 from tmbench.intervals import MARGIN, Difference
+from tmbench.json_text import json_text
 from tmbench.lengths import by_length
 from tmbench.results import AgreeRow, RulerRow, TtftRow, read_all
 from tmbench.samples import read_samples
@@ -92,11 +92,11 @@ class Report:
 
     def json(self) -> str:
         """The groups with their rows, what follows from them, and the notes; figures that are not finite are null."""
-        groups = []
-        for group in self.groups:
-            rows = [_finite(row) for row in group.rows]
-            groups.append({"setting": group.setting, **group.summary(), "notes": group.notes(), "rows": rows})
-        return json.dumps(groups, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        groups = [
+            {"setting": group.setting, **group.summary(), "notes": group.notes(), "rows": group.rows}
+            for group in self.groups
+        ]
+        return json_text(groups) + "\n"
 
 
 def build(root: Path, margin: float = MARGIN) -> Report:
@@ -151,7 +151,3 @@ def _markdown(table: pd.DataFrame) -> str:
     )
     sides = ["left" if name in words else "right" for name in cells.columns]
     return str(cells.to_markdown(index=False, disable_numparse=True, colalign=sides))
-
-
-def _finite(row: Record) -> Record:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -452,18 +452,21 @@ def readable(path: Path, remedy: str = "check the path and its permissions") -> 
 
 
 @contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into one sentence that names the option."""
+def writable(path: Path, option: str = "--output-dir") -> Iterator[None]:
+    """Turn a refusal of the file system into one sentence that names the option which the path comes from."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--output-dir: {path} cannot be written ({reason}); rows written before are kept") from error
+        raise UserError(f"{option}: {path} cannot be written ({reason}); what was measured before is kept") from error
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line of text to a file, whole or not at all; the line brings no line end of its own."""
-    with writable(path):
+def append_line(path: Path, line: str, option: str = "--output-dir") -> None:
+    """Append one line of text to a file, whole or not at all; the line brings no line end of its own.
+
+    Raises UserError, naming the option which the path comes from, where the file cannot be written.
+    """
+    with writable(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         _append_text(path, "", line + "\n")
 

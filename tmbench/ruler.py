@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import ruler_tasks
-from ruler_tasks import TASKS, Example, Frame, Sources, TaskLengthError, Wording
+from ruler_tasks import TASKS, DatasetError, Example, Frame, Sources, Wording
 from tmbench.attention import applied_plan
 from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
@@ -68,17 +68,21 @@ class RulerJob:
     save_samples: bool = False
 
     def check_lengths(self) -> None:
-        """Raise TaskLengthError before anything is measured if a length is too short for one of the tasks."""
-        for task in self.tasks if self.data is None else ():
-            least = ruler_tasks.minimum_length(task, self.tokenizer, self.wording, self.frame, sources=self.sources)
-            for length in self.lengths:
-                if length < least:
-                    raise TaskLengthError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+        """Raise UserError before anything is measured if a length is too short for a task, or ``data`` cannot be used."""
+        if self.data is None:
+            check_lengths(self.tasks, self.lengths, self.tokenizer, self.wording, self.sources, self.frame)
+            return
+        for length in self.lengths:
+            for task in self.tasks:
+                self.examples(task, length)
 
     def examples(self, task: str, length: int) -> list[Example]:
-        """The samples of a task, the same for every method."""
+        """The samples of a task, the same for every method; raises UserError for prepared ones that cannot be used."""
         if self.data is not None:
-            return ruler_tasks.read_dataset(self.data, task, length, limit=self.samples)
+            try:
+                return ruler_tasks.read_dataset(self.data, task, length, limit=self.samples)
+            except DatasetError as error:
+                raise UserError(f"--data: {error}") from error
         return list(
             ruler_tasks.examples(
                 task,
@@ -146,6 +150,22 @@ def run(job: RulerJob) -> Iterator[Step]:
             examples = job.examples(task, length)
             for plan in job.plans:
                 yield from _evaluate(job, plan, task, length, examples)
+
+
+def check_lengths(
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    wording: Wording,
+    sources: Sources,
+    frame: Frame,
+) -> None:
+    """Raise UserError if a length is too short for one of the tasks, prompt and answer together."""
+    for task in tasks:
+        least = ruler_tasks.minimum_length(task, tokenizer, wording, frame, sources=sources)
+        for length in lengths:
+            if length < least:
+                raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
 
 
 def predictions_path(root: Path, row: RulerRow) -> Path:

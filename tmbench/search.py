@@ -26,11 +26,13 @@ from tmbench.fast import Prefill
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
-from tmbench.results import append_line, read_lines
+from tmbench.results import append_line, read_lines, writable
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
 
+OPTION = "--output"
+"""What names the file that is written."""
 Advance = Callable[[str, float], None]
 """Told what is being done, and how many layers' worth of it are done since the last call."""
 
@@ -76,17 +78,15 @@ class SearchJob:
             raise UserError(
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
-        check_output(self.output, self.overwrite)
+        check_output(self.output, overwrite=self.overwrite)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise UserError for a file that is there already and is to stay, and for a folder that does not say."""
-    try:
-        there = output.exists()
-    except OSError as error:
-        raise UserError(f"--output: {output} cannot be read ({error.strerror or error})") from error
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise UserError for a file that is there already, unless it may be replaced, and for a path that cannot be one."""
+    with writable(path, OPTION):
+        there = path.exists()
     if there and not overwrite:
-        raise UserError(f"--output {output} is there already: name another file, or add --overwrite to search again")
+        raise UserError(f"--output {path} is there already: name another file, or add --overwrite to search again")
 
 
 def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[list[HeadPattern]]:
@@ -97,7 +97,8 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     """
     job.check()
     if job.overwrite:
-        _at_output(job, lambda: job.partial.unlink(missing_ok=True))
+        with writable(job.partial, OPTION):
+            job.partial.unlink(missing_ok=True)
     kept = _read_partial(job)
     advance(f"{len(kept)} layers measured before" if kept else "reading the prompt", float(len(kept)))
     if len(kept) < job.shape.layers:
@@ -105,7 +106,8 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     found = [[best_pattern(head) for head in kept[layer]] for layer in range(job.shape.layers)]
     if job.remap:
         found = [[published_remapping(head) for head in layer] for layer in found]
-    _at_output(job, lambda: _write(job, head_patterns_json(found)))
+    with writable(job.output, OPTION):
+        _write(job, head_patterns_json(found))
     return found
 
 
@@ -142,11 +144,7 @@ def _measure(job: SearchJob, kept: dict[int, list[list[float]]], advance: Advanc
 
 
 def _append(job: SearchJob, entry: dict[str, Any]) -> None:
-    try:
-        append_line(job.partial, json.dumps(entry))
-    except UserError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
-        raise UserError(f"--output: {job.partial} cannot be written ({reason})") from error
+    append_line(job.partial, json.dumps(entry), OPTION)
 
 
 def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
@@ -186,10 +184,3 @@ def _write(job: SearchJob, text: str) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     job.partial.unlink(missing_ok=True)
-
-
-def _at_output(job: SearchJob, act: Callable[[], None]) -> None:
-    try:
-        act()
-    except OSError as error:
-        raise UserError(f"--output: {job.output} cannot be written ({error.strerror or error})") from error

@@ -99,6 +99,8 @@ def test_a_corrupt_line_is_named(tmp_path: Path, line: str, message: str) -> Non
 def test_missing_empty_and_mismatched_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"holds no validation.jsonl for task vt at length 4096"):
         read_dataset(tmp_path, "vt", 4096)
+    with pytest.raises(DatasetError, match="cannot be read: File name too long"):
+        read_dataset(tmp_path / ("x" * 300), "vt", 4096)
     with pytest.raises(UnknownTaskError, match="choose from"):
         read_dataset(tmp_path, "tv")
     put(tmp_path / "vt/validation.jsonl", "")

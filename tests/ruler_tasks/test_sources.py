@@ -158,6 +158,8 @@ def test_a_file_that_may_not_be_read_is_refused_and_not_replaced(data_dir: Path,
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         Sources(tmp_path / "none")
+    with pytest.raises(SourceError, match="cannot be read: File name too long"):
+        Sources(tmp_path / ("x" * 300))
 
 
 def test_a_failed_download_is_quick_noted_and_tried_once(

@@ -167,6 +167,9 @@ def test_a_broken_file_is_refused_in_one_sentence(tmp_path: Path, old: str, new:
 def test_missing_and_foreign_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WordingError, match="cannot be read"):
         load_wording(tmp_path / "none.toml")
+    for place in ("", "reference:"):
+        with pytest.raises(WordingError, match="cannot be read: File name too long"):
+            load_wording(place + "x" * 300)
     with pytest.raises(WordingError, match="neither a RULER checkout nor an lm-eval"):
         load_wording(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import made_rows
 from tmbench import cli, presets
+from tmbench.cli.screen import print_rows
 from tmbench.results import ProbeRow, RulerRow, TtftRow, read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
@@ -93,11 +95,32 @@ def test_ttft_to_report(tmbench, tmp_path):
     assert code == 0
     assert "tri_mix" in Path("report.md").read_text()
     assert list(Path("plots").glob("*.png"))
+    for option in ("--output", "--plots"):
+        code, _, err = tmbench("report", option, "/dev/null/r")
+        assert code == 2
+        assert f"{option}: /dev/null/r cannot be written" in err
     code, out, _ = tmbench("report", "--format", "json")
     assert code == 0
     assert json.loads(out)
     code, out, _ = tmbench("report", "--format", "csv")
     assert len(list(csv.reader(out.splitlines()))) > 2
+
+
+def test_paths_are_shown_as_they_are(tmbench):
+    layers = [{"0": ["vertical_and_slash", 100, 800, 1.0]}]
+    Path("a[b]:x:.json").write_text(json.dumps(layers))
+    code, out, err = tmbench("patterns", "show", "a[b]:x:.json", "--plot", "br[/x]/[b].png")
+    assert code == 0, err
+    assert "a[b]:x:.json" in out
+    assert "drew br[/x]/[b].png" in err
+
+
+def test_json_has_no_number_that_is_not_finite(capsys):
+    more = {"method": "streaming", "length": 256, "prompt": "kv", "repeats": 1, "warmup": 1, "interleaved": "streaming"}
+    print_rows([TtftRow(**made_rows.COMMON, **more, logit_error=float("nan"), coverage=0.5)])
+    out, _ = capsys.readouterr()
+    assert "NaN" not in out
+    assert [(row["logit_error"], row["coverage"]) for row in json.loads(out)] == [(None, 0.5)]
 
 
 def test_compilation_is_a_choice(tmbench, monkeypatch):
@@ -116,17 +139,29 @@ def test_compilation_is_a_choice(tmbench, monkeypatch):
 
 
 def test_ruler_and_its_data(tmbench):
-    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2", "--offline")
-    code, _, _ = tmbench("ruler-data", "--output", "data", *common)
+    common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2")
+    code, _, _ = tmbench("ruler-data", "--output", "data", *common, "--offline")
     assert code == 0
     lines = Path("data/1024/data/niah_single_1/validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1]
 
-    generated = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--save-samples")
+    generated = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--save-samples", "--offline")
     prepared = tmbench("ruler", *common, "--method", "dense", "--device", "cpu", "--data", "data")
     assert generated[0] == prepared[0] == 0
     scores = {row.wording: row.score for row in read_all(Path("results"), RulerRow)}
     assert scores["tmbench-1"] == scores["prepared"]
+
+    code, _, err = tmbench("ruler", *common, "--task", "vt", "--device", "cpu", "--data", "data", "--output-dir", "other")
+    assert code == 2
+    assert "--data: The data folder data holds no validation.jsonl for task vt at length 1024" in err
+    assert not Path("other").exists(), "no task is measured before all can be read"
+
+
+def test_data_for_a_task_that_does_not_fit_is_not_begun(tmbench):
+    code, _, err = tmbench("ruler-data", "--output", "data", "--length", "600", "--task", "vt", "--task", "cwe", "--offline")
+    assert code == 2
+    assert "--length 600 is too short for cwe, which needs" in err
+    assert not Path("data").exists()
 
 
 SEARCH = ("patterns", "search", "--length", "2600", "--device", "cpu", "--output", "found.json")
@@ -144,6 +179,9 @@ def test_patterns_are_searched_shown_and_used(tmbench):
         range(8)
     )
     assert Path("plots/found.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = tmbench("patterns", "show", "found.json", "--plot", "/dev/null/found.png")
+    assert code == 2
+    assert "--plot: /dev/null/found.png cannot be written" in err
     assert tmbench(*FAST_TTFT, "--method", "minference", "--patterns", "found.json")[0] == 0
     code, _, err = tmbench(*SEARCH)
     assert code == 2
@@ -283,6 +321,9 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     sweep = ("sweep", "--device", "cpu", "--offline", "--length", "1K", "--task", "vt", "--dry-run")
     code, out, err = tmbench(*sweep, "--layers", "auto", "--layers", "random:5")
     assert code == 0, err
+    code, _, err = tmbench(*SHORT_PROBE, "--plot", "/dev/null/p.png")
+    assert code == 2
+    assert "--plot: /dev/null/p.png cannot be written" in err
     code, out, _ = tmbench("report", "--plots", "plots")
     assert list(Path("plots").glob("probe-*-tiny-vt-700-*.png"))
     assert "probe of vt at 700, depth, time budget 0.9, logits" in out
@@ -336,13 +377,24 @@ def test_list_and_env(tmbench):
     ("arguments", "words"),
     [
         (("ttft", "--method", "trimix"), "--method trimix is unknown: choose from dense, tri_mix"),
+        (("ttft", "--method", "[/b]"), "--method [/b] is unknown: choose from dense, tri_mix"),
+        (("probe", "--task", "[vt]"), "--task [vt] is unknown"),
+        (("ttft", "--layers", "[/x]"), "--layers [/x] is neither a list of layers"),
+        (("ttft", "--length", "[/x]"), "'[/x]' is no number of tokens"),
         (("ttft", "--length", "32X"), "32768 or 32K"),
+        *((("ttft", "--length", text), f"'{text}' is no number of tokens") for text in ("inf", "nan", "1e400", "infK")),
+        (("ttft", "--seed", str(2**63), "--prompt", "random"), "--seed"),
         (("ttft", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
         (("ttft", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("ttft", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
+        (("agree", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
         (("ttft", "--model", "no/such-folder/anywhere"), "--model no/such-folder/anywhere cannot be loaded"),
         (("ttft", "--dtype", "float8"), "float32"),
         (("ttft", "--device", "nonsense"), "--device nonsense cannot be used here"),
+        (("ttft", "--device", "meta"), "--device meta has no backend of attention: choose from"),
+        (("env", "--device", "mps"), "--device mps has no backend of attention: choose from"),
         (("ttft", "--repeats", "0"), "--repeats"),
+        (("ttft", "--dry-run", "--json"), "--dry-run prints a table of what would be measured, and --json rows: leave one"),
         (("ttft", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
         (("ttft", "--layers", "9"), "--starting-layer must be between 0 and 8"),
         (("ttft", "--layers", "2,9"), "--layers 2,9: 9 is not within the layers 0 to 7 of this model"),
@@ -361,6 +413,7 @@ def test_list_and_env(tmbench):
         (("ruler", "--layers", "auto", "--offline"), "--layers auto finds no probe of tiny"),
         (("probe", "--task", "niah"), "--task niah is unknown: choose from kv, random, niah_single_1"),
         (("probe", "--length", "600"), "--length 600 leaves no pair between the first 8 keys, the window of 512"),
+        (("probe", "--length", "670"), "--length 670 leaves no pair between the first 8 keys, the window of 512"),
         (("probe", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
         (("probe", "--accuracy-budget", "2"), "--accuracy-budget is a share, from 0 to 1, not 2"),
         (("probe", "--accuracy-budget", "0.1", "--time-budget", "0.5"), "exclude each other: give one of them"),
@@ -369,6 +422,8 @@ def test_list_and_env(tmbench):
         (("probe", "--layers", "4"), "--layers needs --loss"),
         (("probe", "--loss", "--plot", "a.png"), "--plot has no meaning with --loss: leave it out"),
         (("probe", "--loss", "--rule", "depth"), "--rule has no meaning with --loss: leave it out"),
+        (("probe", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file: let it end in .png"),
+        (("patterns", "show", "none.json", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file"),
         (("probe", "--dtype", "float16", "--device", "cpu"), "--dtype float16 cannot hold gradients as small as these"),
         (("probe", "--model", "llama-3.1-8b"), "is a preset, a config without weights: add --weights random"),
         (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
@@ -402,15 +457,25 @@ def test_list_and_env(tmbench):
         (("ruler", "--task", "cwe", "--length", "300", "--offline"), "--length 300 is too short for cwe"),
         (("ruler", "--length", "131072"), "--length 131072 is more than the 16384 positions of tiny"),
         (("ruler", "--data", "none"), "--data needs --length"),
-        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "none"),
-        (("ruler", "--data-dir", "none"), "none"),
-        (("ruler", "--wording", "none.toml"), "none.toml"),
+        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "--data: The data folder none holds no"),
+        *(
+            (("ruler", "--data", "none", "--length", "2K", *option), f"{option[0]} does not go with --data")
+            for option in (("--wording", "reference"), ("--data-dir", "d"), ("--offline",), ("--apply-chat-template",))
+        ),
+        (("ruler", "--data-dir", "none"), "--data-dir: The data folder none does not exist"),
+        (("ruler", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
+        (("sweep", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
+        (
+            ("ruler-data", "--output", "/dev/null/d", "--task", "vt", "--length", "1K", "--samples", "1"),
+            "--output: The data set /dev/null/d/1024/data/vt/validation.jsonl cannot be written",
+        ),
         (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
         (("patterns", "search"), "--output"),
         (("patterns", "search", "--output", "a.json", "--length", "2K"), "--length 2048 leaves nothing to search"),
         (("patterns", "search", "--output", "a.json", "--length", "32K"), "--length 32768 is more than the 16384 positions"),
         (("patterns", "search", "--output", "a.json", "--prompt", "poem"), "--prompt poem is unknown: choose from kv"),
         (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
+        (("patterns", "search", "--output", "x" * 300), "cannot be written (File name too long)"),
         (("patterns", "show", "none.json"), "FILE: "),
         (("patterns", "show"), "FILE"),
         (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),

@@ -54,6 +54,17 @@ def test_what_is_no_list_is_refused(text, words):
         parse_layers(text, 8)
 
 
+def test_a_list_is_no_file_however_long_it_is(tmp_path, monkeypatch):
+    every_other = tuple(range(0, 252, 2))
+    assert len(layers_text(every_other)) > 255, "no name of a file is as long"
+    assert resolve(layers_text(every_other), "a/model", 252, tmp_path) == (every_other, "given")
+    with pytest.raises(UserError, match="x is neither a list"):
+        resolve(layers_text(every_other) + ",x", "a/model", 252, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "5,7").write_text("")
+    assert resolve("5,7", "a/model", 8, tmp_path) == ((5, 7), "given")
+
+
 @pytest.mark.parametrize("rule", ["rank", "depth"])
 def test_the_default_budget_gives_the_published_cut_for_the_published_gradients(rule):
     found = propose(PUBLISHED, 0.1, Budget(ACCURACY_BUDGET), rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,7 +278,8 @@ def test_out_of_memory_is_a_row(job, tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"lengths": [14]}, "--length 14 leaves no pair between the first 3 keys, the window of 7 and the last 5 queries"),
-        ({"budget": Budget(time=0.01)}, "--time-budget 0.01 is less than the 0.604 that triangle attention in all 4 layers"),
+        ({"lengths": [16]}, "--length 16 leaves no pair .*, as a prompt has 15 tokens of it: give a longer one"),
+        ({"budget": Budget(time=0.01)}, "--time-budget 0.01 is less than the 0.615 that triangle attention in all 4 layers"),
         ({"tasks": ["kv"]}, "small has no tokenizer, which --task kv needs: use --task random"),
         ({"tasks": ["poem"]}, "--task poem is unknown: choose from kv, random, niah"),
         ({"lengths": [1]}, "--length 1 is too short for random"),
@@ -286,6 +288,20 @@ def test_out_of_memory_is_a_row(job, tmp_path, monkeypatch):
 def test_what_cannot_be_probed_is_refused_before_anything_is_measured(changes, words, job, tmp_path):
     with pytest.raises(UserError, match=words):
         list(run(job(**changes)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_do_not_fill_their_length_are_refused_before_they_are_differentiated(job, tmp_path, monkeypatch):
+    """A task's prompts may take less of a length than they might: whether they have a middle shows when they are made."""
+    monkeypatch.setattr(probe, "_sample", lambda job, question: pytest.fail("this one was measured"))
+    asked = list(questions("random", 40, 2, job().loaded, 42))
+    short = replace(asked[1], prompt=asked[1].prompt[:14])
+    monkeypatch.setattr(probe, "questions", lambda *about: iter([asked[0], short]))
+    with pytest.raises(UserError, match="--length 40 leaves no pair .* as a prompt has 14 tokens of it"):
+        list(run(job()))
+    short = replace(asked[1], prompt=asked[1].prompt[:20])
+    with pytest.raises(UserError, match=r"--time-budget 0\.62 is less than the 0\.[78]"):
+        list(run(job(budget=Budget(time=0.62))))
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import pytest
 from tmbench import models
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
-from tmbench.prompts import key_value_text, prompt_ids, prompt_kinds
+from tmbench.prompts import check_prompt, key_value_text, prompt_ids, prompt_kinds
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,18 @@ def test_a_kind_that_there_is_none_of_is_refused(tiny):
     with pytest.raises(UserError, match="--prompt poem is unknown: choose from kv, random, niah_single_1"):
         prompt_ids("poem", 100, tiny)
     assert prompt_kinds()[:2] == ("kv", "random")
+
+
+def test_a_length_too_short_for_a_kind_names_the_least(tiny):
+    check_prompt("kv", tiny, [1])
+    for kind in ("cwe", "qa_1", "vt"):
+        check_prompt(kind, tiny, [700])
+    with pytest.raises(UserError, match="--length 64 is too short for --prompt cwe, which needs") as refused:
+        check_prompt("cwe", tiny, [700, 64])
+    least = int(re.search(r"needs (\d+) tokens", str(refused.value))[1])
+    assert prompt_ids("cwe", least, tiny).shape == (1, least)
+    with pytest.raises(UserError, match=f"--length {least - 1} is too short"):
+        prompt_ids("cwe", least - 1, tiny)
 
 
 def test_only_random_prompts_do_without_a_tokenizer(tiny):

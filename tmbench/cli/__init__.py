@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import typer
+from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench.cli import agree, info, patterns, probe, report, ruler, sweep, ttft
@@ -36,7 +37,7 @@ def main() -> None:
     try:
         app()
     except (UserError, RulerError) as error:
-        error_console().print(f"[bold red]Error:[/] {error}", soft_wrap=True, highlight=False)
+        error_console().print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import print_rows
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -66,8 +65,8 @@ def agree(
 
     check_kind(prompt)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
-    check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    check_prompt(prompt, loaded, lengths)
     plans = sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense")
     here = environment.current(loaded.device)
     job = AgreeJob(loaded, plans, lengths, here, output_dir, prompt, samples, new_tokens, seed, overwrite)
@@ -75,7 +74,7 @@ def agree(
     environment.write_record(output_dir, here)
     rows = _measure(job)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        print_rows(rows)
     else:
         _show(rows)
     if any(row.status != "ok" for row in rows):

@@ -62,19 +62,19 @@ def list_() -> None:
 
 def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
     """Device, driver, versions, and what computes attention here: paste it into a bug report."""
-    import json
     from dataclasses import asdict
 
     import typer
 
     from tmbench import environment, models
     from tmbench.cli.screen import console, table
+    from tmbench.json_text import json_text
 
     place = models.check_device(device or models.default_device())
     here = environment.current(place)
     backends = environment.attention_backends(place)
     if as_json:
-        typer.echo(json.dumps({**asdict(here), "backends": backends}, indent=2))
+        typer.echo(json_text({**asdict(here), "backends": backends}))
         return
     shown = table("Environment", "what", "here")
     for name, value in asdict(here).items():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ruler_tasks.errors import RulerError
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, Plan, Settings, get_method, parse_method
 from tmbench.presets import preset_names
@@ -29,7 +32,7 @@ def parse_length(text: str) -> int:
         length = float(number) * unit
     except ValueError:
         length = 0
-    if length < 1 or length != int(length):
+    if not math.isfinite(length) or length < 1 or length != int(length):
         raise typer.BadParameter(f"{text!r} is no number of tokens: give for instance 32768 or 32K")
     return int(length)
 
@@ -58,7 +61,7 @@ LengthOption = Annotated[
         rich_help_panel=MEASURED, show_default="what fits the model",
     ),
 ]  # fmt: skip
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the prompts.", rich_help_panel=MEASURED)]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the prompts.", rich_help_panel=MEASURED)]
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -129,6 +132,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the rows as JSON
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be measured, and stop.", rich_help_panel=OUTPUT)
 ]
+
+
+@contextmanager
+def naming(option: str, kind: type[RulerError]) -> Iterator[None]:
+    """Have such an error of ``ruler_tasks``, which knows no command line, name the option that it is about."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise UserError for a ``--plot`` that is no PNG file's name."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise UserError(f"--plot {path} must be the name of a PNG file: let it end in .png")
 
 
 def deep_layers(given: list[str] | None) -> dict[str, Any]:

@@ -81,14 +81,14 @@ def search(
     if prompt is not None:
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
-    check_output(output, overwrite)
+    check_output(output, overwrite=overwrite)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     attention_modules(loaded.model)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
-    check_prompt(prompt, loaded)
     wanted = TINY_LENGTH if model == "tiny" else LENGTH
     tokens = length or min(wanted, loaded.max_length or wanted)
     loaded.check_length(tokens)
+    check_prompt(prompt, loaded, [tokens])
     job = SearchJob(loaded, output, tokens, prompt, seed, remap, overwrite)
     job.check()
     with progress_bar() as bar:
@@ -108,6 +108,7 @@ def show(
     from tmbench.cli.screen import say
     from tmbench_kernels import read_head_patterns
 
+    o.check_plot(plot)
     try:
         layers = read_head_patterns(file)
     except (OSError, ValueError) as error:
@@ -115,14 +116,11 @@ def show(
     if not any(layers):
         raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
     if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise UserError(f"--plot {plot} must be the name of a PNG file: let it end in .png")
         from tmbench.pattern_plot import draw
+        from tmbench.results import writable
 
-        try:
+        with writable(plot, "--plot"):
             draw(layers, plot)
-        except OSError as error:
-            raise UserError(f"--plot: {plot} cannot be written ({error.strerror or error})") from error
     _show(layers, file.name)
     if plot is not None:
         say(f"drew {plot}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import print_rows
 from tmbench.errors import UserError
 from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods import DEFAULT_METHODS, Settings
@@ -111,6 +110,7 @@ def probe(
         _refuse(proposal, "has no meaning with --loss")
     else:
         _refuse({"method": method, "layers": layers, "patterns": patterns}, "needs --loss, as a probe is of dense attention")
+    o.check_plot(plot)
     methods = list(method or DEFAULT_METHODS)
     given = {"n_init": n_init, "n_local": n_local, "last_n": last_n}
     window: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -149,7 +149,7 @@ def probe(
         environment.write_record(output_dir, here)
         rows = _gradients(job, plot, quiet=as_json)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        print_rows(rows)
     if any(row.status != "ok" for row in rows):
         raise typer.Exit(1)
 
@@ -190,7 +190,7 @@ def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRo
             from tmbench.probe_plot import draw
 
             path = plot if len(job.lengths) == 1 else plot.with_stem(f"{plot.stem}-{length}")
-            with writable(path):
+            with writable(path, "--plot"):
                 draw(here, job.derivative, path)
             say(f"drew {path}")
     return rows

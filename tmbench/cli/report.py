@@ -38,11 +38,11 @@ def report(
         from tmbench.plots import draw
         from tmbench.probe_plot import draw_all
 
-        with writable(plots):
+        with writable(plots, "--plots"):
             for path in (*draw(built, plots), *draw_all(results, plots)):
                 say(f"drew {path}")
     if output is not None:
-        with writable(output):
+        with writable(output, "--output"):
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(text, encoding="utf-8")
         say(f"wrote {output}")

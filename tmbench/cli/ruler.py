@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
+from tmbench.cli.screen import print_rows
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-    from ruler_tasks import Example, Sources
+    from ruler_tasks import Example, Sources, Wording
     from tmbench.results import RulerRow
     from tmbench.ruler import RulerJob
 
@@ -37,8 +37,12 @@ DataDirOption = Annotated[
     typer.Option(help="Essays, SQuAD and HotpotQA in their published files.", rich_help_panel=o.PROMPTS),
 ]
 WordingOption = Annotated[
-    str,
-    typer.Option(help="tmbench, reference (an installed lm-eval), a RULER checkout, or a file.", rich_help_panel=o.PROMPTS),
+    str | None,
+    typer.Option(
+        help="tmbench, reference (an installed lm-eval), a RULER checkout, or a file.",
+        rich_help_panel=o.PROMPTS,
+        show_default="tmbench",
+    ),
 ]
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Download nothing: generated texts stand in.", rich_help_panel=o.PROMPTS)
@@ -69,7 +73,7 @@ def ruler(
         Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)
     ] = None,
     data_dir: DataDirOption = None,
-    wording: WordingOption = "tmbench",
+    wording: WordingOption = None,
     apply_chat_template: ChatOption = False,
     offline: OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
@@ -96,17 +100,18 @@ def ruler(
     tasks = tasks_for(task)
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
-    if data is not None and apply_chat_template:
-        raise UserError(
-            "--apply-chat-template does not go with --data: prepared samples carry the template they were made for"
-        )
+    if data is not None:
+        making = {"wording": wording, "data-dir": data_dir, "offline": offline, "apply-chat-template": apply_chat_template}
+        for name, value in making.items():
+            if value not in (None, False):
+                raise UserError(f"--{name} does not go with --data, whose samples are asked as they are: leave it out")
 
-    from ruler_tasks import Frame, load_wording
+    from ruler_tasks import Frame
     from tmbench import environment, models
     from tmbench.ruler import RulerJob, chat_frame
 
     models.check_has_tokenizer(model, "RULER")
-    texts = load_wording(wording)
+    texts = wording_for(wording)
     sources = sources_for(tasks if data is None else [], data_dir, offline)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
@@ -134,7 +139,7 @@ def ruler(
     environment.write_record(output_dir, here)
     rows = _evaluate(job)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        print_rows(rows)
     else:
         _show(rows)
     if any(row.status != "ok" for row in rows):
@@ -149,7 +154,7 @@ def ruler_data(
     seed: o.SeedOption = 42,
     model: Annotated[str, typer.Option(help="Whose tokenizer counts: tiny, a Hugging Face id or a folder.")] = "tiny",
     data_dir: DataDirOption = None,
-    wording: WordingOption = "tmbench",
+    wording: WordingOption = None,
     apply_chat_template: ChatOption = False,
     offline: OfflineOption = False,
 ) -> None:
@@ -157,17 +162,17 @@ def ruler_data(
     tasks = tasks_for(task)
 
     import ruler_tasks
-    from ruler_tasks import Frame, load_wording
+    from ruler_tasks import Frame
     from tmbench import models
     from tmbench.cli.screen import console, progress_bar
-    from tmbench.results import writable
-    from tmbench.ruler import chat_frame
+    from tmbench.ruler import chat_frame, check_lengths
 
-    texts = load_wording(wording)
+    texts = wording_for(wording)
     sources = sources_for(tasks, data_dir, offline)
     tokenizer = models.load_tokenizer(model)
     frame = chat_frame(tokenizer) if apply_chat_template else Frame()
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
+    check_lengths(tasks, lengths, tokenizer, texts, sources, frame)
     with progress_bar() as bar:
         shown = bar.add_task("RULER data", total=sum(lengths) * len(tasks) * samples)
         for tokens in lengths:
@@ -183,7 +188,7 @@ def ruler_data(
                     sources=sources,
                     frame=frame,
                 )
-                with writable(output):
+                with o.naming("--output", DatasetError):
                     ruler_tasks.write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
         bar.update(shown, description="RULER data written")
     console().print(f"{len(lengths) * len(tasks)} files under {output}", highlight=False)
@@ -199,6 +204,14 @@ def tasks_for(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names or TASKS))
 
 
+def wording_for(text: str | None) -> Wording:
+    """The wording of ``--wording``; raises UserError for one that cannot be found or used."""
+    from ruler_tasks import load_wording
+
+    with o.naming("--wording", WordingError):
+        return load_wording(text)
+
+
 def sources_for(tasks: list[str], data_dir: Path | None, offline: bool) -> Sources:
     """Load what the tasks read before anything is measured, and say what stands in for what could not be had."""
     import logging
@@ -208,9 +221,10 @@ def sources_for(tasks: list[str], data_dir: Path | None, offline: bool) -> Sourc
 
     # The notes are printed here; without a handler of its own the package would print them once more.
     logging.getLogger("ruler_tasks").addHandler(logging.NullHandler())
-    sources = Sources(data_dir, offline=offline)
-    for kind in dict.fromkeys(need for task in tasks for need in TASKS[task].needs):
-        getattr(sources, kind)()
+    with o.naming("--data-dir", SourceError):
+        sources = Sources(data_dir, offline=offline)
+        for kind in dict.fromkeys(need for task in tasks for need in TASKS[task].needs):
+            getattr(sources, kind)()
     for note in sources.notes:
         say(note)
     return sources

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tmbench.json_text import json_text
+
+if TYPE_CHECKING:
+    from tmbench.results import Row
+
 
 def console() -> Console:
     """Where results go."""
-    return Console()
+    return _console(stderr=False)
 
 
 def error_console() -> Console:
     """Where everything else goes, so that results can be piped."""
-    return Console(stderr=True)
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    # Paths, names and labels are shown as they are: nothing in them is markup or the name of an emoji.
+    return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -29,7 +44,7 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 def progress_bar() -> Progress:
     """A bar with the elapsed time and an estimate of the time left, on standard error."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -39,6 +54,11 @@ def progress_bar() -> Progress:
         # Passes differ in length by orders of magnitude: the estimate must not forget the long ones.
         speed_estimate_period=3600,
     )
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The rows as JSON on standard output: what ``--json`` asks for."""
+    typer.echo(json_text([asdict(row) for row in rows]))
 
 
 def say(text: str) -> None:

@@ -65,7 +65,7 @@ def sweep(
     dtype: o.DtypeOption = None,
     compiled: o.CompileOption = None,
     data_dir: r.DataDirOption = None,
-    wording: r.WordingOption = "tmbench",
+    wording: r.WordingOption = None,
     apply_chat_template: r.ChatOption = False,
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
@@ -76,7 +76,7 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
-    from ruler_tasks import Frame, load_wording
+    from ruler_tasks import Frame
     from tmbench import environment, fast, models
     from tmbench.cli.screen import say
     from tmbench.ruler import RulerJob, chat_frame
@@ -88,7 +88,7 @@ def sweep(
     settings = variants(where, n_init or (), n_local or (), last_n or (), own)
     tasks = r.tasks_for(task)
     models.check_has_tokenizer(model, "RULER")
-    texts = load_wording(wording)
+    texts = r.wording_for(wording)
     sources = r.sources_for(tasks, data_dir, offline)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)

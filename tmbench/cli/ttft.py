@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import print_rows
+from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def ttft(
 
     Each length is warmed up, then all methods are measured in turns. Rows that are there already are not measured again.
     """
+    if dry_run and as_json:
+        raise UserError("--dry-run prints a table of what would be measured, and --json rows: leave one of them out")
     methods = list(method or DEFAULT_METHODS)
     settings = o.settings_for(
         methods,
@@ -74,8 +76,8 @@ def ttft(
         check_kind(prompt)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
-    check_prompt(prompt, loaded)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    check_prompt(prompt, loaded, lengths)
     here = environment.current(loaded.device)
     plans = o.plans_for(settings, loaded, lengths, output_dir)
     prefill = fast.kind_for(loaded.model, compiled=fast.compiles(loaded.device, compiled))
@@ -87,7 +89,7 @@ def ttft(
     _measure(job)
     rows = _rows(job)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        print_rows(rows)
     else:
         _show(rows)
     if any(row.status != "ok" for row in rows):
