@@ -84,8 +84,11 @@ class SearchJob:
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise UserError for a file that is there already, unless it may be replaced, and for a path that cannot be one."""
     with writable(path, OPTION):
-        there = path.exists()
-    if there and not overwrite:
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return
+    if not overwrite:
         raise UserError(f"--output {path} is there already: name another file, or add --overwrite to search again")
 
 

@@ -151,8 +151,8 @@ def test_an_output_that_may_not_be_looked_at_is_one_sentence(job, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(job().output), "exists", refuse)
-    with pytest.raises(UserError, match=r"--output: .*found.json cannot be read .Permission denied."):
+    monkeypatch.setattr(type(job().output), "stat", refuse)
+    with pytest.raises(UserError, match=r"--output: .*found.json cannot be written .Permission denied."):
         job().check()
 
 
