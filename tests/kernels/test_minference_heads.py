@@ -121,6 +121,21 @@ def test_one_launch_leaves_blocks_out_of_long_prompts(check_one_launch):
     assert not mask[0, 0, 7999].all()
 
 
+@pytest.mark.gpu
+def test_the_last_row_is_that_of_one_launch_and_waits_for_nothing(make_structured_qkv):
+    pattern = MInferenceHeads((HeadPattern("block_sparse"), HeadPattern("stream_llm", 8, 64), HeadPattern(), HeadPattern()))
+    q, k, v = (x.cuda() for x in make_structured_qkv(3001, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16))
+    torch.use_deterministic_algorithms(False)  # running sums have no other implementation there
+    whole = pattern.attend(q, k, v)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row = pattern.last_row(q, k, v)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(True)
+    torch.testing.assert_close(row, whole[:, :, -1:])
+
+
 def test_heads_of_one_kind_need_no_division():
     heads = [HeadPattern("vertical_and_slash", 30, 100), HeadPattern("vertical_and_slash", 40, 200)]
     assert layer_pattern(heads) == VerticalSlash(((30, 100), (40, 200)))
