@@ -88,3 +88,30 @@ def test_what_patterns_select(attend_lists, make_structured_qkv, measure_errors,
     out = attend_lists(q, k, v, lists, q.shape[-1] ** -0.5)
     _, error, plain_error = measure_errors(out, q, k, v, lists.mask(), None)
     assert error <= 2 * plain_error
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_again_for_another_prompt_or_other_lists(attend_lists, make_qkv, monkeypatch):
+    from tmbench_kernels import hopper, triton_blocks
+
+    def run(length, share):
+        q, k, v = (x.cuda() for x in make_qkv(length, heads=4, kv_heads=2, dim=64, dtype=torch.float16))
+        blocks = -(-length // 128)
+        chosen = torch.rand(1, 4, blocks, blocks, device="cuda") < share
+        return attend_lists(q, k, v, BlockLists.from_map(chosen, length, 128), 0.125)
+
+    def compiled():
+        return sum(
+            len(cache[0]) for cache in triton_blocks._walk.device_caches.values()
+        ), hopper.load_kernel.cache_info().misses
+
+    def refuse(*given, **options):
+        raise AssertionError("compiled again")
+
+    run(5000, 0.3)
+    before = compiled()
+    if "flash_attn" in attend_lists.__module__:
+        monkeypatch.setattr("cutlass.cute.compile", refuse)
+    for length, share in ((5001, 0.3), (8192, 0.05), (16384, 1.0)):
+        run(length, share)
+    assert compiled() == before
