@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_lists import BLOCK, BlockLists, token_mask
 from tmbench_kernels.block_sparse_torch import attend_lists
-from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton
+from tmbench_kernels.cuda import hopper_backend, imported, triton_backend
 from tmbench_kernels.dense_cuda import FLASH_4, missing_module, refuses
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 
@@ -32,12 +31,6 @@ def over_lists(attend: AttendLists) -> Callable[[Any, Tensor, Tensor, Tensor, fl
         return attend(q, k, v, pattern.select(q, k, scale=scale), scale)
 
     return select_and_attend
-
-
-def _attend_by(module: str, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
-    # Imported when it is first used: all of them take Triton, and one takes FlashAttention 4 too.
-    out: Tensor = import_module(f"tmbench_kernels.{module}").attend_lists(q, k, v, lists, scale)
-    return out
 
 
 def _flash_limits(major: int, dim: int) -> str:
@@ -56,24 +49,12 @@ class BlockSparse(Pattern):
         Backend(
             "flash-attn-4",
             ("cuda",),
-            over_lists(partial(_attend_by, "flash_attn_blocks")),
+            over_lists(imported("flash_attn_blocks", "attend_lists")),
             missing=partial(missing_module, *FLASH_4),
             refuses=partial(refuses, _flash_limits),
         ),
-        Backend(
-            "cuda-hopper",
-            ("cuda",),
-            over_lists(partial(_attend_by, "hopper_lists")),
-            missing=missing_hopper,
-            refuses=refuses_hopper,
-        ),
-        Backend(
-            "triton",
-            ("cuda",),
-            over_lists(partial(_attend_by, "triton_blocks")),
-            missing=missing_triton,
-            refuses=refuses_triton,
-        ),
+        hopper_backend(over_lists(imported("hopper_lists", "attend_lists"))),
+        triton_backend(over_lists(imported("triton_blocks", "attend_lists"))),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
     )
 

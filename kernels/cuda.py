@@ -1,12 +1,16 @@
-"""What the backends for CUDA say of a GPU and of libraries, in the same words."""
+"""The backends of our own kernels for CUDA, and what all backends there say of a GPU and of libraries, in the same words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tmbench_kernels.pattern import Backend
 
 TRITON_CAPABILITIES = (8, 9, 10, 11, 12)
 """The major compute capabilities that the kernels in Triton take."""
@@ -93,3 +97,23 @@ def refuses_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     if v.shape[-1] % 8:
         return f"writes outputs of a head size that is a multiple of 8, not {v.shape[-1]}"
     return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
+
+
+def imported(module: str, name: str) -> Callable[..., Tensor]:
+    """A function of a module of this package, which is imported when it is first called: it takes Triton or more."""
+
+    def call(*given: Any) -> Tensor:
+        out: Tensor = getattr(import_module(f"tmbench_kernels.{module}"), name)(*given)
+        return out
+
+    return call
+
+
+def hopper_backend(attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]) -> Backend:
+    """A pattern's kernel in CUDA C++ for Hopper."""
+    return Backend("cuda-hopper", ("cuda",), attend, missing=missing_hopper, refuses=refuses_hopper)
+
+
+def triton_backend(attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]) -> Backend:
+    """A pattern's kernel in Triton."""
+    return Backend("triton", ("cuda",), attend, missing=missing_triton, refuses=refuses_triton)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tmbench_kernels.cuda import hopper_backend, imported, triton_backend
 from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
 from tmbench_kernels.sdpa import sdpa
-from tmbench_kernels.triangle_cuda import CUDA_BACKENDS
 
 _WINDOW_ELEMENTS = 2**20
 """Size of the buffers that windows are copied to: several windows a call keep the cores busy, and they fit the cache."""
@@ -116,7 +116,11 @@ class Triangle(Pattern):
     last_n: int = 128
 
     name: ClassVar[str] = "triangle"
-    backends: ClassVar[tuple[Backend, ...]] = (*CUDA_BACKENDS, Backend("torch-banded", ("cpu", "cuda"), _attend_banded))
+    backends: ClassVar[tuple[Backend, ...]] = (
+        hopper_backend(imported("hopper_triangle", "attend")),
+        triton_backend(imported("triton_triangle", "attend")),
+        Backend("torch-banded", ("cpu", "cuda"), _attend_banded),
+    )
 
     def __post_init__(self) -> None:
         for field in ("n_init", "n_local", "last_n"):

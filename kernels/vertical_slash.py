@@ -7,17 +7,16 @@ and 100 distances are forced, and for every block of 64 queries the diagonals wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from importlib import import_module
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tmbench_kernels.block_scores import last_query_mass
-from tmbench_kernels.cuda import missing_hopper, missing_triton, refuses_hopper, refuses_triton, runs_triton
+from tmbench_kernels.cuda import hopper_backend, imported, runs_triton, triton_backend
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.vertical_slash_torch import BLOCK, attend_selected, count_pairs
 
@@ -45,19 +44,18 @@ def _attend_torch(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale
     return attend_selected(q, k, v, chosen.columns, chosen.distances, scale)
 
 
-def _attend_index(module: str, pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    # Imported when it is first used: it takes Triton.
-    out: Tensor = import_module(f"tmbench_kernels.{module}").attend_index(q, k, v, pattern.index(q, k, scale), scale)
-    return out
+def _over_index(attend: Callable[..., Tensor]) -> Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]:
+    """A backend's function from one that attends over an index."""
+
+    def index_and_attend(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q, k, v, pattern.index(q, k, scale), scale)
+
+    return index_and_attend
 
 
 INDEX_BACKENDS = (
-    Backend(
-        "cuda-hopper", ("cuda",), partial(_attend_index, "hopper_lists"), missing=missing_hopper, refuses=refuses_hopper
-    ),
-    Backend(
-        "triton", ("cuda",), partial(_attend_index, "triton_vertical_slash"), missing=missing_triton, refuses=refuses_triton
-    ),
+    hopper_backend(_over_index(imported("hopper_lists", "attend_index"))),
+    triton_backend(_over_index(imported("triton_vertical_slash", "attend_index"))),
 )
 """The kernels over runs and columns, for patterns whose ``index(q, k, scale)`` says where they lie."""
 
