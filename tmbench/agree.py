@@ -33,6 +33,7 @@ from tmbench.methods import Plan
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
 from tmbench.results import FAILED, OK, AgreeRow, Status, append, append_line, csv_path, newest, now, writable
+from tmbench.sample_files import measured_before
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,7 @@ def _measure(
         # Made behind another text of dense, for instance by another version of torch: these choices say nothing of this one.
         known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
     wanted = range(job.samples)
-    if not isinstance(have, AgreeRow) or job.overwrite or have.status == FAILED or have.samples < job.samples:
-        have = None
-    if have is not None and (have.status != OK or all(number in known for number in wanted)):
+    if isinstance(have, AgreeRow) and not job.overwrite and measured_before(have, known, wanted):
         yield Step(f"{plan.method} at {length}: measured before", samples=job.samples)
         return known
     status: Status = OK

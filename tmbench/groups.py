@@ -42,6 +42,7 @@ PARAMETERS = (
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
+NOT_IN_TURNS = "Not measured in turns with dense, so the machine may have changed in between"
 MANY_METHODS = 7
 """Beyond so many methods a table or a plot of scores has a line for each of them, and a column for each task."""
 NOT_COMPARED = "not compared: "
@@ -170,7 +171,7 @@ class TtftGroup(Group):
             "chooses keys by the data costs what it would on trained weights only if its coverage would be the same; logit "
             "errors and first tokens say nothing about a trained model.": structured,
             "Dense has no time here, so there is nothing to compare with.": not dense,
-            f"Not measured in turns with dense, so the machine may have changed in between: {_places(apart, rows)}.": apart,
+            f"{NOT_IN_TURNS}: {_places(apart, rows)}.": apart,
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {_places(few, rows)}.": few,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
@@ -543,7 +544,7 @@ def in_turns(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
     The matrix rate is measured between the turns, so that rows of other turns have another one.
     """
-    return all(one[name] == other[name] for name in ("interleaved", "matrix_rate_flops", "length"))
+    return all(one[name] == other[name] for name in ("interleaved", "matrix_rate_flops"))
 
 
 def _places(rows: Sequence[Record], whole: Sequence[Record]) -> str:

@@ -27,7 +27,6 @@ from tmbench.failures import describe, release_memory, status_of
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
 from tmbench.results import (
-    FAILED,
     OK,
     RulerRow,
     Status,
@@ -40,6 +39,7 @@ from tmbench.results import (
     short_hash,
     writable,
 )
+from tmbench.sample_files import measured_before
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -204,10 +204,8 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
         with writable(path):
             path.unlink(missing_ok=True)
     known = read_predictions(path)
-    if not isinstance(have, RulerRow) or job.overwrite or have.status == FAILED or have.samples < len(examples):
-        have = None
-    # A killed --overwrite leaves the older row without the predictions that it was made of.
-    if have is not None and (have.status != OK or all(example.index in known for example in examples)):
+    wanted = [example.index for example in examples]
+    if isinstance(have, RulerRow) and not job.overwrite and measured_before(have, known, wanted):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
     status: Status = OK

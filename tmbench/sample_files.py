@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from tmbench.results import Row, append_line, csv_path, read_lines, writable
+from tmbench.results import FAILED, OK, AgreeRow, Row, RulerRow, append_line, csv_path, read_lines, writable
 
 
 class Sample(Protocol):
@@ -20,6 +21,16 @@ class Sample(Protocol):
 
 
 S = TypeVar("S", bound=Sample)
+
+
+def measured_before(row: RulerRow | AgreeRow, known: Container[int], wanted: Sequence[int]) -> bool:
+    """Whether a row needs nothing new to answer for these samples, of which those in ``known`` are kept.
+
+    A killed ``--overwrite`` leaves the older row without the samples that it was made of.
+    """
+    if row.status == FAILED or row.samples < len(wanted):
+        return False
+    return row.status != OK or all(index in known for index in wanted)
 
 
 class Kept:

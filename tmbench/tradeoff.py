@@ -12,6 +12,7 @@ import pandas as pd
 from tmbench.groups import (
     FEW_REPEATS,
     MODEL,
+    NOT_IN_TURNS,
     NOTHING,
     PARAMETERS,
     Group,
@@ -76,7 +77,7 @@ class TradeOff(Group):
         notes = [f"Times of only {few} repeats: fewer than {FEW_REPEATS} hardly tell what is faster."] * (few < FEW_REPEATS)
         apart = [row["label"] for row in self.rows if row["apart"]]
         if apart:
-            notes.append(f"Not timed in turns with dense, so the machine may have changed in between: {'; '.join(apart)}.")
+            notes.append(f"{NOT_IN_TURNS}: {'; '.join(apart)}.")
         return notes + super().notes()
 
     def effects(self) -> list[Effect]:

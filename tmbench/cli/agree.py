@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import print_rows
+from tmbench.cli.screen import console, print_rows, progress_bar, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -84,7 +84,6 @@ def agree(
 def _measure(job: AgreeJob) -> list[AgreeRow]:
     """Measure what is missing; the newest rows of all that was asked for."""
     from tmbench.agree import run
-    from tmbench.cli.screen import progress_bar
     from tmbench.results import AgreeRow, newest
 
     with progress_bar() as bar:
@@ -101,7 +100,6 @@ def _measure(job: AgreeJob) -> list[AgreeRow]:
 
 
 def _show(rows: list[AgreeRow]) -> None:
-    from tmbench.cli.screen import console, table
 
     figures = ("same token", "first difference, median", "never differs")
     for length in sorted({row.length for row in rows}):

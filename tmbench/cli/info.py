@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import console, table
 from tmbench.methods import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS, Settings
 
 
 def list_() -> None:
     """The methods with their parameters and papers, the tasks, the models, and the backends that run here."""
     from ruler_tasks import TASKS
-    from tmbench.cli.screen import console, table
     from tmbench.presets import preset_names, read_preset
     from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, MInferenceHeads, Triangle, VerticalSlash, XAttention
 
@@ -67,7 +67,6 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
     import typer
 
     from tmbench import environment, models
-    from tmbench.cli.screen import console, table
     from tmbench.json_text import json_text
 
     place = models.check_device(device or models.default_device())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ruler_tasks.errors import RulerError
+from tmbench.cli.screen import say
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, Plan, Settings, get_method, parse_method
 from tmbench.presets import preset_names
@@ -143,6 +144,13 @@ def naming(option: str, kind: type[RulerError]) -> Iterator[None]:
         raise UserError(f"{option}: {error}") from error
 
 
+def refuse(given: Mapping[str, Any], why: str) -> None:
+    """Raise UserError for the first of these options, by name, that was given: whose value is neither None nor False."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise UserError(f"--{name} {why}: leave it out")
+
+
 def check_plot(path: Path | None) -> None:
     """Raise UserError for a ``--plot`` that is no PNG file's name."""
     if path is not None and path.suffix.lower() != ".png":
@@ -195,7 +203,6 @@ def plans_for(
     ``results`` is where ``--layers auto`` looks for a probe.
     """
     from tmbench.attention import attention_modules
-    from tmbench.cli.screen import say
 
     attention_modules(loaded.model)
     for name in dict.fromkeys(own.dense_backend for own in settings.values()):

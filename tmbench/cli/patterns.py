@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import console, progress_bar, say, table
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,6 @@ def search(
     """
     from tmbench import models
     from tmbench.attention import attention_modules
-    from tmbench.cli.screen import progress_bar, say
     from tmbench.prompts import check_kind, check_prompt
     from tmbench.search import SearchJob, check_output, run
 
@@ -105,7 +105,6 @@ def show(
     plot: Annotated[Path | None, typer.Option(help="Draw layers and heads into this PNG file too.")] = None,
 ) -> None:
     """What a file holds: how many heads of each layer have which type and budget."""
-    from tmbench.cli.screen import say
     from tmbench_kernels import read_head_patterns
 
     o.check_plot(plot)
@@ -127,7 +126,6 @@ def show(
 
 
 def _show(layers: Sequence[Mapping[int, HeadPattern]], name: str) -> None:
-    from tmbench.cli.screen import console, table
 
     kinds = Counter(_kind(head) for layer in layers for head in layer.values())
     by_budget = len(kinds) <= FEW_KINDS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import print_rows
+from tmbench.cli.screen import console, print_rows, progress_bar, say, table
 from tmbench.errors import UserError
 from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods import DEFAULT_METHODS, Settings
@@ -107,9 +107,11 @@ def probe(
     if loss:
         proposal: dict[str, Any] = {"derivative": derivative, "rule": rule, "plot": plot}
         proposal |= {"accuracy-budget": accuracy_budget, "time-budget": time_budget}
-        _refuse(proposal, "has no meaning with --loss")
+        o.refuse(proposal, "has no meaning with --loss")
     else:
-        _refuse({"method": method, "layers": layers, "patterns": patterns}, "needs --loss, as a probe is of dense attention")
+        o.refuse(
+            {"method": method, "layers": layers, "patterns": patterns}, "needs --loss, as a probe is of dense attention"
+        )
     o.check_plot(plot)
     methods = list(method or DEFAULT_METHODS)
     given = {"n_init": n_init, "n_local": n_local, "last_n": last_n}
@@ -154,12 +156,6 @@ def probe(
         raise typer.Exit(1)
 
 
-def _refuse(options: dict[str, Any], why: str) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise UserError(f"--{name} {why}: leave it out")
-
-
 def _tasks(names: list[str] | None) -> list[str]:
     from ruler_tasks import TASKS as RULER
 
@@ -171,7 +167,6 @@ def _tasks(names: list[str] | None) -> list[str]:
 
 
 def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRow]:
-    from tmbench.cli.screen import progress_bar, say
     from tmbench.probe import run
     from tmbench.results import writable
 
@@ -198,7 +193,6 @@ def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRo
 
 def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
     """The layers of one length, and what each rule proposes under the budget."""
-    from tmbench.cli.screen import console, say, table
 
     first = rows[0]
     title = f"Mean gradient by section, {first.task} at {first.length} tokens, {first.samples} samples a task"
@@ -234,7 +228,6 @@ def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
 
 
 def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
-    from tmbench.cli.screen import progress_bar
     from tmbench.loss import run
 
     rows = []
@@ -251,7 +244,6 @@ def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
 
 
 def _show_losses(rows: Sequence[LossRow]) -> None:
-    from tmbench.cli.screen import console, table
 
     figures = ("in the prompt", "vs dense", "after it", "vs dense ", "first token", "vs dense  ")
     for length, task in dict.fromkeys((row.length, row.task) for row in rows):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.screen import console, say
 from tmbench.errors import UserError
 
 MARGIN = 1.0
@@ -26,7 +27,6 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
 ) -> None:
     """Render what was measured, from the result files alone: TTFT, break-even lengths and RULER, one section per device."""
-    from tmbench.cli.screen import console, say
     from tmbench.report import build
     from tmbench.results import writable
 

@@ -9,7 +9,7 @@ import typer
 
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
-from tmbench.cli.screen import print_rows
+from tmbench.cli.screen import console, print_rows, progress_bar, say, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -102,9 +102,7 @@ def ruler(
         raise UserError("--data needs --length: the length that its samples were prepared for")
     if data is not None:
         making = {"wording": wording, "data-dir": data_dir, "offline": offline, "apply-chat-template": apply_chat_template}
-        for name, value in making.items():
-            if value not in (None, False):
-                raise UserError(f"--{name} does not go with --data, whose samples are asked as they are: leave it out")
+        o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
     from ruler_tasks import Frame
     from tmbench import environment, models
@@ -164,7 +162,6 @@ def ruler_data(
     import ruler_tasks
     from ruler_tasks import Frame
     from tmbench import models
-    from tmbench.cli.screen import console, progress_bar
     from tmbench.ruler import chat_frame, check_lengths
 
     texts = wording_for(wording)
@@ -217,7 +214,6 @@ def sources_for(tasks: list[str], data_dir: Path | None, offline: bool) -> Sourc
     import logging
 
     from ruler_tasks import TASKS, Sources
-    from tmbench.cli.screen import say
 
     # The notes are printed here; without a handler of its own the package would print them once more.
     logging.getLogger("ruler_tasks").addHandler(logging.NullHandler())
@@ -237,7 +233,6 @@ def _advance(bar: Progress, shown: TaskID, work: int, examples: Iterable[Example
 
 
 def _evaluate(job: RulerJob) -> list[RulerRow]:
-    from tmbench.cli.screen import progress_bar
     from tmbench.ruler import run
 
     rows = []
@@ -252,7 +247,6 @@ def _evaluate(job: RulerJob) -> list[RulerRow]:
 
 
 def _show(rows: list[RulerRow]) -> None:
-    from tmbench.cli.screen import console, table
 
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):

@@ -8,6 +8,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
+from tmbench.cli.screen import console, progress_bar, say, table
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ def sweep(
     """
     from ruler_tasks import Frame
     from tmbench import environment, fast, models
-    from tmbench.cli.screen import say
     from tmbench.ruler import RulerJob, chat_frame
     from tmbench.sweep import SweepJob, swept_method, variants
     from tmbench.ttft import TtftJob
@@ -139,7 +139,6 @@ def sweep(
 def _measure(job: SweepJob) -> bool:
     """Measure what is missing, length by length, times first; whether all rows that were made are well."""
     from tmbench import ruler, ttft
-    from tmbench.cli.screen import progress_bar
 
     well = True
     with progress_bar() as bar:
@@ -159,7 +158,6 @@ def _measure(job: SweepJob) -> bool:
 
 
 def _show_plan(job: SweepJob) -> None:
-    from tmbench.cli.screen import console, table
 
     for length in job.lengths:
         timing = job.timing(length)
@@ -177,7 +175,6 @@ def _show_plan(job: SweepJob) -> None:
 
 def _show(job: SweepJob) -> None:
     """What of the report is about this sweep."""
-    from tmbench.cli.screen import console, say, table
     from tmbench.groups import interval_text
     from tmbench.report import build
 

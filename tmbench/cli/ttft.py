@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import print_rows
+from tmbench.cli.screen import console, print_rows, progress_bar, say, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -97,7 +97,6 @@ def ttft(
 
 
 def _measure(job: TtftJob) -> None:
-    from tmbench.cli.screen import progress_bar
     from tmbench.ttft import run
 
     with progress_bar() as bar:
@@ -122,7 +121,6 @@ def _rows(job: TtftJob) -> list[TtftRow]:
 
 
 def _show_plan(job: TtftJob) -> None:
-    from tmbench.cli.screen import console, table
 
     pending = job.pending()
     shown = table(f"{job.loaded.name} on {job.environment.device}", "tokens", "method", "parameters", "state")
@@ -135,21 +133,20 @@ def _show_plan(job: TtftJob) -> None:
 
 
 def _show(rows: list[TtftRow]) -> None:
-    from tmbench.cli.screen import console, say, table
-    from tmbench.groups import in_turns
+    from tmbench.groups import NOT_IN_TURNS, in_turns
 
     figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
     for length in sorted({row.length for row in rows}):
         here = [row for row in rows if row.length == length]
-        dense = next((row for row in here if row.method == "dense" and row.ttft_median_s is not None), None)
+        timed = [row for row in here if row.ttft_median_s is not None]
+        dense = next((row for row in timed if row.method == "dense"), None)
         shown = table(f"Time to first token of {length} tokens", "method", *figures, right=figures)
         for row in here:
             shown.add_row(row.method, *_figures(row, dense.ttft_median_s if dense else None))
         console().print(shown)
-        timed = [row for row in here if row.ttft_median_s is not None]
         apart = [row.method for row in timed if dense and not in_turns(vars(row), vars(dense))]
         if apart:
-            say(f"not timed in turns with dense, so the machine may have changed in between: {', '.join(apart)}")
+            say(f"{NOT_IN_TURNS}: {', '.join(apart)}")
     longest = max((row.compile_s or 0.0 for row in rows), default=0.0)
     if longest >= NOTICEABLE:
         say(f"not counted: the first warm-up took up to {longest:.1f} s longer, to compile and to load kernels")
