@@ -29,10 +29,11 @@ from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, arranged
+from tmbench.files import append_line, writable
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
-from tmbench.results import FAILED, OK, AgreeRow, Status, append, append_line, csv_path, newest, now, writable
+from tmbench.results import FAILED, OK, AgreeRow, Status, append, csv_path, newest, now
 from tmbench.sample_files import measured_before
 
 

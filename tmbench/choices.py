@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tmbench.results import OK, AgreeRow, read_lines
+from tmbench.files import read_lines
+from tmbench.results import OK, AgreeRow
 
 
 @dataclass(frozen=True)

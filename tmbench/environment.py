@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmbench import __version__
-from tmbench.results import writable
+from tmbench.files import replace_file, writable
 from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash, XAttention
 
 PACKAGES = (
@@ -115,9 +115,7 @@ def write_record(root: Path, environment: Environment) -> Path:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(asdict(environment), indent=2) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            replace_file(path, json.dumps(asdict(environment), indent=2) + "\n")
     return path
 
 

@@ -9,21 +9,18 @@ before a column was added is read with that column's default, and is given the c
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
 
 from tmbench.errors import UserError
+from tmbench.files import append_text, read_whole, readable, replace_file, writable
 
 SCHEMA_VERSION = 1
 """Rises when a column goes or changes its meaning. One that is added with a default leaves it: see ``Row.ADDED``."""
@@ -31,7 +28,6 @@ OK: Final = "ok"
 OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
 Status = Literal["ok", "out_of_memory", "failed"]
-Parsed = TypeVar("Parsed")
 UNESCAPED: Final = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}
 """How line ends, and the backslash that stands for them, are written in every column but ``error``."""
 ESCAPES: Final = str.maketrans({plain: written for written, plain in UNESCAPED.items()})
@@ -372,7 +368,7 @@ def prepare(root: Path, row: type[Row], device: str, method: str) -> None:
 def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _append_text(path, _line(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
+        append_text(path, _line(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:
@@ -386,7 +382,7 @@ def read(path: Path, row: type[Row]) -> list[Row]:
 
 def _rows(path: Path, row: type[Row]) -> list[Row]:
     try:
-        text = _whole(path).decode()
+        text = read_whole(path).decode()
     except UnicodeDecodeError as error:
         raise CorruptResultsError(path, "not text") from error
     lines: list[list[str]] = []
@@ -442,126 +438,10 @@ def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[A
             return {}
 
 
-@contextmanager
-def readable(path: Path, remedy: str = "check the path and its permissions") -> Iterator[None]:
-    """Turn a refusal of the file system into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from error
-
-
-@contextmanager
-def writable(path: Path, option: str = "--output-dir") -> Iterator[None]:
-    """Turn a refusal of the file system into one sentence that names the option which the path comes from."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{option}: {path} cannot be written ({reason}); what was measured before is kept") from error
-
-
-def append_line(path: Path, line: str, option: str = "--output-dir") -> None:
-    """Append one line of text to a file, whole or not at all; the line brings no line end of its own.
-
-    Raises UserError, naming the option which the path comes from, where the file cannot be written.
-    """
-    with writable(path, option):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _append_text(path, "", line + "\n")
-
-
-def read_lines(path: Path, parse: Callable[[Any], Parsed], what: str, remedy: str) -> list[Parsed]:
-    """What ``parse`` makes of each line of a JSONL file, in order; nothing where there is no file.
-
-    Args:
-        parse: given a line's value of JSON; it may raise ValueError, LookupError, TypeError or OverflowError.
-        what: what a line should be, such as "a prediction".
-        remedy: what to do about a file that is not ours.
-
-    Raises:
-        UserError: the file cannot be read, or a line is refused.
-    """
-    found = []
-    with readable(path, remedy):
-        try:
-            lines = _whole(path).split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(parse(json.loads(line.decode())))
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
-            raise UserError(f"{path} line {number} is not {what}: {remedy}") from error
-    return found
-
-
-def _whole(path: Path) -> bytes:
-    """A file up to its last line end: a line without one was being written when its process died."""
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _append_text(path: Path, header: str, line: str, upgrade: Callable[[], None] | None = None) -> None:
-    """Append under a lock; ``upgrade`` replaces the file where it starts with another header."""
-    descriptor = _locked(path)
-    try:
-        end = _whole_lines(descriptor)
-        if upgrade is not None and end and os.pread(descriptor, len(header.encode()), 0) != header.encode():
-            upgrade()
-            # Writers that wait for the file that was replaced will find that they hold no file of that name any more.
-            replaced, descriptor = descriptor, _locked(path)
-            os.close(replaced)
-            end = _whole_lines(descriptor)
-        payload = ((header if end == 0 else "") + line).encode()
-        try:
-            written = os.pwrite(descriptor, payload, end)
-            if written < len(payload):
-                raise OSError(28, "No space left on device")
-            os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, end)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _locked(path: Path) -> int:
-    """A descriptor of the file that is at ``path`` once the lock is there: another writer may have replaced it meanwhile."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
 def _upgrade(path: Path, row: type[Row]) -> None:
     """Replace the file of an older version by one with all columns; raises CorruptResultsError for one that is not ours."""
     rows = read(path, row)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(_line(row.columns()) + "".join(map(_line_of, rows)))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _whole_lines(descriptor: int) -> int:
-    """Cut a line that was being written when its process died; return where the next one starts."""
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return size
-    end = os.pread(descriptor, size, 0).rfind(b"\n") + 1
-    os.ftruncate(descriptor, end)
-    return end
+    replace_file(path, _line(row.columns()) + "".join(map(_line_of, rows)))
 
 
 def _line_of(row: Row) -> str:

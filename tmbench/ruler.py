@@ -24,21 +24,10 @@ from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
+from tmbench.files import append_line, read_lines, writable
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
-from tmbench.results import (
-    OK,
-    RulerRow,
-    Status,
-    append,
-    append_line,
-    csv_path,
-    newest,
-    now,
-    read_lines,
-    short_hash,
-    writable,
-)
+from tmbench.results import OK, RulerRow, Status, append, csv_path, newest, now, short_hash
 from tmbench.sample_files import measured_before
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from tmbench.results import FAILED, OK, AgreeRow, Row, RulerRow, append_line, csv_path, read_lines, writable
+from tmbench.files import append_line, read_lines, writable
+from tmbench.results import FAILED, OK, AgreeRow, Row, RulerRow, csv_path
 
 
 class Sample(Protocol):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tmbench.results import OK, RulerRow, read_lines
+from tmbench.files import read_lines
+from tmbench.results import OK, RulerRow
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ that it was at. The file itself is written once, at the end, and the partial one
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from torch import Tensor
 from tmbench.attention import applied_plan
 from tmbench.errors import UserError
 from tmbench.fast import Prefill
+from tmbench.files import append_line, read_lines, replace_file, writable
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
-from tmbench.results import append_line, read_lines, writable
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
@@ -110,7 +109,8 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
     if job.remap:
         found = [[published_remapping(head) for head in layer] for layer in found]
     with writable(job.output, OPTION):
-        _write(job, head_patterns_json(found))
+        replace_file(job.output, head_patterns_json(found))
+        job.partial.unlink(missing_ok=True)
     return found
 
 
@@ -174,16 +174,3 @@ def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
             f"{job.partial} is of a search with another {name} ({before.get(name)}, not {job.identity()[name]}): {remedy}"
         )
     return kept
-
-
-def _write(job: SearchJob, text: str) -> None:
-    unfinished = job.output.with_name(f".{job.output.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(job.output)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    job.partial.unlink(missing_ok=True)

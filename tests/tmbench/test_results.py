@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tmbench import results
+from tmbench import files, results
 from tmbench.errors import UserError
+from tmbench.files import read_lines
 from tmbench.results import (
     CorruptResultsError,
     RulerRow,
@@ -24,7 +25,6 @@ from tmbench.results import (
     prepare,
     read,
     read_all,
-    read_lines,
 )
 
 ROW = TtftRow(
@@ -164,7 +164,7 @@ def test_an_upgrade_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkey
     def refuse(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", refuse)
+    monkeypatch.setattr(files.os, "fsync", refuse)
     with pytest.raises(UserError, match="No space left on device"):
         append(tmp_path, ROW)
     assert path.read_bytes() == before
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
     path = append(tmp_path, ROW)
     before = path.read_bytes()
     write = os.pwrite
-    monkeypatch.setattr(results.os, "pwrite", lambda fd, data, at: write(fd, data[:30], at))
+    monkeypatch.setattr(files.os, "pwrite", lambda fd, data, at: write(fd, data[:30], at))
     with pytest.raises(UserError, match="--output-dir: .*No space left on device.*kept"):
         append(tmp_path, replace(ROW, length=8192))
     assert path.read_bytes() == before

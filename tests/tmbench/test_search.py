@@ -113,7 +113,7 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(job, tmp_path,
 def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
     work = job()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(search, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="--output: .* cannot be written .No space left on device"):
             run(work)
     monkeypatch.setattr(search, "kept_attention", None)

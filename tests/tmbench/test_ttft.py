@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tmbench import environment, floor, results, ttft
+from tmbench import environment, files, floor, ttft
 from tmbench.attention import applied_plan
 from tmbench.errors import UserError
 from tmbench.fast import EAGER, PLAIN, Prefill
@@ -312,7 +312,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(results.os, "open", refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(UserError, match="--output-dir: .*dense.csv cannot be written .Permission denied"):
         list(run(work))
     assert not passes

@@ -115,8 +115,8 @@ def show(
     if not any(layers):
         raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
     if plot is not None:
+        from tmbench.files import writable
         from tmbench.pattern_plot import draw
-        from tmbench.results import writable
 
         with writable(plot, "--plot"):
             draw(layers, plot)

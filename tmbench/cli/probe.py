@@ -167,8 +167,8 @@ def _tasks(names: list[str] | None) -> list[str]:
 
 
 def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRow]:
+    from tmbench.files import writable
     from tmbench.probe import run
-    from tmbench.results import writable
 
     rows: list[ProbeRow] = []
     with progress_bar() as bar:

@@ -27,8 +27,8 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
 ) -> None:
     """Render what was measured, from the result files alone: TTFT, break-even lengths and RULER, one section per device."""
+    from tmbench.files import writable
     from tmbench.report import build
-    from tmbench.results import writable
 
     if not 0 < margin <= 100:
         raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
