@@ -55,9 +55,15 @@ class Applied:
     modules: tuple[Any, ...] = ()
     """The model's attention modules, in layer order."""
     cache: Any | None = None
-    """Set for the time of a fast prefill: where attention keeps the keys and values that it is given."""
-    last_row_layer: int | None = None
-    """Set for the time of a fast prefill: the layer of which only the last query's output is wanted."""
+    """Set for the time of a fast prefill: where the keys and values go that attention is given."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """Keys and values that a compiled layer has given to attention, on their way into the cache."""
+    last_row: bool = False
+    """Set while a fast prefill runs the layer of which only the last query's output is wanted."""
+    last_query: bool = False
+    """Whether that layer's pattern needs no other query either."""
+    attended: bool = False
+    """Whether that layer's attention is done."""
 
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
@@ -220,16 +226,31 @@ def _attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
     _refuse_calls(module, query, attention_mask, kwargs)
-    return attend(slot, query, key, value, kwargs.get("scaling")), None
+    if slot.session.cache is not None:
+        fill(slot.session.cache, slot.layer, key, value)
+    return _of_full_length(slot.session, attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
 
 
 def _traced_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The prefill of any layer, for tracing: nothing read here may differ between layers, which all share one graph."""
+    """The prefill of any layer, for tracing: nothing read here may differ between layers that share one graph."""
     _refuse_features(module, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
-    return regions.attention(query, key, value, kwargs.get("scaling")), None
+    session: Applied = getattr(module, PLACE).session
+    operator = regions.last_row if session.last_row else regions.attention
+    out = operator(query, key, value, kwargs.get("scaling"))
+    # What leaves the graph is not overwritten by it, and need not be copied.
+    session.kept = key, value
+    return _of_full_length(session, out, query.shape[2]), None
+
+
+def _of_full_length(session: Applied, out: Tensor, queries: int) -> Tensor:
+    """Attention as the model expects it, ``[batch, queries, heads, dim]``, where that of one query may stand for all."""
+    if not session.last_row:
+        return out
+    session.attended = True
+    return out.expand(-1, queries, -1, -1)
 
 
 def _refuse_features(module: Any, kwargs: dict[str, Any]) -> None:
@@ -254,7 +275,10 @@ def _pattern_name(module: Any) -> str:
 
 
 def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """One layer's prefill through its pattern, ``[batch, queries, heads, dim]``; tells the session what happened."""
+    """One layer's prefill through its pattern, ``[batch, queries, heads, dim]``; tells the session what happened.
+
+    Where the session wants the last row, that one alone: ``[batch, 1, heads, dim]``.
+    """
     session, queries = slot.session, query.shape[2]
     # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
     key, value = key[:, :, :queries], value[:, :, :queries]
@@ -263,24 +287,28 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
     session.calls += 1
     session.layers.add(slot.layer)
     session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
-    if session.cache is not None:
-        _fill(session.cache, slot.layer, key, value)
-    if slot.layer == session.last_row_layer:
-        return slot.pattern.last_row(query, key, value, scale=scale).transpose(1, 2).expand(-1, queries, -1, -1)
+    if session.last_row:
+        return slot.pattern.last_row(query, key, value, scale=scale).transpose(1, 2).contiguous()
     # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
     return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous()
 
 
-def _fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
-    """Leave a prompt's keys and values in a layer of an empty cache: a copy, as compiled layers reuse their memory."""
+def fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
+    """Leave a prompt's keys and values ``[batch, kv_heads, length, dim]`` in a layer of an empty cache.
+
+    They are kept as they are, unless they are parts of something larger, which would stay in memory with them.
+    """
     kept: Any = cache.layers[layer] if layer < len(cache.layers) else None
     if type(kept) is DynamicLayer and kept.get_seq_length() == 0:
         # Such a layer appends by concatenation, which copies keys at an eighth of the speed of a plain copy.
         cache.update(key[:, :, :0], value[:, :, :0], layer)
-        kept.keys, kept.values = key.clone(), value.clone()
+        kept.keys, kept.values = _alone(key), _alone(value)
     else:
-        keys, _ = cache.update(key, value, layer)
-        assert keys.data_ptr() != key.data_ptr(), "the cache must hold a copy"
+        cache.update(key, value, layer)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _mask(

@@ -6,9 +6,9 @@ Nothing of a model class is touched: only ``forward`` attributes of module insta
   module that runs after attention see that position alone, and yield it as a view of the full length: exact, since all of
   them treat each position by itself.
 - The MLP runs over chunks of tokens, so that what is between its two products takes a bounded part of the memory.
-- Compiled, the norms, rotary embeddings and residuals of all layers share one graph. Attention and MLP are operators in it
-  (see ``regions``), and the cache is filled by the attention operator: a graph that held a cache or a layer's index would be
-  compiled again for every layer.
+- Compiled, the norms, rotary embeddings and residuals of all layers but the last share one graph. Attention and MLP are
+  operators in it (see ``regions``), and keys and values leave it for the cache: a graph that held a cache or a layer's index
+  would be compiled again for every layer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
@@ -29,7 +30,17 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import DynamicCache, PreTrainedModel
 
 from tmbench import regions
-from tmbench.attention import IMPLEMENTATION, PLACE, TRACED, Applied, applied_plan, attend, attention_modules, parents
+from tmbench.attention import (
+    IMPLEMENTATION,
+    PLACE,
+    TRACED,
+    Applied,
+    applied_plan,
+    attend,
+    attention_modules,
+    fill,
+    parents,
+)
 from tmbench.calls import cache_of, keep_last
 from tmbench.errors import UserError
 from tmbench.methods import METHODS, ModelShape, Settings
@@ -99,19 +110,17 @@ def arranged(model: PreTrainedModel, session: Applied, kind: Kind) -> Iterator[P
         if kind == COMPILED:
             stack.callback(model.set_attn_implementation, IMPLEMENTATION)
             model.set_attn_implementation(TRACED)
-        run_layer, run_mlp = _compiled(model) if kind == COMPILED else (_forward, _forward)
-        for layer, module in zip(layers[:-1], session.modules[:-1], strict=True):
-            in_chunks = partial(_mlp_in_chunks, layer.mlp, run_mlp)
+        run = _compiled(model) if kind == COMPILED else _Run(_forward, _forward, _forward_last, _forward)
+        for index, layer in enumerate(layers[:-1]):
+            in_chunks = partial(_mlp_in_chunks, layer.mlp, run.mlp)
             if kind == COMPILED:
-                region = regions.Region(partial(attend, getattr(module, PLACE)), in_chunks)
+                region = regions.Region(partial(attend, getattr(session.modules[index], PLACE)), in_chunks)
                 # One function for all: a graph is bound to the identity of each function that it calls.
                 _replace(stack, layer.mlp, regions.mlp)
-                _replace(stack, layer, partial(_run_region, session, region, run_layer, layer))
+                _replace(stack, layer, partial(_run_layer, session, index, region, run.layer, layer))
             else:
                 _replace(stack, layer.mlp, in_chunks)
-        _narrow_last(stack, layers[-1], session)
-        stack.callback(setattr, session, "last_row_layer", session.last_row_layer)
-        session.last_row_layer = len(layers) - 1
+        _narrow_last(stack, layers[-1], session, run)
         yield prefill
 
 
@@ -225,46 +234,76 @@ def _is_plain(mlp: nn.Module) -> bool:
     return all(isinstance(part, nn.Linear) or next(part.parameters(), None) is None for part in mlp.children())
 
 
-def _narrow_last(stack: ExitStack, layer: Any, session: Applied) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """The functions that run a model's modules, compiled or not."""
+
+    layer: Callable[..., Any]
+    mlp: Callable[..., Any]
+    """In chunks of tokens."""
+    last_layer: Callable[..., Any]
+    last_mlp: Callable[..., Any]
+    """On one position, inside of ``last_layer``."""
+    narrowed: dict[nn.Module, _LastPosition] = field(default_factory=dict)
+    """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
+
+
+def _forward_last(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer, of which only the last position is wanted."""
+    out = _forward(layer, *args, **kwargs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{type(layer).__name__} returns {type(out).__name__}, not hidden states")
+    return out[:, -1:]
+
+
+def _traced_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    return regions.mlp(x)
+
+
+def _narrow_last(stack: ExitStack, layer: Any, session: Applied, run: _Run) -> None:
     """Let the last layer work on the last position only, but for its keys and values."""
-    last = len(session.modules) - 1
-    attention = session.modules[last]
+    attention = session.modules[-1]
     slot = getattr(attention, PLACE)
-
-    def attended() -> bool:
-        return session.cache is not None and session.cache.get_seq_length(last) > 0
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        _check_prefill(session)
-        with regions.entered(regions.Region(partial(attend, slot), partial(_forward, layer.mlp))):
-            out = _forward(layer, *args, **kwargs)
-        if not isinstance(out, Tensor):
-            raise TypeError(f"{type(layer).__name__} returns {type(out).__name__}, not hidden states")
-        return out[:, -1:]
-
-    _replace(stack, layer, forward)
-    # A dynamic pattern chooses by several of the last queries.
-    queries = None if slot.pattern.dynamic else getattr(attention, "q_proj", None)
+    region = regions.Region(partial(attend, slot), partial(_forward, layer.mlp))
+    _replace(stack, layer, partial(_run_layer, session, slot.layer, region, run.last_layer, layer))
+    queries = getattr(attention, "q_proj", None)
     for module in {*attention.children(), *layer.children()} - {attention}:
-        narrow = (lambda: True) if module is queries else attended
-        _replace(stack, module, partial(_last_position, module, narrow))
+        if module not in run.narrowed:
+            forward = run.last_mlp if module is layer.mlp else _forward
+            run.narrowed[module] = _LastPosition(module, forward, attention, queries=module is queries)
+        _replace(stack, module, run.narrowed[module])
 
 
-def _last_position(module: nn.Module, narrow: Callable[[], bool], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A module that treats positions one by one, on the last of ``[batch, length, width]`` alone; the length is kept."""
-    if not narrow():
-        return _forward(module, x, *args, **kwargs)
-    out = _forward(module, x[:, -1:], *args, **kwargs)
-    return out.expand(out.shape[0], x.shape[1], *out.shape[2:])
+class _LastPosition:
+    """A module that treats positions one by one, on the last one alone once attention is done.
+
+    That which yields queries works on the last one from the start, unless a dynamic pattern chooses by several of them.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], attention: Any, *, queries: bool) -> None:
+        self.module = module
+        self.forward = forward
+        self.attention = attention
+        self.queries = queries
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``[batch, length, width]`` to the same length, of which only the last position is right."""
+        session: Applied = getattr(self.attention, PLACE).session
+        if not session.attended and not (self.queries and session.last_query):
+            return _forward(self.module, x, *args, **kwargs)
+        out = self.forward(self.module, x[:, -1:], *args, **kwargs)
+        return out.expand(out.shape[0], x.shape[1], *out.shape[2:])
 
 
-_COMPILED: WeakKeyDictionary[PreTrainedModel, tuple[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[PreTrainedModel, _Run] = WeakKeyDictionary()
 
 
-def _compiled(model: PreTrainedModel) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``_forward`` for this model's layers and for its MLPs, compiled; the same ones for every later prefill."""
+def _compiled(model: PreTrainedModel) -> _Run:
+    """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
     if model not in _COMPILED:
-        _COMPILED[model] = (_compile_own(_forward), _compile_own(_forward))
+        _COMPILED[model] = _Run(
+            _compile_own(_forward), _compile_own(_forward), _compile_own(_forward_last), last_mlp=_traced_mlp
+        )
     return _COMPILED[model]
 
 
@@ -281,17 +320,33 @@ def _compile_own(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _run_region(
-    session: Applied, region: regions.Region, run: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any
+def _run_layer(
+    session: Applied,
+    index: int,
+    region: regions.Region,
+    run: Callable[..., Any],
+    layer: nn.Module,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
+    """The layer with this index; what its graph gave to attention goes into the cache."""
     _check_prefill(session)
+    session.attended = False
+    session.last_row = index == len(session.modules) - 1
+    session.last_query = session.last_row and not session.plan.patterns[index].dynamic
     try:
         with regions.entered(region):
-            return run(layer, *args, **kwargs)
+            out = run(layer, *args, **kwargs)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         raise RuntimeError(
             f"torch.compile gave up on {type(layer).__name__}, --no-compile measures without it: {error}"
         ) from error
+    finally:
+        session.last_row = False
+        kept, session.kept = session.kept, None
+    if kept is not None:
+        fill(session.cache, index, *kept)
+    return out
 
 
 def _check_prefill(session: Applied) -> None:

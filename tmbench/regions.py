@@ -20,7 +20,7 @@ class Region:
     """What the operators do in one layer."""
 
     attention: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-    """q, k, v ``[batch, heads, length, dim]`` and scale to ``[batch, length, heads, v_dim]``, contiguous."""
+    """q, k, v ``[batch, heads, length, dim]`` and scale to ``[batch, length or 1, heads, v_dim]``, contiguous."""
     mlp: Callable[[Tensor], Tensor]
     """Hidden states ``[batch, length, hidden]`` to new ones of that shape, contiguous."""
 
@@ -50,6 +50,18 @@ def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Te
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
+@torch.library.custom_op(
+    "tmbench::last_row", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor"
+)
+def _last_row(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return _RUNNING.get().attention(q, k, v, scale)
+
+
+@_last_row.register_fake
+def _last_row_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
+
+
 @torch.library.custom_op("tmbench::mlp", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _mlp(x: Tensor) -> Tensor:
     return _RUNNING.get().mlp(x)
@@ -63,6 +75,12 @@ def _mlp_shape(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Attention of the running layer, ``[batch, length, heads, v_dim]``."""
     out: Tensor = torch.ops.tmbench.attention(q, k, v, scale)
+    return out
+
+
+def last_row(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attention of the running layer's last query, ``[batch, 1, heads, v_dim]``."""
+    out: Tensor = torch.ops.tmbench.last_row(q, k, v, scale)
     return out
 
 

@@ -109,20 +109,23 @@ def test_any_length(length, make_model, prompt, graphs):
         assert cache.get_seq_length() == length
 
 
-def test_layers_lengths_and_methods_share_one_graph(make_model, prompt, graphs):
+def test_layers_lengths_and_methods_share_graphs(make_model, prompt, graphs):
     model = make_model("llama", num_hidden_layers=10)
     for method in METHOD_NAMES:
         for length in (40, 61, 33):
             read(model, prompt(length), COMPILED, method)
-    assert len(graphs) == 2, "one for the layer, one for its MLP"
-    operators = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
-    assert [name for name in operators if "tmbench" in name] == ["tmbench.attention", "tmbench.mlp"]
+    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    operators = [[name for name in names if name.startswith("tmbench.")] for names in targets]
+    last = ["tmbench.last_row", "tmbench.mlp"]
+    assert operators == [["tmbench.attention", "tmbench.mlp"], [], last, last], (
+        "one for the layers, one for their MLPs, one for the last layer, and one for that with all of its queries"
+    )
 
 
 def test_models_do_not_use_up_each_others_graphs(make_model, prompt, graphs):
     for hidden in range(16, 16 * 11, 16):
         read(make_model("llama", hidden_size=hidden, num_hidden_layers=2), prompt(40), COMPILED)
-    assert len(graphs) == 20, "more models than torch keeps graphs for one function"
+    assert len(graphs) == 30, "more models than torch keeps graphs for one function"
 
 
 def test_a_model_is_not_kept_alive(make_model, prompt, graphs):
@@ -166,7 +169,8 @@ def test_the_model_is_restored(kind, make_model, prompt, graphs):
             prefill(prompt(20))
         assert prefill.cache is None
         assert session.cache is None
-        assert session.last_row_layer is None
+        assert session.kept is None
+        assert not session.last_row
         assert state(model) == inside
     assert state(model) == before
     assert model.config._attn_implementation == "sdpa"
@@ -192,6 +196,14 @@ def test_the_cache_of_a_pass_is_let_go_before_the_next(make_model, prompt):
         gone: list[bool] = []
         prefill(prompt(20))
     assert gone == [True] * 4
+
+
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+@pytest.mark.parametrize("family", ["llama", "phi3", "mistral"])
+def test_the_cache_holds_keys_and_values_and_no_more(family, kind, make_model, prompt, graphs):
+    _, cache = read(make_model(family, **FAMILIES[family]), prompt(40), kind)
+    for kept in fast._tensors(cache):
+        assert kept.untyped_storage().nbytes() == kept.nbytes, "phi3's are views of a product that has queries as well"
 
 
 def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
