@@ -1,13 +1,16 @@
-"""Small models of several families with random weights, built from their configs: nothing is downloaded."""
+"""Small models of several families with random weights, built from their configs, and the program in this process."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from tmbench import cli
 
 SMALL = {
     "vocab_size": 97,
@@ -49,3 +52,19 @@ def prompt() -> Callable[[int, int], torch.Tensor]:
         return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(length))
 
     return make
+
+
+@pytest.fixture
+def tmbench(capsys, monkeypatch, tmp_path):
+    """``tmbench("ttft", ...)`` in this process, in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tmbench", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run

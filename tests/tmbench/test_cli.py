@@ -1,11 +1,9 @@
-"""The command line as its users meet it: help, results, errors, interruptions, and runs that are killed."""
+"""The command line as its users meet it: help and results."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,41 +12,12 @@ from pathlib import Path
 import pytest
 
 import made_rows
+from command_lines import FAST_TTFT, PROGRAM, SEARCH
 from tmbench import cli, presets
 from tmbench.cli.screen import print_rows
 from tmbench.results import ProbeRow, RulerRow, TtftRow, read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
-# A shell that runs the tests in the background has them ignore SIGINT, and children would inherit that.
-PROGRAM = [
-    sys.executable,
-    "-c",
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tmbench.cli import main; main()",
-]
-FAST_TTFT = ("ttft", "--length", "256", "--repeats", "1", "--device", "cpu")
-
-
-@pytest.fixture
-def tmbench(capsys, monkeypatch, tmp_path):
-    """``tmbench("ttft", ...)`` in this process, in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tmbench", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def patterns_of_another_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("patterns") / "other.json"
-    path.write_text(json.dumps([{"0": ["vertical_and_slash", 100, 800, 1.0]}] * 2))
-    return str(path)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("patterns", "search"), ("patterns", "show")])
@@ -162,9 +131,6 @@ def test_data_for_a_task_that_does_not_fit_is_not_begun(tmbench):
     assert code == 2
     assert "--length 600 is too short for cwe, which needs" in err
     assert not Path("data").exists()
-
-
-SEARCH = ("patterns", "search", "--length", "2600", "--device", "cpu", "--output", "found.json")
 
 
 def test_patterns_are_searched_shown_and_used(tmbench):
@@ -371,263 +337,3 @@ def test_list_and_env(tmbench):
     assert (dense["sdpa"], dense["flash-attn-4"]) == ("works, picked", "runs on cuda, not on cpu")
     assert backends["key blocks"]["torch-blocks"] == backends["triangle"]["torch-banded"] == "works, picked"
     assert backends["vertical slashes"]["cuda-hopper"] == "runs on cuda, not on cpu"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("ttft", "--method", "trimix"), "--method trimix is unknown: choose from dense, tri_mix"),
-        (("ttft", "--method", "[/b]"), "--method [/b] is unknown: choose from dense, tri_mix"),
-        (("probe", "--task", "[vt]"), "--task [vt] is unknown"),
-        (("ttft", "--layers", "[/x]"), "--layers [/x] is neither a list of layers"),
-        (("ttft", "--length", "[/x]"), "'[/x]' is no number of tokens"),
-        (("ttft", "--length", "32X"), "32768 or 32K"),
-        *((("ttft", "--length", text), f"'{text}' is no number of tokens") for text in ("inf", "nan", "1e400", "infK")),
-        (("ttft", "--seed", str(2**63), "--prompt", "random"), "--seed"),
-        (("ttft", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
-        (("ttft", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
-        (("ttft", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
-        (("agree", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
-        (("ttft", "--model", "no/such-folder/anywhere"), "--model no/such-folder/anywhere cannot be loaded"),
-        (("ttft", "--dtype", "float8"), "float32"),
-        (("ttft", "--device", "nonsense"), "--device nonsense cannot be used here"),
-        (("ttft", "--device", "meta"), "--device meta has no backend of attention: choose from"),
-        (("env", "--device", "mps"), "--device mps has no backend of attention: choose from"),
-        (("ttft", "--repeats", "0"), "--repeats"),
-        (("ttft", "--dry-run", "--json"), "--dry-run prints a table of what would be measured, and --json rows: leave one"),
-        (("ttft", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
-        (("ttft", "--layers", "9"), "--starting-layer must be between 0 and 8"),
-        (("ttft", "--layers", "2,9"), "--layers 2,9: 9 is not within the layers 0 to 7 of this model"),
-        (
-            ("ttft", "--layers", "deep"),
-            "--layers deep is neither a list of layers, such as 5,7,10,15-35, nor auto nor a file",
-        ),
-        (("ttft", "--layers", "none.csv"), "none.csv cannot be read"),
-        (("ttft", "--layers", "auto"), "--layers auto finds no probe of tiny under results: run tmbench probe --model tiny"),
-        (
-            ("ttft", "--layers", "2,3", "--starting-layer", "4"),
-            "--layers and --starting-layer are one option, given 2 times",
-        ),
-        (("ttft", "--method", "dense", "--layers", "2,3"), "--layers changes none of dense: leave it out"),
-        (("ttft", "--method", "dense", "--starting-layer", "2"), "--starting-layer changes none of dense: leave it out"),
-        (("ruler", "--layers", "auto", "--offline"), "--layers auto finds no probe of tiny"),
-        (("probe", "--task", "niah"), "--task niah is unknown: choose from kv, random, niah_single_1"),
-        (("probe", "--length", "600"), "--length 600 leaves no pair between the first 8 keys, the window of 512"),
-        (("probe", "--length", "670"), "--length 670 leaves no pair between the first 8 keys, the window of 512"),
-        (("probe", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
-        (("probe", "--accuracy-budget", "2"), "--accuracy-budget is a share, from 0 to 1, not 2"),
-        (("probe", "--accuracy-budget", "0.1", "--time-budget", "0.5"), "exclude each other: give one of them"),
-        (("probe", "--time-budget", "0.1"), "--time-budget 0.1 is less than the 0.29"),
-        (("probe", "--method", "dense"), "--method needs --loss"),
-        (("probe", "--layers", "4"), "--layers needs --loss"),
-        (("probe", "--loss", "--plot", "a.png"), "--plot has no meaning with --loss: leave it out"),
-        (("probe", "--loss", "--rule", "depth"), "--rule has no meaning with --loss: leave it out"),
-        (("probe", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file: let it end in .png"),
-        (("patterns", "show", "none.json", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file"),
-        (("probe", "--dtype", "float16", "--device", "cpu"), "--dtype float16 cannot hold gradients as small as these"),
-        (("probe", "--model", "llama-3.1-8b"), "is a preset, a config without weights: add --weights random"),
-        (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
-        (("ttft", "--method", "dense", "--n-local", "4"), "--n-local changes none of dense: leave it out"),
-        (("ttft", "--patterns", "none.json"), "--patterns: "),
-        (
-            ("ttft", "--method", "flexprefill:gamma=95"),
-            "--method flexprefill:gamma=95: gamma must be above 0 and at most 1, not 95",
-        ),
-        (("ruler", "--method", "xattention:stride=12"), "--method xattention:stride=12: stride must divide 128"),
-        (
-            ("ttft", "--method", "flashprefill:gamma=0.9"),
-            "flashprefill has no parameter 'gamma', what may follow it is alpha",
-        ),
-        (
-            ("ttft", "--method", "flashprefill", "--method", "flashprefill:alpha=0.2"),
-            "--method flashprefill is given twice with different parameters",
-        ),
-        (
-            ("ttft", "--method", "xattention:stride=8", "--n-local", "4"),
-            "--n-local changes none of xattention: leave it out",
-        ),
-        (
-            ("ttft", "--dense-backend", "fa5"),
-            "--dense-backend fa5 is unknown: choose from flash-attn-4, flash-attn-3, cudnn",
-        ),
-        (("ttft", "--device", "cpu", "--dense-backend", "cudnn"), "cudnn runs on cuda, not on cpu: as things are, tiny at"),
-        (("ttft", "--method", "streaming", "--dense-backend", "sdpa"), "--dense-backend changes none of streaming"),
-        (("ruler", "--device", "cpu", "--offline", "--dense-backend", "cudnn"), "--dense-backend cudnn runs on cuda"),
-        (("ruler", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
-        (("ruler", "--task", "cwe", "--length", "300", "--offline"), "--length 300 is too short for cwe"),
-        (("ruler", "--length", "131072"), "--length 131072 is more than the 16384 positions of tiny"),
-        (("ruler", "--data", "none"), "--data needs --length"),
-        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "--data: The data folder none holds no"),
-        *(
-            (("ruler", "--data", "none", "--length", "2K", *option), f"{option[0]} does not go with --data")
-            for option in (("--wording", "reference"), ("--data-dir", "d"), ("--offline",), ("--apply-chat-template",))
-        ),
-        (("ruler", "--data-dir", "none"), "--data-dir: The data folder none does not exist"),
-        (("ruler", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
-        (("sweep", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
-        (
-            ("ruler-data", "--output", "/dev/null/d", "--task", "vt", "--length", "1K", "--samples", "1"),
-            "--output: The data set /dev/null/d/1024/data/vt/validation.jsonl cannot be written",
-        ),
-        (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
-        (("patterns", "search"), "--output"),
-        (("patterns", "search", "--output", "a.json", "--length", "2K"), "--length 2048 leaves nothing to search"),
-        (("patterns", "search", "--output", "a.json", "--length", "32K"), "--length 32768 is more than the 16384 positions"),
-        (("patterns", "search", "--output", "a.json", "--prompt", "poem"), "--prompt poem is unknown: choose from kv"),
-        (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
-        (("patterns", "search", "--output", "x" * 300), "cannot be written (File name too long)"),
-        (("patterns", "show", "none.json"), "FILE: "),
-        (("patterns", "show"), "FILE"),
-        (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),
-        (("agree", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
-        (("agree", "--length", "16K", "--device", "cpu"), "give a length of 16128 or less, or fewer new tokens"),
-        (("agree", "--new-tokens", "0"), "--new-tokens"),
-        (
-            ("sweep", "--method", "dense"),
-            "--method dense has no triangle whose parameters could be swept: choose from tri_mix",
-        ),
-        (("sweep", "--device", "cpu", "--offline", "--last-n", "0"), "a sweep needs at least two variants: give --layers"),
-        (("sweep", "--last-n", "0", "--last-n", "-1"), "--last-n must be 0 or more, not -1"),
-        (("sweep", "--device", "cpu", "--offline", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
-        (("sweep", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
-        (("report",), "tmbench ttft"),
-        (("report", "--margin", "0"), "--margin must be above 0 and at most 100 points, not 0: 1 is usual"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_exit_code_2(tmbench, arguments, words):
-    code, _, err = tmbench(*arguments)
-    assert code == 2
-    assert words in " ".join(err.replace("│", " ").split())
-    assert "Traceback" not in err
-    assert not list(Path().glob("results/*/*/*.csv"))
-
-
-def test_budgets_for_another_model(tmbench, patterns_of_another_model):
-    code, _, err = tmbench("ttft", "--method", "minference", "--patterns", patterns_of_another_model)
-    assert code == 2
-    assert "2 layers" in err
-
-
-def test_a_corrupt_csv_is_named_and_kept(tmbench):
-    assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
-    path = next(Path("results").glob("*/ttft/dense.csv"))
-    path.write_text("something,else\n1,2\n")
-    for command in (FAST_TTFT, ("report",)):
-        code, _, err = tmbench(*command)
-        assert code == 2
-        assert "dense.csv is not a results file of this version" in " ".join(err.split())
-    assert path.read_text() == "something,else\n1,2\n"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(tmbench):
-    Path("results").mkdir(mode=0o500)
-    code, _, err = tmbench(*FAST_TTFT)
-    assert code == 2
-    assert "--output-dir: " in err
-
-
-def test_a_folder_that_is_a_file(tmbench):
-    Path("results").write_text("")
-    code, _, err = tmbench(*FAST_TTFT, "--method", "dense")
-    assert code == 2
-    assert "--output-dir: " in err
-
-
-def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
-    from tmbench import ttft
-
-    def fail(prefill, ids):
-        raise RuntimeError("a kernel broke")
-
-    monkeypatch.setattr(ttft, "first_token", fail)
-    code, out, _ = tmbench(*FAST_TTFT, "--method", "dense")
-    assert code == 1
-    assert "failed" in out
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*PROGRAM, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def wait_for(count, condition, process, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline and condition() < count:
-        time.sleep(0.02)
-
-
-def lines_in(folder: Path, pattern: str) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob(pattern))
-
-
-def test_ctrl_c_keeps_finished_rows_and_exits_with_130(tmp_path):
-    process = start(
-        "ttft", "--method", "dense", "--length", "256", "--length", "16K", "--device", "cpu", cwd=tmp_path
-    )  # fmt: skip
-    wait_for(2, lambda: lines_in(tmp_path, "results/*/ttft/dense.csv"), process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert [row.length for row in read_all(tmp_path / "results", TtftRow)] == [256]
-
-
-RULER = ("ruler", "--method", "dense", "--method", "streaming", "--length", "768", "--samples", "3", "--offline",
-         "--task", "vt", "--task", "qa_1", "--device", "cpu")  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_killed_ruler_run_ends_with_the_rows_of_one_never_killed(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    assert start(*RULER, cwd=whole).wait(300) == 0
-    for lines in (2, 7):
-        process = start(*RULER, cwd=killed)
-        wait_for(lines, lambda: lines_in(killed, "results/*/ruler/predictions/*/*.jsonl"), process)
-        process.kill()
-        assert process.wait(60) == -signal.SIGKILL, "it should have been killed in its middle"
-    assert start(*RULER, cwd=killed).wait(300) == 0
-
-    def outcome(folder):
-        rows = [row for row in read_all(folder / "results", RulerRow) if isinstance(row, RulerRow)]
-        return {
-            (row.key, row.samples, row.score, row.nulls, row.prompt_tokens_mean, row.status, row.backends) for row in rows
-        }
-
-    assert outcome(killed) == outcome(whole)
-    assert len(outcome(whole)) == 4
-    assert lines_in(killed, "results/*/ruler/predictions/*/*.jsonl") == 12
-
-
-@pytest.mark.slow
-def test_a_killed_search_writes_the_file_of_one_never_killed(tmbench, tmp_path):
-    assert tmbench(*SEARCH)[0] == 0
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    partial = killed / "found.json.partial"
-    process = start(*SEARCH, cwd=killed)
-    wait_for(4, lambda: lines_in(killed, partial.name), process)
-    process.kill()
-    assert process.wait(60) == -signal.SIGKILL, "it should have been killed in its middle"
-    before = partial.read_bytes()
-    assert before.count(b"\n") >= 4
-    process = start(*SEARCH, cwd=killed)
-    wait_for(before.count(b"\n") + 1, lambda: lines_in(killed, partial.name), process)
-    if partial.exists():
-        assert partial.read_bytes().startswith(before), "what was measured is not measured again"
-    assert process.wait(300) == 0
-    assert (killed / "found.json").read_text() == Path("found.json").read_text()
-    assert sorted(path.name for path in killed.iterdir()) == ["found.json"]
-
-
-@pytest.mark.slow
-def test_a_killed_ttft_run_ends_with_the_rows_of_one_never_killed(tmp_path):
-    arguments = ("ttft", "--length", "256", "--length", "512", "--length", "1K", "--repeats", "1", "--device", "cpu")
-    for rows in (2, 7):
-        process = start(*arguments, cwd=tmp_path)
-        wait_for(rows, lambda: lines_in(tmp_path, "results/*/ttft/*.csv"), process)
-        process.kill()
-        process.wait(60)
-    assert start(*arguments, cwd=tmp_path).wait(300) == 0
-    keys = [row.key for row in read_all(tmp_path / "results", TtftRow)]
-    assert len(keys) == len(set(keys)) == 12
-    assert lines_in(tmp_path, "results/*/ttft/*.csv") == 12 + 4, "nothing is measured twice"

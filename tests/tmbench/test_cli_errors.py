@@ -1,0 +1,191 @@
+"""Bad input is one sentence and exit code 2, and costs nothing that is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from command_lines import FAST_TTFT
+
+
+@pytest.fixture(scope="module")
+def patterns_of_another_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("patterns") / "other.json"
+    path.write_text(json.dumps([{"0": ["vertical_and_slash", 100, 800, 1.0]}] * 2))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ttft", "--method", "trimix"), "--method trimix is unknown: choose from dense, tri_mix"),
+        (("ttft", "--method", "[/b]"), "--method [/b] is unknown: choose from dense, tri_mix"),
+        (("probe", "--task", "[vt]"), "--task [vt] is unknown"),
+        (("ttft", "--layers", "[/x]"), "--layers [/x] is neither a list of layers"),
+        (("ttft", "--length", "[/x]"), "'[/x]' is no number of tokens"),
+        (("ttft", "--length", "32X"), "32768 or 32K"),
+        *((("ttft", "--length", text), f"'{text}' is no number of tokens") for text in ("inf", "nan", "1e400", "infK")),
+        (("ttft", "--seed", str(2**63), "--prompt", "random"), "--seed"),
+        (("ttft", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
+        (("ttft", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("ttft", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
+        (("agree", "--length", "64", "--prompt", "vt"), "--length 64 is too short for --prompt vt, which needs 251"),
+        (("ttft", "--model", "no/such-folder/anywhere"), "--model no/such-folder/anywhere cannot be loaded"),
+        (("ttft", "--dtype", "float8"), "float32"),
+        (("ttft", "--device", "nonsense"), "--device nonsense cannot be used here"),
+        (("ttft", "--device", "meta"), "--device meta has no backend of attention: choose from"),
+        (("env", "--device", "mps"), "--device mps has no backend of attention: choose from"),
+        (("ttft", "--repeats", "0"), "--repeats"),
+        (("ttft", "--dry-run", "--json"), "--dry-run prints a table of what would be measured, and --json rows: leave one"),
+        (("ttft", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
+        (("ttft", "--layers", "9"), "--starting-layer must be between 0 and 8"),
+        (("ttft", "--layers", "2,9"), "--layers 2,9: 9 is not within the layers 0 to 7 of this model"),
+        (
+            ("ttft", "--layers", "deep"),
+            "--layers deep is neither a list of layers, such as 5,7,10,15-35, nor auto nor a file",
+        ),
+        (("ttft", "--layers", "none.csv"), "none.csv cannot be read"),
+        (("ttft", "--layers", "auto"), "--layers auto finds no probe of tiny under results: run tmbench probe --model tiny"),
+        (
+            ("ttft", "--layers", "2,3", "--starting-layer", "4"),
+            "--layers and --starting-layer are one option, given 2 times",
+        ),
+        (("ttft", "--method", "dense", "--layers", "2,3"), "--layers changes none of dense: leave it out"),
+        (("ttft", "--method", "dense", "--starting-layer", "2"), "--starting-layer changes none of dense: leave it out"),
+        (("ruler", "--layers", "auto", "--offline"), "--layers auto finds no probe of tiny"),
+        (("probe", "--task", "niah"), "--task niah is unknown: choose from kv, random, niah_single_1"),
+        (("probe", "--length", "600"), "--length 600 leaves no pair between the first 8 keys, the window of 512"),
+        (("probe", "--length", "670"), "--length 670 leaves no pair between the first 8 keys, the window of 512"),
+        (("probe", "--length", "32K"), "--length 32768 is more than the 16384 positions of tiny"),
+        (("probe", "--accuracy-budget", "2"), "--accuracy-budget is a share, from 0 to 1, not 2"),
+        (("probe", "--accuracy-budget", "0.1", "--time-budget", "0.5"), "exclude each other: give one of them"),
+        (("probe", "--time-budget", "0.1"), "--time-budget 0.1 is less than the 0.29"),
+        (("probe", "--method", "dense"), "--method needs --loss"),
+        (("probe", "--layers", "4"), "--layers needs --loss"),
+        (("probe", "--loss", "--plot", "a.png"), "--plot has no meaning with --loss: leave it out"),
+        (("probe", "--loss", "--rule", "depth"), "--rule has no meaning with --loss: leave it out"),
+        (("probe", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file: let it end in .png"),
+        (("patterns", "show", "none.json", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file"),
+        (("probe", "--dtype", "float16", "--device", "cpu"), "--dtype float16 cannot hold gradients as small as these"),
+        (("probe", "--model", "llama-3.1-8b"), "is a preset, a config without weights: add --weights random"),
+        (("ttft", "--n-local", "-1"), "--n-local must be 0 or more, not -1"),
+        (("ttft", "--method", "dense", "--n-local", "4"), "--n-local changes none of dense: leave it out"),
+        (("ttft", "--patterns", "none.json"), "--patterns: "),
+        (
+            ("ttft", "--method", "flexprefill:gamma=95"),
+            "--method flexprefill:gamma=95: gamma must be above 0 and at most 1, not 95",
+        ),
+        (("ruler", "--method", "xattention:stride=12"), "--method xattention:stride=12: stride must divide 128"),
+        (
+            ("ttft", "--method", "flashprefill:gamma=0.9"),
+            "flashprefill has no parameter 'gamma', what may follow it is alpha",
+        ),
+        (
+            ("ttft", "--method", "flashprefill", "--method", "flashprefill:alpha=0.2"),
+            "--method flashprefill is given twice with different parameters",
+        ),
+        (
+            ("ttft", "--method", "xattention:stride=8", "--n-local", "4"),
+            "--n-local changes none of xattention: leave it out",
+        ),
+        (
+            ("ttft", "--dense-backend", "fa5"),
+            "--dense-backend fa5 is unknown: choose from flash-attn-4, flash-attn-3, cudnn",
+        ),
+        (("ttft", "--device", "cpu", "--dense-backend", "cudnn"), "cudnn runs on cuda, not on cpu: as things are, tiny at"),
+        (("ttft", "--method", "streaming", "--dense-backend", "sdpa"), "--dense-backend changes none of streaming"),
+        (("ruler", "--device", "cpu", "--offline", "--dense-backend", "cudnn"), "--dense-backend cudnn runs on cuda"),
+        (("ruler", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
+        (("ruler", "--task", "cwe", "--length", "300", "--offline"), "--length 300 is too short for cwe"),
+        (("ruler", "--length", "131072"), "--length 131072 is more than the 16384 positions of tiny"),
+        (("ruler", "--data", "none"), "--data needs --length"),
+        (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "--data: The data folder none holds no"),
+        *(
+            (("ruler", "--data", "none", "--length", "2K", *option), f"{option[0]} does not go with --data")
+            for option in (("--wording", "reference"), ("--data-dir", "d"), ("--offline",), ("--apply-chat-template",))
+        ),
+        (("ruler", "--data-dir", "none"), "--data-dir: The data folder none does not exist"),
+        (("ruler", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
+        (("sweep", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
+        (
+            ("ruler-data", "--output", "/dev/null/d", "--task", "vt", "--length", "1K", "--samples", "1"),
+            "--output: The data set /dev/null/d/1024/data/vt/validation.jsonl cannot be written",
+        ),
+        (("ruler", "--apply-chat-template", "--offline"), "no chat template"),
+        (("patterns", "search"), "--output"),
+        (("patterns", "search", "--output", "a.json", "--length", "2K"), "--length 2048 leaves nothing to search"),
+        (("patterns", "search", "--output", "a.json", "--length", "32K"), "--length 32768 is more than the 16384 positions"),
+        (("patterns", "search", "--output", "a.json", "--prompt", "poem"), "--prompt poem is unknown: choose from kv"),
+        (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
+        (("patterns", "search", "--output", "x" * 300), "cannot be written (File name too long)"),
+        (("patterns", "show", "none.json"), "FILE: "),
+        (("patterns", "show"), "FILE"),
+        (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),
+        (("agree", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),
+        (("agree", "--length", "16K", "--device", "cpu"), "give a length of 16128 or less, or fewer new tokens"),
+        (("agree", "--new-tokens", "0"), "--new-tokens"),
+        (
+            ("sweep", "--method", "dense"),
+            "--method dense has no triangle whose parameters could be swept: choose from tri_mix",
+        ),
+        (("sweep", "--device", "cpu", "--offline", "--last-n", "0"), "a sweep needs at least two variants: give --layers"),
+        (("sweep", "--last-n", "0", "--last-n", "-1"), "--last-n must be 0 or more, not -1"),
+        (("sweep", "--device", "cpu", "--offline", "--starting-layer", "9"), "--starting-layer must be between 0 and 8"),
+        (("sweep", "--task", "niah"), "--task niah is unknown: choose from niah_single_1"),
+        (("report",), "tmbench ttft"),
+        (("report", "--margin", "0"), "--margin must be above 0 and at most 100 points, not 0: 1 is usual"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tmbench, arguments, words):
+    code, _, err = tmbench(*arguments)
+    assert code == 2
+    assert words in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert not list(Path().glob("results/*/*/*.csv"))
+
+
+def test_budgets_for_another_model(tmbench, patterns_of_another_model):
+    code, _, err = tmbench("ttft", "--method", "minference", "--patterns", patterns_of_another_model)
+    assert code == 2
+    assert "2 layers" in err
+
+
+def test_a_corrupt_csv_is_named_and_kept(tmbench):
+    assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
+    path = next(Path("results").glob("*/ttft/dense.csv"))
+    path.write_text("something,else\n1,2\n")
+    for command in (FAST_TTFT, ("report",)):
+        code, _, err = tmbench(*command)
+        assert code == 2
+        assert "dense.csv is not a results file of this version" in " ".join(err.split())
+    assert path.read_text() == "something,else\n1,2\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmbench):
+    Path("results").mkdir(mode=0o500)
+    code, _, err = tmbench(*FAST_TTFT)
+    assert code == 2
+    assert "--output-dir: " in err
+
+
+def test_a_folder_that_is_a_file(tmbench):
+    Path("results").write_text("")
+    code, _, err = tmbench(*FAST_TTFT, "--method", "dense")
+    assert code == 2
+    assert "--output-dir: " in err
+
+
+def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
+    from tmbench import ttft
+
+    def fail(prefill, ids):
+        raise RuntimeError("a kernel broke")
+
+    monkeypatch.setattr(ttft, "first_token", fail)
+    code, out, _ = tmbench(*FAST_TTFT, "--method", "dense")
+    assert code == 1
+    assert "failed" in out
