@@ -10,11 +10,10 @@ Choices go to a JSONL file beside the CSV, one line per sample, so that a killed
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,11 @@ from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, arranged
-from tmbench.files import append_line, writable
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
-from tmbench.results import FAILED, OK, AgreeRow, Status, append, csv_path, newest, now
-from tmbench.sample_files import measured_before
+from tmbench.results import FAILED, OK, AgreeRow, Status, append, newest, now
+from tmbench.sample_files import Kept, measured_before
 
 
 @dataclass(frozen=True)
@@ -103,10 +101,9 @@ def run(job: AgreeJob) -> Iterator[Step]:
             texts = found if texts is None else texts
 
 
-def choices_path(root: Path, row: AgreeRow) -> Path:
-    """The JSONL file of a row: its name holds a hash of everything that was measured."""
-    folder = csv_path(root, AgreeRow, row.device, row.method).parent
-    return folder / "choices" / row.method / f"{row.prompt}-{row.length}-{row.digest}.jsonl"
+def kept_choices(root: Path, row: AgreeRow) -> Kept:
+    """The file of what was chosen in a row's samples."""
+    return Kept(root, row, row.prompt, "choices")
 
 
 @torch.inference_mode()
@@ -140,12 +137,11 @@ def _measure(
 ) -> Generator[Step, None, dict[int, Choices]]:
     """One row; ``texts`` are dense's by sample, None for dense itself. Returns what was chosen, by sample."""
     row = job.row(plan, length)
-    path = choices_path(job.root, row)
+    file = kept_choices(job.root, row)
     have = newest(job.root, AgreeRow, row.device, row.method).get(row.key)
     if job.overwrite:
-        with writable(path):
-            path.unlink(missing_ok=True)
-    known = read_choices(path)
+        file.clear()
+    known = read_choices(file.path)
     if texts is not None:
         # Made behind another text of dense, for instance by another version of torch: these choices say nothing of this one.
         known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
@@ -166,7 +162,7 @@ def _measure(
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
-                append_line(path, json.dumps(asdict(known[number])))
+                file.add(known[number])
         yield Step("", samples=1)
     measured: dict[str, Any] = {}
     if status == OK:
@@ -176,7 +172,7 @@ def _measure(
             "divergence_median": statistics.median(one.divergence for one in found),
             "identical": sum(one.divergence == job.new_tokens for one in found) / len(found),
             "seconds_per_sample": statistics.mean(one.seconds for one in found),
-            "choices": str(path.relative_to(csv_path(job.root, AgreeRow, row.device, row.method).parent)),
+            "choices": file.name,
         }
     backends = plan.backends(*job.loaded.qkv(length))
     finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)

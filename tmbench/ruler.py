@@ -6,7 +6,6 @@ larger ``--samples`` only adds to what is there. A CSV row is the score over one
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -24,11 +23,11 @@ from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
-from tmbench.files import append_line, read_lines, writable
+from tmbench.files import read_lines
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
-from tmbench.results import OK, RulerRow, Status, append, csv_path, newest, now, short_hash
-from tmbench.sample_files import measured_before
+from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
+from tmbench.sample_files import Kept, measured_before
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -157,10 +156,9 @@ def check_lengths(
                 raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
 
 
-def predictions_path(root: Path, row: RulerRow) -> Path:
-    """The JSONL file of a row: its name holds a hash of everything that was measured."""
-    name = f"{row.task}-{row.length}-{row.digest}.jsonl"
-    return csv_path(root, RulerRow, row.device, row.method).parent / "predictions" / row.method / name
+def kept_predictions(root: Path, row: RulerRow) -> Kept:
+    """The file of what was answered to a row's samples."""
+    return Kept(root, row, row.task, "predictions")
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -187,12 +185,11 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> 
 
 def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Sequence[Example]) -> Iterator[Step]:
     row = RulerRow(**job.identity(plan, task, length, examples), time=now())
-    path = predictions_path(job.root, row)
+    file = kept_predictions(job.root, row)
     have = newest(job.root, RulerRow, row.device, row.method).get(row.key)
     if job.overwrite:
-        with writable(path):
-            path.unlink(missing_ok=True)
-    known = read_predictions(path)
+        file.clear()
+    known = read_predictions(file.path)
     wanted = [example.index for example in examples]
     if isinstance(have, RulerRow) and not job.overwrite and measured_before(have, known, wanted):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
@@ -208,7 +205,8 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
-                append_line(path, _json_line(known[example.index], example if job.save_samples else None))
+                more = {"prompt": example.prompt} if job.save_samples else {}
+                file.add(known[example.index], **more)
         yield Step("", samples=1)
     measured: dict[str, Any] = {}
     if status == OK:
@@ -220,7 +218,7 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
             "prompt_tokens_mean": statistics.mean(prediction.prompt_tokens for prediction in predictions),
             "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
             "coverage": predictions[0].coverage,
-            "predictions": str(path.relative_to(csv_path(job.root, RulerRow, row.device, row.method).parent)),
+            "predictions": file.name,
         }
     backends = plan.backends(*job.loaded.qkv(length))
     finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)
@@ -253,10 +251,3 @@ def _prediction(entry: Any) -> Prediction:
     # Files of the first release have no coverage.
     fields = {name: entry[name] for name in Prediction.__dataclass_fields__ if name in entry or name != "coverage"}
     return Prediction(**(fields | {"index": int(entry["index"]), "outputs": tuple(entry["outputs"])}))
-
-
-def _json_line(prediction: Prediction, example: Example | None) -> str:
-    entry: dict[str, Any] = dict(vars(prediction))
-    if example is not None:
-        entry["prompt"] = example.prompt
-    return json.dumps(entry, ensure_ascii=False)

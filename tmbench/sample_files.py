@@ -35,11 +35,16 @@ def measured_before(row: RulerRow | AgreeRow, known: Container[int], wanted: Seq
 
 
 class Kept:
-    """The file of one row's samples; its name holds a hash of everything that was measured."""
+    """The file of one row's samples; its name holds a hash of everything that was measured.
 
-    def __init__(self, root: Path, row: Row, task: str) -> None:
+    Args:
+        task: what the samples are of.
+        folder: what they are called.
+    """
+
+    def __init__(self, root: Path, row: Row, task: str, folder: str = "samples") -> None:
         self._folder = csv_path(root, type(row), row.device, row.method).parent
-        self.path = self._folder / "samples" / row.method / f"{task}-{row.length}-{row.digest}.jsonl"
+        self.path = self._folder / folder / row.method / f"{task}-{row.length}-{row.digest}.jsonl"
 
     @property
     def name(self) -> str:
@@ -60,6 +65,6 @@ class Kept:
 
         return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
 
-    def add(self, sample: Any) -> None:
-        """Append a sample, whole or not at all."""
-        append_line(self.path, json.dumps(asdict(sample), ensure_ascii=False))
+    def add(self, sample: Any, **more: str) -> None:
+        """Append a sample, with whatever else its line is to say, whole or not at all."""
+        append_line(self.path, json.dumps(asdict(sample) | more, ensure_ascii=False))

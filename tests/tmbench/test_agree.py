@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tmbench import agree, environment, models
-from tmbench.agree import AgreeJob, choices_path, follow, run
+from tmbench.agree import AgreeJob, follow, kept_choices, run
 from tmbench.attention import applied_plan
 from tmbench.choices import Choices, read_choices
 from tmbench.errors import UserError
@@ -116,7 +116,7 @@ def test_rows_and_their_files(job, texts):
     prompts = {name: [ids for method, ids in texts if method == name] for name in ("dense", "streaming")}
     assert prompts["dense"] == prompts["streaming"]
     assert len({str(ids) for ids in prompts["dense"]}) == 3, "samples differ in their prompts"
-    path = choices_path(work.root, other)
+    path = kept_choices(work.root, other).path
     assert path == work.root / other.device / "agree" / other.choices
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
@@ -129,7 +129,7 @@ def test_a_run_goes_on_where_it_stopped_and_more_samples_only_add(job, texts):
     list(run(job(samples=3)))
     assert len(texts) == 6
     work = job(samples=3)
-    path = choices_path(work.root, rows_of(work.root)["streaming"])
+    path = kept_choices(work.root, rows_of(work.root)["streaming"]).path
     path.write_text(path.read_text()[:-10])
     list(run(work))
     assert [method for method, _ in texts[6:]] == ["streaming"], "a line that was cut is measured again"
@@ -141,7 +141,7 @@ def test_a_run_goes_on_where_it_stopped_and_more_samples_only_add(job, texts):
 def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
     work = job()
     list(run(work))
-    dense, other = (choices_path(work.root, rows_of(work.root)[name]) for name in ("dense", "streaming"))
+    dense, other = (kept_choices(work.root, rows_of(work.root)[name]).path for name in ("dense", "streaming"))
     entries = [json.loads(line) for line in dense.read_text().splitlines()]
     entries[1] |= {name: [7] * 12 for name in ("chosen", "reference")}
     dense.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -220,7 +220,7 @@ def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
 def test_more_samples_in_the_file_than_in_the_row_do_not_count(job, texts):
     list(run(job(samples=2)))
     work = job(samples=2)
-    path = choices_path(work.root, rows_of(work.root)["streaming"])
+    path = kept_choices(work.root, rows_of(work.root)["streaming"]).path
     entry = json.loads(path.read_text().splitlines()[0]) | {"index": 2, "chosen": [0] * 12}
     path.write_text(path.read_text() + json.dumps(entry) + "\n")
     assert len(build(work.root).agree[0].choices["streaming", 96]) == 2

@@ -17,7 +17,7 @@ from tmbench.errors import UserError
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.results import RulerRow, read_all
-from tmbench.ruler import RulerJob, chat_frame, generate, predictions_path, read_predictions, run
+from tmbench.ruler import RulerJob, chat_frame, generate, kept_predictions, read_predictions, run
 from tmbench_kernels import VerticalSlash
 
 
@@ -86,8 +86,8 @@ def test_files_of_predictions_keep_the_names_that_they_have_in_older_results():
     rows = [row for row in read_all(root, RulerRow) if isinstance(row, RulerRow) and row.predictions]
     assert rows
     for row in rows:
-        assert predictions_path(root, row) == root / row.device / "ruler" / row.predictions
-        assert predictions_path(root, replace(row, dense_backend="sdpa")) != predictions_path(root, row)
+        assert kept_predictions(root, row).path == root / row.device / "ruler" / row.predictions
+        assert kept_predictions(root, replace(row, dense_backend="sdpa")).path != kept_predictions(root, row).path
 
 
 def test_predictions_are_kept_and_scored_from_the_file(job, answers):
@@ -95,7 +95,7 @@ def test_predictions_are_kept_and_scored_from_the_file(job, answers):
     list(run(work))
     row = rows_of(work.root)["dense", "vt", 1024]
     path = work.root / row.device / "ruler" / row.predictions
-    assert path == predictions_path(work.root, row)
+    assert path == kept_predictions(work.root, row).path
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
     assert all(line["prompt"].count(line["outputs"][0]) for line in lines)
@@ -125,7 +125,7 @@ def test_a_run_again_hands_over_the_rows_that_were_there(job, answers):
 
 def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypatch):
     list(run(job(tasks=("vt",))))
-    path = predictions_path(job().root, rows_of(job().root)["dense", "vt", 1024])
+    path = kept_predictions(job().root, rows_of(job().root)["dense", "vt", 1024]).path
     real = ruler._answer
     monkeypatch.setattr(ruler, "_answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +157,7 @@ def test_coverage_is_that_of_the_first_sample(job, answers):
     list(run(work))
     rows = rows_of(work.root)
     assert {method: row.coverage for (method, _, _), row in rows.items()} == {"dense": 1.0, "streaming": 0.25}
-    kept = read_predictions(predictions_path(work.root, rows["dense", "vt", 1024]))
+    kept = read_predictions(kept_predictions(work.root, rows["dense", "vt", 1024]).path)
     assert [kept[index].coverage for index in range(3)] == [1.0, None, None]
 
 
@@ -234,7 +234,7 @@ def test_real_answers_decode_what_the_model_generates(job):
     work = job(samples=1, tasks=("vt",), plans=[METHODS["dense"].plan(ModelShape("", 4, 4), Settings())])
     list(run(work))
     row = rows_of(work.root)["dense", "vt", 1024]
-    prediction = read_predictions(predictions_path(work.root, row))[0]
+    prediction = read_predictions(kept_predictions(work.root, row).path)[0]
     example = work.examples("vt", 1024)[0]
     ids = torch.tensor([work.tokenizer(example.prompt)["input_ids"]])
     # Under the same method: random weights leave near ties, which another kernel's rounding would turn.
