@@ -40,6 +40,26 @@ Observer = Callable[[int, Pattern, Tensor, Tensor, float | None], None]
 
 
 @dataclass
+class Running:
+    """What a layer of a fast prefill and its attention tell each other.
+
+    Apart from ``Applied``: of an object that compiled code writes to, torch keeps all that it holds, for instance a cache.
+    """
+
+    last_row: bool = False
+    """Whether this is the last layer, of which only the last query's output is wanted."""
+    narrow_queries: bool = False
+    """Whether it needs that query alone from the start, its pattern choosing nothing by the others."""
+    attended: bool = False
+    """Whether the last layer's attention is done."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """Keys and values that a compiled layer has given to attention, on their way into the cache.
+
+    Where one projection makes queries as well, all of its product stays until the layer ends and ``fill`` copies its part.
+    """
+
+
+@dataclass
 class Applied:
     """A method at work on a model, as ``applied`` yields it."""
 
@@ -56,14 +76,8 @@ class Applied:
     """The model's attention modules, in layer order."""
     cache: Any | None = None
     """Set for the time of a fast prefill: where the keys and values go that attention is given."""
-    kept: tuple[Tensor, Tensor] | None = None
-    """Keys and values that a compiled layer has given to attention, on their way into the cache."""
-    last_row: bool = False
-    """Set while a fast prefill runs the layer of which only the last query's output is wanted."""
-    last_query: bool = False
-    """Whether that layer's pattern needs no other query either."""
-    attended: bool = False
-    """Whether that layer's attention is done."""
+    running: Running = field(default_factory=Running)
+    """Of the layer at work in a fast prefill."""
 
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
@@ -228,7 +242,7 @@ def _attention(
     _refuse_calls(module, query, attention_mask, kwargs)
     if slot.session.cache is not None:
         fill(slot.session.cache, slot.layer, key, value)
-    return _of_full_length(slot.session, attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
+    return _done(slot.session.running, attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
 
 
 def _traced_attention(
@@ -237,19 +251,19 @@ def _traced_attention(
     """The prefill of any layer, for tracing: nothing read here may differ between layers that share one graph."""
     _refuse_features(module, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
-    session: Applied = getattr(module, PLACE).session
-    operator = regions.last_row if session.last_row else regions.attention
+    running: Running = getattr(module, PLACE).session.running
+    operator = regions.last_row if running.last_row else regions.attention
     out = operator(query, key, value, kwargs.get("scaling"))
-    # What leaves the graph is not overwritten by it, and need not be copied.
-    session.kept = key, value
-    return _of_full_length(session, out, query.shape[2]), None
+    # What leaves a graph is not overwritten by its next call, and need not be copied. With CUDA graphs it would be.
+    running.kept = key, value
+    return _done(running, out, query.shape[2]), None
 
 
-def _of_full_length(session: Applied, out: Tensor, queries: int) -> Tensor:
-    """Attention as the model expects it, ``[batch, queries, heads, dim]``, where that of one query may stand for all."""
-    if not session.last_row:
+def _done(running: Running, out: Tensor, queries: int) -> Tensor:
+    """Note that attention is done; the last row stands for all that the model expects, ``[batch, queries, heads, dim]``."""
+    if not running.last_row:
         return out
-    session.attended = True
+    running.attended = True
     return out.expand(-1, queries, -1, -1)
 
 
@@ -287,7 +301,7 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
     session.calls += 1
     session.layers.add(slot.layer)
     session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
-    if session.last_row:
+    if session.running.last_row:
         return slot.pattern.last_row(query, key, value, scale=scale).transpose(1, 2).contiguous()
     # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
     return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous()
@@ -308,6 +322,7 @@ def fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is all of its storage, else a copy."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 

@@ -35,6 +35,8 @@ from tmbench.attention import (
     PLACE,
     TRACED,
     Applied,
+    Running,
+    Slot,
     applied_plan,
     attend,
     attention_modules,
@@ -110,17 +112,18 @@ def arranged(model: PreTrainedModel, session: Applied, kind: Kind) -> Iterator[P
         if kind == COMPILED:
             stack.callback(model.set_attn_implementation, IMPLEMENTATION)
             model.set_attn_implementation(TRACED)
-        run = _compiled(model) if kind == COMPILED else _Run(_forward, _forward, _forward_last, _forward)
-        for index, layer in enumerate(layers[:-1]):
+        run = _compiled(model) if kind == COMPILED else _Run()
+        for layer, module in zip(layers[:-1], session.modules[:-1], strict=True):
             in_chunks = partial(_mlp_in_chunks, layer.mlp, run.mlp)
             if kind == COMPILED:
-                region = regions.Region(partial(attend, getattr(session.modules[index], PLACE)), in_chunks)
+                slot = getattr(module, PLACE)
+                region = regions.Region(partial(attend, slot), in_chunks)
                 # One function for all: a graph is bound to the identity of each function that it calls.
                 _replace(stack, layer.mlp, regions.mlp)
-                _replace(stack, layer, partial(_run_layer, session, index, region, run.layer, layer))
+                _replace(stack, layer, partial(_run_layer, slot, region, run.layer, layer))
             else:
                 _replace(stack, layer.mlp, in_chunks)
-        _narrow_last(stack, layers[-1], session, run)
+        _narrow_last(stack, layers[-1], session.modules[-1], run)
         yield prefill
 
 
@@ -234,20 +237,6 @@ def _is_plain(mlp: nn.Module) -> bool:
     return all(isinstance(part, nn.Linear) or next(part.parameters(), None) is None for part in mlp.children())
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The functions that run a model's modules, compiled or not."""
-
-    layer: Callable[..., Any]
-    mlp: Callable[..., Any]
-    """In chunks of tokens."""
-    last_layer: Callable[..., Any]
-    last_mlp: Callable[..., Any]
-    """On one position, inside of ``last_layer``."""
-    narrowed: dict[nn.Module, _LastPosition] = field(default_factory=dict)
-    """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
-
-
 def _forward_last(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """A layer, of which only the last position is wanted."""
     out = _forward(layer, *args, **kwargs)
@@ -256,16 +245,33 @@ def _forward_last(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return out[:, -1:]
 
 
-def _traced_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+def _operator_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """As ``_forward``, for tracing: the operator finds its MLP by the region."""
     return regions.mlp(x)
 
 
-def _narrow_last(stack: ExitStack, layer: Any, session: Applied, run: _Run) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """The functions that run a model's modules: these, or compiled ones."""
+
+    layer: Callable[..., Any] = _forward
+    mlp: Callable[..., Any] = _forward
+    """In chunks of tokens."""
+    last_layer: Callable[..., Any] = _forward_last
+    last_layer_dynamic: Callable[..., Any] = _forward_last
+    """Under a dynamic pattern, which needs more queries: apart, as torch keeps no more than eight graphs of a function."""
+    last_mlp: Callable[..., Any] = _forward
+    """Inside of the last layer."""
+    narrowed: dict[nn.Module, _LastPosition] = field(default_factory=dict)
+    """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
+
+
+def _narrow_last(stack: ExitStack, layer: Any, attention: Any, run: _Run) -> None:
     """Let the last layer work on the last position only, but for its keys and values."""
-    attention = session.modules[-1]
     slot = getattr(attention, PLACE)
     region = regions.Region(partial(attend, slot), partial(_forward, layer.mlp))
-    _replace(stack, layer, partial(_run_layer, session, slot.layer, region, run.last_layer, layer))
+    run_layer = run.last_layer_dynamic if slot.pattern.dynamic else run.last_layer
+    _replace(stack, layer, partial(_run_layer, slot, region, run_layer, layer))
     queries = getattr(attention, "q_proj", None)
     for module in {*attention.children(), *layer.children()} - {attention}:
         if module not in run.narrowed:
@@ -287,10 +293,10 @@ class _LastPosition:
         self.queries = queries
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``[batch, length, width]`` to the same length, of which only the last position is right."""
-        session: Applied = getattr(self.attention, PLACE).session
-        if not session.attended and not (self.queries and session.last_query):
-            return _forward(self.module, x, *args, **kwargs)
+        """``[batch, length, width]`` to the same length, of which only the last position is right once it is narrow."""
+        running: Running = getattr(self.attention, PLACE).session.running
+        if not running.attended and not (self.queries and running.narrow_queries):
+            return self.forward(self.module, x, *args, **kwargs)
         out = self.forward(self.module, x[:, -1:], *args, **kwargs)
         return out.expand(out.shape[0], x.shape[1], *out.shape[2:])
 
@@ -302,7 +308,11 @@ def _compiled(model: PreTrainedModel) -> _Run:
     """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
     if model not in _COMPILED:
         _COMPILED[model] = _Run(
-            _compile_own(_forward), _compile_own(_forward), _compile_own(_forward_last), last_mlp=_traced_mlp
+            layer=_compile_own(_forward),
+            mlp=_compile_own(_forward),
+            last_layer=_compile_own(_forward_last),
+            last_layer_dynamic=_compile_own(_forward_last),
+            last_mlp=_operator_mlp,
         )
     return _COMPILED[model]
 
@@ -321,19 +331,13 @@ def _compile_own(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_layer(
-    session: Applied,
-    index: int,
-    region: regions.Region,
-    run: Callable[..., Any],
-    layer: nn.Module,
-    *args: Any,
-    **kwargs: Any,
+    slot: Slot, region: regions.Region, run: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    """The layer with this index; what its graph gave to attention goes into the cache."""
+    """One layer; what its graph gave to attention goes into the cache."""
+    session, running = slot.session, slot.session.running
     _check_prefill(session)
-    session.attended = False
-    session.last_row = index == len(session.modules) - 1
-    session.last_query = session.last_row and not session.plan.patterns[index].dynamic
+    running.last_row = slot.layer == len(session.modules) - 1
+    running.narrow_queries = running.last_row and not slot.pattern.dynamic
     try:
         with regions.entered(region):
             out = run(layer, *args, **kwargs)
@@ -342,10 +346,10 @@ def _run_layer(
             f"torch.compile gave up on {type(layer).__name__}, --no-compile measures without it: {error}"
         ) from error
     finally:
-        session.last_row = False
-        kept, session.kept = session.kept, None
+        running.last_row = running.narrow_queries = running.attended = False
+        kept, running.kept = running.kept, None
     if kept is not None:
-        fill(session.cache, index, *kept)
+        fill(session.cache, slot.layer, *kept)
     return out
 
 
