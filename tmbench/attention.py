@@ -301,10 +301,9 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
     session.calls += 1
     session.layers.add(slot.layer)
     session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
-    if session.running.last_row:
-        return slot.pattern.last_row(query, key, value, scale=scale).transpose(1, 2).contiguous()
+    attend_by = slot.pattern.last_row if session.running.last_row else slot.pattern.attend
     # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
-    return slot.pattern.attend(query, key, value, scale=scale).transpose(1, 2).contiguous()
+    return attend_by(query, key, value, scale=scale).transpose(1, 2).contiguous()
 
 
 def fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:

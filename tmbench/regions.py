@@ -38,23 +38,19 @@ def entered(region: Region) -> Iterator[None]:
         _RUNNING.reset(token)
 
 
-@torch.library.custom_op(
-    "tmbench::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor"
-)
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return _RUNNING.get().attention(q, k, v, scale)
+
+
+# Two operators, as an operator's shape must be known before it runs.
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor"
+_attention = torch.library.custom_op("tmbench::attention", _attend, mutates_args=(), schema=_SCHEMA)
+_last_row = torch.library.custom_op("tmbench::last_row", _attend, mutates_args=(), schema=_SCHEMA)
 
 
 @_attention.register_fake
 def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-
-
-@torch.library.custom_op(
-    "tmbench::last_row", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor"
-)
-def _last_row(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return _RUNNING.get().attention(q, k, v, scale)
 
 
 @_last_row.register_fake
