@@ -26,10 +26,10 @@ def prompt_kinds() -> tuple[str, ...]:
     return ("kv", "random", *TASKS)
 
 
-def check_kind(kind: str) -> None:
-    """Raise UserError for a kind of prompt that there is none of."""
+def check_kind(kind: str, option: str = "--prompt") -> None:
+    """Raise UserError for a kind of prompt that there is none of; ``option`` is what it was given as."""
     if kind not in prompt_kinds():
-        raise UserError(f"--prompt {kind} is unknown: choose from {', '.join(prompt_kinds())}")
+        raise UserError(f"{option} {kind} is unknown: choose from {', '.join(prompt_kinds())}")
 
 
 def check_prompt(kind: str, loaded: LoadedModel, lengths: Iterable[int] = ()) -> None:

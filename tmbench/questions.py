@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ruler_tasks import TASKS, examples, load_wording, minimum_length
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
-from tmbench.prompts import key_value, key_value_text, offline_sources, prompt_kinds
+from tmbench.prompts import check_kind, key_value, key_value_text, offline_sources
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Question:
 
 def check_task(task: str, length: int, loaded: LoadedModel) -> None:
     """Raise UserError for a task that this model cannot be asked or that there is none of, or a length too short for it."""
-    if task not in prompt_kinds():
-        raise UserError(f"--task {task} is unknown: choose from {', '.join(prompt_kinds())}")
+    check_kind(task, "--task")
     if task == "random":
         if length < 2:
             raise UserError(f"--length {length} is too short for {task}, which needs 2 tokens")

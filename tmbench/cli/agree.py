@@ -100,7 +100,6 @@ def _measure(job: AgreeJob) -> list[AgreeRow]:
 
 
 def _show(rows: list[AgreeRow]) -> None:
-
     figures = ("same token", "first difference, median", "never differs")
     for length in sorted({row.length for row in rows}):
         shown = table(f"Agreement with dense behind {length} tokens", "method", *figures, "samples", right=figures)

@@ -126,7 +126,6 @@ def show(
 
 
 def _show(layers: Sequence[Mapping[int, HeadPattern]], name: str) -> None:
-
     kinds = Counter(_kind(head) for layer in layers for head in layer.values())
     by_budget = len(kinds) <= FEW_KINDS
     if not by_budget:

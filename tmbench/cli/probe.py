@@ -10,7 +10,6 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, table
-from tmbench.errors import UserError
 from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods import DEFAULT_METHODS, Settings
 
@@ -119,11 +118,15 @@ def probe(
     budget = Budget(ACCURACY_BUDGET if (accuracy_budget, time_budget) == (None, None) else accuracy_budget, time_budget)
     settings = o.settings_for(methods, **o.deep_layers(layers), **window, patterns=patterns) if loss else {}
     sections = Settings(**window)
-    tasks = _tasks(task)
 
     from tmbench import environment, models
     from tmbench.loss import LossJob
     from tmbench.probe import ProbeJob
+    from tmbench.prompts import check_kind
+
+    tasks = list(dict.fromkeys(task or TASKS))
+    for name in tasks:
+        check_kind(name, "--task")
 
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
@@ -154,16 +157,6 @@ def probe(
         print_rows(rows)
     if any(row.status != "ok" for row in rows):
         raise typer.Exit(1)
-
-
-def _tasks(names: list[str] | None) -> list[str]:
-    from ruler_tasks import TASKS as RULER
-
-    known = ("kv", "random", *RULER)
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"--task {name} is unknown: choose from {', '.join(known)}")
-    return list(dict.fromkeys(names or TASKS))
 
 
 def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRow]:
@@ -244,7 +237,6 @@ def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
 
 
 def _show_losses(rows: Sequence[LossRow]) -> None:
-
     figures = ("in the prompt", "vs dense", "after it", "vs dense ", "first token", "vs dense  ")
     for length, task in dict.fromkeys((row.length, row.task) for row in rows):
         here = [row for row in rows if (row.length, row.task) == (length, task)]

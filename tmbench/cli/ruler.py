@@ -247,7 +247,6 @@ def _evaluate(job: RulerJob) -> list[RulerRow]:
 
 
 def _show(rows: list[RulerRow]) -> None:
-
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):
         shown = table(f"RULER at {length} tokens", "task", *methods, right=tuple(methods))

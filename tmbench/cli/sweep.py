@@ -158,7 +158,6 @@ def _measure(job: SweepJob) -> bool:
 
 
 def _show_plan(job: SweepJob) -> None:
-
     for length in job.lengths:
         timing = job.timing(length)
         pending = [] if timing is None else timing.plans

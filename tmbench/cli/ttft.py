@@ -121,7 +121,6 @@ def _rows(job: TtftJob) -> list[TtftRow]:
 
 
 def _show_plan(job: TtftJob) -> None:
-
     pending = job.pending()
     shown = table(f"{job.loaded.name} on {job.environment.device}", "tokens", "method", "parameters", "state")
     for length in job.lengths:
