@@ -6,6 +6,7 @@ in that order of places, and what was used is part of every sample.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -45,6 +46,11 @@ class Essays:
 
     text_words: Sequence[str]
     source: str
+
+    @cached_property
+    def content_hash(self) -> str:
+        """What texts are told apart by, wherever they come from."""
+        return _hash(self.text_words)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -119,6 +125,15 @@ class QuestionSet:
     questions: Sequence[Question]
     documents: Sequence[str]
     source: str
+
+    @cached_property
+    def content_hash(self) -> str:
+        """What questions and documents are told apart by, wherever they come from."""
+        return _hash([*map(repr, self.questions), *self.documents])
+
+
+def _hash(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()
 
 
 Loaded = TypeVar("Loaded")

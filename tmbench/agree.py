@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
 from tmbench.calls import cache_name
-from tmbench.choices import Choices, read_choices
+from tmbench.choices import Choices, choices_of, read_choices
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, arranged
-from tmbench.methods import Plan
+from tmbench.fingerprint import of_ids
+from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
 from tmbench.results import FAILED, OK, AgreeRow, Status, append, newest, now
@@ -50,6 +51,8 @@ class AgreeJob:
     new_tokens: int = 256
     seed: int = 42
     overwrite: bool = False
+    hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    """Of the prompts, by kind, length and seed, as they are made."""
 
     def __post_init__(self) -> None:
         if self.plans[0].method != "dense":
@@ -74,10 +77,22 @@ class AgreeJob:
             "length": length,
             "seed": self.seed,
             "prompt": self.prompt,
+            "prompt_hash": self.prompt_hash(length, 0),
             "samples": self.samples,
             "new_tokens": self.new_tokens,
         }
         return AgreeRow(time=now(), **known)
+
+    def prompt_hash(self, length: int, number: int) -> str:
+        """A hash of the token ids of a sample's prompt."""
+        about = self.prompt, length, self.seed + number
+        if about not in self.hashes:
+            self.hashes[about] = of_ids(self.ids(length, number)[0].tolist())
+        return self.hashes[about]
+
+    def ids(self, length: int, number: int) -> Tensor:
+        """A sample's prompt, ``[1, length]`` on the model's device."""
+        return prompt_ids(self.prompt, length, self.loaded, self.seed + number)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,8 @@ class Step:
     text: str
     samples: int = 0
     row: AgreeRow | None = None
+    measured: int = 0
+    """How many samples were read now, and not before."""
 
 
 def run(job: AgreeJob) -> Iterator[Step]:
@@ -107,20 +124,32 @@ def kept_choices(root: Path, row: AgreeRow) -> Kept:
 
 
 @torch.inference_mode()
-def follow(model: PreTrainedModel, plan: Plan, ids: Tensor, count: int, text: Sequence[int] | None = None) -> list[int]:
+def follow(
+    model: PreTrainedModel,
+    plan: Plan,
+    ids: Tensor,
+    count: int,
+    text: Sequence[int] | None = None,
+    ran: set[str] | None = None,
+) -> list[int]:
     """The likeliest token, the model's end tokens aside, at each of ``count`` places behind a prompt.
 
     Args:
         ids: the prompt, ``[1, length]``, on the model's device; it is read with the plan's patterns.
         text: ``count`` tokens that are read one by one behind the prompt, with dense attention over the full cache; None
             reads the choices themselves, which is greedy decoding.
+        ran: is given what ran, as "pattern:backend", also where this fails.
     """
     end = model.generation_config.eos_token_id
     ends = [] if end is None else end if isinstance(end, list) else [end]
     cache = cache_name(model)
     chosen: list[int] = []
     with applied_plan(model, plan) as session, arranged(model, session, PLAIN) as prefill:
-        logits = prefill(ids)
+        try:
+            logits = prefill(ids)
+        finally:
+            if ran is not None:
+                ran |= session.backends
         session.check_complete()
         while True:
             logits[ends] = -torch.inf
@@ -141,29 +170,33 @@ def _measure(
     have = newest(job.root, AgreeRow, row.device, row.method).get(row.key)
     if job.overwrite:
         file.clear()
-    known = read_choices(file.path)
+    kept = read_choices(file.path)
+    known = {n: one for n, one in kept.items() if n < job.samples and one.prompt_hash == job.prompt_hash(length, n)}
     if texts is not None:
         # Made behind another text of dense, for instance by another version of torch: these choices say nothing of this one.
         known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
     wanted = range(job.samples)
-    if isinstance(have, AgreeRow) and not job.overwrite and measured_before(have, known, wanted):
+    made = isinstance(have, AgreeRow) and (have.status != OK or choices_of(job.root, asdict(have)))
+    if isinstance(have, AgreeRow) and made and not job.overwrite and measured_before(have, known, wanted):
         yield Step(f"{plan.method} at {length}: measured before", samples=job.samples)
         return known
     status: Status = OK
     error = ""
+    ran: set[str] = set()
     for number in wanted:
         if texts is not None and number not in texts:
             status, error = FAILED, "dense wrote no text to follow"
-        if number not in known and status == OK:
+        fresh = number not in known and status == OK
+        if fresh:
             yield Step(f"{plan.method} at {length}, sample {number + 1} of {job.samples}")
             try:
-                known[number] = _choose(job, plan, length, number, texts)
+                known[number] = _choose(job, plan, length, number, texts, ran)
             except Exception as problem:
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
                 file.add(known[number])
-        yield Step("", samples=1)
+        yield Step("", samples=1, measured=int(fresh))
     measured: dict[str, Any] = {}
     if status == OK:
         found = [known[number] for number in wanted]
@@ -174,17 +207,25 @@ def _measure(
             "seconds_per_sample": statistics.mean(one.seconds for one in found),
             "choices": file.name,
         }
-    backends = plan.backends(*job.loaded.qkv(length))
-    finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)
+    ran.update(*(known[number].backends.split("+") for number in wanted if number in known))
+    finished = replace(row, time=now(), status=status, error=error, backends=backends_name(ran), **measured)
     append(job.root, finished)
     yield Step("", row=finished)
     return known
 
 
-def _choose(job: AgreeJob, plan: Plan, length: int, number: int, texts: Mapping[int, Choices] | None) -> Choices:
-    ids = prompt_ids(job.prompt, length, job.loaded, job.seed + number)
+def _choose(
+    job: AgreeJob, plan: Plan, length: int, number: int, texts: Mapping[int, Choices] | None, ran: set[str]
+) -> Choices:
+    """One sample's choices; ``ran`` is given what ran, which is there of a failure too."""
+    ids = job.ids(length, number)
+    own: set[str] = set()
     text = None if texts is None else texts[number].chosen
     start = time.perf_counter()
-    chosen = follow(job.loaded.model, plan, ids, job.new_tokens, text)
+    try:
+        chosen = follow(job.loaded.model, plan, ids, job.new_tokens, text, ran=own)
+    finally:
+        ran |= own
     seconds = time.perf_counter() - start
-    return Choices(number, tuple(chosen), tuple(chosen) if text is None else text, seconds)
+    reference = tuple(chosen) if text is None else text
+    return Choices(number, tuple(chosen), reference, seconds, backends_name(own), job.prompt_hash(length, number))

@@ -22,6 +22,10 @@ class Choices:
     """Dense's text, as long."""
     seconds: float
     """Of the prefill and of reading the text."""
+    backends: str = ""
+    """What ran, as "pattern:backend" joined by "+"."""
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids; "" in files of older versions."""
 
     @property
     def agreement(self) -> float:
@@ -45,7 +49,8 @@ def _choices(entry: Any) -> Choices:
     own, other = (tuple(int(token) for token in entry[name]) for name in ("chosen", "reference"))
     if not own or len(own) != len(other):
         raise ValueError("as many choices as tokens of dense belong into a line")
-    return Choices(int(entry["index"]), own, other, float(entry["seconds"]))
+    about = (str(entry.get(name, "")) for name in ("backends", "prompt_hash"))
+    return Choices(int(entry["index"]), own, other, float(entry["seconds"]), *about)
 
 
 def choices_of(root: Path, row: Mapping[str, Any]) -> list[Choices]:

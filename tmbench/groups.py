@@ -18,10 +18,10 @@ from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples
 
-MODEL = ("device", "model", "revision", "weights", "dtype")
+MODEL = ("device", "model", "revision", "weights", "dtype", "model_hash")
 SETTING = {
-    "ttft": (*MODEL, "prompt", "prefill", "threads", "seed"),
-    "agree": (*MODEL, "prompt", "new_tokens", "threads", "seed"),
+    "ttft": (*MODEL, "prompt", "prefill", "threads", "seed", "older_prompt"),
+    "agree": (*MODEL, "prompt", "new_tokens", "threads", "seed", "older_prompt"),
     "ruler": (*MODEL, "length", "wording", "wording_version", "chat_template", "threads", "seed", "older_data"),
 }
 FIGURES = {
@@ -72,7 +72,8 @@ class Group:
         """The model, in words."""
         about = self.setting
         revision = f" at {about['revision'][:8]}" if about["revision"] else ""
-        return f"{about['model']}{revision}, {about['weights']} weights, {about['dtype']}"
+        contents = f" (files {about['model_hash'][:8]})" if about["model_hash"] else ""
+        return f"{about['model']}{revision}{contents}, {about['weights']} weights, {about['dtype']}"
 
     @property
     def machine(self) -> str:
@@ -97,7 +98,7 @@ class TtftGroup(Group):
     def title(self) -> str:
         about = self.setting
         setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
-        return f"Time to first token: {self.subject}, {setting}"
+        return f"Time to first token: {self.subject}, {setting}{_older_prompt(about)}"
 
     def break_even(self, label: str) -> tuple[int | None, str]:
         """The shortest length from which on the method is faster than dense wherever both ran, in tokens and in words."""
@@ -210,7 +211,7 @@ class RulerGroup(Group):
                     return f"{name} on {task}: {answer.missing}"
             own, other = answers
             pairs = [index for index in own.scores if index in other.scores]
-            if not pairs or any(own.references[index] != other.references[index] for index in pairs):
+            if not pairs or not all(own.same(other, index) for index in pairs):
                 return f"{label} and {reference} on {task}: they did not answer the same samples"
             strata.append([100 * (own.scores[index] - other.scores[index]) for index in pairs])
         return difference(strata, self.margin) if strata else "no task in common"
@@ -369,7 +370,7 @@ class AgreeGroup(Group):
     def title(self) -> str:
         about = self.setting
         setting = f"prompt {about['prompt']}, {about['new_tokens']} new tokens, {self.machine}seed {about['seed']}"
-        return f"Agreement with dense: {self.subject}, {setting}"
+        return f"Agreement with dense: {self.subject}, {setting}{_older_prompt(about)}"
 
     def summary(self) -> Record:
         """Nothing follows from these rows together."""
@@ -464,13 +465,16 @@ def record(row: Row) -> Record:
         # Prepared prompts are hashed task by task: their hash names the data, not the wording.
         prepared = row.wording == "prepared"
         record["wording_version"] = "" if prepared else row.wording_hash
-        record["data"] = f"{row.source} {row.wording_hash}" if prepared else row.source
+        source = f"{row.source} {row.wording_hash}" if prepared else row.source
+        record["data"] = f"{source} {row.data_hash}".rstrip()
+    else:
+        record["data"] = record.get("prompt_hash", "")
     return record | {"parameters": _parameters(record)}
 
 
 def grouped(rows: list[Record]) -> list[tuple[Record, list[Record]]]:
     """The rows of one kind, sorted into groups: each its setting and its rows, methods in their order, dense first."""
-    _mark_older_data([row for row in rows if row["kind"] == "ruler"])
+    _mark_older_data(rows)
     together: dict[tuple[Any, ...], list[Record]] = {}
     for row in sorted(rows, key=in_order):
         together.setdefault(tuple(row[name] for name in SETTING[row["kind"]]), []).append(row)
@@ -486,15 +490,24 @@ def grouped(rows: list[Record]) -> list[tuple[Record, list[Record]]]:
 
 
 def _mark_older_data(rows: list[Record]) -> None:
-    """Number the data that a task was measured on from the newest: methods are compared on the same data only."""
+    """Number the data that a task, and the prompts that a length, was measured on from the newest.
+
+    Methods are compared on the same data only.
+    """
     newest: dict[tuple[Any, ...], dict[str, str]] = {}
-    places = [tuple(row[name] for name in (*SETTING["ruler"][:-1], "task")) for row in rows]
+    places = [tuple(row.get(name) for name in (*SETTING[row["kind"]][:-1], "length", "task")) for row in rows]
     for row, place in zip(rows, places, strict=True):
         times = newest.setdefault(place, {})
         times[row["data"]] = max(times.get(row["data"], ""), row["time"])
     for row, place in zip(rows, places, strict=True):
         times = newest[place]
-        row["older_data"] = sorted(times, key=times.__getitem__, reverse=True).index(row["data"])
+        older = sorted(times, key=times.__getitem__, reverse=True).index(row["data"])
+        row[SETTING[row["kind"]][-1]] = older
+
+
+def _older_prompt(about: Mapping[str, Any]) -> str:
+    """What tells prompts of one kind apart that read otherwise, in words."""
+    return f", older prompt {about['older_prompt']}" if about["older_prompt"] else ""
 
 
 def in_order(row: Record) -> tuple[Any, ...]:

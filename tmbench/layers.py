@@ -146,7 +146,7 @@ def random_layers(text: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(random.Random(int(seed or 0)).sample(range(count), int(number))))
 
 
-def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, ...], str]:
+def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "") -> tuple[tuple[int, ...], str]:
     """The layers that a ``--layers`` stands for, and where they come from, in words: "given", "random", or which probe.
 
     Args:
@@ -155,6 +155,8 @@ def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, .
         model: the model's name, as rows have it.
         count: how many layers it has.
         root: the folder of result files.
+        model_hash: what the model was made from, as rows have it; "" where that is not known. A probe of other contents
+            does not count, nor does for "auto" one that does not say.
 
     Raises:
         UserError: the text is neither, or there is no proposal for this model.
@@ -162,13 +164,17 @@ def resolve(text: str, model: str, count: int, root: Path) -> tuple[tuple[int, .
     if text.startswith(RANDOM):
         return random_layers(text, count), "random"
     if text == AUTO:
-        rows = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
+        named = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
+        rows = [row for row in named if model_hash in ("", row.model_hash)]
         if not rows:
-            raise UserError(f"--layers auto finds no probe of {model} under {root}: run tmbench probe --model {model} first")
+            which = f"no probe of {model}" if not named else f"only probes of {model} with other files than it has now"
+            raise UserError(f"--layers auto finds {which} under {root}: run tmbench probe --model {model} first")
     elif text.endswith(".csv") or (not LIST.issuperset(text) and _is_file(text)):
-        rows = _proposed(Path(text), model)
+        named = _proposed(Path(text), model)
+        rows = [row for row in named if model_hash == "" or row.model_hash in ("", model_hash)]
         if not rows:
-            raise UserError(f"--layers {text} holds no probe of {model}: run tmbench probe --model {model} first")
+            which = f"no probe of {model}" if not named else f"only probes of {model} with other files than it has now"
+            raise UserError(f"--layers {text} holds {which}: run tmbench probe --model {model} first")
     else:
         return parse_layers(text, count), "given"
     # All rows of a proposal are written at once. Of two in one second the later one counts.

@@ -28,6 +28,7 @@ from tmbench.calls import cache_name, cache_of, keep_last
 from tmbench.environment import Environment
 from tmbench.errors import UnsupportedModelError
 from tmbench.failures import describe, release_memory, status_of
+from tmbench.fingerprint import of_ids
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.questions import Question, check_task, questions, wording_hash
@@ -51,6 +52,9 @@ class LossSample:
     source: str
     backends: str
     seconds: float
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids, and of the answer's; "" in files of older versions."""
+    answer_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Step:
     text: str
     samples: int = 0
     row: LossRow | None = None
+    measured: int = 0
+    """How many samples were read now, and not before."""
 
 
 def run(job: LossJob) -> Iterator[Step]:
@@ -199,11 +205,15 @@ def _measure(
     """One method on one task; fills ``known`` with its samples by number."""
     row = job.row(plan, task, length)
     file = Kept(job.root, row, task)
-    known |= (file.clear() if job.overwrite else file).read(LossSample)
+    kept = (file.clear() if job.overwrite else file).read(LossSample)
+    hashes = {question.index: (of_ids(question.prompt), of_ids(question.answer)) for question in asked}
+    # What was read of another prompt or another answer says nothing of this sample.
+    known |= {n: one for n, one in kept.items() if hashes.get(n) == (one.prompt_hash, one.answer_hash)}
     status: Status = OK
     error = ""
     for question in asked:
-        if question.index not in known and status == OK:
+        fresh = question.index not in known and status == OK
+        if fresh:
             yield Step(f"{plan.method} on {task} at {length}, sample {question.index + 1} of {len(asked)}")
             try:
                 known[question.index] = _sample(job, plan, question)
@@ -212,7 +222,7 @@ def _measure(
                 release_memory()
             else:
                 file.add(known[question.index])
-        yield Step("", samples=1)
+        yield Step("", samples=1, measured=int(fresh))
     figures: dict[str, Any] = {}
     if status == OK:
         samples = [known[question.index] for question in asked]
@@ -251,6 +261,8 @@ def _sample(job: LossJob, plan: Plan, question: Question) -> LossSample:
         source=question.source,
         backends=backends,
         seconds=time.perf_counter() - start,
+        prompt_hash=of_ids(question.prompt),
+        answer_hash=of_ids(question.answer),
     )
 
 

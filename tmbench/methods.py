@@ -128,6 +128,8 @@ class ModelShape:
     name: str
     layers: int
     heads: int
+    model_hash: str = ""
+    """What the model was made from, where that is known: a probe of other contents proposes nothing for it."""
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
@@ -215,13 +217,13 @@ class Method:
 
 def backends_name(backends: Iterable[str]) -> str:
     """How results name what ran: the "pattern:backend" texts, joined by "+"."""
-    return "+".join(sorted(set(backends)))
+    return "+".join(sorted(set(filter(None, backends))))
 
 
 def deep_layers(shape: ModelShape, settings: Settings) -> tuple[tuple[int, ...], str]:
     """The layers of a model of this shape that have the deep pattern, and where that choice comes from."""
     if settings.layers is not None:
-        return resolve(settings.layers, shape.name, shape.layers, settings.results)
+        return resolve(settings.layers, shape.name, shape.layers, settings.results, shape.model_hash)
     start, source = starting_layer(shape, settings)
     return tuple(range(start, shape.layers)), source
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from tmbench import structured
+from tmbench import fingerprint, structured
 from tmbench.errors import UserError
+from tmbench.files import readable
 from tmbench.floor import head_dim
 from tmbench.methods import ModelShape
 from tmbench.presets import preset_names, read_preset
@@ -39,6 +40,8 @@ class LoadedModel:
     weights: Weights
     revision: str
     """The commit of a Hub checkpoint, where transformers knows it."""
+    model_hash: str = ""
+    """What it was made from: see ``content_hash``."""
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +51,7 @@ class LoadedModel:
     @property
     def shape(self) -> ModelShape:
         """What plans are made for: known by the name that rows have, whatever the folder that it was loaded from."""
-        return replace(ModelShape.of(self.model), name=self.name)
+        return replace(ModelShape.of(self.model), name=self.name, model_hash=self.model_hash)
 
     @property
     def dtype(self) -> str:
@@ -56,7 +59,8 @@ class LoadedModel:
 
     def row_fields(self) -> dict[str, str]:
         """The columns that a result row takes from here."""
-        return {"model": self.name, "revision": self.revision, "weights": self.weights, "dtype": self.dtype}
+        named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
+        return {**named, "weights": self.weights, "dtype": self.dtype}
 
     @property
     def max_length(self) -> int | None:
@@ -160,12 +164,14 @@ def load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--model {name} cannot be loaded: {_first_sentence(error)}") from error
     model.eval()
+    revision = str(getattr(config, "_commit_hash", None) or "")
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
         tokenizer=None if preset else _tokenizer(path, required=weights == "checkpoint"),
         weights=weights,
-        revision=str(getattr(config, "_commit_hash", None) or ""),
+        revision=revision,
+        model_hash=content_hash(name, weights, revision),
     )
 
 
@@ -199,6 +205,22 @@ def load_config(name: str) -> Any:
     config = AutoConfig.for_model(**fields)
     config._name_or_path = fields["_name_or_path"]
     return config
+
+
+def content_hash(name: str, weights: Weights, revision: str = "") -> str:
+    """A hash of what a model of this name is made from, config, tokenizer and weights: see ``tmbench.fingerprint``.
+
+    Nothing is loaded for it. Of a Hub checkpoint it covers the files that are on this machine, at a commit or the newest.
+    """
+    drawn = "" if weights == "checkpoint" else f"{weights} weights, seed {RANDOM_SEED}"
+    if is_preset(name):
+        return fingerprint.of_preset(read_preset(name), drawn)
+    place = Path(model_path(name))
+    folder = place if place.is_dir() else fingerprint.snapshot(name, revision)
+    if folder is None:
+        return ""
+    with readable(folder):
+        return fingerprint.of_folder(folder, drawn)
 
 
 def _random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:

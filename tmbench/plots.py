@@ -333,7 +333,9 @@ def _label_ends(figure: Figure, axes: Axes, lines: Sequence[_Line]) -> None:
 def _name(kind: str, group: TtftGroup | RulerGroup | TradeOff) -> str:
     """A file name for a group: readable, safe on any file system, and different for different settings."""
     about = group.setting
-    digest = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:6]
+    # What older rows have not leaves the names of their pictures as they were.
+    told = sorted(item for item in about.items() if item not in (("model_hash", ""), ("older_prompt", 0)))
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
     words = [kind, about["device"], str(about["model"]).rstrip("/").rpartition("/")[2]]
     words += [length_name(about["length"])] if "length" in about else [about["prompt"]]
     slug = re.sub(r"[^a-z0-9.]+", "-", "-".join(words).lower()).strip("-.")

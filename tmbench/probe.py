@@ -35,6 +35,7 @@ from tmbench.calls import keep_last
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
+from tmbench.fingerprint import of_ids
 from tmbench.layers import Budget, Proposal, Rule, propose
 from tmbench.methods import Plan, Settings, backends_name
 from tmbench.models import LoadedModel
@@ -79,6 +80,8 @@ class ProbeSample:
     peak_memory: int | None
     means: list[list[list[list[float | None]]]]
     """By layer, head, section and measure."""
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids; "" in files of older versions."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ class Step:
     samples: int = 0
     rows: tuple[ProbeRow, ...] = ()
     """Of one length: each layer's mean, then its heads."""
+    measured: int = 0
+    """How many samples were read now, and not before."""
 
 
 def run(job: ProbeJob) -> Iterator[Step]:
@@ -175,16 +180,17 @@ def run(job: ProbeJob) -> Iterator[Step]:
         files = {task: Kept(job.root, job.row(task, length), task) for task in job.tasks}
         done: list[ProbeSample] = []
         try:
-            known = {task: {} if job.overwrite else file.read(ProbeSample) for task, file in files.items()}
-            asked: dict[str, list[Question]] = {task: [] for task in job.tasks}
+            known: dict[str, dict[int, ProbeSample]] = {}
+            asked: dict[str, list[Question]] = {}
             tokens: list[int] = []
-            for task, have in known.items():
-                if not set(range(job.samples)) <= set(have):
-                    yield Step(f"{task} at {length}: preparing {job.samples} prompts")
-                    every = questions(task, length, job.samples, job.loaded, job.seed)
-                    asked[task] = [question for question in every if question.index not in have]
-                tokens += [sample.prompt_tokens for sample in have.values() if sample.index < job.samples]
-                tokens += [len(question.prompt) for question in asked[task]]
+            for task, file in files.items():
+                kept = {} if job.overwrite else file.read(ProbeSample)
+                yield Step(f"{task} at {length}: preparing {job.samples} prompts")
+                every = list(questions(task, length, job.samples, job.loaded, job.seed))
+                # What was read of another prompt or towards another token says nothing of this sample.
+                known[task] = {one.index: kept[one.index] for one in every if _is_of(kept.get(one.index), one)}
+                asked[task] = [one for one in every if one.index not in known[task]]
+                tokens += [len(one.prompt) for one in every]
             job.check_prompts(length, tokens)
             for task, file in files.items():
                 if job.overwrite:
@@ -195,7 +201,7 @@ def run(job: ProbeJob) -> Iterator[Step]:
                     yield Step(f"{task} at {length}, sample {question.index + 1} of {job.samples}")
                     known[task][question.index] = _sample(job, question)
                     file.add(known[task][question.index])
-                    yield Step("", samples=1)
+                    yield Step("", samples=1, measured=1)
                 done += [known[task][index] for index in range(job.samples)]
             rows = _rows(job, replace(row, sample_files="+".join(file.name for file in files.values())), done)
         except Exception as error:
@@ -209,6 +215,12 @@ def run(job: ProbeJob) -> Iterator[Step]:
         if not _known(job.root, rows):
             append(job.root, *rows)
         yield Step("", rows=tuple(rows))
+
+
+def _is_of(sample: ProbeSample | None, question: Question) -> bool:
+    """Whether a kept sample is of this question."""
+    asked = of_ids(question.prompt), question.answer[0]
+    return sample is not None and (sample.prompt_hash, sample.target) == asked
 
 
 def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sections) -> tuple[Gradients, str]:
@@ -303,6 +315,7 @@ def _sample(job: ProbeJob, question: Question) -> ProbeSample:
         peak_memory=torch.cuda.max_memory_allocated(ids.device) if cuda else None,
         # Six digits are more than bfloat16 has, and a third of the file.
         means=[[[[_short(x) for x in section] for section in head] for head in layer] for layer in means],
+        prompt_hash=of_ids(question.prompt),
     )
 
 
@@ -362,7 +375,8 @@ def _figures(means: Tensor) -> dict[str, Any]:
 def _known(root: Path, rows: Sequence[ProbeRow]) -> bool:
     """Whether the newest rows say the same as these: a proposal that is asked for again is not written again."""
     have = newest(root, ProbeRow, rows[0].device, rows[0].method)
-    latest = max((row.time for row in have.values() if row.status == OK and row.model == rows[0].model), default="")
+    newer = (OK, rows[0].model, rows[0].model_hash)
+    latest = max((row.time for row in have.values() if (row.status, row.model, row.model_hash) == newer), default="")
     for row in rows:
         before = have.get(row.key)
         about: dict[str, Any] = {name: getattr(before, name, None) for name in ("time", "commit", "dirty", "environment")}

@@ -58,8 +58,9 @@ def draw(rows: Sequence[ProbeRow], derivative: str, path: Path) -> None:
     axes.set_xlabel("\n".join(below), color=GREY, fontsize=LABEL_PT)
     axes.set_ylabel(f"{NAMES[derivative]}, mean over pairs, heads and samples", color=GREY, fontsize=LABEL_PT)
     figure.suptitle("Gradient of the true next token's logit by section", x=0.012, ha="left", fontsize=13, weight="bold")
+    contents = f" (files {first.model_hash[:8]})" if first.model_hash else ""
     about = (
-        f"{first.model}, {first.weights} weights, {first.dtype}; {first.task} at {length_name(first.length)}, "
+        f"{first.model}{contents}, {first.weights} weights, {first.dtype}; {first.task} at {length_name(first.length)}, "
         f"{first.samples} samples; n_init {first.n_init}, n_local {first.n_local}, last_n {first.last_n}; "
         f"{first.device_name}"
     )
@@ -86,11 +87,13 @@ def draw_all(root: Path, directory: Path) -> list[Path]:
         if isinstance(row, ProbeRow) and row.status == OK:
             probes.setdefault(row.probed, []).append(row)
     paths = []
-    for key, rows in probes.items():
+    for rows in probes.values():
         first = rows[0]
         words = ["probe", first.device, first.model.rstrip("/").rpartition("/")[2], first.task, length_name(first.length)]
         slug = re.sub(r"[^a-z0-9.]+", "-", "-".join(words).lower()).strip("-.")
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:6]
+        # What older rows have not leaves the names of their pictures as they were.
+        names = [name for name in first.probed_fields if name != "model_hash" or first.model_hash]
+        digest = hashlib.sha256(repr(tuple(getattr(first, name) for name in names)).encode()).hexdigest()[:6]
         paths.append(directory / f"{slug[:120]}-{digest}.png")
         draw(rows, next(row.proposal for row in rows if row.proposal).rpartition(", ")[2], paths[-1])
     return paths

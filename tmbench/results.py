@@ -58,6 +58,8 @@ class Row:
     model: str
     revision: str = ""
     weights: str
+    model_hash: str = ""
+    """What the model was made from, configs, tokenizer and weights: see ``tmbench.fingerprint``. "" in older rows."""
     dtype: str
     length: int
     """Tokens: of the prompt for TTFT; of prompt and answer together for RULER."""
@@ -99,10 +101,11 @@ class Row:
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
         "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads", "dense_backend",
-        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers",
+        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers", "model_hash",
     )  # fmt: skip
     ADDED: ClassVar[tuple[str, ...]] = (
         "dense_backend", "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers",
+        "model_hash",
     )  # fmt: skip
     """Columns that files of the first release lack; each has a default."""
 
@@ -152,10 +155,12 @@ class TtftRow(Row):
     """One time to first token: a method on a prompt of one length. Times in seconds."""
 
     kind: ClassVar[str] = "ttft"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "prefill", "compile_s")
-    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prefill")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "prefill", "compile_s", "prompt_hash")
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prefill", "prompt_hash")
 
     prompt: str
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids."""
     repeats: int
     warmup: int
     interleaved: str
@@ -191,8 +196,8 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage")
-    extra_key: ClassVar[tuple[str, ...]] = ("task", "wording", "wording_hash", "source", "chat_template")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash")
+    extra_key: ClassVar[tuple[str, ...]] = ("task", "wording", "wording_hash", "source", "chat_template", "data_hash")
 
     task: str
     samples: int
@@ -204,6 +209,8 @@ class RulerRow(Row):
     wording_hash: str
     source: str
     """What the prompts are made of: noise, essays, generated prose, squad, a folder, ..."""
+    data_hash: str = ""
+    """A hash of that: of the texts and questions or the prepared file, whole, and of the first sample."""
     chat_template: bool
     prompt_tokens_mean: float | None = None
     seconds_per_sample: float | None = None
@@ -218,9 +225,12 @@ class AgreeRow(Row):
     """How well one method's greedy choices agree with dense along dense's own text; see ``tmbench.agree``."""
 
     kind: ClassVar[str] = "agree"
-    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "new_tokens")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "prompt_hash")
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "new_tokens", "prompt_hash")
 
     prompt: str
+    prompt_hash: str = ""
+    """A hash of the first prompt's token ids."""
     samples: int
     new_tokens: int
     """Tokens that dense wrote behind each prompt."""
@@ -294,7 +304,12 @@ class ProbeRow(Row):
     @property
     def probed(self) -> tuple[Any, ...]:
         """The key without layer and head: what one probe's rows have in common."""
-        return tuple(getattr(self, name) for name in self.key_fields() if name not in ("layer", "head"))
+        return tuple(getattr(self, name) for name in self.probed_fields)
+
+    @property
+    def probed_fields(self) -> tuple[str, ...]:
+        """The names of what is in ``probed``."""
+        return tuple(name for name in self.key_fields() if name not in ("layer", "head"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,11 @@ larger ``--samples`` only adds to what is there. A CSV row is the score over one
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import ruler_tasks
 from ruler_tasks import TASKS, DatasetError, Example, Frame, Sources, Wording
+from ruler_tasks.dataset import dataset_path
 from tmbench.attention import applied_plan
 from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
-from tmbench.files import read_lines
-from tmbench.methods import Plan
+from tmbench.files import read_lines, readable
+from tmbench.fingerprint import of_ids
+from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
 from tmbench.sample_files import Kept, measured_before
+from tmbench.samples import read_samples
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -98,8 +102,23 @@ class RulerJob:
             "wording": "prepared" if prepared else self.wording.name,
             "wording_hash": short_hash(*(example.prompt for example in examples[:1])) if prepared else self.wording.hash,
             "source": examples[0].source,
+            "data_hash": self.data_hash(task, length, examples[0]),
             "chat_template": self.chat_template,
         }
+
+    def data_hash(self, task: str, length: int, first: Example) -> str:
+        """What the samples are made of, whatever their number: the texts or the file, whole, and how the first one reads."""
+        if self.data is not None:
+            path = dataset_path(self.data, task, length)
+            with readable(path):
+                data = [hashlib.sha256(path.read_bytes()).hexdigest()]
+        else:
+            data = [getattr(self.sources, need)().content_hash for need in TASKS[task].needs]
+        return short_hash(*data, first.prompt, *first.outputs)
+
+    def prompt(self, example: Example) -> list[int]:
+        """A sample's token ids, as the model reads them."""
+        return list(self.tokenizer(example.prompt, add_special_tokens=self.frame.add_special_tokens)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,8 @@ class Step:
     text: str
     samples: int = 0
     row: RulerRow | None = None
+    measured: int = 0
+    """How many samples were asked now, and not before."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +146,10 @@ class Prediction:
     seconds: float
     coverage: float | None = None
     """Part of the causal pairs that attention computed in the prefill; counted for a task's first sample only."""
+    backends: str = ""
+    """What ran, as "pattern:backend" joined by "+"."""
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids; "" in files of older versions."""
 
 
 def run(job: RulerJob) -> Iterator[Step]:
@@ -136,8 +161,9 @@ def run(job: RulerJob) -> Iterator[Step]:
         for task in job.tasks:
             yield Step(f"{task} at {length}: preparing {job.samples} samples")
             examples = job.examples(task, length)
+            hashes = [of_ids(job.prompt(example)) for example in examples]
             for plan in job.plans:
-                yield from _evaluate(job, plan, task, length, examples)
+                yield from _evaluate(job, plan, task, length, examples, hashes)
 
 
 def check_lengths(
@@ -183,31 +209,39 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> 
     return [int(token) for token in out[0, ids.shape[1] :]]
 
 
-def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Sequence[Example]) -> Iterator[Step]:
+def _evaluate(
+    job: RulerJob, plan: Plan, task: str, length: int, examples: Sequence[Example], hashes: Sequence[str]
+) -> Iterator[Step]:
     row = RulerRow(**job.identity(plan, task, length, examples), time=now())
     file = kept_predictions(job.root, row)
     have = newest(job.root, RulerRow, row.device, row.method).get(row.key)
     if job.overwrite:
         file.clear()
-    known = read_predictions(file.path)
-    wanted = [example.index for example in examples]
-    if isinstance(have, RulerRow) and not job.overwrite and measured_before(have, known, wanted):
+    kept = read_predictions(file.path)
+    asked = {example.index: (hash_, example.outputs) for example, hash_ in zip(examples, hashes, strict=True)}
+    # What was answered to another prompt, or scored by other references, says nothing of this sample.
+    known = {n: one for n, one in kept.items() if asked.get(n) == (one.prompt_hash, one.outputs)}
+    made = isinstance(have, RulerRow) and (have.status != OK or not read_samples(job.root, asdict(have)).missing)
+    if isinstance(have, RulerRow) and made and not job.overwrite and measured_before(have, known, list(asked)):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
     status: Status = OK
     error = ""
+    ran: set[str] = set()
     for done, example in enumerate(examples):
-        if example.index not in known and status == OK:
+        fresh = example.index not in known and status == OK
+        if fresh:
             yield Step(f"{plan.method} on {task} at {length}, sample {done + 1} of {len(examples)}")
             try:
-                known[example.index] = _answer(job, plan, example, count=done == 0)
+                answered = _answer(job, plan, example, ran, count=done == 0)
+                known[example.index] = replace(answered, prompt_hash=hashes[done])
             except Exception as problem:
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
                 more = {"prompt": example.prompt} if job.save_samples else {}
                 file.add(known[example.index], **more)
-        yield Step("", samples=1)
+        yield Step("", samples=1, measured=int(fresh))
     measured: dict[str, Any] = {}
     if status == OK:
         predictions = [known[example.index] for example in examples]
@@ -220,25 +254,31 @@ def _evaluate(job: RulerJob, plan: Plan, task: str, length: int, examples: Seque
             "coverage": predictions[0].coverage,
             "predictions": file.name,
         }
-    backends = plan.backends(*job.loaded.qkv(length))
-    finished = replace(row, time=now(), status=status, error=error, backends=backends, **measured)
+    ran.update(*(known[index].backends.split("+") for index in asked if index in known))
+    finished = replace(row, time=now(), status=status, error=error, backends=backends_name(ran), **measured)
     append(job.root, finished)
     yield Step("", row=finished)
 
 
-def _answer(job: RulerJob, plan: Plan, example: Example, *, count: bool) -> Prediction:
-    encoded = job.tokenizer(example.prompt, add_special_tokens=job.frame.add_special_tokens)
-    ids = torch.tensor([encoded["input_ids"]], device=job.loaded.device)
+def _answer(job: RulerJob, plan: Plan, example: Example, ran: set[str], *, count: bool) -> Prediction:
+    """One sample's answer; ``ran`` is given what ran, which is there of a failure too."""
+    ids = torch.tensor([job.prompt(example)], device=job.loaded.device)
     counter = PairCounter()
     start = time.perf_counter()
     with applied_plan(job.loaded.model, plan) as session:
         session.observer = counter if count else None
-        new = generate(job.loaded.model, ids, example.max_new_tokens)
+        try:
+            new = generate(job.loaded.model, ids, example.max_new_tokens)
+        finally:
+            ran |= session.backends
     seconds = time.perf_counter() - start - counter.seconds
     session.check_complete()
     text = str(job.tokenizer.decode(new, skip_special_tokens=True))
     score = TASKS[example.task].score(text, example.outputs)
-    return Prediction(example.index, text, example.outputs, score, ids.shape[1], len(new), seconds, counter.coverage)
+    backends = backends_name(session.backends)
+    return Prediction(
+        example.index, text, example.outputs, score, ids.shape[1], len(new), seconds, counter.coverage, backends
+    )
 
 
 def read_predictions(path: Path) -> dict[int, Prediction]:
@@ -248,6 +288,7 @@ def read_predictions(path: Path) -> dict[int, Prediction]:
 
 
 def _prediction(entry: Any) -> Prediction:
-    # Files of the first release have no coverage.
-    fields = {name: entry[name] for name in Prediction.__dataclass_fields__ if name in entry or name != "coverage"}
+    # Files of older versions lack what has a default.
+    given = Prediction.__dataclass_fields__.items()
+    fields = {name: entry[name] for name, about in given if name in entry or about.default is MISSING}
     return Prediction(**(fields | {"index": int(entry["index"]), "outputs": tuple(entry["outputs"])}))

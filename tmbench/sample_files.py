@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -61,7 +61,10 @@ class Kept:
         """The samples by their number; raises UserError for a file that tmbench did not write."""
 
         def parse(entry: Any) -> tuple[int, S]:
-            return int(entry["index"]), kind(**{name: entry[name] for name in kind.__dataclass_fields__})
+            # Files of older versions lack what has a default.
+            given = kind.__dataclass_fields__.items()
+            fields = {name: entry[name] for name, about in given if name in entry or about.default is MISSING}
+            return int(entry["index"]), kind(**fields)
 
         return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
 

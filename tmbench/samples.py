@@ -19,8 +19,15 @@ class Samples:
     """From 0 to 1, by the sample's index."""
     references: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """The answers that were wanted: two methods that were asked the same sample have the same."""
+    prompts: Mapping[int, str] = field(default_factory=dict)
+    """A hash of each prompt; "" where the file is of an older version."""
     missing: str = ""
     """Why there are none, in words."""
+
+    def same(self, other: Samples, index: int) -> bool:
+        """Whether both were asked the same, as far as is known, and the same was wanted."""
+        own, others = self.prompts.get(index, ""), other.prompts.get(index, "")
+        return self.references[index] == other.references[index] and ("" in (own, others) or own == others)
 
 
 def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
@@ -35,19 +42,20 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
     path = root / row["device"] / RulerRow.kind / row["predictions"]
     scores: dict[int, float] = {}
     references: dict[int, tuple[str, ...]] = {}
+    prompts: dict[int, str] = {}
     # A file may hold more samples than its row: those of a larger run that was killed. Rows are over the first ones.
-    for index, score, wanted in read_lines(path, _entry, "a prediction", "move it out of the results folder"):
+    for index, score, wanted, prompt in read_lines(path, _entry, "a prediction", "move it out of the results folder"):
         if index in scores or len(scores) < row["samples"]:
-            scores[index], references[index] = score, wanted
+            scores[index], references[index], prompts[index] = score, wanted, prompt
     if len(scores) < row["samples"]:
         found = f"has {len(scores)} of {row['samples']} samples" if path.exists() else "is missing"
         return Samples(missing=f"its file of predictions {found}")
     # Scores of rows are rounded to two decimals.
     if abs(100 * sum(scores.values()) / len(scores) - row["score"]) > 0.01:
         return Samples(missing="its file of predictions does not make its score")
-    return Samples(scores, references)
+    return Samples(scores, references, prompts)
 
 
-def _entry(entry: Any) -> tuple[int, float, tuple[str, ...]]:
-    """(index, score, references) of a line."""
-    return int(entry["index"]), float(entry["score"]), tuple(entry["outputs"])
+def _entry(entry: Any) -> tuple[int, float, tuple[str, ...], str]:
+    """(index, score, references, hash of the prompt) of a line."""
+    return int(entry["index"]), float(entry["score"]), tuple(entry["outputs"]), str(entry.get("prompt_hash", ""))

@@ -23,6 +23,7 @@ from tmbench.attention import applied_plan
 from tmbench.errors import UserError
 from tmbench.fast import Prefill
 from tmbench.files import append_line, read_lines, replace_file, writable
+from tmbench.fingerprint import of_ids
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
@@ -66,6 +67,7 @@ class SearchJob:
             "heads": self.shape.heads,
             "length": self.length,
             "prompt": self.prompt,
+            "prompt_hash": of_ids(prompt_ids(self.prompt, self.length, self.loaded, self.seed)[0].tolist()),
             "seed": self.seed,
             "first_row": FIRST_ROW,
             "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
@@ -78,6 +80,10 @@ class SearchJob:
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
         check_output(self.output, overwrite=self.overwrite)
+
+    def finished(self) -> bool:
+        """Whether an earlier run has measured all layers and only the file is to be written; raises as ``run`` does."""
+        return self.partial.exists() and len(_read_partial(self)) == self.shape.layers
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -167,10 +173,10 @@ def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
 
     if not read_lines(job.partial, take, "of a search that was interrupted", remedy):
         return {}
-    differing = [name for name, value in job.identity().items() if before.get(name) != value]
+    wanted = job.identity()
+    differing = [name for name, value in wanted.items() if before.get(name) != value]
     if differing:
         name = differing[0]
-        raise UserError(
-            f"{job.partial} is of a search with another {name} ({before.get(name)}, not {job.identity()[name]}): {remedy}"
-        )
+        found = before.get(name, "not recorded")
+        raise UserError(f"{job.partial} is of a search with another {name} ({found}, not {wanted[name]}): {remedy}")
     return kept

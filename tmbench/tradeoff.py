@@ -177,7 +177,8 @@ def trade_offs(ttft: Sequence[TtftGroup], ruler: Sequence[RulerGroup]) -> list[T
     for scores in ruler:
         for times in ttft:
             alike = (*MODEL, "threads")
-            if scores.setting["older_data"] == 0 and all(times.setting[name] == scores.setting[name] for name in alike):
+            newest = scores.setting["older_data"] == times.setting["older_prompt"] == 0
+            if newest and all(times.setting[name] == scores.setting[name] for name in alike):
                 setting = {**scores.setting, "prompt": times.setting["prompt"], "prefill": times.setting["prefill"]}
                 rows = _rows(times, scores)
                 if rows:

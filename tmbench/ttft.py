@@ -22,6 +22,7 @@ from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, Kind, arranged
+from tmbench.fingerprint import of_ids
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prefill import FirstToken, first_token
@@ -45,6 +46,8 @@ class TtftJob:
     overwrite: bool = False
     prefill: Kind = PLAIN
     """How the model runs; ``fast.kind_for`` says what it can do."""
+    hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    """Of the prompts, by kind, seed and length, as they are made."""
 
     def identity(self, plan: Plan, length: int) -> dict[str, Any]:
         """The columns of a row that are known before it is measured."""
@@ -55,10 +58,18 @@ class TtftJob:
             "length": length,
             "seed": self.seed,
             "prompt": self.prompt,
+            "prompt_hash": self.prompt_hash(length),
             "repeats": self.repeats,
             "warmup": self.warmup,
             "prefill": self.prefill,
         }
+
+    def prompt_hash(self, length: int) -> str:
+        """A hash of the prompt's token ids."""
+        about = self.prompt, self.seed, length
+        if about not in self.hashes:
+            self.hashes[about] = of_ids(prompt_ids(self.prompt, length, self.loaded, self.seed)[0].tolist())
+        return self.hashes[about]
 
     def key(self, plan: Plan, length: int) -> tuple[Any, ...]:
         """The key of the row that this plan makes at this length."""
@@ -231,7 +242,7 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
         time=now(),
         status=trial.status,
         error=trial.error,
-        backends=backends_name(trial.backends) or trial.plan.backends(*job.loaded.qkv(length)),
+        backends=backends_name(trial.backends),
         interleaved=" ".join(other.plan.method for other in trials),
         matrix_rate_flops=rate or None,
     )

@@ -47,7 +47,7 @@ def texts(monkeypatch):
     """Stands in for decoding: dense writes 1 to 12; another method agrees up to place 4, at place 4 not, and then again."""
     asked = []
 
-    def answer(model, plan, ids, count, text=None):
+    def answer(model, plan, ids, count, text=None, *, ran=None):
         asked.append((plan.method, ids.tolist()))
         own = list(range(1, count + 1))
         return own if text is None else [token if place != 4 else 99 for place, token in enumerate(text)]
@@ -154,7 +154,7 @@ def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
     real = agree.follow
 
-    def fail(model, plan, ids, count, text=None):
+    def fail(model, plan, ids, count, text=None, *, ran=None):
         if plan.method == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, plan, ids, count, text)
@@ -195,7 +195,7 @@ def test_a_file_that_is_not_ours_is_named(tmp_path, line):
 
 def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
     agreements = iter([12, 12, 12, 3, 6, 12])
-    monkeypatch.setattr(agree, "follow", lambda *_: [1] * (n := next(agreements)) + [2] * (12 - n))
+    monkeypatch.setattr(agree, "follow", lambda *_, **__: [1] * (n := next(agreements)) + [2] * (12 - n))
     work = job()
     list(run(work))
     report = build(work.root)

@@ -47,12 +47,14 @@ def answers(monkeypatch):
     """Stands in for generation: answers with the right reference for dense, with nothing for any other method."""
     asked = []
 
-    def answer(job, plan, example, *, count):
+    def answer(job, plan, example, ran, *, count):
         asked.append((plan.method, example.task, example.index, example.prompt))
         text = " ".join(example.outputs) if plan.method == "dense" else " "
         score = TASKS[example.task].score(text, example.outputs)
         coverage = {"dense": 1.0, "streaming": 0.25}[plan.method] if count else None
-        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5, coverage)
+        backends = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}[plan.method]
+        ran.add(backends)
+        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5, coverage, backends)
 
     monkeypatch.setattr(ruler, "_answer", answer)
     return asked
@@ -217,10 +219,10 @@ def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
     real = ruler._answer
 
-    def fail(job, plan, example, *, count):
+    def fail(job, plan, example, ran, *, count):
         if plan.method == "dense" and example.task == "vt" and example.index == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(job, plan, example, count=count)
+        return real(job, plan, example, ran, count=count)
 
     monkeypatch.setattr(ruler, "_answer", fail)
     work = job()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -86,17 +86,22 @@ def _measure(job: AgreeJob) -> list[AgreeRow]:
     from tmbench.agree import run
     from tmbench.results import AgreeRow, newest
 
+    measured = 0
     with progress_bar() as bar:
         shown = bar.add_task("agreement", total=len(job.lengths) * len(job.plans) * job.samples)
         for step in run(job):
             bar.update(shown, description=step.text or None, advance=step.samples)
+            measured += step.measured
         bar.update(shown, description="agreement measured")
     rows = [
         newest(job.root, AgreeRow, job.environment.device, plan.method).get(job.row(plan, length).key)
         for length in job.lengths
         for plan in job.plans
     ]
-    return [row for row in rows if isinstance(row, AgreeRow)]
+    found = [row for row in rows if isinstance(row, AgreeRow)]
+    if not measured:
+        say_nothing_measured(len(found))
+    return found
 
 
 def _show(rows: list[AgreeRow]) -> None:

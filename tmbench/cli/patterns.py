@@ -91,11 +91,14 @@ def search(
     check_prompt(prompt, loaded, [tokens])
     job = SearchJob(loaded, output, tokens, prompt, seed, remap, overwrite)
     job.check()
+    before = not overwrite and job.finished()
     with progress_bar() as bar:
         shown = bar.add_task("search", total=job.shape.layers)
         found = run(job, lambda text, layers: bar.update(shown, description=text, advance=layers))
         bar.update(shown, description="search finished", completed=job.shape.layers)
     _show([dict(enumerate(layer)) for layer in found], str(output))
+    if before:
+        say("nothing was measured: all layers are there already; --overwrite searches again")
     say(f"wrote {output}: tmbench ttft --method minference --patterns {output} uses it")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say, say_nothing_measured, table
 from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods import DEFAULT_METHODS, Settings
 
@@ -164,12 +164,16 @@ def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRo
     from tmbench.probe import run
 
     rows: list[ProbeRow] = []
+    measured = 0
     with progress_bar() as bar:
         shown = bar.add_task("Probe", total=len(job.lengths) * len(job.tasks) * job.samples)
         for step in run(job):
             bar.update(shown, description=step.text or None, advance=step.samples)
             rows += step.rows
+            measured += step.measured or any(row.status != "ok" for row in step.rows)
         bar.update(shown, description="Probed")
+    if not measured:
+        say_nothing_measured(len(rows))
     for length in job.lengths:
         here = [row for row in rows if row.length == length]
         if not quiet:
@@ -224,13 +228,17 @@ def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
     from tmbench.loss import run
 
     rows = []
+    measured = 0
     with progress_bar() as bar:
         shown = bar.add_task("Loss", total=len(job.lengths) * len(job.tasks) * len(job.plans) * job.samples)
         for step in run(job):
             bar.update(shown, description=step.text or None, advance=step.samples)
+            measured += step.measured
             if step.row is not None:
                 rows.append(step.row)
         bar.update(shown, description="Losses measured")
+    if not measured:
+        say_nothing_measured(len(rows))
     if not quiet:
         _show_losses(rows)
     return rows

@@ -9,7 +9,7 @@ import typer
 
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -236,13 +236,17 @@ def _evaluate(job: RulerJob) -> list[RulerRow]:
     from tmbench.ruler import run
 
     rows = []
+    measured = 0
     with progress_bar() as bar:
         shown = bar.add_task("RULER", total=len(job.lengths) * len(job.tasks) * len(job.plans) * job.samples)
         for step in run(job):
             bar.update(shown, description=step.text or None, advance=step.samples)
+            measured += step.measured
             if step.row is not None:
                 rows.append(step.row)
         bar.update(shown, description="RULER evaluated")
+    if not measured:
+        say_nothing_measured(len(rows))
     return rows
 
 

@@ -61,6 +61,12 @@ def print_rows(rows: Sequence[Row]) -> None:
     typer.echo(json_text([asdict(row) for row in rows]))
 
 
+def say_nothing_measured(rows: int, remedy: str = "--overwrite measures again") -> None:
+    """Tell the user that what is shown was there before."""
+    there = "the row is" if rows == 1 else f"all {rows} rows are"
+    say(f"nothing was measured: {there} there already; {remedy}")
+
+
 def say(text: str) -> None:
     """One line to the user about what is done on their behalf."""
     error_console().print(text, soft_wrap=True, highlight=False, style="dim")

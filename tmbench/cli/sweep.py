@@ -8,7 +8,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
-from tmbench.cli.screen import console, progress_bar, say, table
+from tmbench.cli.screen import console, progress_bar, say, say_nothing_measured, table
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _measure(job: SweepJob) -> bool:
     """Measure what is missing, length by length, times first; whether all rows that were made are well."""
     from tmbench import ruler, ttft
 
-    well = True
+    well, measured, rows = True, 0, 0
     with progress_bar() as bar:
         for length in job.lengths:
             timing, asking = job.timing(length), job.asking(length)
@@ -148,12 +148,17 @@ def _measure(job: SweepJob) -> bool:
             for step in ttft.run(timing) if timing else ():
                 bar.update(shown, description=step.text or None, advance=step.work)
                 well = well and (step.row is None or step.row.status == "ok")
+                measured += 1
             bar.update(shown, description=f"timed at {length}")
             shown = bar.add_task(f"RULER at {length}", total=len(asking.tasks) * len(asking.plans) * asking.samples)
             for answer in ruler.run(asking):
                 bar.update(shown, description=answer.text or None, advance=answer.samples)
                 well = well and (answer.row is None or answer.row.status == "ok")
+                measured += answer.measured
             bar.update(shown, description=f"asked at {length}")
+            rows += len(asking.plans) * (1 + len(asking.tasks))
+    if not measured:
+        say_nothing_measured(rows, "tmbench ttft and tmbench ruler measure again with --overwrite")
     return well
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -86,8 +86,11 @@ def ttft(
         _show_plan(job)
         return
     environment.write_record(output_dir, here)
+    pending = job.pending()
     _measure(job)
     rows = _rows(job)
+    if not pending:
+        say_nothing_measured(len(rows))
     if as_json:
         print_rows(rows)
     else:
