@@ -67,8 +67,8 @@ class SearchJob:
             "heads": self.shape.heads,
             "length": self.length,
             "prompt": self.prompt,
-            "prompt_hash": of_ids(prompt_ids(self.prompt, self.length, self.loaded, self.seed)[0].tolist()),
             "seed": self.seed,
+            "prompt_hash": of_ids(prompt_ids(self.prompt, self.length, self.loaded, self.seed)[0].tolist()),
             "first_row": FIRST_ROW,
             "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
         }
