@@ -167,13 +167,13 @@ def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "")
         named = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
         rows = [row for row in named if model_hash in ("", row.model_hash)]
         if not rows:
-            which = f"no probe of {model}" if not named else f"only probes of {model} with other files than it has now"
+            which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
             raise UserError(f"--layers auto finds {which} under {root}: run tmbench probe --model {model} first")
     elif text.endswith(".csv") or (not LIST.issuperset(text) and _is_file(text)):
         named = _proposed(Path(text), model)
         rows = [row for row in named if model_hash == "" or row.model_hash in ("", model_hash)]
         if not rows:
-            which = f"no probe of {model}" if not named else f"only probes of {model} with other files than it has now"
+            which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
             raise UserError(f"--layers {text} holds {which}: run tmbench probe --model {model} first")
     else:
         return parse_layers(text, count), "given"

@@ -14,7 +14,7 @@ from tmbench.attention import applied_plan
 from tmbench.choices import Choices, read_choices
 from tmbench.errors import UserError
 from tmbench.intervals import difference
-from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.report import build
 from tmbench.results import AgreeRow, read_all
@@ -224,3 +224,34 @@ def test_more_samples_in_the_file_than_in_the_row_do_not_count(job, texts):
     entry = json.loads(path.read_text().splitlines()[0]) | {"index": 2, "chosen": [0] * 12}
     path.write_text(path.read_text() + json.dumps(entry) + "\n")
     assert len(build(work.root).agree[0].choices["streaming", 96]) == 2
+
+
+def test_choices_behind_another_prompt_are_made_again(job, texts):
+    work = job()
+    list(run(work))
+    for path in work.root.glob("*/agree/choices/*/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[1]["prompt_hash"] = ""
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts.clear()
+    assert sum(step.measured for step in run(work)) == 2
+    asked = work.ids(96, 1).tolist()
+    assert texts == [("dense", asked), ("streaming", asked)]
+    assert sum(step.measured for step in run(work)) == 0
+
+
+def test_rows_name_the_backends_that_ran(job, monkeypatch):
+    """Not those that would run for the nominal length, and none where attention was not reached."""
+    monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
+    work = job(samples=1)
+    list(run(work))
+    expected = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}
+    assert {name: row.backends for name, row in rows_of(work.root).items()} == expected
+    for path in work.root.glob("*/agree/*.csv"):
+        path.unlink()
+    list(run(work))
+    assert {name: row.backends for name, row in rows_of(work.root).items()} == expected, "from kept samples"
+    other = job(samples=1, root=work.root / "failed")
+    monkeypatch.setattr(agree, "arranged", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
+    list(run(other))
+    assert {(row.status, row.backends) for row in rows_of(other.root).values()} == {("failed", "")}

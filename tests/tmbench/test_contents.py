@@ -107,7 +107,7 @@ def test_a_probe_of_other_weights_proposes_no_layers(tmbench, ckpt):
     for layers, words in (("auto", "--layers auto finds"), (str(path), "probe/dense.csv holds")):
         code, _, err = tmbench(*tri_mix, "--layers", layers)
         assert code == 2
-        assert f"{words} only probes of ckpt with other files than it has now" in " ".join(err.split())
+        assert f"{words} no probe of the files that ckpt has now" in " ".join(err.split())
         assert "run tmbench probe --model ckpt first" in " ".join(err.split())
     assert tmbench(*PROBE)[0] == 0
     assert tmbench(*tri_mix, "--layers", "auto")[0] == 0

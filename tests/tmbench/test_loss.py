@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,3 +138,16 @@ def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
     rows = rows_of(run(job()))
     assert (rows["dense"].status, rows["dense"].nll_prompt) == ("out_of_memory", None)
     assert (rows["tri_mix"].status, rows["tri_mix"].nll_prompt_vs_dense) == ("ok", None)
+
+
+@pytest.mark.parametrize("name", ["prompt_hash", "answer_hash"])
+def test_what_was_read_of_another_prompt_or_answer_is_read_again(job, tmp_path, name):
+    list(run(job()))
+    for path in tmp_path.glob("*/loss/samples/*/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[1] |= {name: "", "nll_prompt": 9.0}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = list(run(job()))
+    assert sum(step.measured for step in steps) == 2
+    assert all(row.nll_prompt < 9 for row in rows_of(steps).values())
+    assert sum(step.measured for step in run(job())) == 0

@@ -340,3 +340,24 @@ def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
     assert ["-random-40-" in path.name for path in paths] == [True, False]
     draw(rows, "probabilities", tmp_path / "a.png")
     assert paths[0].read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"prompt_hash": ""}, {"target": -1}])
+def test_what_was_read_of_another_prompt_or_towards_another_token_is_read_again(job, tmp_path, change):
+    before = rows_of(run(job()))
+    path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] |= {**change, "probability": 5.0}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = list(run(job()))
+    assert sum(step.measured for step in steps) == 1
+    assert rows_of(steps)[0].probability_mean == before[0].probability_mean
+    assert sum(step.measured for step in run(job())) == 0
+
+
+def test_files_of_the_first_release_are_read_but_not_gone_on_from(job, tmp_path):
+    list(run(job()))
+    path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in one.items() if k != "prompt_hash"}) + "\n" for one in lines))
+    assert sum(step.measured for step in run(job())) == 2

@@ -508,3 +508,40 @@ def test_length_name(length, name):
 )
 def test_significant(seconds, text):
     assert significant(seconds) == text
+
+
+def test_rows_of_other_contents_stand_in_other_sections_and_are_not_cited_for_one_another(tmp_path):
+    for contents, seconds, score in (("", 4.0, 90.0), ("aaaaaaaa0000", 2.0, 50.0), ("bbbbbbbb0000", 1.0, 0.0)):
+        for method in ("dense", "tri_mix"):
+            add_ttft(tmp_path, method, 4096, seconds, model_hash=contents)
+            if contents != "bbbbbbbb0000":
+                add_ruler(tmp_path, method, "vt", score, model_hash=contents)
+    report = build(tmp_path)
+    assert [group.subject.partition(",")[0] for group in report.ttft] == [
+        "a/model",
+        "a/model (files aaaaaaaa)",
+        "a/model (files bbbbbbbb)",
+    ]
+    assert [[row["ttft_median_s"] for row in group.rows] for group in report.ttft] == [[4.0] * 2, [2.0] * 2, [1.0] * 2]
+    cited = [report.fidelity(group, "tri_mix") for group in report.ttft]
+    assert [re.findall(r"RULER ([0-9.]+)", words) for words in cited] == [["90.0"], ["50.0"], []]
+
+
+@pytest.mark.parametrize("kind", ["ttft", "ruler"])
+def test_methods_are_compared_on_the_same_prompts_only(tmp_path, kind):
+    """Dense has read what a method was asked before, and not what it was asked since."""
+    for method, contents, value in (("dense", "old", 80.0), ("tri_mix", "old", 40.0), ("tri_mix", "new", 60.0)):
+        changes = {"time": f"2026-01-0{1 + (contents == 'new')}T00:00:00+00:00"}
+        if kind == "ttft":
+            add_ttft(tmp_path, method, 4096, value, prompt_hash=contents, **changes)
+        else:
+            add_ruler(tmp_path, method, "vt", value, data_hash=contents, **changes)
+    new, old = getattr(build(tmp_path), kind)
+    figure = "ttft_median_s" if kind == "ttft" else "score"
+    assert [(row["method"], row[figure], row["percent_vs_dense"]) for row in new.rows] == [("tri_mix", 60.0, None)]
+    assert [(row["method"], row[figure], row["percent_vs_dense"]) for row in old.rows] == [
+        ("dense", 80.0, None),
+        ("tri_mix", 40.0, -50.0),
+    ]
+    assert "older" not in new.title
+    assert old.title.endswith({"ttft": ", older prompt 1", "ruler": ", older data 1"}[kind])

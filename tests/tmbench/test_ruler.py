@@ -14,7 +14,8 @@ from ruler_tasks import TASKS, Example, Frame, Sources, load_wording, write_data
 from tmbench import environment, models, ruler
 from tmbench.attention import applied
 from tmbench.errors import UserError
-from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.fingerprint import of_ids
+from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.results import RulerRow, read_all
 from tmbench.ruler import RulerJob, chat_frame, generate, kept_predictions, read_predictions, run
@@ -326,3 +327,72 @@ def test_a_length_too_short_for_a_task_is_refused_before_anything_runs(job):
     job().check_lengths()
     with pytest.raises(ValueError, match="--length 64 is too short for niah_single_1, which needs"):
         job(lengths=(1024, 64)).check_lengths()
+
+
+def edit_kept(root, **changes):
+    """Change every kept prediction as files of other contents would have it."""
+    for path in root.glob("*/ruler/predictions/*/*.jsonl"):
+        lines = [json.loads(line) | changes for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("changes", [{"prompt_hash": ""}, {"prompt_hash": "0" * 12}, {"outputs": ["another"]}])
+def test_what_was_answered_to_another_prompt_or_scored_by_other_references_is_asked_again(job, answers, changes):
+    work = job(tasks=("vt",))
+    list(run(work))
+    edit_kept(work.root, **changes)
+    answers.clear()
+    more = job(tasks=("vt",), samples=4)
+    list(run(more))
+    assert [entry[2] for entry in answers] == [0, 1, 2, 3] * 2, "those of two kinds are never in one score"
+    path = kept_predictions(more.root, rows_of(more.root)["dense", "vt", 1024]).path
+    hashes = {index: one.prompt_hash for index, one in read_predictions(path).items()}
+    assert hashes == {example.index: of_ids(more.prompt(example)) for example in more.examples("vt", 1024)}
+    answers.clear()
+    list(run(more))
+    assert not answers
+
+
+def test_a_row_that_its_samples_do_not_make_is_made_anew(job, answers):
+    """As a run leaves it that was killed between other answers and their row."""
+    work = job(tasks=("vt",))
+    list(run(work))
+    edit_kept(work.root, score=0.0, prediction="")
+    answers.clear()
+    list(run(job(tasks=("vt",), samples=2)))
+    assert not answers
+    assert rows_of(work.root)["dense", "vt", 1024].score == 0.0
+
+
+def test_rows_name_the_backends_that_ran(job, monkeypatch):
+    """Not those that would run for the nominal length, and none where attention was not reached."""
+    monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
+    work = job(samples=1, tasks=("vt",))
+    list(run(work))
+    rows = rows_of(work.root)
+    expected = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}
+    assert {method: row.backends for (method, _, _), row in rows.items()} == expected
+    for path in work.root.glob("*/ruler/*.csv"):
+        path.unlink()
+    list(run(work))
+    assert {method: row.backends for (method, _, _), row in rows_of(work.root).items()} == expected, "from kept samples"
+    other = job(samples=1, tasks=("vt",), root=work.root / "failed", plans=work.plans[:1])
+    monkeypatch.setattr(ruler, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
+    list(run(other))
+    assert [(row.status, row.backends) for row in rows_of(other.root).values()] == [("failed", "")]
+
+
+def test_a_failure_behind_attention_still_names_what_ran(job, monkeypatch):
+    real = ruler.generate
+
+    def fail(*arguments):
+        real(*arguments)
+        raise RuntimeError("behind attention")
+
+    monkeypatch.setattr(ruler, "generate", fail)
+    work = job(samples=1, tasks=("vt",))
+    list(run(work))
+    assert {(row.status, row.backends) for row in rows_of(work.root).values()} == {
+        ("failed", "dense:sdpa"),
+        ("failed", "triangle:torch-banded"),
+    }

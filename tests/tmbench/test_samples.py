@@ -194,3 +194,15 @@ def test_a_cut_line_is_dropped_and_a_foreign_one_is_named(tmp_path):
 
 def test_the_command_lines_margin_is_the_one_that_the_docs_define():
     assert MARGIN == intervals.MARGIN
+
+
+@pytest.mark.parametrize(("own", "compared"), [("aaaa", True), ("bbbb", False), ("", True)])
+def test_answers_to_prompts_that_read_otherwise_are_not_compared(measured, own, compared):
+    """Where both files have the hashes: older ones have none."""
+    for method, told in (("dense", "aaaa"), ("tri_mix", own)):
+        for path in measured.glob(f"*/ruler/predictions/{method}/vt-*.jsonl"):
+            lines = [json.loads(line) | ({"prompt_hash": told} if told else {}) for line in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdicts = {row["task"]: row["verdict"] for row in group_of(measured).rows if row["starting_layer"] == 2}
+    assert verdicts["vt"].endswith("they did not answer the same samples") != compared
+    assert not verdicts["niah_single_1"].startswith(NOT_COMPARED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,3 +191,11 @@ def test_the_searchs_figures_are_numbers_of_json(job):
     content = json.loads(job().output.read_text())
     assert [sorted(layer) for layer in content] == [["0", "1", "2", "3"]] * 4
     assert all(0 <= score <= 1 for layer in content for _, _, _, score in layer.values())
+
+
+def test_a_search_of_other_weights_under_the_same_name_is_not_gone_on_with(job, monkeypatch):
+    stopped_at(job(), 1, monkeypatch)
+    work = job()
+    work = replace(work, loaded=replace(work.loaded, model_hash="0123456789ab"))
+    with pytest.raises(UserError, match="of a search with another model_hash .*--overwrite"):
+        run(work)

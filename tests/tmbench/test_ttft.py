@@ -14,6 +14,7 @@ from tmbench import environment, files, floor, ttft
 from tmbench.attention import applied_plan
 from tmbench.errors import UserError
 from tmbench.fast import EAGER, PLAIN, Prefill
+from tmbench.fingerprint import of_ids
 from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.prefill import first_token
@@ -330,3 +331,15 @@ def test_what_one_file_refuses_costs_the_other_methods_nothing(job, monkeypatch)
     with pytest.raises(UserError, match="the disk went away"):
         list(run(work))
     assert {method for method, _ in rows_of(work)} == {"tri_mix", "streaming"}
+
+
+def test_a_prompt_that_reads_otherwise_is_measured_anew(job, monkeypatch):
+    work = job(names=("dense",), lengths=(96,))
+    list(run(work))
+    assert rows_of(work)["dense", 96].prompt_hash == of_ids(prompt_ids("random", 96, work.loaded, 42)[0].tolist())
+    assert not job(names=("dense",), lengths=(96,)).pending()
+    monkeypatch.setattr(ttft, "prompt_ids", lambda kind, length, loaded, seed: torch.full((1, length), 7))
+    again = job(names=("dense",), lengths=(96,))
+    assert again.pending()
+    list(run(again))
+    assert len(read_all(work.root, TtftRow)) == 2
