@@ -118,7 +118,9 @@ def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
         with pytest.raises(UserError, match="--output: .* cannot be written .No space left on device"):
             run(work)
     monkeypatch.setattr(search, "kept_attention", None)
+    assert job().finished(), "so that the command line says that nothing was measured"
     assert len(run(job())) == 4
+    assert not job().finished()
 
 
 @pytest.mark.parametrize(("changes", "name"), [({"length": 420}, "length"), ({"seed": 7}, "seed")])
