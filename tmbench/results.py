@@ -476,10 +476,15 @@ def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[A
             return {}
 
 
+def csv_text(kind: type[Row], rows: Sequence[Row]) -> str:
+    """What a file holds that has these rows."""
+    return header_text(kind.columns()) + "".join(map(_line_of, rows))
+
+
 def _upgrade(path: Path, row: type[Row]) -> None:
     """Replace the file of an older version by one with all columns; raises CorruptResultsError for one that is not ours."""
     rows = read(path, row)
-    replace_file(path, header_text(row.columns()) + "".join(map(_line_of, rows)))
+    replace_file(path, csv_text(row, rows))
 
 
 def _line_of(row: Row) -> str:
