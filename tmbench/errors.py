@@ -10,5 +10,5 @@ class UnsupportedModelError(UserError):
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """What a user gave, as a sentence can repeat it: its first characters where there are thousands."""
-    return text if len(text) <= most else f"{text[:most]}..."
+    """What a user gave, as a sentence can repeat it: its two ends where there are thousands of characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
