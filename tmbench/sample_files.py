@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,17 @@ def measured_before(row: RulerRow | AgreeRow, known: Container[int], wanted: Seq
     if row.status == FAILED or row.samples < len(wanted):
         return False
     return row.status != OK or all(index in known for index in wanted)
+
+
+def is_of(row: RulerRow | AgreeRow, seconds: Sequence[float]) -> bool:
+    """Whether a row is of the samples that are kept, the first of which took so many seconds each.
+
+    An ``--overwrite`` that is killed before its row leaves the older row beside newer samples; a row is made of those again.
+    """
+    if row.status != OK or row.seconds_per_sample is None:
+        return True
+    own = seconds[: row.samples]
+    return len(own) == row.samples and math.isclose(statistics.mean(own), row.seconds_per_sample, rel_tol=1e-9)
 
 
 class Kept:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,9 @@ def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
     assert (tri_mix.layers, tri_mix.starting_layer, tri_mix.backends) == ("0,2", None, "dense:sdpa+triangle:torch-banded")
     assert (dense.samples, dense.prompt_tokens_mean, dense.answer_tokens_mean) == (2, 39, 1)
     assert {row.method: row for row in read_all(tmp_path, LossRow)} == rows
+    lines = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv"))
+    assert rows_of(run(job(plans=job().plans[:1]))) == {"tri_mix": tri_mix}, "dense was read before"
+    assert sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv")) == lines
     alone = rows_of(run(job(plans=job().plans[:1], seed=7)))
     assert alone["tri_mix"].nll_prompt_vs_dense is None
 
@@ -136,3 +141,25 @@ def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
     rows = rows_of(run(job()))
     assert (rows["dense"].status, rows["dense"].nll_prompt) == ("out_of_memory", None)
     assert (rows["tri_mix"].status, rows["tri_mix"].nll_prompt_vs_dense) == ("ok", None)
+
+
+def test_an_overwrite_killed_behind_dense_leaves_no_difference_to_the_older_one(job, tmp_path, monkeypatch):
+    first = rows_of(run(job()))
+    sample, real = loss._sample, loss.append
+
+    def shifted(job, plan, question):
+        one = sample(job, plan, question)
+        return replace(one, nll_prompt=one.nll_prompt + 1.0 * (plan.method == "dense"))
+
+    def append(root, row):
+        real(root, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss, "_sample", shifted)
+    monkeypatch.setattr(loss, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job(overwrite=True)))
+    monkeypatch.setattr(loss, "append", real)
+    again = rows_of(run(job()))
+    assert again["tri_mix"].nll_prompt_vs_dense == pytest.approx(first["tri_mix"].nll_prompt_vs_dense - 1.0)
+    assert {row.method: row for row in read_all(tmp_path, LossRow)} == again
