@@ -9,6 +9,7 @@ from typing import Any
 
 from tmbench.files import read_lines
 from tmbench.results import OK, AgreeRow
+from tmbench.sample_files import index_of, seconds_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _choices(entry: Any) -> Choices:
     own, other = (tuple(int(token) for token in entry[name]) for name in ("chosen", "reference"))
     if not own or len(own) != len(other):
         raise ValueError("as many choices as tokens of dense belong into a line")
-    return Choices(int(entry["index"]), own, other, float(entry["seconds"]))
+    return Choices(index_of(entry), own, other, seconds_of(entry))
 
 
 def choices_of(root: Path, row: Mapping[str, Any]) -> list[Choices]:

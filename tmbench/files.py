@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def read_lines(path: Path, parse: Callable[[Any], Parsed], what: str, remedy: st
         lines.append(tail)
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(parse(json.loads(line.decode(), parse_constant=_refuse_constant)))
+            found.append(parse(json.loads(line.decode(), parse_constant=_refuse_constant, parse_float=_finite)))
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not {what}: {remedy}") from error
     return found
@@ -95,6 +96,13 @@ def _check_ends(about: os.stat_result) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    """A number of JSON: one that is too large for a float would be read as infinite."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _is_cut(tail: bytes) -> bool:

@@ -27,7 +27,7 @@ from tmbench.files import read_lines
 from tmbench.methods import Plan
 from tmbench.models import LoadedModel
 from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
-from tmbench.sample_files import Kept, is_of, measured_before
+from tmbench.sample_files import Kept, index_of, is_of, measured_before, score_of, seconds_of
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -251,4 +251,7 @@ def read_predictions(path: Path) -> dict[int, Prediction]:
 def _prediction(entry: Any) -> Prediction:
     # Files of the first release have no coverage.
     fields = {name: entry[name] for name in Prediction.__dataclass_fields__ if name in entry or name != "coverage"}
-    return Prediction(**(fields | {"index": int(entry["index"]), "outputs": tuple(entry["outputs"])}))
+    known = {"index": index_of(entry), "score": score_of(entry), "seconds": seconds_of(entry)}
+    if not isinstance(entry["prediction"], str) or type(entry["prompt_tokens"]) is not int:
+        raise ValueError("a prediction is a text behind so many tokens")
+    return Prediction(**(fields | known | {"outputs": tuple(entry["outputs"])}))

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from tmbench.files import append_line, read_lines, writable
 from tmbench.results import FAILED, OK, AgreeRow, Row, RulerRow, csv_path
@@ -47,6 +48,30 @@ def is_of(row: RulerRow | AgreeRow, seconds: Sequence[float]) -> bool:
     return len(own) == row.samples and math.isclose(statistics.mean(own), row.seconds_per_sample, rel_tol=1e-9)
 
 
+def index_of(entry: Any) -> int:
+    """The number of a sample, of a line's JSON; raises ValueError for what is none. Of two lines the later one counts."""
+    index = entry["index"]
+    if type(index) is not int or index < 0:
+        raise ValueError("a sample has a number from 0 on")
+    return index
+
+
+def score_of(entry: Any) -> float:
+    """The score of a sample, from 0 to 1; raises ValueError for what is none."""
+    score = entry["score"]
+    if type(score) not in (int, float) or not 0 <= score <= 1:
+        raise ValueError("a score is from 0 to 1")
+    return float(score)
+
+
+def seconds_of(entry: Any) -> float:
+    """How long a sample took; raises ValueError for what is no time."""
+    seconds = entry["seconds"]
+    if type(seconds) not in (int, float) or seconds < 0:
+        raise ValueError("seconds are 0 or more")
+    return float(seconds)
+
+
 class Kept:
     """The file of one row's samples; its name holds a hash of everything that was measured.
 
@@ -73,11 +98,23 @@ class Kept:
     def read(self, kind: type[S]) -> dict[int, S]:
         """The samples by their number; raises UserError for a file that tmbench did not write."""
 
+        hints = get_type_hints(kind)
+
         def parse(entry: Any) -> tuple[int, S]:
-            return int(entry["index"]), kind(**{name: entry[name] for name in kind.__dataclass_fields__})
+            for name, hint in hints.items():
+                if not _fits(entry[name], hint):
+                    raise ValueError(f"{name} is of another type")
+            seconds_of(entry)
+            return index_of(entry), kind(**{name: entry[name] for name in hints})
 
         return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
 
     def add(self, sample: Any, **more: str) -> None:
         """Append a sample, with whatever else its line is to say, whole or not at all."""
         append_line(self.path, json.dumps(asdict(sample) | more, ensure_ascii=False))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON can be that of a field; what is in a list is not looked at."""
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    return type(value) in kinds or (float in kinds and type(value) is int)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tmbench.files import read_lines
 from tmbench.results import OK, RulerRow
+from tmbench.sample_files import index_of, score_of
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,4 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
 
 def _entry(entry: Any) -> tuple[int, float, tuple[str, ...]]:
     """(index, score, references) of a line."""
-    return int(entry["index"]), float(entry["score"]), tuple(entry["outputs"])
+    return index_of(entry), score_of(entry), tuple(entry["outputs"])
