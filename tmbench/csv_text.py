@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from tmbench.files import BYTE_ORDER_MARK
 
 
+class OpenEndError(ValueError):
+    """A last line of which nobody can say whether it is whole."""
+
+
 @dataclass(frozen=True)
 class Table:
     """The lines of a CSV that are whole."""
@@ -44,8 +48,8 @@ def read_table(content: bytes, columns: Sequence[str], tells_end: Callable[[str,
         tells_end: whether a column's value, not in quotes, cannot be the beginning of a longer one.
 
     Raises:
-        ValueError: with the number of the line, for what is no CSV, and for a line without its line end that cannot be told
-            from one that was cut.
+        ValueError: with the number of the line, for what is no CSV.
+        OpenEndError: likewise, for a line without its line end that cannot be told from one that was cut.
     """
     content = content.removeprefix(BYTE_ORDER_MARK)
     start = content.rfind(b"\n") + 1
@@ -94,7 +98,7 @@ def _last(tail: bytes, number: int, header: Sequence[str], tells_end: Callable[[
         return [values]
     if line.startswith('"'):
         return []
-    raise ValueError(
+    raise OpenEndError(
         f"line {number} has no line end, so {header[-1]}, its last value, may be cut: "
         "end the line if it is whole, else delete it"
     )

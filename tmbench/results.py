@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, get_args, get_type_hints
 
-from tmbench.csv_text import Table, header_text, line_text, read_table
+from tmbench.csv_text import OpenEndError, Table, header_text, line_text, read_table
 from tmbench.errors import UserError, shortened
 from tmbench.files import append_text, read_file, readable, replace_file, writable
 from tmbench.row_limits import check_values
@@ -39,6 +39,13 @@ class CorruptResultsError(UserError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is not a results file of this version ({reason}): move it out of the results folder")
+
+
+class OpenEndResultsError(UserError):
+    """A file in the results folder whose last line may be whole or cut: tmbench neither reads nor deletes it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
 
 
 class NewerResultsError(UserError):
@@ -400,6 +407,8 @@ def _rows(path: Path, row: type[Row]) -> list[Row]:
     content = read_file(path)
     try:
         table = read_table(content, row.columns(), _tells_end)
+    except OpenEndError as error:
+        raise OpenEndResultsError(path, str(error)) from error
     except ValueError as error:
         raise CorruptResultsError(path, str(error)) from error
     if not table.header:
