@@ -20,6 +20,8 @@ POINTS = frozenset(("score",))
 """Columns from 0 to 100."""
 SIGNED = ("_signed", "_vs_dense")
 """How columns end that may be negative."""
+NAMED = ("device", "method", "weights", "dtype")
+"""Columns that are never empty."""
 NOT_FINITE = frozenset(("logit_error",))
 """Columns in which earlier versions kept what a model that overflowed gave."""
 HAIR = 1e-9
@@ -35,6 +37,9 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(name, value)
+    for name in NAMED:
+        if not values[name]:
+            raise ValueError(f"{name} is empty")
     for less, more in UP_TO:
         low, high = values.get(less), values.get(more)
         if low is not None and high is not None and low > high:

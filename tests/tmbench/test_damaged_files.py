@@ -73,6 +73,7 @@ def test_what_may_be_measured_is_read(tmp_path, row):
         (RULER, "length", "9" * 30, "length is 9*, more than 9.2"),
         (RULER, "schema_version", "0", "schema_version is '0', which is none"),
         (RULER, "schema_version", "x", "schema_version is 'x', which is none"),
+        (RULER, "method", "", "method is empty"),
         (TTFT, "repeats", "0", "repeats is 0, less than 1"),
         (TTFT, "repeats", "3", "samples_s has 2 times, where repeats is 3"),
         (TTFT, "samples_s", "0.2 x", "samples_s is '0.2 x', not seconds"),
