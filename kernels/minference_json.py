@@ -7,6 +7,8 @@ A list with one object per layer; each maps a head's number, as a string, to ``[
 from __future__ import annotations
 
 import json
+import math
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 
 from tmbench_kernels.vertical_slash import DEFAULT_BUDGET
 
+MOST_MEBIBYTES = 64
+"""A published file has a tenth of one."""
+MOST_DIGITS = 9
 HEAD_TYPES = ("vertical_and_slash", "stream_llm", "block_sparse")
 
 
@@ -34,10 +39,15 @@ def read_head_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
     raises OSError.
     """
     path = Path(path)
+    text = _text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            text, parse_int=_whole_number, parse_constant=_refuse_constant, object_pairs_hook=_object_without_twins
+        )
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} must hold a list with one object per layer, but is nested too deeply") from None
     if not isinstance(content, list) or not all(isinstance(layer, dict) for layer in content):
         raise ValueError(f"{path} must hold a list with one object per layer")
     return [
@@ -70,22 +80,61 @@ def head_patterns_json(layers: Sequence[Sequence[HeadPattern]]) -> str:
     return "[" + ",\n".join(lines) + "]\n"
 
 
+def _text(path: Path) -> str:
+    """A file's text; what has no end, such as a pipe or a device, is refused before it is opened."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):  # opening a folder says so itself
+        raise ValueError(f"{path} is a pipe or a device: give a file")
+    if stat.S_ISREG(about.st_mode) and about.st_size > MOST_MEBIBYTES * 2**20:
+        raise ValueError(f"{path} has more than {MOST_MEBIBYTES} MiB, which no file of patterns has")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not valid JSON: it is not UTF-8 text") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits is no count")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as a sentence can repeat it."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "lists within lists"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _head_number(path: Path, layer: int, key: str) -> int:
-    if not (key.isascii() and key.isdigit()):
-        raise ValueError(f"{path}, layer {layer}: '{key}' is not the number of a head")
+    if not (key.isascii() and key.isdigit() and len(key) <= MOST_DIGITS and key == str(int(key))):
+        raise ValueError(f"{path}, layer {layer}: '{key[:60]}' is not the number of a head")
     return int(key)
 
 
 def _entry(path: Path, layer: int, head: str, value: Any) -> HeadPattern:
     where = f"{path}, layer {layer}, head {head}"
     if not isinstance(value, list) or len(value) != 4:
-        raise ValueError(f"{where}: expected [type, columns, distances, score], not {json.dumps(value)}")
+        raise ValueError(f"{where}: expected [type, columns, distances, score], not {_shown(value)}")
     kind, vertical, slash, score = value
     if kind not in HEAD_TYPES:
-        raise ValueError(f"{where}: unknown type {json.dumps(kind)}; the format has {', '.join(HEAD_TYPES)}")
+        raise ValueError(f"{where}: unknown type {_shown(kind)}; the format has {', '.join(HEAD_TYPES)}")
     for name, count in (("columns", vertical), ("distances", slash)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(f"{where}: the number of {name} must be a count, not {json.dumps(count)}")
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        raise ValueError(f"{where}: the score must be a number, not {json.dumps(score)}")  # noqa: TRY004
+            raise ValueError(f"{where}: the number of {name} must be a count, not {_shown(count)}")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise ValueError(f"{where}: the score must be a number, not {_shown(score)}")
     return HeadPattern(kind, vertical, slash, float(score))

@@ -14,6 +14,8 @@ from ruler_tasks.example import Example
 from ruler_tasks.tasks import get_task
 
 FILE = "validation.jsonl"
+MOST_CHARACTERS = 2**28
+"""Of a line: a file without line ends is no data set, and may have no end."""
 
 
 def dataset_path(directory: str | Path, task: str, length: int | None = None) -> Path:
@@ -58,10 +60,14 @@ def read_dataset(directory: str | Path, task: str, length: int | None = None, *,
     budget = get_task(task).tokens_to_generate
     found: list[Example] = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(MOST_CHARACTERS), ""), 1):
                 if limit is not None and len(found) >= limit:
                     break
+                if len(line) == MOST_CHARACTERS:
+                    raise DatasetError(
+                        f"Line {number} of {path} is no sample: it has more than {MOST_CHARACTERS} characters."
+                    )
                 if line.strip():
                     found.append(_sample(line, path, number, task, budget, len(found)))
     except OSError as error:
@@ -70,6 +76,10 @@ def read_dataset(directory: str | Path, task: str, length: int | None = None, *,
         raise DatasetError(f"The data set {path} is not UTF-8 text.") from error
     if not found and limit != 0:
         raise DatasetError(f"The data set {path} holds no samples.")
+    indices = [sample.index for sample in found]
+    if len(set(indices)) < len(indices) or min(indices, default=0) < 0:
+        wrong = next(index for index in indices if index < 0 or indices.count(index) > 1)
+        raise DatasetError(f"The data set {path} has the index {wrong}: each sample needs one of its own, from 0 on.")
     longest = max((sample.length for sample in found), default=0)
     if length is not None and longest and not length / 2 <= longest <= length:
         raise DatasetError(f"The data set {path} was made for another length: its longest sample takes {longest}.")
@@ -81,6 +91,8 @@ def _sample(line: str, path: Path, number: int, task: str, budget: int, position
         fields = json.loads(line)
     except ValueError as error:
         raise DatasetError(f"Line {number} of {path} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise DatasetError(f"Line {number} of {path} is no sample: it is nested too deeply.") from error
     # Only files of this package name a source; the reference's index of a needle sample is a character position.
     own = isinstance(fields, dict) and "source" in fields
     try:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ruler_tasks.errors import WordingError
+from ruler_tasks.files import read_text
 
 _PLURALS = ("numbers", "words", "uuids")
+MOST_MEBIBYTES = 16
 _RULER = Path("scripts/data/synthetic")
 _PORT = Path("lm_eval/tasks/ruler")
 
@@ -139,10 +141,10 @@ def _pair(tasks: Any, task: str, folder: Path) -> dict[str, str]:
 
 def _nodes(path: Path) -> Iterator[ast.AST]:
     try:
-        return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        return ast.walk(ast.parse(read_text(path, MOST_MEBIBYTES)))
     except OSError as error:
         raise WordingError(f"The reference wording cannot be read from {path}: {error.strerror or error}.") from error
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the parser has a limited stack
         raise WordingError(f"The reference wording cannot be read from {path}: it is not Python source.") from error
 
 
@@ -152,7 +154,7 @@ def _literal(path: Path, name: str) -> Any:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             try:
                 return ast.literal_eval(node.value)
-            except ValueError:
+            except (ValueError, RecursionError, MemoryError):
                 continue
     raise WordingError(f"The source {path} assigns no literal to {name!r}.")
 
@@ -171,7 +173,10 @@ def _singular(template: str, path: Path) -> str:
     if not calls:
         raise WordingError(f"The source {path} does not say how a template becomes singular.")
     for call in sorted(calls, key=lambda call: call.lineno):
-        old, new = (ast.literal_eval(argument) for argument in call.args)
+        try:
+            old, new = (str(ast.literal_eval(argument)) for argument in call.args)
+        except ValueError as error:
+            raise WordingError(f"The source {path} does not say how a template becomes singular.") from error
         template = template.replace(old, new)
     return template
 

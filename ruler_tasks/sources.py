@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ruler_tasks.errors import SourceError
+from ruler_tasks.files import read_text
 from ruler_tasks.tokens import TokenCounter
 
 log = logging.getLogger(__name__)
 
+MOST_MEBIBYTES = 1024
+"""Twenty times the largest of the published files."""
 GENERATED_PROSE = "generated prose"
 GENERATED_DOCUMENTS = "generated documents"
 
@@ -205,13 +208,15 @@ def default_sources() -> Sources:
 def _from_file(path: Path, kind: str, read: Callable[[Any, str], Loaded]) -> Loaded | None:
     """What a file of the data folder holds; None where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, MOST_MEBIBYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise SourceError(f"The file {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise SourceError(f"The file {path} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise SourceError(f"The file {path} is not in the published format of {kind}: it is nested too deeply.") from error
     try:
         return read(content, f"{kind} ({path.name})")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:

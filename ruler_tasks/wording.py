@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ruler_tasks.errors import WordingError
+from ruler_tasks.files import read_text
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ _FIELDS: dict[str, tuple[set[str], set[str]]] = {  # key in the file: (fields it
 }
 
 
+MOST_MEBIBYTES = 16
+"""No wording is as long as this."""
+
+
 def load_wording(spec: str | Path | Wording | None = None) -> Wording:
     """The wording that `spec` asks for.
 
@@ -97,7 +102,7 @@ def load_wording(spec: str | Path | Wording | None = None) -> Wording:
 
             place = spec if folder else str(spec).removeprefix("reference").removeprefix(":")
             return from_mapping(read_reference(Path(place) if place else None), "the reference wording")
-        text = Path(spec).read_text(encoding="utf-8")
+        text = read_text(Path(spec), MOST_MEBIBYTES)
     except OSError as error:
         raise WordingError(f"The wording {str(spec)!r} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
@@ -115,6 +120,12 @@ def parse(text: str, where: str) -> Wording:
         return from_mapping(tomllib.loads(text), where)
     except tomllib.TOMLDecodeError as error:
         raise WordingError(f"The wording file {where} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise WordingError(f"The wording file {where} is nested too deeply.") from error
+    except ValueError as error:
+        if isinstance(error, WordingError):
+            raise
+        raise WordingError(f"The wording file {where} holds a number that is too long.") from error
 
 
 def from_mapping(content: Mapping[str, Any], where: str) -> Wording:
@@ -160,10 +171,13 @@ def _string(content: Mapping[str, Any], key: str, where: str) -> str:
 
 def _check_fields(text: str, key: str, needed: set[str], allowed: set[str], where: str) -> None:
     try:
-        found = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        parts = [part for part in string.Formatter().parse(text) if part[1] is not None]
     except ValueError as error:
         raise WordingError(f"The text {key!r} of {where} has unbalanced braces: {error}.") from error
+    found = {str(name) for _, name, _, _ in parts}
     if missing := needed - found:
         raise WordingError(f"The text {key!r} of {where} lacks the field {{{min(missing)}}}.")
     if unknown := found - allowed:
         raise WordingError(f"The text {key!r} of {where} has the unknown field {{{min(unknown)}}}.")
+    if formatted := {str(name) for _, name, form, conversion in parts if form or conversion}:
+        raise WordingError(f"The text {key!r} of {where} formats the field {{{min(formatted)}}}: write its name alone.")

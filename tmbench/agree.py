@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
 from tmbench.calls import cache_name
-from tmbench.choices import Choices, choices_of, read_choices
+from tmbench.choices import Choices, read_choices
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
@@ -33,7 +33,7 @@ from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
 from tmbench.results import FAILED, OK, AgreeRow, Status, append, newest, now
-from tmbench.sample_files import Kept, measured_before
+from tmbench.sample_files import Kept, is_of, measured_before
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def _measure(
         # Made behind another text of dense, for instance by another version of torch: these choices say nothing of this one.
         known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
     wanted = range(job.samples)
-    made = isinstance(have, AgreeRow) and (have.status != OK or choices_of(job.root, asdict(have)))
-    if isinstance(have, AgreeRow) and made and not job.overwrite and measured_before(have, known, wanted):
+    done_before = isinstance(have, AgreeRow) and not job.overwrite and measured_before(have, known, wanted)
+    if isinstance(have, AgreeRow) and done_before and is_of(have, [one.seconds for one in kept.values()]):
         yield Step(f"{plan.method} at {length}: measured before", samples=job.samples)
         return known
     status: Status = OK

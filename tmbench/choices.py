@@ -9,6 +9,7 @@ from typing import Any
 
 from tmbench.files import read_lines
 from tmbench.results import OK, AgreeRow
+from tmbench.sample_files import index_of, seconds_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _choices(entry: Any) -> Choices:
     if not own or len(own) != len(other):
         raise ValueError("as many choices as tokens of dense belong into a line")
     about = (str(entry.get(name, "")) for name in ("backends", "prompt_hash"))
-    return Choices(int(entry["index"]), own, other, float(entry["seconds"]), *about)
+    return Choices(index_of(entry), own, other, seconds_of(entry), *about)
 
 
 def choices_of(root: Path, row: Mapping[str, Any]) -> list[Choices]:

@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class UnsupportedModelError(UserError):
     """A model, or a way of calling it, that a pattern cannot serve correctly. Names the layer and the feature."""
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """What a user gave, as a sentence can repeat it: its two ends where there are thousands of characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"

@@ -1,22 +1,27 @@
 """Files that grow while others read and write them, and that a killed process leaves whole; errors name the option.
 
-A line is appended under a lock, whole or not at all, and a line without its end, which was being written when a process
-died, does not count.
+A line is appended under a lock, whole or not at all. One that was being written when its process died does not count, and
+one that only lacks its line end, as editors leave it, does.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import math
 import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tmbench.errors import UserError
 
 Parsed = TypeVar("Parsed")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What some editors begin a text with."""
 
 
 @contextmanager
@@ -62,21 +67,54 @@ def read_lines(path: Path, parse: Callable[[Any], Parsed], what: str, remedy: st
     found = []
     with readable(path, remedy):
         try:
-            lines = read_whole(path).split(b"\n")[:-1]
+            content = read_file(path)
         except FileNotFoundError:
             return []
+    *lines, tail = content.removeprefix(BYTE_ORDER_MARK).split(b"\n")
+    if not _is_cut(tail):
+        lines.append(tail)
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(parse(json.loads(line.decode())))
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            found.append(parse(json.loads(line.decode(), parse_constant=_refuse_constant, parse_float=_finite)))
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not {what}: {remedy}") from error
     return found
 
 
-def read_whole(path: Path) -> bytes:
-    """A file up to its last line end: a line without one was being written when its process died."""
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
+def read_file(path: Path) -> bytes:
+    """All of a file; raises OSError for one without an end, such as a pipe or a device, before it is opened."""
+    with suppress(FileNotFoundError):
+        _check_ends(path.stat())
+    return path.read_bytes()
+
+
+def _check_ends(about: os.stat_result) -> None:
+    """Raise OSError for what is neither a file nor a folder; opening a folder says so itself."""
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    """A number of JSON: one that is too large for a float would be read as infinite."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _is_cut(tail: bytes) -> bool:
+    """Whether a line of JSON without its line end is the beginning of an object: a whole one has its last brace."""
+    text = tail.removeprefix(BYTE_ORDER_MARK).strip()
+    if not text or b"\0" in text:  # a crash of the machine leaves zeros
+        return True
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.startswith(b"{")
+    return False
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -93,21 +131,23 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, header: str, line: str, upgrade: Callable[[], None] | None = None) -> None:
-    """Append under a lock; ``upgrade`` replaces the file where it starts with another header."""
+    """Append under a lock; ``upgrade`` replaces a file that starts with another header or lacks its last line end.
+
+    Without one the file is of JSON objects, a line for each.
+    """
     descriptor = _locked(path)
     try:
-        end = _whole_lines(descriptor)
-        if upgrade is not None and end and os.pread(descriptor, len(header.encode()), 0) != header.encode():
+        while upgrade is not None and not _is_ready(descriptor, header.encode()):
             upgrade()
             # Writers that wait for the file that was replaced will find that they hold no file of that name any more.
             replaced, descriptor = descriptor, _locked(path)
             os.close(replaced)
-            end = _whole_lines(descriptor)
-        payload = ((header if end == 0 else "") + line).encode()
+        end, missing = _end(descriptor)
+        payload = missing + ((header if end == 0 else "") + line).encode()
         try:
             written = os.pwrite(descriptor, payload, end)
             if written < len(payload):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, "No space left on device")
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, end)
@@ -116,11 +156,18 @@ def append_text(path: Path, header: str, line: str, upgrade: Callable[[], None] 
         os.close(descriptor)
 
 
+def _is_ready(descriptor: int, header: bytes) -> bool:
+    """Whether a line can be appended: to an empty file, or behind a line end in one with this header."""
+    size = os.fstat(descriptor).st_size
+    return size == 0 or (os.pread(descriptor, 1, size - 1) == b"\n" and os.pread(descriptor, len(header), 0) == header)
+
+
 def _locked(path: Path) -> int:
     """A descriptor of the file that is at ``path`` once the lock is there: another writer may have replaced it meanwhile."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            _check_ends(os.fstat(descriptor))
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
@@ -130,11 +177,14 @@ def _locked(path: Path) -> int:
         os.close(descriptor)
 
 
-def _whole_lines(descriptor: int) -> int:
-    """Cut a line that was being written when its process died; return where the next one starts."""
+def _end(descriptor: int) -> tuple[int, bytes]:
+    """Where the next line starts, and the line end that the one before lacks; one of JSON that was cut is taken away."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return size
-    end = os.pread(descriptor, size, 0).rfind(b"\n") + 1
-    os.ftruncate(descriptor, end)
-    return end
+        return size, b""
+    content = os.pread(descriptor, size, 0)
+    start = content.rfind(b"\n") + 1
+    if not _is_cut(content[start:]):
+        return size, b"\n"
+    os.ftruncate(descriptor, start)
+    return start, b""

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tmbench.errors import UserError
+from tmbench.errors import UserError, shortened
 from tmbench.results import OK, ProbeRow, csv_paths, read
 
 AUTO = "auto"
 RANDOM = "random:"
 LIST = frozenset("0123456789,- ")
 """What lists of layers are written with: such a text is never looked for as a file."""
+MOST_DIGITS = 18
+"""Python itself refuses to read thousands of digits, with an error of its own."""
 Rule = Literal["rank", "depth"]
 """Which layers a proposal may take: those that matter least, wherever they are, or all from some depth on."""
 ACCURACY_BUDGET = 0.1
@@ -118,6 +120,11 @@ def layers_text(layers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def whole_number(text: str) -> int | None:
+    """A number that a text of digits stands for; None for any other text, and for more digits than any number here has."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
+
+
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
     """The layers that a list names, of a model with ``count``; raises UserError for what is no such list."""
     if text.strip() == "none":
@@ -127,23 +134,30 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or not (last if dash else first).isdecimal():
             raise UserError(
-                f"--layers {text} is neither a list of layers, such as 5,7,10,15-35, nor {AUTO} nor a file of probe results"
+                f"--layers {shortened(text)} is neither a list of layers, such as 5,7,10,15-35, nor {AUTO} nor a file of "
+                "probe results"
             )
-        low, high = int(first), int(last or first)
-        if low > high or high >= count:
-            raise UserError(f"--layers {text}: {part.strip()} is not within the layers 0 to {count - 1} of this model")
+        low, high = whole_number(first), whole_number(last or first)
+        if low is None or high is None or low > high or high >= count:
+            wrong = f"--layers {shortened(text)}: {shortened(part.strip())}"
+            raise UserError(f"{wrong} is not within the layers 0 to {count - 1} of this model")
         found.update(range(low, high + 1))
     return tuple(sorted(found))
 
 
 def random_layers(text: str, count: int) -> tuple[int, ...]:
     """The layers of "random:4" or, with a seed other than 0, "random:4:7"; raises UserError for what is neither."""
-    number, _, seed = text.removeprefix(RANDOM).partition(":")
-    if not number.isdecimal() or not (seed or "0").isdecimal():
-        raise UserError(f"--layers {text} must say how many layers, and may name a seed: {RANDOM}4 or {RANDOM}4:7")
-    if int(number) > count:
-        raise UserError(f"--layers {text} asks for {number} of {count} layers: ask for fewer")
-    return tuple(sorted(random.Random(int(seed or 0)).sample(range(count), int(number))))
+    given, _, seed = text.removeprefix(RANDOM).partition(":")
+    drawn = whole_number(seed or "0")
+    if not given.isdecimal() or drawn is None:
+        raise UserError(
+            f"--layers {shortened(text)} must say how many layers, and may name a seed of at most {MOST_DIGITS} digits: "
+            f"{RANDOM}4 or {RANDOM}4:7"
+        )
+    number = whole_number(given)
+    if number is None or number > count:
+        raise UserError(f"--layers {shortened(text)} asks for {shortened(given)} of {count} layers: ask for fewer")
+    return tuple(sorted(random.Random(drawn).sample(range(count), number)))
 
 
 def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "") -> tuple[tuple[int, ...], str]:

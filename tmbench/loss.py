@@ -29,7 +29,7 @@ from tmbench.environment import Environment
 from tmbench.errors import UnsupportedModelError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fingerprint import of_ids
-from tmbench.methods import Plan, backends_name
+from tmbench.methods import METHODS, Plan, Settings, backends_name
 from tmbench.models import LoadedModel
 from tmbench.questions import Question, check_task, questions, wording_hash
 from tmbench.results import FAILED, OK, LossRow, Status, append, newest, now
@@ -115,12 +115,19 @@ def run(job: LossJob) -> Iterator[Step]:
         for task in job.tasks:
             yield Step(f"{task} at {length}: preparing {job.samples} prompts")
             asked = list(questions(task, length, job.samples, job.loaded, job.seed))
-            dense: Mapping[int, LossSample] = {}
+            # Without dense among the methods its samples of an earlier run do: a row keeps what it is held against.
+            dense: Mapping[int, LossSample] = _kept_dense(job, task, length) if plans[0].method != "dense" else {}
             for plan in plans:
                 known: dict[int, LossSample] = {}
                 yield from _measure(job, plan, task, length, asked, known, dense)
                 if plan.method == "dense":
                     dense = known
+
+
+def _kept_dense(job: LossJob, task: str, length: int) -> dict[int, LossSample]:
+    """What dense attention has read of a task before."""
+    plan = METHODS["dense"].plan(job.loaded.shape, Settings())
+    return Kept(job.root, job.row(plan, task, length), task).read(LossSample)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmbench.errors import UserError
+from tmbench.errors import UserError, shortened
 from tmbench.layers import layers_text, resolve
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ DENSE_BACKENDS = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa
 
 KEY_BLOCK = 128
 """Tokens of a block of keys, of which the block-sparse patterns of ``tmbench_kernels`` choose some."""
+
+LARGEST_COUNT = 2**31 - 1
+"""More tokens than any prompt has: kernels count them in 32 bits."""
 
 INLINE: Mapping[str, type[int] | type[float]] = {
     "gamma": float,
@@ -103,6 +106,10 @@ class Settings:
         for option in ("n_init", "n_local", "last_n"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option.replace('_', '-')} must be 0 or more, not {getattr(self, option)}")
+        for count in ("n_init", "n_local", "last_n", "min_budget", "first_chunk"):
+            if getattr(self, count) > LARGEST_COUNT:
+                name = count if count in INLINE else f"--{count.replace('_', '-')}"
+                raise UserError(f"{name} is more tokens than any prompt has: give {LARGEST_COUNT} or less")
         if self.n_init == 0 and self.n_local == 0:
             raise UserError("--n-init and --n-local are both 0, so most queries would see no key: raise one of them")
         if self.dense_backend is not None and self.dense_backend not in DENSE_BACKENDS:
@@ -379,7 +386,7 @@ def get_method(name: str) -> Method:
     try:
         return METHODS[name.replace("-", "_")]
     except KeyError:
-        raise UserError(f"--method {name} is unknown: choose from {', '.join(METHODS)}") from None
+        raise UserError(f"--method {shortened(name)} is unknown: choose from {', '.join(METHODS)}") from None
 
 
 def parse_method(text: str) -> tuple[Method, dict[str, int | float]]:
@@ -395,11 +402,11 @@ def parse_method(text: str) -> tuple[Method, dict[str, int | float]]:
         parameter = parameter.replace("-", "_")
         if parameter not in method.inline:
             known = f"what may follow it is {', '.join(method.inline)}" if method.inline else "nothing may follow it"
-            raise UserError(f"--method {text}: {method.name} has no parameter {parameter!r}, {known}")
+            raise UserError(f"--method {shortened(text)}: {method.name} has no parameter {shortened(parameter)!r}, {known}")
         kind = INLINE[parameter]
         try:
             values[parameter] = kind(value)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
-            raise UserError(f"--method {text}: {parameter} must be {wanted}, not {value!r}") from None
+            raise UserError(f"--method {shortened(text)}: {parameter} must be {wanted}, not {shortened(value)!r}") from None
     return method, values

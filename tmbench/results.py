@@ -3,24 +3,25 @@
 ``<root>/<device>/<kind>/<method>.csv``, the kind being ttft, ruler, agree, probe or loss. A row is appended by one write to
 a file opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves
 whole rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from
-before a column was added is read with that column's default, and is given the column when a row is next appended to it.
+before a column was added, or one that a spreadsheet saved with its columns in another order, is read by the names of its
+columns, and is written as this version writes it when a row is next appended.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, get_args, get_type_hints
 
-from tmbench.errors import UserError
-from tmbench.files import append_text, read_whole, readable, replace_file, writable
+from tmbench.csv_text import OpenEndError, Table, header_text, line_text, read_table
+from tmbench.errors import UserError, shortened
+from tmbench.files import append_text, read_file, readable, replace_file, writable
+from tmbench.row_limits import check_values
 
 SCHEMA_VERSION = 1
 """Rises when a column goes or changes its meaning. One that is added with a default leaves it: see ``Row.ADDED``."""
@@ -38,6 +39,23 @@ class CorruptResultsError(UserError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is not a results file of this version ({reason}): move it out of the results folder")
+
+
+class OpenEndResultsError(UserError):
+    """A file in the results folder whose last line may be whole or cut: tmbench neither reads nor deletes it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+
+
+class NewerResultsError(UserError):
+    """A file in the results folder whose rows have a newer schema than this version reads."""
+
+    def __init__(self, path: Path, number: int, version: int) -> None:
+        super().__init__(
+            f"{path} line {number} was written by a newer tmbench (schema_version {version}, where this one reads up to "
+            f"{SCHEMA_VERSION}): update tmbench, or move the file out of the results folder"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +158,19 @@ class Row:
 
     @classmethod
     def is_header(cls, names: list[str]) -> bool:
-        """Whether these are the columns of this version or of an older one, in order."""
-        return names == [name for name in cls.columns() if name in names or name not in cls.ADDED]
+        """Whether these are the columns of this version or of an older one, in any order."""
+        known = set(cls.columns())
+        return len(set(names)) == len(names) and known.issuperset(names) and known.difference(names) <= set(cls.ADDED)
 
     @classmethod
     def parse(cls, texts: dict[str, str]) -> Self:
-        """A row from a CSV's texts; raises ValueError for a text that its column cannot hold."""
+        """A row from a CSV's texts; raises ValueError for a text that its column cannot hold, and an impossible figure."""
         hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes the hash of a row for that of its class
-        return cls(**{name: _parse(text, hints[name], name) for name, text in texts.items()})
+        values = {name: _parse(text, hints[name], name) for name, text in texts.items()}
+        if values["status"] not in get_args(Status):
+            raise ValueError(f"status is {shortened(values['status'])!r}, not one of {', '.join(get_args(Status))}")
+        check_values(values)
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,7 +406,7 @@ def prepare(root: Path, row: type[Row], device: str, method: str) -> None:
 def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_text(path, _line(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
+        append_text(path, header_text(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:
@@ -396,28 +419,52 @@ def read(path: Path, row: type[Row]) -> list[Row]:
 
 
 def _rows(path: Path, row: type[Row]) -> list[Row]:
+    content = read_file(path)
     try:
-        text = read_whole(path).decode()
-    except UnicodeDecodeError as error:
-        raise CorruptResultsError(path, "not text") from error
-    lines: list[list[str]] = []
-    try:
-        lines.extend(csv.reader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise CorruptResultsError(path, f"line {len(lines) + 1}: {error}") from error
-    if not lines:
+        table = read_table(content, row.columns(), _tells_end)
+    except OpenEndError as error:
+        raise OpenEndResultsError(path, str(error)) from error
+    except ValueError as error:
+        raise CorruptResultsError(path, str(error)) from error
+    if not table.header:
         return []
-    if not row.is_header(lines[0]):
-        raise CorruptResultsError(path, "its columns differ")
+    versions = _versions(path, table)
+    if not row.is_header(list(table.header)):
+        unknown = ", ".join(repr(name) for name in table.header if name not in row.columns())
+        raise CorruptResultsError(path, "its columns differ" + f": {shortened(unknown)} unknown" * bool(unknown))
     rows: list[Row] = []
-    for number, values in enumerate(lines[1:], start=2):
-        if len(values) != len(lines[0]):
-            raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(lines[0])}")
+    for (number, values), version in zip(table.lines, versions, strict=True):
+        if len(values) != len(table.header):
+            raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(table.header)}")
         try:
-            rows.append(row.parse(dict(zip(lines[0], values, strict=True))))
+            rows.append(_READERS[version](row, dict(zip(table.header, values, strict=True))))
         except ValueError as error:
             raise CorruptResultsError(path, f"line {number}: {error}") from error
     return rows
+
+
+def _versions(path: Path, table: Table) -> list[int]:
+    """The schema of each line, which says how its other columns are read; raises for one that there is no reader of."""
+    if "schema_version" not in table.header:
+        raise CorruptResultsError(path, "its columns differ: schema_version is missing")
+    column = table.header.index("schema_version")
+    versions = []
+    for number, values in table.lines:
+        try:
+            version = int(values[column]) if column < len(values) else SCHEMA_VERSION
+        except ValueError:
+            version = 0
+        if version > max(_READERS):
+            raise NewerResultsError(path, number, version)
+        if version not in _READERS:
+            raise CorruptResultsError(path, f"line {number}: schema_version is {shortened(values[column])!r}, which is none")
+        versions.append(version)
+    return versions
+
+
+def _tells_end(column: str, value: str) -> bool:
+    """Whether a value cannot be the beginning of a longer one: numbers can, the name of a file of samples cannot."""
+    return column in ("predictions", "choices") and value.endswith(".jsonl")
 
 
 def read_all(root: Path, row: type[Row]) -> list[Row]:
@@ -453,20 +500,19 @@ def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[A
             return {}
 
 
+def csv_text(kind: type[Row], rows: Sequence[Row]) -> str:
+    """What a file holds that has these rows."""
+    return header_text(kind.columns()) + "".join(map(_line_of, rows))
+
+
 def _upgrade(path: Path, row: type[Row]) -> None:
     """Replace the file of an older version by one with all columns; raises CorruptResultsError for one that is not ours."""
     rows = read(path, row)
-    replace_file(path, _line(row.columns()) + "".join(map(_line_of, rows)))
+    replace_file(path, csv_text(row, rows))
 
 
 def _line_of(row: Row) -> str:
-    return _line([_text(value, name) for name, value in asdict(row).items()])
-
-
-def _line(values: list[str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
+    return line_text([_text(value, name) for name, value in asdict(row).items()])
 
 
 def _text(value: Any, name: str) -> str:
@@ -487,12 +533,16 @@ def _parse(text: str, hint: Any, name: str) -> Any:
         return None
     if bool in kinds:
         if text not in ("yes", "no"):
-            raise ValueError(f"{name} is {text!r}, not yes or no")
+            raise ValueError(f"{name} is {shortened(text)!r}, not yes or no")
         return text == "yes"
     for kind in (int, float):
         if kind in kinds:
             try:
                 return kind(text)
             except ValueError:
-                raise ValueError(f"{name} is {text!r}, not a number") from None
+                raise ValueError(f"{name} is {shortened(text)!r}, not a number") from None
     return text if name == "error" else re.sub(r"\\[\\nr]", lambda found: UNESCAPED[found[0]], text)
+
+
+_READERS: Final[Mapping[int, Callable[[type[Row], dict[str, str]], Row]]] = {1: lambda kind, texts: kind.parse(texts)}
+"""For each schema that a file may have, what makes a row of a line's texts by column."""

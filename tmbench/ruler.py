@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from tmbench.fingerprint import of_ids
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
-from tmbench.sample_files import Kept, measured_before
-from tmbench.samples import read_samples
+from tmbench.sample_files import Kept, index_of, is_of, measured_before, score_of, seconds_of
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -221,8 +220,8 @@ def _evaluate(
     asked = {example.index: (hash_, example.outputs) for example, hash_ in zip(examples, hashes, strict=True)}
     # What was answered to another prompt, or scored by other references, says nothing of this sample.
     known = {n: one for n, one in kept.items() if asked.get(n) == (one.prompt_hash, one.outputs)}
-    made = isinstance(have, RulerRow) and (have.status != OK or not read_samples(job.root, asdict(have)).missing)
-    if isinstance(have, RulerRow) and made and not job.overwrite and measured_before(have, known, list(asked)):
+    done_before = isinstance(have, RulerRow) and not job.overwrite and measured_before(have, known, list(asked))
+    if isinstance(have, RulerRow) and done_before and is_of(have, [one.seconds for one in kept.values()]):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
     status: Status = OK
@@ -291,4 +290,7 @@ def _prediction(entry: Any) -> Prediction:
     # Files of older versions lack what has a default.
     given = Prediction.__dataclass_fields__.items()
     fields = {name: entry[name] for name, about in given if name in entry or about.default is MISSING}
-    return Prediction(**(fields | {"index": int(entry["index"]), "outputs": tuple(entry["outputs"])}))
+    known = {"index": index_of(entry), "score": score_of(entry), "seconds": seconds_of(entry)}
+    if not isinstance(entry["prediction"], str) or type(entry["prompt_tokens"]) is not int:
+        raise ValueError("a prediction is a text behind so many tokens")
+    return Prediction(**(fields | known | {"outputs": tuple(entry["outputs"])}))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Container, Sequence
 from dataclasses import MISSING, asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from tmbench.files import append_line, read_lines, writable
 from tmbench.results import FAILED, OK, AgreeRow, Row, RulerRow, csv_path
@@ -32,6 +35,41 @@ def measured_before(row: RulerRow | AgreeRow, known: Container[int], wanted: Seq
     if row.status == FAILED or row.samples < len(wanted):
         return False
     return row.status != OK or all(index in known for index in wanted)
+
+
+def is_of(row: RulerRow | AgreeRow, seconds: Sequence[float]) -> bool:
+    """Whether a row is of the samples that are kept, the first of which took so many seconds each.
+
+    An ``--overwrite`` that is killed before its row leaves the older row beside newer samples; a row is made of those again.
+    """
+    if row.status != OK or row.seconds_per_sample is None:
+        return True
+    own = seconds[: row.samples]
+    return len(own) == row.samples and math.isclose(statistics.mean(own), row.seconds_per_sample, rel_tol=1e-9)
+
+
+def index_of(entry: Any) -> int:
+    """The number of a sample, of a line's JSON; raises ValueError for what is none. Of two lines the later one counts."""
+    index = entry["index"]
+    if type(index) is not int or index < 0:
+        raise ValueError("a sample has a number from 0 on")
+    return index
+
+
+def score_of(entry: Any) -> float:
+    """The score of a sample, from 0 to 1; raises ValueError for what is none."""
+    score = entry["score"]
+    if type(score) not in (int, float) or not 0 <= score <= 1:
+        raise ValueError("a score is from 0 to 1")
+    return float(score)
+
+
+def seconds_of(entry: Any) -> float:
+    """How long a sample took; raises ValueError for what is no time."""
+    seconds = entry["seconds"]
+    if type(seconds) not in (int, float) or seconds < 0:
+        raise ValueError("seconds are 0 or more")
+    return float(seconds)
 
 
 class Kept:
@@ -60,14 +98,26 @@ class Kept:
     def read(self, kind: type[S]) -> dict[int, S]:
         """The samples by their number; raises UserError for a file that tmbench did not write."""
 
+        hints = get_type_hints(kind)
+
         def parse(entry: Any) -> tuple[int, S]:
             # Files of older versions lack what has a default.
             given = kind.__dataclass_fields__.items()
             fields = {name: entry[name] for name, about in given if name in entry or about.default is MISSING}
-            return int(entry["index"]), kind(**fields)
+            for name, value in fields.items():
+                if not _fits(value, hints[name]):
+                    raise ValueError(f"{name} is of another type")
+            seconds_of(entry)
+            return index_of(entry), kind(**fields)
 
         return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
 
     def add(self, sample: Any, **more: str) -> None:
         """Append a sample, with whatever else its line is to say, whole or not at all."""
         append_line(self.path, json.dumps(asdict(sample) | more, ensure_ascii=False))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON can be that of a field; what is in a list is not looked at."""
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    return type(value) in kinds or (float in kinds and type(value) is int)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tmbench.files import read_lines
 from tmbench.results import OK, RulerRow
+from tmbench.sample_files import index_of, score_of
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,4 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
 
 def _entry(entry: Any) -> tuple[int, float, tuple[str, ...], str]:
     """(index, score, references, hash of the prompt) of a line."""
-    return int(entry["index"]), float(entry["score"]), tuple(entry["outputs"]), str(entry.get("prompt_hash", ""))
+    return index_of(entry), score_of(entry), tuple(entry["outputs"]), str(entry.get("prompt_hash", ""))

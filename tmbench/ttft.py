@@ -27,7 +27,8 @@ from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prefill import FirstToken, first_token
 from tmbench.prompts import prompt_ids
-from tmbench.results import FAILED, OK, Status, TtftRow, append, newest, now, prepare
+from tmbench.results import FAILED, OK, Status, TtftRow, append, now, prepare
+from tmbench.row_sets import finish, kept_together, known
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TtftJob:
         """What is still to be measured at each length: a row with as many repeats is not measured again."""
         todo: dict[int, list[Plan]] = {length: [] for length in self.lengths}
         for plan in self.plans:
-            have = {} if self.overwrite else newest(self.root, TtftRow, self.environment.device, plan.method)
+            have = {} if self.overwrite else known(self.root, TtftRow, self.environment.device, plan.method)
             for length in self.lengths:
                 row = have.get(self.key(plan, length))
                 done = isinstance(row, TtftRow) and row.status != FAILED and row.repeats >= self.repeats
@@ -136,10 +137,13 @@ class _Trial:
 
 
 def run(job: TtftJob) -> Iterator[Step]:
-    """Measure whatever is pending, shortest length first, and append each row as it is finished.
+    """Measure whatever is pending, shortest length first, and append the rows of each as it is finished.
+
+    What was measured in turns stays together: what a run that died has not appended of it, the next one appends.
 
     Raises UserError for a model or a folder that cannot be used; a method that runs out of memory or fails becomes a row.
     """
+    finish(job.root, TtftRow, job.environment.device)
     pending = job.pending()
     if not pending:
         return
@@ -165,17 +169,18 @@ def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan]) -> Iterato
             rates.append(floor.matrix_rate(job.loaded.device, job.loaded.model.dtype))
     dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.status == OK), None)
     refused: list[UserError] = []
-    for trial in trials:
-        row = _row(job, length, trial, statistics.median(rates or [0.0]), trials, dense)
-        try:
-            append(job.root, row)
-        except UserError as error:
-            # The others' measurements are finished too, and their files may take them.
-            refused.append(error)
-        else:
-            yield Step("", row=row)
-    if refused:
-        raise refused[0]
+    rows = [_row(job, length, trial, statistics.median(rates or [0.0]), trials, dense) for trial in trials]
+    with kept_together(job.root, rows):
+        for row in rows:
+            try:
+                append(job.root, row)
+            except UserError as error:
+                # The others' measurements are finished too, and their files may take them.
+                refused.append(error)
+            else:
+                yield Step("", row=row)
+        if refused:
+            raise refused[0]
 
 
 def _pass(job: TtftJob, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:

@@ -57,6 +57,14 @@ def test_a_layer_with_other_kinds_of_heads_is_a_pattern_of_its_own(write):
         ([{"1": ["vertical_and_slash", 30, "800", 1]}, {}], "layer 0, head 1: the number of distances must be a count"),
         ([{"1": ["vertical_and_slash", 30, 800, None]}, {}], "layer 0, head 1: the score must be a number"),
         ([{"1": [["vertical_and_slash"], 30, 800, 1]}, {}], "layer 0, head 1: unknown type"),
+        ('[{"1": ["vertical_and_slash", 30, 800, NaN]}, {}]', "NaN is no number"),
+        ('[{"1": ["vertical_and_slash", 30, 800, 1e999]}, {}]', "layer 0, head 1: the score must be a number, not Infinity"),
+        (f'[{{"1": ["vertical_and_slash", {"9" * 5000}, 800, 1]}}, {{}}]', "a number of 5000 digits is no count"),
+        (f'[{{"1": ["vertical_and_slash", 30, 800, {"9" * 400}]}}, {{}}]', "a number of 400 digits is no count"),
+        ([{"9" * 5000: ENTRY}, {}], "999' is not the number of a head"),
+        ([{"01": ENTRY}, {}], "layer 0: '01' is not the number of a head"),
+        ('[{"1": [1], "1": [2]}, {}]', "an object has a key twice"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(write, content, reason):
@@ -65,3 +73,9 @@ def test_what_does_not_fit_is_one_sentence(write, content, reason):
         load_patterns(path, layers=2, heads=2)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_byte_order_mark_is_read(write):
+    path = write(f"\ufeff{json.dumps([{'0': ENTRY}])}")
+    assert load_head_patterns(path, layers=1, heads=1) == [(HeadPattern(*ENTRY),)]

@@ -135,3 +135,17 @@ def test_scattered_tasks_and_impossible_folders_are_refused(tmp_path: Path, samp
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="cannot be written"):
         write_dataset(tmp_path / "file", samples)
+
+
+@pytest.mark.parametrize(("numbers", "wrong"), [((3, 5, 3), 3), ((0, -2), -2)])
+def test_samples_that_cannot_be_told_apart_are_refused(tmp_path: Path, numbers: tuple[int, ...], wrong: int) -> None:
+    put(tmp_path / "vt" / "validation.jsonl", *(json.dumps({"index": n, "input": "a", "outputs": ["b"], "source": "noise"})
+                                                for n in numbers))  # fmt: skip
+    with pytest.raises(DatasetError, match=f"has the index {wrong}: each sample needs one of its own, from 0 on"):
+        read_dataset(tmp_path, "vt")
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = put(tmp_path / "vt" / "validation.jsonl", reference_line(0))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [sample.input for sample in read_dataset(tmp_path, "vt")] == ["text 0"]

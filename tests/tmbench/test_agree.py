@@ -138,6 +138,31 @@ def test_a_run_goes_on_where_it_stopped_and_more_samples_only_add(job, texts):
     assert len({row.key for row in read_all(work.root, AgreeRow)}) == 2
 
 
+def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts, monkeypatch):
+    """The last choice is kept, its row is not: the next run makes the row of the newer choices and asks nothing."""
+    list(run(job()))
+    before = rows_of(job().root)["streaming"]
+    monkeypatch.setattr(agree, "follow", lambda model, plan, ids, count, text=None: list(text or range(1, count + 1)))
+    real = agree.append
+
+    def append(root, row):
+        if row.method != "dense":
+            raise KeyboardInterrupt
+        real(root, row)
+
+    monkeypatch.setattr(agree, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job(overwrite=True)))
+    assert rows_of(job().root)["streaming"] == before
+    monkeypatch.setattr(agree, "append", real)
+    monkeypatch.setattr(agree, "follow", None)
+    list(run(job()))
+    after = rows_of(job().root)["streaming"]
+    assert (before.agreement, after.agreement) == (11 / 12, 1.0)
+    list(run(job()))
+    assert rows_of(job().root)["streaming"] == after
+
+
 def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
     work = job()
     list(run(work))

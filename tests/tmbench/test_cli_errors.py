@@ -10,6 +10,9 @@ import pytest
 
 from command_lines import FAST_TTFT
 
+LONG = "9" * 5000
+"""More digits than Python reads."""
+
 
 @pytest.fixture(scope="module")
 def patterns_of_another_model(tmp_path_factory):
@@ -48,6 +51,23 @@ def patterns_of_another_model(tmp_path_factory):
             "--layers deep is neither a list of layers, such as 5,7,10,15-35, nor auto nor a file",
         ),
         (("ttft", "--layers", "none.csv"), "none.csv cannot be read"),
+        (("ttft", "--layers", LONG), "999 is more than any model has: give layers of the model"),
+        (("ttft", f"--layers=-{LONG}"), "999 is more than any model has: give layers of the model"),
+        (("ttft", "--layers", "0-99999999999"), "0-99999999999 is not within the layers 0 to 7 of this model"),
+        (("ttft", "--layers", f"0-{LONG}"), "999 is not within the layers 0 to 7 of this model"),
+        (("ttft", "--layers", f"random:{LONG}"), "999 of 8 layers: ask for fewer"),
+        (("ttft", "--layers", f"random:4:{LONG}"), "may name a seed of at most 18 digits: random:4 or random:4:7"),
+        (("ttft", "--layers", "random:1e9"), "--layers random:1e9 must say how many layers"),
+        (("ttft", "--length", LONG), "is no number of tokens"),
+        (("ttft", "--length", "1e15"), "'1e15' is more tokens than any prompt has"),
+        (
+            ("ttft", "--n-local", "99999999999999999999"),
+            "--n-local is more tokens than any prompt has: give 2147483647",
+        ),
+        (("ttft", "--method", LONG), "999 is unknown: choose from dense"),
+        (("ttft", "--method", f"flexprefill:min_budget={LONG}"), "min_budget must be a whole number, not '999"),
+        (("ttft", "--method", "flexprefill:min_budget=99999999999"), "min_budget is more tokens than any prompt has"),
+        (("ttft", "--method", f"flexprefill:gamma={LONG}"), "gamma must be above 0 and at most 1, not inf"),
         (("ttft", "--layers", "auto"), "--layers auto finds no probe of tiny under results: run tmbench probe --model tiny"),
         (
             ("ttft", "--layers", "2,3", "--starting-layer", "4"),
@@ -144,6 +164,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmbench, arguments, words):
     assert code == 2
     assert words in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
+    assert len(err) < 2000
     assert not list(Path().glob("results/*/*/*.csv"))
 
 
@@ -189,3 +210,83 @@ def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
     code, out, _ = tmbench(*FAST_TTFT, "--method", "dense")
     assert code == 1
     assert "failed" in out
+
+
+ENDLESS = ("pipe", "/dev/zero")
+
+
+@pytest.fixture(params=ENDLESS)
+def endless(request, tmp_path):
+    """A file that a reader would never come to the end of."""
+    path = tmp_path / f"endless-{Path(request.param).name}"
+    if request.param == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(request.param)
+    return path
+
+
+def refused(outcome):
+    """What was said, of a run that was refused in one sentence."""
+    code, _, err = outcome
+    assert code == 2
+    assert "Traceback" not in err
+    return " ".join(err.split())
+
+
+def test_inputs_without_an_end(tmbench, endless):
+    tiny = ("--device", "cpu")
+    assert "is a pipe or a device: give a file" in refused(tmbench("patterns", "show", str(endless)))
+    arguments = ("ttft", "--method", "minference", "--patterns", str(endless), *tiny)
+    assert f"--patterns: {endless} is a pipe or a device" in refused(tmbench(*arguments))
+    assert "cannot be read: Not a regular file" in refused(tmbench("ruler", "--wording", str(endless), *tiny))
+    Path("data").mkdir()
+    endless.rename("data/squad.json")
+    said = refused(tmbench("ruler", "--data-dir", "data", "--task", "qa_1", *tiny))
+    assert "--data-dir: The file data/squad.json cannot be read: Not a regular file" in said
+    Path("data/1024/data/vt").mkdir(parents=True)
+    Path("data/squad.json").rename("data/1024/data/vt/validation.jsonl")
+    said = refused(tmbench("ruler", "--data", "data", "--length", "1K", "--task", "vt", *tiny))
+    assert "--data: The data folder data holds no validation.jsonl" in said
+
+
+def test_results_without_an_end(tmbench, endless):
+    folder = Path("results/some-gpu/ttft")
+    folder.mkdir(parents=True)
+    endless.rename(folder / "dense.csv")
+    assert "ttft/dense.csv cannot be read: Not a regular file" in refused(tmbench("report"))
+    (folder / "dense.csv").rename("probe.csv")
+    assert "probe.csv cannot be read: Not a regular file" in refused(tmbench("ttft", "--layers", "probe.csv"))
+
+
+def test_a_results_folder_that_leads_into_itself(tmbench):
+    assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
+    Path("results/again").symlink_to("../results")
+    device = next(path for path in Path("results").iterdir() if path.name != "again")
+    (device / "ttft" / "again").symlink_to("..")
+    whole = tmbench("report")
+    assert whole[0] == 0
+    Path("results/round").symlink_to("round")
+    assert "results/round/ttft cannot be read: Too many levels of symbolic links" in refused(tmbench("report"))
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def test_inputs_that_are_nested_too_deeply(tmbench):
+    for name in ("deep.json", "squad.json"):
+        Path(name).write_text(DEEP)
+    Path("deep.toml").write_text(f"a={DEEP}")
+    assert "but is nested too deeply" in refused(tmbench("patterns", "show", "deep.json"))
+    assert "deep.toml is nested too deeply" in refused(tmbench("ruler", "--wording", "deep.toml"))
+    assert "--data-dir: The file squad.json is not in the" in refused(tmbench("ruler", "--data-dir", ".", "--task", "qa_1"))
+    Path("vt").mkdir()
+    Path("vt/validation.jsonl").write_text(DEEP)
+    said = refused(tmbench("ruler", "--data", ".", "--length", "1K", "--task", "vt", "--device", "cpu"))
+    assert "Line 1 of vt/validation.jsonl is no sample: it is nested too deeply" in said
+
+
+def test_a_file_of_patterns_that_is_far_too_large(tmbench):
+    with Path("huge.json").open("wb") as file:
+        file.truncate(2**36)
+    assert "huge.json has more than 64 MiB" in refused(tmbench("patterns", "show", "huge.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,9 @@ def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
     assert (tri_mix.layers, tri_mix.starting_layer, tri_mix.backends) == ("0,2", None, "dense:sdpa+triangle:torch-banded")
     assert (dense.samples, dense.prompt_tokens_mean, dense.answer_tokens_mean) == (2, 39, 1)
     assert {row.method: row for row in read_all(tmp_path, LossRow)} == rows
+    lines = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv"))
+    assert rows_of(run(job(plans=job().plans[:1]))) == {"tri_mix": tri_mix}, "dense was read before"
+    assert sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv")) == lines
     alone = rows_of(run(job(plans=job().plans[:1], seed=7)))
     assert alone["tri_mix"].nll_prompt_vs_dense is None
 
@@ -151,3 +155,25 @@ def test_what_was_read_of_another_prompt_or_answer_is_read_again(job, tmp_path, 
     assert sum(step.measured for step in steps) == 2
     assert all(row.nll_prompt < 9 for row in rows_of(steps).values())
     assert sum(step.measured for step in run(job())) == 0
+
+
+def test_an_overwrite_killed_behind_dense_leaves_no_difference_to_the_older_one(job, tmp_path, monkeypatch):
+    first = rows_of(run(job()))
+    sample, real = loss._sample, loss.append
+
+    def shifted(job, plan, question):
+        one = sample(job, plan, question)
+        return replace(one, nll_prompt=one.nll_prompt + 1.0 * (plan.method == "dense"))
+
+    def append(root, row):
+        real(root, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss, "_sample", shifted)
+    monkeypatch.setattr(loss, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job(overwrite=True)))
+    monkeypatch.setattr(loss, "append", real)
+    again = rows_of(run(job()))
+    assert again["tri_mix"].nll_prompt_vs_dense == pytest.approx(first["tri_mix"].nll_prompt_vs_dense - 1.0)
+    assert {row.method: row for row in read_all(tmp_path, LossRow)} == again

@@ -126,6 +126,37 @@ def test_a_run_again_hands_over_the_rows_that_were_there(job, answers):
     assert len(answers) == before
 
 
+def answered_wrongly(monkeypatch):
+    """Let every sample be answered anew, with nothing and in another time."""
+    real = ruler._answer
+
+    def answer(job, plan, example, *, count):
+        return replace(real(job, plan, example, count=count), prediction="", score=0.0, seconds=0.25)
+
+    monkeypatch.setattr(ruler, "_answer", answer)
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_an_overwrite_killed_before_its_row_leaves_no_older_score(job, answers, monkeypatch, samples):
+    """The last answer is kept, its row is not: the next run makes the row of the newer answers and asks nothing."""
+    list(run(job(tasks=("vt",))))
+    answered_wrongly(monkeypatch)
+    real = ruler.append
+    monkeypatch.setattr(ruler, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(run(job(tasks=("vt",), samples=samples, overwrite=True)))
+    monkeypatch.setattr(ruler, "append", real)
+    assert rows_of(job().root)["dense", "vt", 1024].score == 100.0
+    answers.clear()
+    rows = {step.row.method: step.row for step in run(job(tasks=("vt",), samples=samples)) if step.row is not None}
+    assert answers == []
+    assert (rows["dense"].score, rows["dense"].samples, rows["dense"].seconds_per_sample) == (0.0, samples, 0.25)
+    assert rows_of(job().root)["dense", "vt", 1024] == rows["dense"]
+    assert [step.row for step in run(job(tasks=("vt",), samples=samples)) if step.row] == [*rows.values()], (
+        "and no more rows"
+    )
+
+
 def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypatch):
     list(run(job(tasks=("vt",))))
     path = kept_predictions(job().root, rows_of(job().root)["dense", "vt", 1024]).path

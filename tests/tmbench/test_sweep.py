@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ruler_tasks import Frame, Sources, load_wording
-from tmbench import environment, models, ttft
+from tmbench import environment, models, ruler, ttft
+from tmbench.cli import sweep as cli
 from tmbench.errors import UserError
 from tmbench.methods import METHODS, Settings
 from tmbench.models import LoadedModel
@@ -117,6 +118,27 @@ def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
         ("tri_mix", 16, 0),
         ("tri_mix", 16, 10),
     ]
+
+
+def test_times_that_a_killed_sweep_had_measured_are_appended_by_the_next(job, monkeypatch):
+    work = job([Settings(n_local=16, last_n=last) for last in (0, 10)])
+    real, appended = ttft.append, []
+
+    def append(root, row):
+        if appended:
+            raise KeyboardInterrupt
+        appended.append(real(root, row))
+
+    monkeypatch.setattr(ttft, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        list(ttft.run(work.timing(200)))
+    monkeypatch.setattr(ttft, "append", real)
+    assert work.timing(200) is None, "nothing is to be timed"
+    monkeypatch.setattr(ruler, "run", lambda asking: ())
+    assert cli._measure(work)
+    rows = read_all(work.ttft.root, TtftRow)
+    assert len(rows) == 3
+    assert all(row.logit_error is not None and row.interleaved == "dense tri_mix tri_mix" for row in rows)
 
 
 SWEEP = (

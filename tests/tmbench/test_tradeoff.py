@@ -130,7 +130,7 @@ def test_effects_are_those_of_one_change_over_the_same_samples(swept):
 def test_neighbouring_values_are_compared(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
     for place, last in enumerate((256, 0, 64)):
-        add(tmp_path, place, 0.5, 0.5 + place, starting_layer=4, n_init=8, n_local=64, last_n=last)
+        add(tmp_path, place, 0.5, 0.2 + 0.3 * place, starting_layer=4, n_init=8, n_local=64, last_n=last)
     effects = trade_off_of(tmp_path).effects()
     assert [(one.before, one.after) for one in effects] == [("0", "64"), ("64", "256")]
     assert effects[0].points.verdict == TOO_FEW

@@ -13,8 +13,9 @@ import typer
 
 from ruler_tasks.errors import RulerError
 from tmbench.cli.screen import say
-from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, METHODS, Plan, Settings, get_method, parse_method
+from tmbench.errors import UserError, shortened
+from tmbench.layers import whole_number
+from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, LARGEST_COUNT, METHODS, Plan, Settings, get_method, parse_method
 from tmbench.presets import preset_names
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def parse_length(text: str) -> int:
     except ValueError:
         length = 0
     if not math.isfinite(length) or length < 1 or length != int(length):
-        raise typer.BadParameter(f"{text!r} is no number of tokens: give for instance 32768 or 32K")
+        raise typer.BadParameter(f"{shortened(text)!r} is no number of tokens: give for instance 32768 or 32K")
+    if length > LARGEST_COUNT:
+        raise typer.BadParameter(f"{shortened(text)!r} is more tokens than any prompt has: give for instance 32768 or 32K")
     return int(length)
 
 
@@ -168,7 +171,12 @@ def deep_layers(given: list[str] | None) -> dict[str, Any]:
         raise UserError(f"--layers and --starting-layer are one option, given {len(given)} times: give it once")
     text = given[0].strip()
     first = text.removeprefix("-")
-    return {"starting_layer": int(text)} if first.isdecimal() else {"layers": text}
+    if not first.isdecimal():
+        return {"layers": text}
+    layer = whole_number(first)
+    if layer is None:
+        raise UserError(f"--layers {shortened(text)} is more than any model has: give layers of the model")
+    return {"starting_layer": layer if first == text else -layer}
 
 
 def settings_for(methods: list[str], **options: Any) -> dict[str, Settings]:
@@ -189,7 +197,7 @@ def settings_for(methods: list[str], **options: Any) -> dict[str, Settings]:
         try:
             wanted = Settings(**{**given, **own})
         except UserError as error:
-            raise UserError(f"--method {text}: {error}" if own else str(error)) from None
+            raise UserError(f"--method {shortened(text)}: {error}" if own else str(error)) from None
         if settings.setdefault(method.name, wanted) != wanted:
             raise UserError(f"--method {method.name} is given twice with different parameters: measure one after the other")
     return settings

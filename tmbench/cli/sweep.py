@@ -139,7 +139,10 @@ def sweep(
 def _measure(job: SweepJob) -> bool:
     """Measure what is missing, length by length, times first; whether all rows that were made are well."""
     from tmbench import ruler, ttft
+    from tmbench.results import TtftRow
+    from tmbench.row_sets import finish
 
+    finish(job.ttft.root, TtftRow, job.ttft.environment.device)
     well, measured, rows = True, 0, 0
     with progress_bar() as bar:
         for length in job.lengths:

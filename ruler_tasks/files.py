@@ -1,0 +1,24 @@
+"""Reads texts that a user names: what has no end, or is far too large to be meant, is refused before it is opened."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from pathlib import Path
+
+MEBIBYTE = 2**20
+
+
+def read_text(path: Path, mebibytes: int) -> str:
+    """A file of UTF-8, a byte-order mark aside.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (a pipe, a device), or has more than so many mebibytes.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):  # opening a folder says so itself
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    if about.st_size > mebibytes * MEBIBYTE and stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EFBIG, f"It has more than {mebibytes} MiB", str(path))
+    return path.read_text(encoding="utf-8-sig")
