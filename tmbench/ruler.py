@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import ruler_tasks
-from ruler_tasks import TASKS, DatasetError, Example, Frame, Sources, Wording
+from ruler_tasks import TASKS, DatasetError, Example, Frame, RulerError, SamplesAs, Sources, Wording
 from tmbench.attention import applied_plan
 from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
@@ -54,11 +54,14 @@ class RulerJob:
     """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
     overwrite: bool = False
     save_samples: bool = False
+    samples_as: SamplesAs = "tmbench"
+    """Whose rules samples are drawn by where ``data`` holds none."""
 
     def check_lengths(self) -> None:
         """Raise UserError before anything is measured if a length is too short for a task, or ``data`` cannot be used."""
         if self.data is None:
-            check_lengths(self.tasks, self.lengths, self.tokenizer, self.wording, self.sources, self.frame)
+            making = (self.tokenizer, self.wording, self.sources, self.frame)
+            check_lengths(self.tasks, self.lengths, *making, samples_as=self.samples_as, seed=self.seed)
             return
         for length in self.lengths:
             for task in self.tasks:
@@ -81,6 +84,7 @@ class RulerJob:
                 wording=self.wording,
                 sources=self.sources,
                 frame=self.frame,
+                samples_as=self.samples_as,
             )
         )
 
@@ -99,6 +103,7 @@ class RulerJob:
             "wording_hash": short_hash(*(example.prompt for example in examples[:1])) if prepared else self.wording.hash,
             "source": examples[0].source,
             "chat_template": self.chat_template,
+            "samples_as": "tmbench" if prepared else self.samples_as,
         }
 
 
@@ -147,9 +152,22 @@ def check_lengths(
     wording: Wording,
     sources: Sources,
     frame: Frame,
+    *,
+    samples_as: SamplesAs = "tmbench",
+    seed: int = 42,
 ) -> None:
-    """Raise UserError if a length is too short for one of the tasks, prompt and answer together."""
-    for task in tasks:
+    """Raise UserError if a length is too short for one of the tasks, prompt and answer together.
+
+    As the reference draws samples only the first of them shows it; what is found out for it is kept for the run.
+    """
+    for task in tasks if samples_as == "reference" else ():
+        for length in lengths:
+            making = {"tokenizer": tokenizer, "seed": seed, "wording": wording, "sources": sources, "frame": frame}
+            try:
+                ruler_tasks.examples(task, length, (), samples_as=samples_as, **making)
+            except RulerError as error:
+                raise UserError(f"--samples-as reference: {error}") from error
+    for task in tasks if samples_as == "tmbench" else ():
         least = ruler_tasks.minimum_length(task, tokenizer, wording, frame, sources=sources)
         for length in lengths:
             if length < least:

@@ -15,6 +15,7 @@ from tmbench.groups import (
     NOT_IN_TURNS,
     NOTHING,
     PARAMETERS,
+    SAMPLES_AS,
     Group,
     Record,
     RulerGroup,
@@ -69,7 +70,8 @@ class TradeOff(Group):
     def title(self) -> str:
         about = self.setting
         setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
-        wording = f"wording {about['wording']}, average of {len(self.scores.paired_tasks)} tasks"
+        drawn = f", {SAMPLES_AS[about['samples_as']]}" if about["samples_as"] in SAMPLES_AS else ""
+        wording = f"wording {about['wording']}{drawn}, average of {len(self.scores.paired_tasks)} tasks"
         return f"Accuracy kept against time saved at {length_name(about['length'])}: {self.subject}, {setting}, {wording}"
 
     def notes(self) -> list[str]:
