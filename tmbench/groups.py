@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 
 from ruler_tasks import TASKS
-from ruler_tasks.published import BY_PUNCTUATION, WORDS_MISSING
 from tmbench.choices import Choices
 from tmbench.intervals import MARGIN, Difference, difference, interval, unseen_samples
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples
+from tmbench.samples_as import drawing_notes, drawn_words
 
 MODEL = ("device", "model", "revision", "weights", "dtype")
 SETTING = {
@@ -57,8 +57,6 @@ NOT_IN_TURNS = "Not measured in turns with dense, so the machine may have change
 MANY_METHODS = 7
 """Beyond so many methods a table or a plot of scores has a line for each of them, and a column for each task."""
 NOT_COMPARED = "not compared: "
-SAMPLES_AS = {"reference": "samples drawn as the reference draws them"}
-"""In words, how samples were drawn where it was not by tmbench's own rules."""
 Record = dict[str, Any]
 
 
@@ -252,8 +250,7 @@ class RulerGroup(Group):
         about = self.setting
         wording = f"wording {about['wording']} {about['wording_version']}".rstrip()
         template = f"{'with' if about['chat_template'] else 'without'} chat template"
-        drawn = f"{SAMPLES_AS[about['samples_as']]}, " if about["samples_as"] in SAMPLES_AS else ""
-        setting = f"{wording}, {drawn}{template}, {self.machine}seed {about['seed']}"
+        setting = f"{wording}, {drawn_words(about)}{template}, {self.machine}seed {about['seed']}"
         older = f", older data {about['older_data']}" if about["older_data"] else ""
         return f"RULER at {length_name(about['length'])}: {self.subject}, {setting}{older}"
 
@@ -335,8 +332,6 @@ class RulerGroup(Group):
 
     def notes(self) -> list[str]:
         common, wording = self.common_tasks, self.setting["wording"]
-        published, drawn = wording.startswith("reference"), self.setting["samples_as"] == "reference"
-        origins = [str(row["source"]) for row in self.rows if drawn]
         missing = ", ".join(task for task in TASKS if task not in common)
         stand_ins: dict[str, dict[str, None]] = {}
         for row in self.rows:
@@ -356,21 +351,13 @@ class RulerGroup(Group):
             },
             "The prompts were prepared elsewhere, so their wording is not known here.": wording == "prepared",
             "The wording is not the published one: published scores compare only under `--wording reference`.": (
-                wording != "prepared" and not published
-            ),
-            "The wording is the published one, but tmbench drew the samples by its own rules: published scores compare only "
-            "under `--samples-as reference` too.": published and not drawn,
-            "Drawn as the reference draws them, the answers of cwe and fwe and the documents of qa stand at the same places "
-            "in samples of one size, and special tokens are not counted.": drawn,
-            "Sentences were told apart by punctuation, not by NLTK as in the reference, so needles in essays may stand "
-            "elsewhere.": any(origin.endswith(BY_PUNCTUATION) for origin in origins),
-            "The reference's english_words.json was missing, so the words of cwe are others than its own.": any(
-                origin.endswith(WORDS_MISSING) for origin in origins
+                wording != "prepared" and not wording.startswith("reference")
             ),
             f"Only {few} samples of some task: fewer than {FEW_SAMPLES} say little about a difference.": few < FEW_SAMPLES,
             f"No interval for {len(unpaired)} scores, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
         }
-        return [note for note, applies in notes.items() if applies] + super().notes()
+        applying = [note for note, applies in notes.items() if applies]
+        return applying + super().notes() + drawing_notes(self.setting, self.rows)
 
 
 @dataclass(frozen=True)

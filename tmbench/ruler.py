@@ -61,7 +61,9 @@ class RulerJob:
         """Raise UserError before anything is measured if a length is too short for a task, or ``data`` cannot be used."""
         if self.data is None:
             making = (self.tokenizer, self.wording, self.sources, self.frame)
-            check_lengths(self.tasks, self.lengths, *making, samples_as=self.samples_as, seed=self.seed)
+            check_lengths(
+                self.tasks, self.lengths, *making, samples_as=self.samples_as, samples=self.samples, seed=self.seed
+            )
             return
         for length in self.lengths:
             for task in self.tasks:
@@ -154,24 +156,50 @@ def check_lengths(
     frame: Frame,
     *,
     samples_as: SamplesAs = "tmbench",
+    samples: int = 0,
     seed: int = 42,
 ) -> None:
     """Raise UserError if a length is too short for one of the tasks, prompt and answer together.
 
-    As the reference draws samples only the first of them shows it; what is found out for it is kept for the run.
+    Samples drawn as the reference draws them may also be more than there are questions, or of too large a seed.
     """
-    for task in tasks if samples_as == "reference" else ():
-        for length in lengths:
-            making = {"tokenizer": tokenizer, "seed": seed, "wording": wording, "sources": sources, "frame": frame}
-            try:
-                ruler_tasks.examples(task, length, (), samples_as=samples_as, **making)
-            except RulerError as error:
-                raise UserError(f"--samples-as reference: {error}") from error
-    for task in tasks if samples_as == "tmbench" else ():
+    if samples_as == "reference":
+        making = (tokenizer, wording, sources, frame)
+        _check_reference(tasks, lengths, *making, samples=samples, seed=seed)
+        return
+    for task in tasks:
         least = ruler_tasks.minimum_length(task, tokenizer, wording, frame, sources=sources)
         for length in lengths:
             if length < least:
                 raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+
+
+def _check_reference(
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    wording: Wording,
+    sources: Sources,
+    frame: Frame,
+    *,
+    samples: int,
+    seed: int,
+) -> None:
+    for task in tasks:
+        for kind in {"squad", "hotpotqa"}.intersection(TASKS[task].needs):
+            asked = getattr(sources, kind)()
+            if samples > len(asked.questions):
+                raise UserError(
+                    f"--samples {samples} is more than the {len(asked.questions)} questions of {asked.source}, "
+                    f"each of which {task} asks once under --samples-as reference"
+                )
+        for length in lengths:
+            making = {"tokenizer": tokenizer, "seed": seed, "wording": wording, "sources": sources, "frame": frame}
+            try:
+                # The first sample shows it. What the search for a size finds is kept, and not searched again.
+                ruler_tasks.examples(task, length, (), samples_as="reference", **making)
+            except RulerError as error:
+                raise UserError(f"--samples-as reference: {error}") from error
 
 
 def kept_predictions(root: Path, row: RulerRow) -> Kept:

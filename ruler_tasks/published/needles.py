@@ -21,7 +21,7 @@ _ESSAY_STEP, _LINE_STEP, _SHORT_LINE_STEP = 500, 25, 5
 class WordPairs(Sequence[str]):
     """Every different "adjective-noun" in the order of their characters, without the list of six million being made.
 
-    An adjective has its nouns in one block; where one begins with another and a hyphen, the blocks of both are sorted as one.
+    An adjective has its nouns in one block; where one begins with another and a hyphen, both blocks are sorted as one.
     """
 
     def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:

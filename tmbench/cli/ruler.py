@@ -180,7 +180,7 @@ def ruler_data(
     tokenizer = models.load_tokenizer(model)
     frame = chat_frame(tokenizer) if apply_chat_template else Frame()
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
-    check_lengths(tasks, lengths, tokenizer, texts, sources, frame, samples_as=samples_as, seed=seed)
+    check_lengths(tasks, lengths, tokenizer, texts, sources, frame, samples_as=samples_as, samples=samples, seed=seed)
     with progress_bar() as bar:
         shown = bar.add_task("RULER data", total=sum(lengths) * len(tasks) * samples)
         for tokens in lengths:
