@@ -5,10 +5,18 @@ arXiv 2404.06654. The package knows text and a tokenizer; it knows no model.
 """
 
 from ruler_tasks.dataset import read_dataset, write_dataset
-from ruler_tasks.errors import DatasetError, SourceError, TaskLengthError, UnknownTaskError, WordingError
+from ruler_tasks.errors import (
+    DatasetError,
+    RulerError,
+    SeedError,
+    SourceError,
+    TaskLengthError,
+    UnknownTaskError,
+    WordingError,
+)
 from ruler_tasks.example import Example, Frame
 from ruler_tasks.sources import Sources
-from ruler_tasks.tasks import TASKS, Task, examples, get_task, minimum_length, score
+from ruler_tasks.tasks import TASKS, SamplesAs, Task, examples, get_task, minimum_length, score
 from ruler_tasks.wording import Wording, load_wording
 
 __all__ = [
@@ -16,6 +24,9 @@ __all__ = [
     "DatasetError",
     "Example",
     "Frame",
+    "RulerError",
+    "SamplesAs",
+    "SeedError",
     "SourceError",
     "Sources",
     "Task",

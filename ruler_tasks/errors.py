@@ -15,6 +15,10 @@ class TaskLengthError(RulerError):
     """A length in which a task's smallest prompt and its answer do not fit."""
 
 
+class SeedError(RulerError):
+    """A seed that the generators which a drawing needs do not take."""
+
+
 class WordingError(RulerError):
     """A wording that cannot be found, read or used."""
 

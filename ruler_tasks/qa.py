@@ -29,16 +29,17 @@ class Questions:
 
     dataset: Literal["squad", "hotpotqa"]
 
-    def _set(self, setting: Setting) -> QuestionSet:
+    def question_set(self, setting: Setting) -> QuestionSet:
+        """The questions, with the documents that they are about."""
         return setting.sources.squad() if self.dataset == "squad" else setting.sources.hotpotqa()
 
     def source(self, setting: Setting) -> str:
         """The name of the question set."""
-        return self._set(setting).source
+        return self.question_set(setting).source
 
     def draft(self, setting: Setting, index: int, rng: random.Random) -> Draft:
         """A sample about the question that a random order of all questions, fixed by the seed, has at `index`."""
-        questions = self._set(setting)
+        questions = self.question_set(setting)
         return _QuestionDraft(setting, questions, question_at(setting, questions, index), rng)
 
 

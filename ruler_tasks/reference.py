@@ -74,6 +74,7 @@ def _from_ruler(folder: Path) -> dict[str, Any]:
         needle=_literal(code, "needle"),
         one=one,
         many=niah,
+        by_line=_by_line(folder / "variable_tracking.py"),
         vt=_pair(tasks, "variable_tracking", folder),
         cwe=_pair(tasks, "common_words_extraction", folder),
         fwe=_pair(tasks, "freq_words_extraction", folder),
@@ -93,6 +94,7 @@ def _from_port(folder: Path, name: str) -> dict[str, Any]:
         needle=_literal(code, "NEEDLE"),
         one={"template": _singular(template, code), "answer_prefix": singular},
         many={"template": template, "answer_prefix": plural},
+        by_line=_by_line(folder / "vt_utils.py"),
         vt=_pair(vt, "variable_tracking", folder),
         cwe=_pair({"cwe": cwe}, "cwe", folder),
         fwe=_pair({"fwe": fwe}, "fwe", folder),
@@ -102,7 +104,15 @@ def _from_port(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _tables(
-    *, name: str, noise: str, needle: str, document: str, one: Mapping[str, str], many: Mapping[str, str], **rest: Any
+    *,
+    name: str,
+    noise: str,
+    needle: str,
+    document: str,
+    by_line: bool,
+    one: Mapping[str, str],
+    many: Mapping[str, str],
+    **rest: Any,
 ) -> dict[str, Any]:
     def table(prompt: Mapping[str, str], type_field: str) -> dict[str, str]:
         filled = {key: _renamed(text, type_needle_v=type_field, num_v="{count}") for key, text in prompt.items()}
@@ -122,6 +132,7 @@ def _tables(
             "many": table(many, "{type}s"),
         },
         **tables,
+        "vt": {**tables["vt"], "by_line": by_line},
         "qa": {**tables["qa"], "document": document},
     }
 
@@ -157,6 +168,22 @@ def _literal(path: Path, name: str) -> Any:
             except (ValueError, RecursionError, MemoryError):
                 continue
     raise WordingError(f"The source {path} assigns no literal to {name!r}.")
+
+
+def _by_line(path: Path) -> bool:
+    """Whether variable tracking joins its lines by newlines; so, too, where the source is missing or says nothing of it."""
+    if not path.is_file():
+        return True
+    joined = {
+        node.func.value.value
+        for node in _nodes(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "join"
+        and isinstance(node.func.value, ast.Constant)
+        and any(isinstance(argument, ast.Name) and argument.id == "sentences" for argument in node.args)
+    }
+    return joined != {" "}
 
 
 def _singular(template: str, path: Path) -> str:

@@ -49,6 +49,8 @@ class Essays:
 
     text_words: Sequence[str]
     source: str
+    margins: tuple[bool, bool] = (False, False)
+    """Whether white space stands before the text, and after it."""
 
     @cached_property
     def content_hash(self) -> str:
@@ -58,16 +60,7 @@ class Essays:
     @cached_property
     def ends(self) -> list[int]:
         """For each sentence the number of words up to its end."""
-        words = self.text_words
-        ends = [
-            at
-            for at, (word, after) in enumerate(pairwise(words), 1)
-            if _SENTENCE_END.search(word)
-            and word not in _ABBREVIATIONS
-            and not _INITIAL.match(word)
-            and _SENTENCE_START.match(after)
-        ]
-        return [*ends, len(words)]
+        return sentence_ends(self.text_words)
 
     def sentences_in(self, words: int) -> int:
         """How many sentences the first `words` words hold, a last one that is cut off included."""
@@ -105,6 +98,19 @@ class Essays:
         return total
 
 
+def sentence_ends(words: Sequence[str]) -> list[int]:
+    """For each sentence of a text the number of words up to its end; the last one ends with the text."""
+    ends = [
+        at
+        for at, (word, after) in enumerate(pairwise(words), 1)
+        if _SENTENCE_END.search(word)
+        and word not in _ABBREVIATIONS
+        and not _INITIAL.match(word)
+        and _SENTENCE_START.match(after)
+    ]
+    return [*ends, len(words)]
+
+
 @dataclass(frozen=True)
 class Question:
     """A question over documents, which are named by their numbers.
@@ -113,12 +119,14 @@ class Question:
         outputs: the accepted answers.
         gold: the documents that the answer needs.
         related: documents that come into the prompt before any others.
+        given: where a question comes with documents of its own, all of these in their order: gold and related.
     """
 
     query: str
     outputs: tuple[str, ...]
     gold: tuple[int, ...]
     related: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +155,8 @@ class Sources:
 
     Attributes:
         data_dir: a folder with `PaulGrahamEssays.json`, `squad.json` (SQuAD v2 dev) or `hotpotqa.json` (dev,
-            distractor setting), in their published formats; what it lacks is looked for further on.
+            distractor setting), in their published formats; what it lacks is looked for further on. RULER's
+            `english_words.json` is read from nowhere else.
         offline: do not download; what an earlier download left is still used.
         notes: one sentence for each source that is not the published one, also logged as a warning.
     """
@@ -175,6 +184,14 @@ class Sources:
     def hotpotqa(self) -> QuestionSet:
         """HotpotQA, its dev set in the distractor setting, or generated questions that need two documents."""
         return self._load("hotpotqa", "hotpotqa.json", _read_hotpotqa, _hub_hotpotqa, _generated_two_hop)
+
+    def english_words(self) -> list[str] | None:
+        """The word list that RULER turns to where its first one has too few words; None where there is no such file."""
+        if "english words" not in self._loaded:
+            own = None if self.data_dir is None else self.data_dir / "english_words.json"
+            self._loaded["english words"] = own and _from_file(own, "english words", _read_words)
+        words: list[str] | None = self._loaded["english words"]
+        return words
 
     def _load(
         self,
@@ -228,7 +245,14 @@ def _read_essays(content: Any, source: str) -> Essays:
     words = text.split()
     if not words:
         raise ValueError("no text")
-    return Essays(words, source)
+    return Essays(words, source, (text[0].isspace(), text[-1].isspace()))
+
+
+def _read_words(content: Any, source: str) -> list[str]:
+    words = list(content.values())
+    if not words or not all(isinstance(word, str) for word in words):
+        raise ValueError("no words")
+    return words
 
 
 def _read_squad(content: Any, source: str) -> QuestionSet:
@@ -288,9 +312,10 @@ def hotpotqa_set(rows: Iterable[tuple[str, str, Sequence[tuple[str, str]], set[s
     for query, answer, given, needed in table:
         gold = tuple(numbers[document] for title, document in given if title in needed or not needed)
         related = tuple(numbers[document] for _, document in given if numbers[document] not in gold)
+        all_given = tuple(numbers[document] for _, document in given)
         if not gold or not answer:
             raise ValueError(f"the question {query!r} has no answer or no documents")
-        questions.append(Question(query, (answer,), gold, related))
+        questions.append(Question(query, (answer,), gold, related, all_given))
     return _checked(QuestionSet(questions, documents, source))
 
 

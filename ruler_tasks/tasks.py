@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from types import MappingProxyType
+from typing import Literal
 
 from ruler_tasks import scoring
 from ruler_tasks.draws import seeded
@@ -17,6 +18,7 @@ from ruler_tasks.errors import TaskLengthError, UnknownTaskError
 from ruler_tasks.example import Example, Frame
 from ruler_tasks.fit import Draft, Filled, fit, in_step
 from ruler_tasks.niah import Niah
+from ruler_tasks.published import published_examples
 from ruler_tasks.qa import Questions
 from ruler_tasks.recipe import Recipe, Setting
 from ruler_tasks.scoring import Metric
@@ -25,6 +27,9 @@ from ruler_tasks.tokens import TokenCounter, Tokenizer
 from ruler_tasks.tracking import Tracking
 from ruler_tasks.wording import Wording, load_wording
 from ruler_tasks.words import CommonWords, FrequentWords
+
+SamplesAs = Literal["tmbench", "reference"]
+"""Whose rules samples are drawn by."""
 
 _PROBES = 16
 _ATTEMPTS = 64
@@ -117,12 +122,13 @@ def examples(
     wording: Wording | None = None,
     sources: Sources | None = None,
     frame: Frame = Frame(),
+    samples_as: SamplesAs = "tmbench",
 ) -> Iterator[Example]:
     """The samples of a task with these numbers, in their order.
 
-    A sample depends on the task, the length, the seed, the tokenizer, its number and the wording, sources and frame
-    alone. Its prompt, special tokens included, and its answer budget take at most `length` tokens. Samples are made in
-    small batches as they are asked for.
+    Drawn by this package's own rules, a sample depends on the task, the length, the seed, the tokenizer, its number and the
+    wording, sources and frame alone. Its prompt, special tokens included, and its answer budget take at most `length`
+    tokens. Samples are made in small batches as they are asked for.
 
     Args:
         task: one of `TASKS`.
@@ -132,13 +138,18 @@ def examples(
         wording: None for the shipped one.
         sources: None for public data sets where they can be reached.
         frame: a chat template around the task's text.
+        samples_as: "reference" draws as RULER's published code does, its defects included: see `published`. A sample
+            then depends on those before it too, and special tokens are not counted.
 
     Raises:
         UnknownTaskError: the task does not exist.
         TaskLengthError: the length is below what the task needs.
+        SeedError: the seed is too large for "reference".
     """
     chosen = get_task(task)
     setting = _setting(chosen, length, tokenizer, seed, wording, sources, frame)
+    if samples_as == "reference":
+        return published_examples(chosen.recipe, setting, indices)
     least = _minimum(chosen, setting)
     if length < least:
         raise TaskLengthError(f"Task {task} needs a length of at least {least} tokens here; {length} is too short.")

@@ -49,11 +49,14 @@ class Wording:
     fwe: Prompt
     document: str
     qa: Prompt
+    vt_by_line: bool = True
+    """Whether the published code of this wording puts each line of `vt` on a line of its own, as RULER does since May 2025;
+    before, and in lm-eval, lines of noise end in a newline and all are joined by spaces. Only `published` drawing asks."""
 
     @cached_property
     def hash(self) -> str:
         """Twelve hex digits of the SHA-256 of the sentences; the name does not enter."""
-        content = {key: value for key, value in asdict(self).items() if key != "name"}
+        content = {key: value for key, value in asdict(self).items() if key not in ("name", "vt_by_line")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -157,6 +160,7 @@ def from_mapping(content: Mapping[str, Any], where: str) -> Wording:
         fwe=prompt("fwe"),
         document=content["qa"]["document"],
         qa=prompt("qa"),
+        vt_by_line=content["vt"].get("by_line", True) is not False,
     )
 
 

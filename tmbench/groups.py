@@ -17,12 +17,23 @@ from tmbench.intervals import MARGIN, Difference, difference, interval, unseen_s
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples
+from tmbench.samples_as import drawing_notes, drawn_words
 
 MODEL = ("device", "model", "revision", "weights", "dtype", "model_hash")
 SETTING = {
     "ttft": (*MODEL, "prompt", "prefill", "threads", "seed", "older_prompt"),
     "agree": (*MODEL, "prompt", "new_tokens", "threads", "seed", "older_prompt"),
-    "ruler": (*MODEL, "length", "wording", "wording_version", "chat_template", "threads", "seed", "older_data"),
+    "ruler": (
+        *MODEL,
+        "length",
+        "wording",
+        "wording_version",
+        "samples_as",
+        "chat_template",
+        "threads",
+        "seed",
+        "older_data",
+    ),
 }
 FIGURES = {
     kind: names.split()
@@ -240,7 +251,7 @@ class RulerGroup(Group):
         about = self.setting
         wording = f"wording {about['wording']} {about['wording_version']}".rstrip()
         template = f"{'with' if about['chat_template'] else 'without'} chat template"
-        setting = f"{wording}, {template}, {self.machine}seed {about['seed']}"
+        setting = f"{wording}, {drawn_words(about)}{template}, {self.machine}seed {about['seed']}"
         older = f", older data {about['older_data']}" if about["older_data"] else ""
         return f"RULER at {length_name(about['length'])}: {self.subject}, {setting}{older}"
 
@@ -346,7 +357,8 @@ class RulerGroup(Group):
             f"Only {few} samples of some task: fewer than {FEW_SAMPLES} say little about a difference.": few < FEW_SAMPLES,
             f"No interval for {len(unpaired)} scores, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
         }
-        return [note for note, applies in notes.items() if applies] + super().notes()
+        applying = [note for note, applies in notes.items() if applies]
+        return applying + super().notes() + drawing_notes(self.setting, self.rows)
 
 
 @dataclass(frozen=True)

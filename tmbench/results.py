@@ -219,8 +219,10 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash")
-    extra_key: ClassVar[tuple[str, ...]] = ("task", "wording", "wording_hash", "source", "chat_template", "data_hash")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash", "samples_as")
+    extra_key: ClassVar[tuple[str, ...]] = (
+        "task", "wording", "wording_hash", "source", "chat_template", "data_hash", "samples_as",
+    )  # fmt: skip
 
     task: str
     samples: int
@@ -241,6 +243,8 @@ class RulerRow(Row):
     """The JSONL file of predictions, relative to the CSV's folder."""
     coverage: float | None = None
     """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
+    samples_as: str = "tmbench"
+    """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import ruler_tasks
-from ruler_tasks import TASKS, DatasetError, Example, Frame, Sources, Wording
+from ruler_tasks import TASKS, DatasetError, Example, Frame, RulerError, SamplesAs, Sources, Wording
 from ruler_tasks.dataset import dataset_path
 from tmbench.attention import applied_plan
 from tmbench.coverage import PairCounter
@@ -57,11 +57,16 @@ class RulerJob:
     """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
     overwrite: bool = False
     save_samples: bool = False
+    samples_as: SamplesAs = "tmbench"
+    """Whose rules samples are drawn by where ``data`` holds none."""
 
     def check_lengths(self) -> None:
         """Raise UserError before anything is measured if a length is too short for a task, or ``data`` cannot be used."""
         if self.data is None:
-            check_lengths(self.tasks, self.lengths, self.tokenizer, self.wording, self.sources, self.frame)
+            making = (self.tokenizer, self.wording, self.sources, self.frame)
+            check_lengths(
+                self.tasks, self.lengths, *making, samples_as=self.samples_as, samples=self.samples, seed=self.seed
+            )
             return
         for length in self.lengths:
             for task in self.tasks:
@@ -84,6 +89,7 @@ class RulerJob:
                 wording=self.wording,
                 sources=self.sources,
                 frame=self.frame,
+                samples_as=self.samples_as,
             )
         )
 
@@ -103,6 +109,7 @@ class RulerJob:
             "source": examples[0].source,
             "data_hash": self.data_hash(task, length, examples[0]),
             "chat_template": self.chat_template,
+            "samples_as": "tmbench" if prepared else self.samples_as,
         }
 
     def data_hash(self, task: str, length: int, first: Example) -> str:
@@ -172,13 +179,52 @@ def check_lengths(
     wording: Wording,
     sources: Sources,
     frame: Frame,
+    *,
+    samples_as: SamplesAs = "tmbench",
+    samples: int = 0,
+    seed: int = 42,
 ) -> None:
-    """Raise UserError if a length is too short for one of the tasks, prompt and answer together."""
+    """Raise UserError if a length is too short for one of the tasks, prompt and answer together.
+
+    Samples drawn as the reference draws them may also be more than there are questions, or of too large a seed.
+    """
+    if samples_as == "reference":
+        making = (tokenizer, wording, sources, frame)
+        _check_reference(tasks, lengths, *making, samples=samples, seed=seed)
+        return
     for task in tasks:
         least = ruler_tasks.minimum_length(task, tokenizer, wording, frame, sources=sources)
         for length in lengths:
             if length < least:
                 raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+
+
+def _check_reference(
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    wording: Wording,
+    sources: Sources,
+    frame: Frame,
+    *,
+    samples: int,
+    seed: int,
+) -> None:
+    for task in tasks:
+        for kind in {"squad", "hotpotqa"}.intersection(TASKS[task].needs):
+            asked = getattr(sources, kind)()
+            if samples > len(asked.questions):
+                raise UserError(
+                    f"--samples {samples} is more than the {len(asked.questions)} questions of {asked.source}, "
+                    f"each of which {task} asks once under --samples-as reference"
+                )
+        for length in lengths:
+            making = {"tokenizer": tokenizer, "seed": seed, "wording": wording, "sources": sources, "frame": frame}
+            try:
+                # The first sample shows it. What the search for a size finds is kept, and not searched again.
+                ruler_tasks.examples(task, length, (), samples_as="reference", **making)
+            except RulerError as error:
+                raise UserError(f"--samples-as reference: {error}") from error
 
 
 def kept_predictions(root: Path, row: RulerRow) -> Kept:

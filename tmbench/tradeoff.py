@@ -25,6 +25,7 @@ from tmbench.groups import (
     length_name,
 )
 from tmbench.intervals import Difference
+from tmbench.samples_as import drawn_words
 
 KIND = "trade-off"
 SAME_COST = 0.005
@@ -69,7 +70,7 @@ class TradeOff(Group):
     def title(self) -> str:
         about = self.setting
         setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
-        wording = f"wording {about['wording']}, average of {len(self.scores.paired_tasks)} tasks"
+        wording = f"wording {about['wording']}, {drawn_words(about)}average of {len(self.scores.paired_tasks)} tasks"
         return f"Accuracy kept against time saved at {length_name(about['length'])}: {self.subject}, {setting}, {wording}"
 
     def notes(self) -> list[str]:

@@ -257,3 +257,26 @@ def test_the_installed_lm_eval_can_be_read() -> None:
     assert "{type}" in wording.niah_one.template
     assert wording.qa.answer_prefix.startswith(" ")
     assert "lm_eval" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "by_line"),
+    [
+        (PORT, "vt_utils.py", False),
+        (CHECKOUT, "variable_tracking.py", True),
+        (CHECKOUT, "variable_tracking.py", False),
+    ],
+)
+def test_how_lines_of_variable_tracking_are_joined_is_read(
+    tmp_path: Path, files: dict[str, str], source: str, by_line: bool
+) -> None:
+    plain = load_wording(lay_out(tmp_path / "plain", files))
+    assert plain.vt_by_line, "nothing is said of it"
+    joined = f"""
+def generate(sentences, other):
+    both = " ".join(other) + "\\n".join(other)
+    return {'"' + chr(92) + 'n"' if by_line else '" "'}.join(sentences)
+"""
+    wording = load_wording(lay_out(tmp_path / "joined", files | {source: files.get(source, "") + joined}))
+    assert wording.vt_by_line is by_line
+    assert wording.hash == plain.hash, "what is drawn by tmbench's own rules does not depend on it"

@@ -126,6 +126,26 @@ def test_ruler_and_its_data(tmbench):
     assert not Path("other").exists(), "no task is measured before all can be read"
 
 
+def test_samples_drawn_as_the_reference_draws_them_are_rows_of_their_own(tmbench):
+    common = ("--task", "vt", "--length", "1K", "--samples", "2")
+    for drawing in ((), ("--samples-as", "reference")):
+        assert tmbench("ruler-data", "--output", "-".join(("data", *drawing)), *common, "--offline", *drawing)[0] == 0
+        code, _, err = tmbench(
+            "ruler", *common, "--method", "dense", "--device", "cpu", "--save-samples", "--offline", *drawing
+        )
+        assert code == 0, err
+    rows = {row.samples_as: row for row in read_all(Path("results"), RulerRow)}
+    assert set(rows) == {"tmbench", "reference"}
+    prompts = {}
+    for drawn, folder in (("tmbench", "data"), ("reference", "data---samples-as-reference")):
+        file = Path("results") / rows[drawn].device / "ruler" / rows[drawn].predictions
+        prompts[drawn] = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+        made = [json.loads(line) for line in Path(folder, "1024/data/vt/validation.jsonl").read_text().splitlines()]
+        assert prompts[drawn] == [entry["input"] + entry["answer_prefix"] for entry in made]
+        assert all(900 < entry["length"] <= 1024 for entry in made)
+    assert set(prompts["tmbench"]).isdisjoint(prompts["reference"])
+
+
 def test_data_for_a_task_that_does_not_fit_is_not_begun(tmbench):
     code, _, err = tmbench("ruler-data", "--output", "data", "--length", "600", "--task", "vt", "--task", "cwe", "--offline")
     assert code == 2

@@ -125,8 +125,39 @@ def patterns_of_another_model(tmp_path_factory):
         (("ruler", "--data", "none", "--length", "2K", "--task", "vt"), "--data: The data folder none holds no"),
         *(
             (("ruler", "--data", "none", "--length", "2K", *option), f"{option[0]} does not go with --data")
-            for option in (("--wording", "reference"), ("--data-dir", "d"), ("--offline",), ("--apply-chat-template",))
+            for option in (
+                ("--wording", "reference"),
+                ("--data-dir", "d"),
+                ("--offline",),
+                ("--apply-chat-template",),
+                ("--samples-as", "reference"),
+            )
         ),
+        (
+            ("ruler", "--task", "vt", "--length", "512", "--offline", "--samples-as", "reference"),
+            "--samples-as reference: Task vt finds no sample that fits 512 tokens, drawn as the reference draws it",
+        ),
+        (
+            (
+                "ruler-data",
+                "--output",
+                "d",
+                "--task",
+                "vt",
+                "--length",
+                "1K",
+                "--samples-as",
+                "reference",
+                "--seed",
+                "4294967296",
+            ),
+            "--samples-as reference: The seed 4294967296 is too large for the reference's draws: take one up to 4294967295",
+        ),
+        (
+            ("sweep", "--task", "qa_1", "--length", "2K", "--offline", "--samples-as", "reference", "--samples", "99999"),
+            "--samples 99999 is more than the",
+        ),
+        (("ruler", "--samples-as", "nvidia"), "is not one of 'tmbench', 'reference'"),
         (("ruler", "--data-dir", "none"), "--data-dir: The data folder none does not exist"),
         (("ruler", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),
         (("sweep", "--wording", "none.toml"), "--wording: The wording 'none.toml' cannot be read"),

@@ -375,18 +375,22 @@ def test_lengths_wordings_and_templates_are_kept_apart(tmp_path):
         {"wording_hash": "be"},
         {"chat_template": True},
         {"threads": 4},
+        {"samples_as": "reference"},
     ):
         add_ruler(tmp_path, **changes)
     titles = [group.title for group in build(tmp_path).ruler]
-    assert len(set(titles)) == 6
+    assert len(set(titles)) == 7
     start = "RULER at 4K: a/model, checkpoint weights, bfloat16, wording"
     assert f"{start} reference-ruler f00d, with chat template, 2 CPU threads, seed 42" in titles
     assert f"{start} own f00d, without chat template, 2 CPU threads, seed 42" in titles
+    drawn = "samples drawn as the reference draws them"
+    assert f"{start} reference-ruler f00d, {drawn}, without chat template, 2 CPU threads, seed 42" in titles
 
 
 def test_no_caveat_without_a_reason(published):
     report = build(published)
-    (missing,) = report.ruler[0].notes()
+    missing, drawn = report.ruler[0].notes()
+    assert drawn.endswith("published scores compare only under `--samples-as reference` too.")
     assert report.ttft[0].notes() == []
     # The published scores come without single answers.
     reason = "tri_mix on niah_single_1: its row names no file of predictions"
@@ -438,6 +442,11 @@ def test_rows_measured_apart_from_dense_are_named(tmp_path):
         ({"weights": "random"}, "The weights are random: these scores say nothing about a trained model."),
         ({"weights": "structured"}, "The weights are structured: these scores say nothing about a trained model."),
         ({"wording": "tmbench-1"}, "The wording is not the published one: published scores compare only under `--wording"),
+        ({}, "The wording is the published one, but tmbench drew the samples by its own rules: published scores compare"),
+        (
+            {"samples_as": "reference"},
+            "Drawn as the reference draws them, the answers of cwe and fwe and the documents of qa",
+        ),
         ({"samples": 19}, "Only 19 samples of some task: fewer than 20 say little about a difference."),
         ({"task": "qa_1", "source": "generated documents"}, "Generated text stood in for SQuAD: scores of qa_1 do not"),
         ({"task": "qa_2", "source": "generated documents"}, "Generated text stood in for HotpotQA: scores of qa_2 do not"),
@@ -452,6 +461,32 @@ def test_ruler_caveats(tmp_path, changes, note):
     add_ruler(tmp_path, **changes)
     notes = build(tmp_path).ruler[0].notes()
     assert next(sentence for sentence in notes if not sentence.startswith("The average")).startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wording": "tmbench-1"}, []),
+        ({"wording": "prepared"}, []),
+        ({}, ["tmbench drew the samples by its own rules"]),
+        ({"samples_as": "reference"}, ["special tokens are not counted"]),
+        ({"samples_as": "reference", "wording": "tmbench-1"}, ["special tokens are not counted"]),
+        (
+            {"samples_as": "reference", "source": "essays (a), sentences by punctuation"},
+            ["special tokens are not counted", "by punctuation, not by NLTK"],
+        ),
+        (
+            {"samples_as": "reference", "source": "words, english_words.json missing"},
+            ["special tokens are not counted", "english_words.json was missing"],
+        ),
+    ],
+)
+def test_how_samples_were_drawn_is_said(tmp_path, changes, words):
+    add_ruler(tmp_path, **changes)
+    notes = [note for note in build(tmp_path).ruler[0].notes() if "drew" in note or "reference" in note.lower()]
+    own = [note for note in notes if not note.startswith("The wording is not")]
+    assert len(own) == len(words)
+    assert all(part in note for part, note in zip(words, own, strict=True))
 
 
 def test_unequal_samples_are_shown(tmp_path):

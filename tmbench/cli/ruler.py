@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-    from ruler_tasks import Example, Sources, Wording
+    from ruler_tasks import Example, SamplesAs, Sources, Wording
     from tmbench.results import RulerRow
     from tmbench.ruler import RulerJob
 
@@ -42,6 +42,13 @@ WordingOption = Annotated[
         help="tmbench, reference (an installed lm-eval), a RULER checkout, or a file.",
         rich_help_panel=o.PROMPTS,
         show_default="tmbench",
+    ),
+]
+SamplesAsOption = Annotated[
+    Literal["tmbench", "reference"],
+    typer.Option(
+        help="How samples are drawn: by tmbench's own rules, or as RULER's published code does, its defects included.",
+        rich_help_panel=o.PROMPTS,
     ),
 ]
 OfflineOption = Annotated[
@@ -74,6 +81,7 @@ def ruler(
     ] = None,
     data_dir: DataDirOption = None,
     wording: WordingOption = None,
+    samples_as: SamplesAsOption = "tmbench",
     apply_chat_template: ChatOption = False,
     offline: OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
@@ -102,6 +110,7 @@ def ruler(
         raise UserError("--data needs --length: the length that its samples were prepared for")
     if data is not None:
         making = {"wording": wording, "data-dir": data_dir, "offline": offline, "apply-chat-template": apply_chat_template}
+        making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
     from ruler_tasks import Frame
@@ -110,7 +119,7 @@ def ruler(
 
     models.check_has_tokenizer(model, "RULER")
     texts = wording_for(wording)
-    sources = sources_for(tasks if data is None else [], data_dir, offline)
+    sources = sources_for(tasks if data is None else [], data_dir, offline, samples_as)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
@@ -132,6 +141,7 @@ def ruler(
         data=data,
         overwrite=overwrite,
         save_samples=save_samples,
+        samples_as=samples_as,
     )
     job.check_lengths()
     environment.write_record(output_dir, here)
@@ -153,6 +163,7 @@ def ruler_data(
     model: Annotated[str, typer.Option(help="Whose tokenizer counts: tiny, a Hugging Face id or a folder.")] = "tiny",
     data_dir: DataDirOption = None,
     wording: WordingOption = None,
+    samples_as: SamplesAsOption = "tmbench",
     apply_chat_template: ChatOption = False,
     offline: OfflineOption = False,
 ) -> None:
@@ -165,11 +176,11 @@ def ruler_data(
     from tmbench.ruler import chat_frame, check_lengths
 
     texts = wording_for(wording)
-    sources = sources_for(tasks, data_dir, offline)
+    sources = sources_for(tasks, data_dir, offline, samples_as)
     tokenizer = models.load_tokenizer(model)
     frame = chat_frame(tokenizer) if apply_chat_template else Frame()
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
-    check_lengths(tasks, lengths, tokenizer, texts, sources, frame)
+    check_lengths(tasks, lengths, tokenizer, texts, sources, frame, samples_as=samples_as, samples=samples, seed=seed)
     with progress_bar() as bar:
         shown = bar.add_task("RULER data", total=sum(lengths) * len(tasks) * samples)
         for tokens in lengths:
@@ -184,6 +195,7 @@ def ruler_data(
                     wording=texts,
                     sources=sources,
                     frame=frame,
+                    samples_as=samples_as,
                 )
                 with o.naming("--output", DatasetError):
                     ruler_tasks.write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
@@ -209,11 +221,12 @@ def wording_for(text: str | None) -> Wording:
         return load_wording(text)
 
 
-def sources_for(tasks: list[str], data_dir: Path | None, offline: bool) -> Sources:
+def sources_for(tasks: list[str], data_dir: Path | None, offline: bool, samples_as: SamplesAs = "tmbench") -> Sources:
     """Load what the tasks read before anything is measured, and say what stands in for what could not be had."""
     import logging
 
     from ruler_tasks import TASKS, Sources
+    from ruler_tasks.published import sentences_by
 
     # The notes are printed here; without a handler of its own the package would print them once more.
     logging.getLogger("ruler_tasks").addHandler(logging.NullHandler())
@@ -223,6 +236,9 @@ def sources_for(tasks: list[str], data_dir: Path | None, offline: bool) -> Sourc
             getattr(sources, kind)()
     for note in sources.notes:
         say(note)
+    essays = any("essays" in TASKS[task].needs for task in tasks)
+    if samples_as == "reference" and essays and (missing := sentences_by()[1]):
+        say(missing)
     return sources
 
 

@@ -67,6 +67,7 @@ def sweep(
     compiled: o.CompileOption = None,
     data_dir: r.DataDirOption = None,
     wording: r.WordingOption = None,
+    samples_as: r.SamplesAsOption = "tmbench",
     apply_chat_template: r.ChatOption = False,
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
@@ -89,7 +90,7 @@ def sweep(
     tasks = r.tasks_for(task)
     models.check_has_tokenizer(model, "RULER")
     texts = r.wording_for(wording)
-    sources = r.sources_for(tasks, data_dir, offline)
+    sources = r.sources_for(tasks, data_dir, offline, samples_as)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
@@ -113,6 +114,7 @@ def sweep(
             frame=chat_frame(tokenizer) if apply_chat_template else Frame(),
             chat_template=apply_chat_template,
             seed=seed,
+            samples_as=samples_as,
         ),
         lengths=lengths,
         controls=same_cost,
