@@ -61,6 +61,14 @@ def print_rows(rows: Sequence[Row]) -> None:
     typer.echo(json_text([asdict(row) for row in rows]))
 
 
+def say_failures(rows: Sequence[Row]) -> None:
+    """Why rows have no figures, a line each: their tables only say that they failed."""
+    for row in rows:
+        if row.status != "ok":
+            place = f" on {task}" if (task := getattr(row, "task", "")) else ""
+            say(f"{row.method}{place} at {row.length} {row.status.replace('_', ' ')}: {row.error or 'no reason is known'}")
+
+
 def say(text: str) -> None:
     """One line to the user about what is done on their behalf."""
     error_console().print(text, soft_wrap=True, highlight=False, style="dim")
