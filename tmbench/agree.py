@@ -60,7 +60,7 @@ class AgreeJob:
 
     def check_lengths(self) -> None:
         """Raise UserError for a prompt that leaves no room for the new tokens."""
-        limit = self.loaded.max_length
+        limit = self.loaded.longest
         for length in self.lengths:
             if limit is not None and length + self.new_tokens > limit:
                 raise UserError(

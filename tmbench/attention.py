@@ -8,6 +8,7 @@ Whatever a pattern cannot honour is refused with one sentence, never silently co
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ TRACED = "tmbench-traced"
 
 PLACE = "_tmbench_slot"
 """The attribute of an attention module that holds its pattern while a method is applied."""
+
+REASON = "_tmbench_reason"
+"""The attribute of a mask that stands for one which no pattern can honour: what it is, in words."""
 
 Observer = Callable[[int, Pattern, Tensor, Tensor, float | None], None]
 """Called before each prefill attention with (layer, pattern, q, k, scale); see ``Applied.observer``."""
@@ -208,14 +212,32 @@ def parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: parent for parent in model.modules() for child in parent.children()}
 
 
+def windows(model: PreTrainedModel) -> dict[int, int]:
+    """The layers that have a sliding window, with its tokens: prompts up to that length are the same without it."""
+    text = model.config.get_text_config()
+    found = {int(module.layer_idx): _window(module, text, int(module.layer_idx)) for module in self_attentions(model)}
+    return {layer: window for layer, window in sorted(found.items()) if window}
+
+
+def _window(module: Any, config: Any, layer: int) -> int | None:
+    """A layer's sliding window in tokens; None or 0 where it has none."""
+    layer_types = getattr(config, "layer_types", None)
+    # Some models keep the window on the module, where None means that this layer has none; others pass the config's along.
+    if hasattr(module, "sliding_window"):
+        window: int | None = module.sliding_window
+    elif layer_types is None or (layer < len(layer_types) and layer_types[layer] == "sliding_attention"):
+        window = getattr(config, "sliding_window", None)
+    else:
+        window = None
+    return window
+
+
 def _own_feature(module: Any, config: Any, layer: int) -> str | None:
     """What sets this layer's attention apart from plain causal softmax attention, in words."""
     layer_types = getattr(config, "layer_types", None)
-    # Some models keep the window on the module, where None means that this layer has none; others pass the config's along.
-    window = getattr(module, "sliding_window", None if layer_types else getattr(config, "sliding_window", None))
-    if window is not None:
-        return f"a sliding window of {window}"
-    if layer_types is not None and layer_types[layer] != "full_attention":
+    # A window that no query reaches changes nothing: lengths decide, see ``windows``.
+    served = {"full_attention"} | ({"sliding_attention"} if _window(module, config, layer) else set())
+    if layer_types is not None and layer_types[layer] not in served:
         return f"attention of type {layer_types[layer]}"
     if getattr(module, "sinks", None) is not None:
         return "learned attention sinks"
@@ -235,7 +257,7 @@ def _attention(
         raise UnsupportedModelError(
             f"{type(module).__name__} shares its config with a model under tmbench.applied: give each model its own config"
         )
-    _refuse_features(module, kwargs)
+    _refuse_features(module, key, kwargs)
     if query.shape[2] == 1 and slot.session.cache is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
@@ -249,7 +271,7 @@ def _traced_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The prefill of any layer, for tracing: nothing read here may differ between layers that share one graph."""
-    _refuse_features(module, kwargs)
+    _refuse_features(module, key, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
     running: Running = getattr(module, PLACE).session.running
     operator = regions.last_row if running.last_row else regions.attention
@@ -267,8 +289,14 @@ def _done(running: Running, out: Tensor, queries: int) -> Tensor:
     return out.expand(-1, queries, -1, -1)
 
 
-def _refuse_features(module: Any, kwargs: dict[str, Any]) -> None:
-    for keyword, feature in (("sliding_window", "a sliding window"), ("softcap", "soft-capping"), ("s_aux", "sinks")):
+def _refuse_features(module: Any, key: Tensor, kwargs: dict[str, Any]) -> None:
+    window = kwargs.get("sliding_window")
+    if window and key.shape[2] > window:
+        raise UnsupportedModelError(
+            f"layer {module.layer_idx} has a sliding window of {window} tokens, which {_pattern_name(module)} attention "
+            f"cannot honour for longer prompts: give it {window} or fewer"
+        )
+    for keyword, feature in (("softcap", "soft-capping"), ("s_aux", "sinks")):
         if kwargs.get(keyword) is not None:
             raise UnsupportedModelError(
                 f"layer {module.layer_idx} asks for {feature}, which {_pattern_name(module)} attention cannot honour"
@@ -277,8 +305,9 @@ def _refuse_features(module: Any, kwargs: dict[str, Any]) -> None:
 
 def _refuse_calls(module: Any, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None and query.shape[2] > 1:
+        reason = getattr(attention_mask, REASON, "a mask of its own")
         raise UnsupportedModelError(
-            f"layer {module.layer_idx} was given a mask of its own; {_pattern_name(module)} attention takes none"
+            f"layer {module.layer_idx} was given {reason}; {_pattern_name(module)} attention takes none"
         )
     if module.training and kwargs.get("dropout"):
         raise UnsupportedModelError(f"layer {module.layer_idx} drops attention weights out: call model.eval() first")
@@ -336,8 +365,6 @@ def _mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of one forward pass: None for a plain prefill, transformers' own for decoding, an error otherwise."""
-    if mask_function is not causal_mask_function:
-        raise UnsupportedModelError("this call adds a mask to causal attention (packed sequences, images, windows)")
     if q_length == 1:
         mask: Tensor | None = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
@@ -350,4 +377,17 @@ def _mask(
         )
     if attention_mask is not None and not torch.all(attention_mask):
         raise UnsupportedModelError("the batch is padded: the methods take prompts of one length, without padding")
-    return None
+    if mask_function is causal_mask_function or _is_wide_window(mask_function, kwargs.get("local_size"), kv_length):
+        return None
+    # Some models make the masks of kinds of layer that they have none of. The layer that is given this one refuses it.
+    refused = torch.zeros(1, 1, 1, 1)
+    setattr(refused, REASON, "a mask in addition to causal attention (packed sequences, images, windows)")
+    return refused
+
+
+def _is_wide_window(mask_function: Callable[..., Any], window: int | None, length: int) -> bool:
+    """Whether a mask is causal but for a window, or for chunks, that no query of so many keys reaches."""
+    if window is None or window < length:
+        return False
+    joined = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    return len(joined) == 2 and joined[1] is causal_mask_function

@@ -155,6 +155,13 @@ def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
     return COMPILED if compiled else EAGER
 
 
+def planned_kind(model: PreTrainedModel, *, compiled: bool) -> Kind:
+    """What ``kind_for`` will say of a model that has no weights yet, unless its prefills then turn out to differ."""
+    if _layers(model, attention_modules(model)) is None:
+        return PLAIN
+    return COMPILED if compiled else EAGER
+
+
 def compiles(device: torch.device, wish: bool | None) -> bool:
     """Whether to compile on this device; None means on a GPU where a C compiler is there, which torch.compile needs.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tmbench.attention import parents, self_attentions
+from tmbench.geometry import Geometry
 from tmbench.prefill import synchronize
 
 FUSED = ("qkv", "query_key_value")
@@ -45,15 +46,9 @@ def linear_flop(model: PreTrainedModel, length: int) -> float:
 def _key_value_features(module: nn.Linear, name: str, model: PreTrainedModel) -> int:
     """How many outputs of one of an attention's projections are keys and values, or what these are made of."""
     if any(part in name.lower() for part in FUSED):
-        text = model.config.get_text_config()
-        return module.out_features - int(text.num_attention_heads) * head_dim(model)
+        shape = Geometry.of(model)
+        return module.out_features - shape.heads * shape.qk_head_dim
     return module.out_features if name.startswith(("k", "v")) else 0
-
-
-def head_dim(model: PreTrainedModel) -> int:
-    """The size of one attention head."""
-    text = model.config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def needed_pairs(pairs: Sequence[int], heads: int, length: int) -> int:
@@ -61,9 +56,9 @@ def needed_pairs(pairs: Sequence[int], heads: int, length: int) -> int:
     return sum(pairs[:-1]) + min(pairs[-1], heads * length)
 
 
-def attention_flop(pairs: float, head_dim: int) -> float:
-    """Operations of attention over so many (query, key) pairs, batch and heads included: two products of head_dim."""
-    return 4.0 * head_dim * pairs
+def attention_flop(pairs: float, shape: Geometry) -> float:
+    """Operations of attention over so many (query, key) pairs, batch and heads included."""
+    return shape.flop_per_pair * pairs
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:

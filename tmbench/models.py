@@ -12,13 +12,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from tmbench import fingerprint, structured
+from tmbench.attention import windows
+from tmbench.checkpoint import check_loaded, check_place, loading
 from tmbench.errors import UserError
 from tmbench.files import readable
-from tmbench.floor import head_dim
+from tmbench.geometry import Geometry, max_positions
 from tmbench.methods import ModelShape
 from tmbench.presets import preset_names, read_preset
 from tmbench_kernels import Dense
@@ -27,6 +36,7 @@ TINY = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,18 @@ class LoadedModel:
     """The commit of a Hub checkpoint, where transformers knows it."""
     model_hash: str = ""
     """What it was made from: see ``content_hash``."""
+    planned_for: torch.device | None = None
+    """The device of a run that is only planned: the model then has a geometry and no weights."""
 
     @property
     def device(self) -> torch.device:
         place: torch.device = self.model.device
-        return place
+        return self.planned_for or place
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of its attention."""
+        return Geometry.of(self.model)
 
     @property
     def shape(self) -> ModelShape:
@@ -71,24 +88,35 @@ class LoadedModel:
         text = self.model.config.get_text_config()
         if self.weights != "checkpoint" and getattr(text, "rope_parameters", None):
             return None
-        return getattr(text, "max_position_embeddings", None)
+        return max_positions(self.model.config)
 
     def check_length(self, length: int) -> None:
-        """Raise UserError for a length past the model's positions."""
+        """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter."""
         if self.max_length is not None and length > self.max_length:
             raise UserError(
                 f"--length {length} is more than the {self.max_length} positions of {self.name}: "
                 f"give {self.max_length} or less, or another --model"
             )
+        layer, window = min(windows(self.model).items(), key=lambda one: one[1], default=(0, None))
+        if window is not None and window < length:
+            raise UserError(
+                f"--length {length} reaches beyond the sliding window of {window} tokens in layer {layer} of {self.name}, "
+                f"which no method here can honour: give {window} or less, or another --model"
+            )
+
+    @property
+    def longest(self) -> int | None:
+        """The longest prompt and answer that the methods serve; None where nothing limits them."""
+        limits = [limit for limit in (self.max_length, *windows(self.model).values()) if limit is not None]
+        return min(limits, default=None)
 
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory."""
-        text = self.model.config.get_text_config()
-        heads = text.num_attention_heads
+        shape = self.geometry
         one = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        q, k, v = (one.expand(1, n, length, head_dim(self.model)) for n in (heads, kv_heads, kv_heads))
-        return q, k, v
+        q = one.expand(1, shape.heads, length, shape.qk_head_dim)
+        k = one.expand(1, shape.kv_heads, length, shape.qk_head_dim)
+        return q, k, one.expand(1, shape.kv_heads, length, shape.v_head_dim)
 
     def need_tokenizer(self, wish: str, remedy: str = "use another --model") -> PreTrainedTokenizerBase:
         """The tokenizer, or a UserError that says what it was wanted for, and what to do."""
@@ -130,9 +158,14 @@ def check_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str = TINY, *, weights: Weights = "checkpoint", device: str | None = None, dtype: str | None = None
+    name: str = TINY,
+    *,
+    weights: Weights = "checkpoint",
+    device: str | None = None,
+    dtype: str | None = None,
+    plan_only: bool = False,
 ) -> LoadedModel:
-    """Load a model for measuring, in evaluation mode on one device.
+    """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
 
     Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
     weights of a preset, and for a family that structured weights are not made for.
@@ -147,22 +180,23 @@ def load(
     kind = check_dtype(dtype, place)
     path = model_path(name)
     disable_progress_bar()
-    try:
+    if not preset and name != TINY:
+        check_place(name)
+    with loading(name):
         config = load_config(name)
+        family = _family(config)
         if weights == "structured":
             structured.check_family(config)
-        if weights != "checkpoint":
-            model = _random_model(config, place, kind)
+        if plan_only:
+            model = _drawn(family, config, torch.device("meta"), kind)
+        elif weights != "checkpoint":
+            model = _drawn(family, config, place, kind)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(place)
-        if weights == "structured":
+            model, info = family.from_pretrained(path, dtype=kind, output_loading_info=True)
+            check_loaded(name, info)
+            model = model.to(place)
+        if weights == "structured" and not plan_only:
             structured.fill(model, RANDOM_SEED)
-    except UserError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{name} in {kind} does not fit in the memory of {place}: try a smaller --dtype") from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {_first_sentence(error)}") from error
     model.eval()
     revision = str(getattr(config, "_commit_hash", None) or "")
     return LoadedModel(
@@ -172,6 +206,7 @@ def load(
         weights=weights,
         revision=revision,
         model_hash=content_hash(name, weights, revision),
+        planned_for=place if plan_only else None,
     )
 
 
@@ -223,31 +258,34 @@ def content_hash(name: str, weights: Weights, revision: str = "") -> str:
         return fingerprint.of_folder(folder, drawn)
 
 
-def _random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The checkpoint's exact geometry with freshly drawn weights, made on the device itself."""
+def _family(config: Any) -> Any:
+    """The class that builds a model of this config: a decoder, or one that reads images too, of which the text is used."""
+    wrapper = type(config) in AutoModelForImageTextToText._model_mapping
+    plain = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if wrapper and not plain else AutoModelForCausalLM
+
+
+def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint's exact geometry with freshly drawn weights, made on the device itself; none on the meta device."""
     torch.manual_seed(RANDOM_SEED)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return family.from_config(config, dtype=dtype)
 
 
 def _tokenizer(path: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if required:
-            raise UserError(f"the tokenizer of --model {path} cannot be loaded: {_first_sentence(error)}") from error
+        with loading(path, "the tokenizer of "):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+            # For a folder without tokenizer files transformers makes an empty one, which turns any text into nothing.
+            ids = tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]
+    except UserError:
+        if required or any((Path(path) / file).exists() for file in TOKENIZER_FILES):
+            raise
         return None
-    # For a folder without tokenizer files transformers makes an empty tokenizer, which turns any text into nothing.
-    if not tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]:
+    if not ids:
         if required:
             raise UserError(f"--model {path} has no tokenizer files: add them, or use --weights random --prompt random")
         return None
     # Prompts longer than a tokenizer's own limit are the point here; it would only print a warning.
     tokenizer.model_max_length = 10**9
     return tokenizer
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    end = text.find(". ")
-    return text if end < 0 else text[: end + 1]

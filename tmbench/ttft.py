@@ -95,7 +95,7 @@ class TtftJob:
 
     def expected_flop(self, plan: Plan, length: int) -> float:
         """Operations of one prefill, before it is known what a dynamic pattern keeps."""
-        heads = self.loaded.model.config.get_text_config().num_attention_heads
+        heads = self.loaded.geometry.heads
         shape = torch.empty(1, heads, length, 1, device="meta")
         pairs = [
             heads * causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns
@@ -104,9 +104,9 @@ class TtftJob:
 
     def needed_flop(self, pairs: Sequence[int], length: int) -> float:
         """Operations of one prefill whose layers' patterns keep so many pairs."""
-        model = self.loaded.model
-        needed = floor.needed_pairs(pairs, model.config.get_text_config().num_attention_heads, length)
-        return floor.linear_flop(model, length) + floor.attention_flop(needed, floor.head_dim(model))
+        geometry = self.loaded.geometry
+        needed = floor.needed_pairs(pairs, geometry.heads, length)
+        return floor.linear_flop(self.loaded.model, length) + floor.attention_flop(needed, geometry)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, T5Config, T5ForConditionalGeneration
 
 from tmbench import applied
+from tmbench.attention import windows
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench_kernels import FlashPrefill, FlexPrefill, XAttention
 
@@ -207,10 +208,8 @@ def test_packed_sequences_are_refused(make_model, prompt):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("mistral", {"sliding_window": 16}, "layer 0 of MistralForCausalLM has a sliding window of 16"),
         ("gpt_oss", {"num_local_experts": 2, "layer_types": ["full_attention"] * 4}, "layer 0 .* learned attention sinks"),
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer 0 .* soft-capped logits"),
-        ("gemma3_text", {}, "layer 0 .* sliding window"),
     ],
 )
 def test_features_of_a_models_own_are_refused_by_name(family, changes, message, make_model):
@@ -219,6 +218,38 @@ def test_features_of_a_models_own_are_refused_by_name(family, changes, message, 
     with pytest.raises(UnsupportedModelError, match=message), applied(model, "tri_mix"):
         pass
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {}),
+        ("phi3", {}),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+def test_a_window_that_no_query_reaches_changes_nothing_and_one_that_is_reached_is_refused(
+    family, changes, make_model, prompt
+):
+    model, wide = (make_model(family, sliding_window=window, **changes) for window in (24, 512))
+    with torch.inference_mode():
+        expected = wide(prompt(24)).logits
+        with applied(model, "dense"):
+            torch.testing.assert_close(model(prompt(24)).logits, expected, atol=1e-4, rtol=1e-4)
+        with applied(model, "tri_mix"), pytest.raises(UnsupportedModelError, match=r"layer \d has a sliding window of 24"):
+            model(prompt(25))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_window_that_is_switched_off_is_none(family, make_model, prompt):
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    model = make_model(family, sliding_window=16, use_sliding_window=False, **moe)
+    assert not windows(model)
+    with torch.inference_mode():
+        expected = model(prompt(40)).logits
+        with applied(model, "dense"):
+            torch.testing.assert_close(model(prompt(40)).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_models_without_the_interface_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -357,3 +358,15 @@ def test_list_and_env(tmbench):
     assert (dense["sdpa"], dense["flash-attn-4"]) == ("works, picked", "runs on cuda, not on cpu")
     assert backends["key blocks"]["torch-blocks"] == backends["triangle"]["torch-banded"] == "works, picked"
     assert backends["vertical slashes"]["cuda-hopper"] == "runs on cuda, not on cpu"
+
+
+def test_a_terminal_of_ascii_and_a_full_device(tmp_path):
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*PROGRAM, "list"], env=ascii_only, capture_output=True, text=True, check=True)
+    assert "tri_mix" in done.stdout
+    for command in (("list",), ("env",), ("list", "--help"), ("report", "--results", str(tmp_path))):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run([*PROGRAM, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2, command
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert "standard output cannot be written (No space left on device)" in done.stderr or command[0] == "report"

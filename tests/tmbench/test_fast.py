@@ -17,6 +17,7 @@ from tmbench import fast, floor
 from tmbench.attention import Running, applied_plan
 from tmbench.errors import UserError
 from tmbench.fast import COMPILED, EAGER, PLAIN, Prefill, arranged, kind_for
+from tmbench.geometry import Geometry
 from tmbench.methods import METHODS, ModelShape, Settings
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -334,7 +335,7 @@ def test_the_floor_is_what_a_fast_prefill_multiplies(family, fused, make_model, 
         with FlopCounterMode(display=False) as counter:
             read(model, prompt(length), EAGER, "dense")
         done = sum(flop for operator, flop in counter.get_flop_counts()["Global"].items() if str(operator) in products)
-        unneeded = fused * 2 * 64 * floor.head_dim(model) * 4 * (length - 1)
+        unneeded = fused * 2 * 64 * Geometry.of(model).qk_head_dim * 4 * (length - 1)
         assert floor.linear_flop(model, length) == done - unneeded
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 
 import typer
@@ -34,10 +37,36 @@ app.command("env")(info.env)
 
 def main() -> None:
     """Run the command line: bad input is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a letter shows a question mark for it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        _run()
     except (UserError, RulerError) as error:
         error_console().print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:
+        _abandon_output()
         sys.exit(141)
+
+
+def _run() -> None:
+    """The command, and what it has left to write: where standard output takes no more, a UserError says so."""
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        _abandon_output()
+        raise UserError(f"standard output cannot be written ({error.strerror}): give it another place") from error
+
+
+def _abandon_output() -> None:
+    """Have nothing more written to standard output, which the interpreter would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say_nothing_measured, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -112,6 +112,7 @@ def _show(rows: list[AgreeRow]) -> None:
             if row.length == length and row.method != "dense":
                 shown.add_row(row.method, *_cells(row), str(row.samples))
         console().print(shown)
+    say_failures(rows)
 
 
 def _cells(row: AgreeRow) -> list[str]:

@@ -86,7 +86,7 @@ def search(
     attention_modules(loaded.model)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
     wanted = TINY_LENGTH if model == "tiny" else LENGTH
-    tokens = length or min(wanted, loaded.max_length or wanted)
+    tokens = length or min(wanted, loaded.longest or wanted)
     loaded.check_length(tokens)
     check_prompt(prompt, loaded, [tokens])
     job = SearchJob(loaded, output, tokens, prompt, seed, remap, overwrite)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_nothing_measured, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods import DEFAULT_METHODS, Settings
 
@@ -260,3 +260,4 @@ def _show_losses(rows: Sequence[LossRow]) -> None:
                 texts += [f"{getattr(row, name):.4f}", "" if apart is None else f"{apart:+.4f}"]
             shown.add_row(row.method, *texts)
         console().print(shown)
+    say_failures(rows)

@@ -9,7 +9,7 @@ import typer
 
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_nothing_measured, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -277,6 +277,7 @@ def _show(rows: list[RulerRow]) -> None:
         shown.add_section()
         shown.add_row(f"mean of {len(tasks)}", *(_mean([cells.get((task, method)) for task in tasks]) for method in methods))
         console().print(shown)
+    say_failures(rows)
 
 
 def _cell(row: RulerRow | None) -> str:

@@ -67,6 +67,14 @@ def say_nothing_measured(rows: int, remedy: str = "--overwrite measures again") 
     say(f"nothing was measured: {there} there already; {remedy}")
 
 
+def say_failures(rows: Sequence[Row]) -> None:
+    """Why rows have no figures, a line each: their tables only say that they failed."""
+    for row in rows:
+        if row.status != "ok":
+            place = f" on {task}" if (task := getattr(row, "task", "")) else ""
+            say(f"{row.method}{place} at {row.length} {row.status.replace('_', ' ')}: {row.error or 'no reason is known'}")
+
+
 def say(text: str) -> None:
     """One line to the user about what is done on their behalf."""
     error_console().print(text, soft_wrap=True, highlight=False, style="dim")

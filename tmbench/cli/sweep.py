@@ -8,10 +8,11 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
-from tmbench.cli.screen import console, progress_bar, say, say_nothing_measured, table
+from tmbench.cli.screen import console, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
+    from tmbench.results import Row
     from tmbench.sweep import SweepJob
 
 TINY_LENGTHS = (4096,)
@@ -91,11 +92,12 @@ def sweep(
     models.check_has_tokenizer(model, "RULER")
     texts = r.wording_for(wording)
     sources = r.sources_for(tasks, data_dir, offline, samples_as)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
     here = environment.current(loaded.device)
-    prefill = fast.kind_for(loaded.model, compiled=fast.compiles(loaded.device, compiled))
+    kind_of = fast.planned_kind if dry_run else fast.kind_for
+    prefill = kind_of(loaded.model, compiled=fast.compiles(loaded.device, compiled))
     job = SweepJob(
         method=chosen,
         settings=settings,
@@ -132,39 +134,41 @@ def sweep(
         _show_plan(job)
         return
     environment.write_record(output_dir, here)
-    well = _measure(job)
+    failed = _measure(job)
     _show(job)
-    if not well:
+    say_failures(failed)
+    if failed:
         raise typer.Exit(1)
 
 
-def _measure(job: SweepJob) -> bool:
-    """Measure what is missing, length by length, times first; whether all rows that were made are well."""
+def _measure(job: SweepJob) -> list[Row]:
+    """Measure what is missing, length by length, times first; the rows that were made and have no figures."""
     from tmbench import ruler, ttft
     from tmbench.results import TtftRow
     from tmbench.row_sets import finish
 
     finish(job.ttft.root, TtftRow, job.ttft.environment.device)
-    well, measured, rows = True, 0, 0
+    rows: list[Row] = []
+    measured = asked = 0
     with progress_bar() as bar:
         for length in job.lengths:
             timing, asking = job.timing(length), job.asking(length)
             shown = bar.add_task(f"times at {length}", total=timing.work() if timing else 0)
             for step in ttft.run(timing) if timing else ():
                 bar.update(shown, description=step.text or None, advance=step.work)
-                well = well and (step.row is None or step.row.status == "ok")
+                rows += [step.row] if step.row is not None else []
                 measured += 1
             bar.update(shown, description=f"timed at {length}")
             shown = bar.add_task(f"RULER at {length}", total=len(asking.tasks) * len(asking.plans) * asking.samples)
             for answer in ruler.run(asking):
                 bar.update(shown, description=answer.text or None, advance=answer.samples)
-                well = well and (answer.row is None or answer.row.status == "ok")
+                rows += [answer.row] if answer.row is not None else []
                 measured += answer.measured
             bar.update(shown, description=f"asked at {length}")
-            rows += len(asking.plans) * (1 + len(asking.tasks))
+            asked += len(asking.plans) * (1 + len(asking.tasks))
     if not measured:
-        say_nothing_measured(rows, "tmbench ttft and tmbench ruler measure again with --overwrite")
-    return well
+        say_nothing_measured(asked, "tmbench ttft and tmbench ruler measure again with --overwrite")
+    return [row for row in rows if row.status != "ok"]
 
 
 def _show_plan(job: SweepJob) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_nothing_measured, table
+from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
 
@@ -74,13 +74,14 @@ def ttft(
 
     if prompt is not None:
         check_kind(prompt)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    loaded = models.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     check_prompt(prompt, loaded, lengths)
     here = environment.current(loaded.device)
     plans = o.plans_for(settings, loaded, lengths, output_dir)
-    prefill = fast.kind_for(loaded.model, compiled=fast.compiles(loaded.device, compiled))
+    kind_of = fast.planned_kind if dry_run else fast.kind_for
+    prefill = kind_of(loaded.model, compiled=fast.compiles(loaded.device, compiled))
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
     if dry_run:
         _show_plan(job)
@@ -149,6 +150,7 @@ def _show(rows: list[TtftRow]) -> None:
         apart = [row.method for row in timed if dense and not in_turns(vars(row), vars(dense))]
         if apart:
             say(f"{NOT_IN_TURNS}: {', '.join(apart)}")
+    say_failures(rows)
     longest = max((row.compile_s or 0.0 for row in rows), default=0.0)
     if longest >= NOTICEABLE:
         say(f"not counted: the first warm-up took up to {longest:.1f} s longer, to compile and to load kernels")

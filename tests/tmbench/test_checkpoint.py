@@ -1,0 +1,335 @@
+"""Checkpoints that are not whole, not of their config, or not checkpoints: one sentence each, and none loaded in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from tmbench import models
+from tmbench.checkpoint import first_sentence
+from tmbench.errors import UserError
+from tmbench.geometry import Geometry, max_positions
+
+TINY = Path(models.model_path("tiny"))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with copies of the embedded model's files, to be damaged."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in TINY.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(edit(content)))
+
+
+def change_weights(folder, edit):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+def rename_layer(weights, old, new):
+    for key in [key for key in weights if f"layers.{old}." in key]:
+        weights[key.replace(f"layers.{old}.", f"layers.{new}.")] = weights.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            lambda w: [w.pop(f"model.layers.3.self_attn.{x}_proj.weight") for x in "kv"],
+            r"lacks 2 weights of the model, .*: model\.layers\.3\.self_attn\.k_proj\.weight, .*v_proj\.weight; complete the",
+        ),
+        (lambda w: w.pop("model.norm.weight"), r"lacks 1 weight of the model, .*: model\.norm\.weight; complete"),
+        (
+            lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(256)}),
+            r"has 1 weight of decoder layers that its config does not know: model\.layers\.0\.self_attn\.q_proj\.bias",
+        ),
+        (lambda w: rename_layer(w, 7, 8), r"lacks \d+ weights of the model, .*layers\.7.* and \d+ more"),
+    ],
+)
+def test_weights_that_do_not_belong_to_the_config(copy, damage, sentence):
+    change_weights(copy, damage)
+    with pytest.raises(UserError, match=sentence):
+        models.load(str(copy), device="cpu")
+
+
+def test_more_layers_than_the_config_says(copy):
+    change(copy / "config.json", lambda config: config | {"num_hidden_layers": 6})
+    with pytest.raises(UserError, match=r"weights of decoder layers that its config does not know: model\.layers\.6"):
+        models.load(str(copy), device="cpu")
+
+
+def test_weights_of_another_shape(copy):
+    change_weights(copy, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
+    with pytest.raises(UserError, match="--model .*copy (has 1 weight of another shape|cannot be loaded)"):
+        models.load(str(copy), device="cpu")
+
+
+def test_what_a_checkpoint_may_leave_out_is_not_missed(make_model, tmp_path):
+    """A tied head, and tables of rotary embeddings, which are computed."""
+    for tied in (True, False):
+        folder = tmp_path / str(tied)
+        make_model("llama", tie_word_embeddings=tied).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY / name, folder)
+        models.load(str(folder), device="cpu")
+
+
+def cut(path, part):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 28\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(POINTER), r"model\.safetensors is a pointer of Git LFS"),
+        (lambda f: (f / "tokenizer.json").write_bytes(POINTER), r"tokenizer\.json is a pointer of Git LFS"),
+        (lambda f: cut(f / "model.safetensors", 0.5), r"model\.safetensors is damaged or incomplete: download it again"),
+        (lambda f: cut(f / "model.safetensors", 0.00001), r"model\.safetensors is damaged or incomplete"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors is empty: download it again"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), r"model\.safetensors is damaged or incomplete"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights in the folder: add them, or use --weights random"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), r"config\.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object, so it is no config"),
+        (lambda f: change(f / "config.json", lambda c: {"hidden_size": 4}), "has no model_type"),
+        (lambda f: change(f / "config.json", lambda c: c | {"model_type": "x", "auto_map": {}}), "brings code of its own"),
+        (lambda f: change(f / "config.json", lambda c: c | {"num_attention_heads": "many"}), "cannot be loaded: "),
+        (lambda f: cut(f / "tokenizer.json", 0.5), "the tokenizer of --model .*copy cannot be loaded: "),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer of --model .*copy cannot be loaded: "),
+        (lambda f: (f / "tokenizer.json").write_bytes(b""), r"tokenizer\.json is empty"),
+        (lambda f: change(f / "tokenizer.json", lambda t: t | {"model": {"type": "New"}}), "the tokenizer of --model "),
+    ],
+)
+def test_damaged_files_are_one_sentence(copy, damage, sentence, tmbench):
+    damage(copy)
+    code, out, err = tmbench("ttft", "--model", str(copy), "--length", "256", "--method", "dense", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    with pytest.raises(UserError, match=sentence):
+        models.load(str(copy), device="cpu")
+
+
+def test_a_missing_shard_is_named(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"1 of its shards are missing: {shard.name}; download them again"):
+        models.load(str(tmp_path), device="cpu")
+
+
+def test_what_is_no_checkpoint_folder(copy, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.Q4.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty").mkdir()
+    for name, sentence in {
+        str(copy / "config.json"): f"is a file: give the folder of the checkpoint, {copy}",
+        str(copy / "model.safetensors"): "is a file: give the folder",
+        str(tmp_path / "gguf" / "model.Q4.gguf"): "is a GGUF file, which is not served",
+        str(tmp_path / "gguf"): "holds a GGUF file, which is not served",
+        str(tmp_path / "adapter"): "is an adapter, not a whole model: merge it",
+        str(tmp_path / "empty"): r"has no config\.json, so it is no checkpoint",
+        str(tmp_path / "nowhere"): "there is no such folder",
+        "./nowhere": "there is no such folder",
+        "~/nowhere/at/all": "there is no such folder",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            models.load(name, device="cpu")
+
+
+def test_a_damaged_tokenizer_is_no_absent_one(copy):
+    cut(copy / "tokenizer.json", 0.5)
+    with pytest.raises(UserError, match="the tokenizer of --model"):
+        models.load(str(copy), weights="random", device="cpu")
+
+
+def test_an_error_without_words_is_named_by_its_type():
+    assert first_sentence(KeyError("x")) == "KeyError: 'x'"
+    assert first_sentence(ValueError("This is what went wrong. And more.")) == "This is what went wrong."
+
+
+LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24,
+    "first_k_dense_replace": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("deepseek_v3", LATENT), ("glm4_moe_lite", LATENT), ("llama", {}), ("qwen3", {"head_dim": 32})],
+)
+def test_the_geometry_is_what_attention_receives(family, changes, make_model, prompt):
+    from tmbench.attention import applied
+
+    model = make_model(family, **changes)
+    loaded = models.LoadedModel("m", model, None, "random", "")
+    seen = set()
+    with torch.inference_mode(), applied(model, "dense") as session:
+        session.observer = lambda layer, pattern, q, k, scale: seen.add((q.shape, k.shape))
+        before = type(session.plan.patterns[0]).attend
+
+        def attend(pattern, q, k, v, *, scale=None):
+            seen.add(v.shape)
+            return before(pattern, q, k, v, scale=scale)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(session.plan.patterns[0]), "attend", attend)
+            model(prompt(9))
+    q, k, v = (x.shape for x in loaded.qkv(9))
+    assert seen == {(q, k), v}
+
+
+def test_operations_of_latent_attention():
+    config = CONFIG_MAPPING["deepseek_v3"]()
+    shape = Geometry.of(config)
+    assert (shape.heads, shape.kv_heads, shape.qk_head_dim, shape.v_head_dim) == (128, 128, 192, 128)
+    assert shape.flop_per_pair == 2 * (192 + 128)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "limit"),
+    [
+        ("qwen2", {"max_position_embeddings": 32768}, 32768),
+        (
+            "qwen2",
+            {"max_position_embeddings": 32768,
+             "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        (
+            "qwen3",
+            {"max_position_embeddings": 40960,
+             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        (
+            "llama",
+            {"max_position_embeddings": 131072,
+             "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                              "original_max_position_embeddings": 8192}},
+            131072,
+        ),
+        ("llama", {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 16384),
+        ("llama", {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+        (
+            "phi3",
+            {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+             "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
+            131072,
+        ),
+        ("deepseek_v3", {}, 163840),
+    ],
+)  # fmt: skip
+def test_scaled_positions(family, changes, limit):
+    scaling = {"rope_parameters": {"rope_theta": 1e6, **changes.pop("rope_scaling")}} if "rope_scaling" in changes else {}
+    if family == "deepseek_v3":
+        changes = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1,
+                                       "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096},
+                   "max_position_embeddings": 163840}  # fmt: skip
+    assert max_positions(CONFIG_MAPPING[family](**changes, **scaling)) == limit
+
+
+TEXT = {
+    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "vision"),
+    [
+        ("mistral3", {"model_type": "mistral", "sliding_window": None}, VISION | {"model_type": "pixtral", "head_dim": 16}),
+        ("llava", {"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}),
+        (
+            "qwen2_5_vl",
+            {"model_type": "qwen2_5_vl_text",
+             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+             "fullatt_block_indexes": [0]},
+        ),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_model_that_reads_images_too(family, text, vision, tmp_path, tmbench):
+    torch.manual_seed(0)
+    vocabulary = json.loads((TINY / "config.json").read_text())["vocab_size"]
+    ids = {"image_token_id": 5, "image_token_index": 5, "video_token_id": 6, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[family](text_config=TEXT | {"vocab_size": vocabulary} | text, vision_config=vision, **ids)
+    folder = tmp_path / family
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    code, out, err = tmbench(
+        "ttft", "--model", str(folder), "--length", "512", "--method", "dense", "--method", "tri_mix", "--repeats", "1",
+        "--n-local", "64", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert rows[0]["coverage"] == 1 > rows[1]["coverage"]
+
+
+def test_a_plan_builds_no_weights(copy, tmbench, monkeypatch):
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
+    (copy / "model.safetensors").write_bytes(b"")
+    code, out, err = tmbench("ttft", "--model", str(copy), "--length", "1K", "--dry-run", "--device", "cpu")
+    assert code == 0, err
+    assert "tri_mix" in out
+    planned = models.load("llama-3.1-8b", weights="random", device="cpu", plan_only=True)
+    assert {parameter.device.type for parameter in planned.model.parameters()} == {"meta"}
+    assert planned.device.type == "cpu"
+    assert {x.device.type for x in planned.qkv(100)} == {"cpu"}
+    code, out, err = tmbench(
+        "ttft", "--model", "llama-3.1-8b", "--weights", "random", "--length", "128K", "--dry-run", "--device", "cpu"
+    )
+    assert code == 0, err
+    assert "131072" in out
+
+
+def test_a_plan_refuses_what_a_run_would(tmbench):
+    for given, sentence in (
+        (("--length", "32K"), "more than the 16384 positions"),
+        (("--dense-backend", "flash-attn-4"), "--dense-backend flash-attn-4"),
+        (("--layers", "2,9"), "is not within the layers"),
+        (("--model", "llama-3.1-8b"), "is a preset"),
+    ):
+        code, _, err = tmbench("ttft", *given, "--dry-run", "--device", "cpu")
+        assert code == 2
+        assert sentence in err
+
+
+def test_a_failed_row_says_why_on_the_screen(tmbench, monkeypatch):
+    from tmbench import ttft
+
+    def fail(*given, **options):
+        raise RuntimeError("the reason of it")
+
+    monkeypatch.setattr(ttft, "first_token", fail)
+    code, out, err = tmbench("ttft", "--length", "256", "--method", "dense", "--repeats", "1", "--device", "cpu")
+    assert code == 1
+    assert "failed" in out
+    assert "dense at 256 failed: RuntimeError: the reason of it" in err

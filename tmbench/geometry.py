@@ -1,0 +1,70 @@
+"""A model's attention in numbers, read from its config: what plans, rooflines and backends must know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The decoder of a transformers model. Head sizes are those of q, k and v as attention receives them."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any) -> Geometry:
+        """The geometry of a transformers model or config.
+
+        Under multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1) q and k have a rotary part and
+        one without, v a size of its own, and every query head gets a key head, whatever the config says of key heads.
+        """
+        config = getattr(model, "config", model)
+        text = config.get_text_config()
+        heads = int(text.num_attention_heads)
+        latent = getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None)
+        if latent:
+            qk = int(getattr(text, "qk_nope_head_dim", 0)) + int(text.qk_rope_head_dim)
+            return cls(text.num_hidden_layers, heads, heads, qk, int(text.v_head_dim), text.vocab_size)
+        dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+        return cls(text.num_hidden_layers, heads, kv_heads, dim, dim, text.vocab_size)
+
+    @property
+    def flop_per_pair(self) -> float:
+        """Operations of one (query, key) pair of one head: a product of q and k, and one of its weight with v."""
+        return 2.0 * (self.qk_head_dim + self.v_head_dim)
+
+
+def max_positions(config: Any) -> int | None:
+    """The most positions a model reads, prompt and answer together; None where its config sets no limit.
+
+    A scaled rotary embedding reads ``factor`` times the positions that it was trained on. Configs give the trained ones in
+    ``original_max_position_embeddings`` (as Qwen documents it for YaRN, where ``max_position_embeddings`` stays as trained),
+    or else in ``max_position_embeddings``; where that is the scaled number already, as in Llama 3.1, it stands.
+    """
+    text = config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None)
+    if own is None:
+        return None
+    return max(int(own), *(_scaled(rope, int(own)) for rope in _rotary(text)), 0)
+
+
+def _rotary(text: Any) -> list[dict[str, Any]]:
+    """The rotary parameters of a config: of the model, or of each kind of layer."""
+    found = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return nested or [found]
+
+
+def _scaled(rope: dict[str, Any], own: int) -> int:
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+    # longrope and llama3 configs give the scaled number themselves.
+    if kind not in ("yarn", "linear", "dynamic") or not isinstance(factor, (int, float)) or factor < 1:
+        return 0
+    return int(factor * int(rope.get("original_max_position_embeddings") or own))
