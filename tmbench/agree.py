@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
 from tmbench.calls import cache_name
-from tmbench.choices import Choices, read_choices
+from tmbench.choices import Choices, choices_of, read_choices
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
@@ -177,7 +177,8 @@ def _measure(
         known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
     wanted = range(job.samples)
     done_before = isinstance(have, AgreeRow) and not job.overwrite and measured_before(have, known, wanted)
-    if isinstance(have, AgreeRow) and done_before and is_of(have, [one.seconds for one in kept.values()]):
+    whole = isinstance(have, AgreeRow) and (have.status != OK or choices_of(job.root, asdict(have)))
+    if isinstance(have, AgreeRow) and done_before and whole and is_of(have, [one.seconds for one in kept.values()]):
         yield Step(f"{plan.method} at {length}: measured before", samples=job.samples)
         return known
     status: Status = OK

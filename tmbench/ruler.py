@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
 from tmbench.sample_files import Kept, index_of, is_of, measured_before, score_of, seconds_of
+from tmbench.samples import read_samples
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the task's text while a chat template is taken apart."""
@@ -267,7 +268,8 @@ def _evaluate(
     # What was answered to another prompt, or scored by other references, says nothing of this sample.
     known = {n: one for n, one in kept.items() if asked.get(n) == (one.prompt_hash, one.outputs)}
     done_before = isinstance(have, RulerRow) and not job.overwrite and measured_before(have, known, list(asked))
-    if isinstance(have, RulerRow) and done_before and is_of(have, [one.seconds for one in kept.values()]):
+    whole = isinstance(have, RulerRow) and (have.status != OK or not read_samples(job.root, asdict(have)).missing)
+    if isinstance(have, RulerRow) and done_before and whole and is_of(have, [one.seconds for one in kept.values()]):
         yield Step(f"{plan.method} on {task} at {length}: measured before", samples=len(examples), row=have)
         return
     status: Status = OK

@@ -142,7 +142,9 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts
     """The last choice is kept, its row is not: the next run makes the row of the newer choices and asks nothing."""
     list(run(job()))
     before = rows_of(job().root)["streaming"]
-    monkeypatch.setattr(agree, "follow", lambda model, plan, ids, count, text=None: list(text or range(1, count + 1)))
+    monkeypatch.setattr(
+        agree, "follow", lambda model, plan, ids, count, text=None, ran=None: list(text or range(1, count + 1))
+    )
     real = agree.append
 
     def append(root, row):

@@ -130,8 +130,8 @@ def answered_wrongly(monkeypatch):
     """Let every sample be answered anew, with nothing and in another time."""
     real = ruler._answer
 
-    def answer(job, plan, example, *, count):
-        return replace(real(job, plan, example, count=count), prediction="", score=0.0, seconds=0.25)
+    def answer(job, plan, example, ran, *, count):
+        return replace(real(job, plan, example, ran, count=count), prediction="", score=0.0, seconds=0.25)
 
     monkeypatch.setattr(ruler, "_answer", answer)
 
