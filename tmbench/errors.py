@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class UnsupportedModelError(UserError):
     """A model, or a way of calling it, that a pattern cannot serve correctly. Names the layer and the feature."""
+
+
+class NotFiniteError(RuntimeError):
+    """Logits or gradients that are no numbers: a measurement that failed. Says which, in which type, and the remedy."""
