@@ -1,7 +1,7 @@
 """tmbench: what an attention method costs and what it keeps when a language model reads a long prompt.
 
 >>> with tmbench.applied(model, "tri_mix", starting_layer=16):
-...     model.generate(**inputs)
+...     new = tmbench.generate(model, inputs, max_new_tokens=256)
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tmbench.attention import Applied, applied
-    from tmbench.errors import UnsupportedModelError, UserError
+    from tmbench.decode import generate
+    from tmbench.errors import NotFiniteError, UnsupportedModelError, UserError
     from tmbench.methods import METHODS
 
-__all__ = ["METHODS", "Applied", "UnsupportedModelError", "UserError", "applied"]
+__all__ = ["METHODS", "Applied", "NotFiniteError", "UnsupportedModelError", "UserError", "applied", "generate"]
 __version__ = "0.1.0"
 
-_HOME = {"applied": "attention", "Applied": "attention", "METHODS": "methods"}
+_HOME = {"applied": "attention", "Applied": "attention", "METHODS": "methods", "generate": "decode"}
 
 
 def __getattr__(name: str) -> object:

@@ -22,12 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
-from tmbench.calls import cache_name
 from tmbench.choices import Choices, choices_of, read_choices
+from tmbench.decode import Decoding, end_tokens
 from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
-from tmbench.fast import PLAIN, arranged
 from tmbench.fingerprint import of_ids
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
@@ -140,25 +139,22 @@ def follow(
             reads the choices themselves, which is greedy decoding.
         ran: is given what ran, as "pattern:backend", also where this fails.
     """
-    end = model.generation_config.eos_token_id
-    ends = [] if end is None else end if isinstance(end, list) else [end]
-    cache = cache_name(model)
+    ends = end_tokens(model)
     chosen: list[int] = []
-    with applied_plan(model, plan) as session, arranged(model, session, PLAIN) as prefill:
+    with applied_plan(model, plan) as session:
         try:
-            logits = prefill(ids)
+            decoding = Decoding(model, ids)
         finally:
             if ran is not None:
                 ran |= session.backends
         session.check_complete()
         while True:
+            logits = decoding.logits[0]
             logits[ends] = -torch.inf
             chosen.append(int(logits.argmax()))
             if len(chosen) == count:
                 return chosen
-            token = chosen[-1] if text is None else text[len(chosen) - 1]
-            following = ids.new_tensor([[token]])
-            logits = model(input_ids=following, use_cache=True, **{cache: prefill.cache}).logits[0, -1]
+            decoding.read(chosen[-1:] if text is None else [text[len(chosen) - 1]])
 
 
 def _measure(

@@ -24,7 +24,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from tmbench import regions
 from tmbench.errors import UnsupportedModelError
+from tmbench.implementations import Implementations
 from tmbench.methods import ModelShape, Plan, Settings, get_method
+from tmbench.rereading import Rereading
 from tmbench_kernels import Pattern
 
 IMPLEMENTATION = "tmbench"
@@ -82,6 +84,8 @@ class Applied:
     """Set for the time of a fast prefill: where the keys and values go that attention is given."""
     running: Running = field(default_factory=Running)
     """Of the layer at work in a fast prefill."""
+    implementations: Implementations | None = None
+    """What the model's parts run instead of their own attention."""
 
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
@@ -163,16 +167,21 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     AttentionInterface.register(TRACED, _traced_attention)
     AttentionMaskInterface.register(TRACED, _mask)
     session = Applied(plan, modules=tuple(modules))
-    before = model.config._attn_implementation
+    session.implementations = implementations = Implementations(model, modules)
+    # Under dense attention a text that is read once more for every token is slow, but nothing else.
+    sparse = any(pattern.name != "dense" for pattern in plan.patterns)
+    watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
     try:
         for module in modules:
             setattr(module, PLACE, Slot(plan.patterns[module.layer_idx], session, module.layer_idx))
-        model.set_attn_implementation(IMPLEMENTATION)
+        implementations.use(IMPLEMENTATION)
         if any(module.config._attn_implementation != IMPLEMENTATION for module in modules):
             raise UnsupportedModelError(f"{type(model).__name__} did not accept an attention function from outside")
         yield session
     finally:
-        model.set_attn_implementation(before)
+        implementations.restore()
+        if watch is not None:
+            watch.remove()
         for module in modules:
             if hasattr(module, PLACE):
                 delattr(module, PLACE)

@@ -23,5 +23,15 @@ def cache_of(output: Any) -> Any:
     return getattr(output, "cache", None) or output.past_key_values
 
 
+def rope_switch(model: PreTrainedModel) -> int | None:
+    """The length beyond which a model rotates all keys by other angles than up to it (LongRoPE); None for other models."""
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    length = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
 def _parameters(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)

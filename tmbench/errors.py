@@ -12,3 +12,7 @@ class UnsupportedModelError(UserError):
 def shortened(text: str, most: int = 60) -> str:
     """What a user gave, as a sentence can repeat it: its two ends where there are thousands of characters."""
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+class NotFiniteError(RuntimeError):
+    """Logits or gradients that are no numbers: a measurement that failed. Says which, in which type, and the remedy."""

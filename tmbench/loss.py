@@ -24,11 +24,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.attention import applied_plan
-from tmbench.calls import cache_name, cache_of, keep_last
+from tmbench.decode import Decoding
 from tmbench.environment import Environment
 from tmbench.errors import UnsupportedModelError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fingerprint import of_ids
+from tmbench.finite import check_logits
 from tmbench.methods import METHODS, Plan, Settings, backends_name
 from tmbench.models import LoadedModel
 from tmbench.questions import Question, check_task, questions, wording_hash
@@ -145,25 +146,23 @@ def losses(model: PreTrainedModel, plan: Plan, ids: Tensor, answer: Sequence[int
 
     Raises:
         UnsupportedModelError: as ``tmbench.applied``, and for a model whose logits are not made from its hidden states.
+        NotFiniteError: logits that are not finite.
     """
-    cache = cache_name(model)
     hidden: list[Any] = []
     base = _base(model)
     hook = base.register_forward_hook(lambda module, given, out: hidden.append(out))
     try:
         with applied_plan(model, plan) as session:
-            out = model(input_ids=ids, use_cache=True, **keep_last(model))
+            decoding = Decoding(model, ids)
             hook.remove()
             session.check_complete()
-            following = [out.logits[0, -1].float()]
-            for token in answer[:-1]:
-                one = torch.tensor([[token]], device=ids.device)
-                out = model(input_ids=one, use_cache=True, **{cache: cache_of(out)})
-                following.append(out.logits[0, -1].float())
+            following = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
     finally:
         hook.remove()
     of_answer = F.cross_entropy(torch.stack(following), torch.tensor(answer, device=ids.device), reduction="none")
     of_prompt = _prompt_losses(model, hidden[0].last_hidden_state, ids)
+    if not (of_prompt.isfinite().all() and of_answer.isfinite().all()):
+        raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another --task")
     return of_prompt.cpu(), of_answer.cpu(), backends_name(session.backends)
 
 
@@ -182,7 +181,8 @@ def _prompt_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tenso
             end = min(start + chunk, ids.shape[1] - 1)
             part = _Output(last_hidden_state=hidden[:, start:end])
             base.forward = lambda *args, part=part, **kwargs: part
-            logits = model(input_ids=ids[:, start:end], use_cache=False).logits[0].float()
+            logits = model(input_ids=ids[:, start:end], use_cache=False, return_dict=True).logits[0].float()
+            check_logits(logits, model, "of the prompt's tokens")
             parts.append(F.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="none"))
     finally:
         if before is None:

@@ -36,6 +36,7 @@ from tmbench.environment import Environment
 from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fingerprint import of_ids
+from tmbench.finite import check_logits, not_finite
 from tmbench.layers import Budget, Proposal, Rule, propose
 from tmbench.methods import Plan, Settings, backends_name
 from tmbench.models import LoadedModel
@@ -234,6 +235,7 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
 
     Raises:
         UnsupportedModelError: as ``tmbench.applied``.
+        NotFiniteError: logits or gradients that are not finite.
         RuntimeError: a layer's attention was not differentiated exactly once.
     """
     modules = attention_modules(model)
@@ -250,13 +252,17 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
         applied_plan(model, Plan(METHOD, patterns)) as session,
         _differentiable(model, modules),
     ):
-        logits = model(input_ids=ids, use_cache=False, **keep_last(model)).logits[0, -1].float()
+        logits = model(input_ids=ids, use_cache=False, return_dict=True, **keep_last(model)).logits[0, -1].float()
+        check_logits(logits, model, "of the prompt's last token")
         logits[target].backward()
     session.check_complete()
     if len(found) != len(modules):
         raise RuntimeError(f"only {len(found)} of {len(modules)} layers were differentiated")
     pairs = torch.tensor(sections.pairs(ids.shape[1]), dtype=torch.float64)
     sums = torch.stack([found[layer] for layer in range(len(modules))])
+    for layer, own in enumerate(sums):
+        if not own.isfinite().all():
+            raise not_finite(f"the gradients of layer {layer}", model)
     logits = logits.detach()
     probability = float(logits.softmax(-1)[target])
     means = sums / torch.where(pairs == 0, torch.nan, pairs)[:, None]

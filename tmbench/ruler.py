@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ruler_tasks
 from ruler_tasks import TASKS, DatasetError, Example, Frame, RulerError, SamplesAs, Sources, Wording
 from ruler_tasks.dataset import dataset_path
+from tmbench import decode
 from tmbench.attention import applied_plan
 from tmbench.coverage import PairCounter
 from tmbench.environment import Environment
@@ -244,15 +245,9 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
     return Frame(prefix=prefix, suffix=suffix, add_special_tokens=False)
 
 
-@torch.inference_mode()
 def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> list[int]:
     """Greedy decoding of ``ids`` ``[1, length]``: the new ids, at most so many, ending at the model's own end token."""
-    own = model.generation_config
-    end = own.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return [int(token) for token in out[0, ids.shape[1] :]]
+    return [int(token) for token in decode.generate(model, ids, max_new_tokens)[0]]
 
 
 def _evaluate(

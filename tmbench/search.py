@@ -11,6 +11,7 @@ that it was at. The file itself is written once, at the end, and the partial one
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from tmbench.attention import applied_plan
-from tmbench.errors import UserError
+from tmbench.errors import NotFiniteError, UserError
 from tmbench.fast import Prefill
 from tmbench.files import append_line, read_lines, replace_file, writable
 from tmbench.fingerprint import of_ids
+from tmbench.finite import check_logits, not_finite
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
@@ -100,8 +102,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[list[HeadPattern]]:
     """Search, or go on searching, and write the file: for each layer the pattern of each head.
 
-    Raises UserError for what ``SearchJob.check`` refuses, a partial file of another search, and a folder that cannot be
-    written to; what was measured before stays.
+    Raises UserError for what ``SearchJob.check`` refuses, a partial file of another search, a folder that cannot be
+    written to, in all of which what was measured before stays, and a model whose logits or attention are not finite.
     """
     job.check()
     if job.overwrite:
@@ -143,13 +145,22 @@ def _measure(job: SearchJob, kept: dict[int, list[list[float]]], advance: Advanc
                 scale=default_scale(q, scale),
                 advance=lambda part: advance(text, part / kv_heads),
             ).tolist()
+        if not all(math.isfinite(figure) for head in figures for figure in head):
+            raise not_finite(f"the attention weights of layer {layer}", model)
         _append(job, {"layer": layer, "kept": figures})
         kept[layer] = figures
 
-    with torch.inference_mode(), applied_plan(model, plan) as session:
-        session.observer = look
-        Prefill(model)(ids)
-        session.check_complete()
+    try:
+        with torch.inference_mode(), applied_plan(model, plan) as session:
+            session.observer = look
+            logits = Prefill(model)(ids)
+            session.check_complete()
+        check_logits(logits, model, "of the prompt's last token")
+    except NotFiniteError as error:
+        # What was kept was measured in a type that does not do for this model: nothing can go on from it.
+        with writable(job.partial, OPTION):
+            job.partial.unlink(missing_ok=True)
+        raise UserError(f"{job.loaded.name} cannot be searched: {error}") from error
 
 
 def _append(job: SearchJob, entry: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ time then changes all of them. Median, minimum, maximum and every repeat are kep
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from tmbench.errors import UserError
 from tmbench.failures import describe, release_memory, status_of
 from tmbench.fast import PLAIN, Kind, arranged
 from tmbench.fingerprint import of_ids
+from tmbench.finite import check_logits
 from tmbench.methods import Plan, backends_name
 from tmbench.models import LoadedModel
 from tmbench.prefill import FirstToken, first_token
@@ -217,6 +219,7 @@ def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[
         finally:
             trial.backends |= session.backends
         session.check_complete()
+    check_logits(token.logits, model, "of the prompt's last token")
     return token, torch.cuda.max_memory_allocated(ids.device) if cuda else None
 
 
@@ -254,4 +257,10 @@ def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence
 
 
 def _relative_rms(value: Tensor, reference: Tensor) -> float:
-    return float((value - reference).square().mean().sqrt() / reference.square().mean().sqrt())
+    """How far logits are from a reference, in units of its RMS; infinite where they mask other tokens."""
+    masked = value == -torch.inf
+    if not torch.equal(masked, reference == -torch.inf):
+        return math.inf
+    value, reference = value[~masked].double(), reference[~masked].double()
+    apart, size = float((value - reference).square().mean().sqrt()), float(reference.square().mean().sqrt())
+    return apart / size if size else math.inf if apart else 0.0
