@@ -27,8 +27,6 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@# Tests compile the Hopper kernel. Its compiler comes with a PyTorch for CUDA, and is brought here for one without.
 	@if $(BIN)/python -c 'import sys, torch; raise SystemExit(sys.platform != "linux" or torch.version.cuda is not None)'; then \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NVRTC); fi
-	@# The type checker reads kernels/ under the name that it is installed with.
-	@mkdir -p $(VENV)/typing && ln -sfn ../../kernels $(VENV)/typing/tmbench_kernels
 	@touch $@
 
 demo: install  ## Time four methods, run the 13 RULER tasks and render the report, on the embedded model

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from tmbench_kernels import Backend, Dense, Pattern, Triangle
-from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.reference import masked_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 COLUMNS = [

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash
-from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.reference import masked_attention
 from tmbench_kernels.vertical_slash import Selection
-from tmbench_kernels.vertical_slash_torch import BLOCK, visible_keys
+from tmbench_kernels.vertical_slash.torch_backend import BLOCK, visible_keys
 
 PATTERNS: tuple[Pattern, ...] = (
     Dense(),

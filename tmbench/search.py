@@ -1,7 +1,7 @@
 """MInference's offline search on a whole model: which pattern each head of it takes, and a file that says so.
 
 Jiang et al. 2024, arXiv 2407.02490, section 3.2. One prompt is read once, densely; every layer's heads are weighed while it
-is being read (see ``tmbench_kernels.minference_search``). The released search writes every winner as a vertical-slash head;
+is being read (see ``tmbench_kernels.minference.search``). The released search writes every winner as a vertical-slash head;
 the paper gives each head the pattern that won, and so does this search unless ``remap`` asks for the published habit.
 
 Each layer's figures are appended to ``<file>.partial`` when it is done, so a search that is killed goes on with the layer
@@ -30,7 +30,7 @@ from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
-from tmbench_kernels.minference_search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
+from tmbench_kernels.minference.search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
 
 OPTION = "--output"

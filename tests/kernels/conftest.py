@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.reference import masked_attention
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 

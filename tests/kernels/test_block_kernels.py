@@ -11,14 +11,17 @@ import torch
 
 from tmbench_kernels import BlockLists, BlockTopK, FlashPrefill, XAttention
 from tmbench_kernels.cuda import missing_hopper
-from tmbench_kernels.dense_cuda import FLASH_4, missing_module
+from tmbench_kernels.dense.libraries import FLASH_4, missing_module
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ON_HOPPER = {"flash_attn_blocks": partial(missing_module, *FLASH_4), "hopper_lists": missing_hopper}
+ON_HOPPER = {
+    "block_sparse.flash_attn_backend": partial(missing_module, *FLASH_4),
+    "block_sparse.hopper_backend": missing_hopper,
+}
 
 
-@pytest.fixture(params=["triton_blocks", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_HOPPER)])
+@pytest.fixture(params=["block_sparse.triton_backend", *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_HOPPER)])
 def attend_lists(request):
     if request.param in ON_HOPPER and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("takes these lists on Hopper only")
@@ -63,7 +66,7 @@ def test_a_head_with_an_empty_list_gets_zeros(check):
     assert out[0, 1].any()
 
 
-@pytest.mark.parametrize("attend_lists", ["triton_blocks"], indirect=True)
+@pytest.mark.parametrize("attend_lists", ["block_sparse.triton_backend"], indirect=True)
 @pytest.mark.parametrize("dim", [192, 256])
 def test_wide_heads(check, dim):
     check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, heads=2, kv_heads=1, dim=dim)
@@ -92,7 +95,8 @@ def test_what_patterns_select(attend_lists, make_structured_qkv, measure_errors,
 
 @pytest.mark.gpu
 def test_nothing_is_compiled_again_for_another_prompt_or_other_lists(attend_lists, make_qkv, monkeypatch):
-    from tmbench_kernels import hopper, triton_blocks
+    from tmbench_kernels import hopper
+    from tmbench_kernels.block_sparse import triton_backend
 
     def run(length, share):
         q, k, v = (x.cuda() for x in make_qkv(length, heads=4, kv_heads=2, dim=64, dtype=torch.float16))
@@ -102,7 +106,7 @@ def test_nothing_is_compiled_again_for_another_prompt_or_other_lists(attend_list
 
     def compiled():
         return sum(
-            len(cache[0]) for cache in triton_blocks._walk.device_caches.values()
+            len(cache[0]) for cache in triton_backend._walk.device_caches.values()
         ), hopper.load_kernel.cache_info().misses
 
     def refuse(*given, **options):

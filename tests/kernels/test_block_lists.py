@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import BlockLists, Dense
-from tmbench_kernels import block_sparse_torch as backend
-from tmbench_kernels.block_lists import block_count
+from tmbench_kernels.block_sparse import torch_backend as backend
+from tmbench_kernels.block_sparse.lists import block_count
 
 
 def random_map(length, heads, density, seed, *, block=128, batch=1):

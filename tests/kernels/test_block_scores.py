@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tmbench_kernels import block_scores
-from tmbench_kernels.block_scores import block_means, largest, products, tiles
+from tmbench_kernels import scores as block_scores
+from tmbench_kernels.scores import block_means, largest, products, tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,11 +14,11 @@ from tmbench_kernels import (
     FlashPrefill,
     FlexPrefill,
     XAttention,
-    block_lists,
-    block_scores,
     flash_prefill,
+    scores,
     xattention,
 )
+from tmbench_kernels.block_sparse import lists
 
 PATTERNS = [
     FlexPrefill(gamma=0.6, min_budget=128),
@@ -112,7 +112,7 @@ def test_layout_in_memory_does_not_matter(make_structured_qkv, pattern):
 def test_tiles_do_not_change_the_selection(make_structured_qkv, monkeypatch, pattern, elements):
     q, k, _ = make_structured_qkv(700, heads=6, kv_heads=2, batch=2)
     expected = pattern.select(q, k).to_map()
-    monkeypatch.setattr(block_scores, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(scores, "TILE_ELEMENTS", elements)
     assert torch.equal(pattern.select(q, k).to_map(), expected)
 
 
@@ -123,12 +123,12 @@ def test_kernels_do_not_change_the_selection(make_structured_qkv, monkeypatch, p
     q, k, _ = make_structured_qkv(700, heads=2, kv_heads=1, dtype=torch.float16)
     expected = pattern.select(q, k).to_map()
     used = []
-    for module in (block_lists, block_scores, xattention):
+    for module in (lists, scores, xattention):
         monkeypatch.setattr(module, "runs_triton", lambda device, module=module: used.append(module) or True)
     monkeypatch.setattr(flash_prefill, "triton_serves", lambda x: used.append(flash_prefill) or True)
     assert torch.equal(pattern.select(q, k).to_map(), expected)
-    scores = {"flex_prefill": {block_scores}, "xattention": {xattention}, "flash_prefill": {flash_prefill}}
-    assert set(used) == {block_lists} | scores.get(pattern.name, set())
+    expected_modules = {"flex_prefill": {scores}, "xattention": {xattention}, "flash_prefill": {flash_prefill}}
+    assert set(used) == {lists} | expected_modules.get(pattern.name, set())
 
 
 class Memory(TorchDispatchMode):

@@ -39,7 +39,7 @@ def test_triangle_is_several_times_faster_than_dense_and_linear():
 MEASURE_PEAK = """
 import resource, torch
 from tmbench_kernels import Dense, Triangle, VerticalSlash
-from tmbench_kernels.vertical_slash_torch import attend_selected
+from tmbench_kernels.vertical_slash.torch_backend import attend_selected
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 q = torch.randn(1, 2, LENGTH, 16)

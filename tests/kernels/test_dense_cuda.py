@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tmbench_kernels import Dense, dense_cuda
-from tmbench_kernels.dense_cuda import CUDA_BACKENDS
-from tmbench_kernels.masks import masked_attention
+from tmbench_kernels import Dense
+from tmbench_kernels.dense import libraries
+from tmbench_kernels.dense.libraries import CUDA_BACKENDS
+from tmbench_kernels.reference import masked_attention
 
 BACKENDS = {backend.name: backend for backend in Dense.backends}
 FLASH = {
@@ -54,7 +55,7 @@ def install(tmp_path, monkeypatch):
     """``install("flash-attn-4")``: a stand-in that keeps its calls and computes with torch, until the test ends."""
 
     def forget():
-        for cached in (dense_cuda.function, dense_cuda.missing_module, dense_cuda.capability, dense_cuda._refuses_type):
+        for cached in (libraries.function, libraries.missing_module, libraries.capability, libraries._refuses_type):
             cached.cache_clear()
         names = [name for name in sys.modules if name.partition(".")[0] in LIBRARIES]
         return {name: sys.modules.pop(name) for name in names}
@@ -82,13 +83,13 @@ def gpu(monkeypatch, install):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn > 0)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-        for cached in (dense_cuda.capability, dense_cuda._refuses_type, dense_cuda.cudnn_version):
+        for cached in (libraries.capability, libraries._refuses_type, libraries.cudnn_version):
             cached.cache_clear()
 
     torch.use_deterministic_algorithms(False)
     yield make
     torch.use_deterministic_algorithms(True)
-    for cached in (dense_cuda.capability, dense_cuda._refuses_type, dense_cuda.cudnn_version):
+    for cached in (libraries.capability, libraries._refuses_type, libraries.cudnn_version):
         cached.cache_clear()
 
 

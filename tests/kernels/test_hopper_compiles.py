@@ -13,7 +13,7 @@ from tmbench_kernels.cuda import missing_hopper
 pytestmark = pytest.mark.skipif(bool(missing_hopper()), reason=missing_hopper())
 
 
-KERNELS = pytest.mark.parametrize("module", ["hopper_triangle", "hopper_lists"])
+KERNELS = pytest.mark.parametrize("module", ["triangle.hopper_backend", "block_sparse.hopper_backend"])
 
 
 @KERNELS

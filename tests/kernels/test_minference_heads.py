@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tmbench_kernels import BlockTopK, HeadPattern, MInferenceHeads, VerticalSlash
 from tmbench_kernels.cuda import missing_hopper, refuses_hopper
-from tmbench_kernels.minference_heads import layer_pattern
+from tmbench_kernels.minference import layer_pattern
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -75,7 +75,9 @@ def test_a_cpu_runs_kind_by_kind(make_qkv):
         MInferenceHeads(heads).backend(*meta)
 
 
-@pytest.fixture(params=["triton_vertical_slash", pytest.param("hopper_lists", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["vertical_slash.triton_backend", pytest.param("vertical_slash.hopper_backend", marks=pytest.mark.gpu)]
+)
 def check_one_launch(request, make_structured_qkv, measure_errors):
     """``check(heads, length, ...)`` attends by a vertical-slash kernel over the index of all heads."""
     attend_index = import_module(f"tmbench_kernels.{request.param}").attend_index
@@ -84,7 +86,9 @@ def check_one_launch(request, make_structured_qkv, measure_errors):
     def check(heads, length, rows=slice(None), **shape):
         shape = {"heads": len(heads), "kv_heads": 2, "dim": 32, "dtype": torch.float16} | shape
         q, k, v = (x.to(DEVICE) for x in make_structured_qkv(length, **shape))
-        if request.param == "hopper_lists" and (reason := missing_hopper() or refuses_hopper(None, q, k, v)):
+        if request.param == "vertical_slash.hopper_backend" and (
+            reason := missing_hopper() or refuses_hopper(None, q, k, v)
+        ):
             pytest.skip(reason)
         pattern, scale = MInferenceHeads(tuple(heads)), q.shape[3] ** -0.5
         out = attend_index(q, k, v, pattern.index(q, k, scale), scale)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import HeadPattern
-from tmbench_kernels import minference_search as search
+from tmbench_kernels.minference import search
 
 SMALL = (
     HeadPattern("stream_llm", 5, 20),

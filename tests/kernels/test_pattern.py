@@ -16,7 +16,7 @@ from tmbench_kernels import (
     VerticalSlash,
     XAttention,
 )
-from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.reference import masked_attention
 
 PATTERNS = [Dense(), Triangle(), VerticalSlash(), FlexPrefill(), XAttention(), FlashPrefill(), BlockTopK()]
 

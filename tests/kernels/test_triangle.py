@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import Dense, Triangle
-from tmbench_kernels.masks import masked_attention
+from tmbench_kernels.reference import masked_attention
 
 counts = st.one_of(st.integers(0, 12), st.integers(13, 400))
 

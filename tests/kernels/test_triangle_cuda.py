@@ -17,7 +17,7 @@ BACKENDS = {backend.name: backend for backend in Triangle.backends}
 @pytest.fixture(params=["triton", pytest.param("cuda-hopper", marks=pytest.mark.gpu)])
 def attend(request, make_qkv, measure_errors, monkeypatch):
     """``attend(pattern, length, ...)`` checks one case against float64 and returns the output; memory is poisoned."""
-    from tmbench_kernels import triton_triangle
+    from tmbench_kernels.triangle import splits, triton_backend
 
     backend = BACKENDS[request.param]
 
@@ -31,18 +31,18 @@ def attend(request, make_qkv, measure_errors, monkeypatch):
         return out
 
     def split_from(length):
-        monkeypatch.setattr(triton_triangle, "ONE_LAUNCH", length)
+        monkeypatch.setattr(splits, "ONE_LAUNCH", length)
         forget()
 
     def forget():
-        triton_triangle.cut_for.cache_clear()
+        splits.schedule_for.cache_clear()
         if GPU:
-            from tmbench_kernels import hopper_triangle
+            from tmbench_kernels.triangle import hopper_backend
 
-            hopper_triangle._job.cache_clear()
+            hopper_backend._launch.cache_clear()
 
     check.split_from = split_from
-    check.multiprocessors = lambda n: monkeypatch.setattr(triton_triangle, "multiprocessors", lambda device: n)
+    check.multiprocessors = lambda n: monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: n)
     yield check
     forget()
 
@@ -52,7 +52,7 @@ COUNTS = (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200, 512, 700)
 
 @pytest.mark.parametrize("seed", range(120 if GPU else 12))
 def test_any_sizes(attend, seed):
-    """Lengths, parts of the pattern and shapes that are no multiple of anything."""
+    """Lengths, splits of the pattern and shapes that are no multiple of anything."""
     draw = random.Random(seed)
     attend.split_from(draw.choice([0, 4096]))
     if not GPU:
@@ -119,20 +119,20 @@ def test_one_softmax_over_sinks_and_window(attend):
 
 
 def test_the_last_rows_are_split_so_that_no_part_outlasts_the_rest():
-    from tmbench_kernels.triton_triangle import cut_for
+    from tmbench_kernels.triangle.triton_backend import schedule_for
 
     for heads, kv_heads, length in [(32, 8, 131072), (4, 1, 131072), (8, 8, 20000), (1, 1, 1_000_000)]:
-        cut = cut_for(Triangle(), 1, heads, kv_heads, length, positions=32, keys=64, overhead=3, slots=132)
-        steps = cut.head_tiles * (cut.band_tiles * cut.band_steps + cut.last_tiles * (length // 64))
-        assert cut.part_keys * cut.parts >= length > cut.part_keys * (cut.parts - 1)
-        assert cut.part_keys / 64 <= 1.5 * steps / 132 or cut.parts == 64
+        schedule = schedule_for(Triangle(), 1, heads, kv_heads, length, positions=32, keys=64, overhead=3, slots=132)
+        steps = schedule.head_tiles * (schedule.band_tiles * schedule.band_steps + schedule.last_tiles * (length // 64))
+        assert schedule.split_keys * schedule.splits >= length > schedule.split_keys * (schedule.splits - 1)
+        assert schedule.split_keys / 64 <= 1.5 * steps / 132 or schedule.splits == 64
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda-hopper"])
 def test_a_length_past_32_bits_of_elements(backend):
     """More than 2^31 elements of q: the rows beyond them are right, and so are those before."""
-    from tmbench_kernels.masks import masked_attention
+    from tmbench_kernels.reference import masked_attention
 
     length, heads = 560_000, 32
     q = torch.randn(1, length, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
@@ -149,7 +149,8 @@ def test_a_length_past_32_bits_of_elements(backend):
 
 @pytest.mark.gpu
 def test_nothing_is_compiled_again_for_another_prompt_or_pattern():
-    from tmbench_kernels import hopper, triton_triangle
+    from tmbench_kernels import hopper
+    from tmbench_kernels.triangle import combine, triton_backend
 
     def run(length, pattern):
         q, k, v = (torch.randn(1, n, length, 64, device="cuda", dtype=torch.float16) for n in (4, 2, 2))
@@ -158,7 +159,7 @@ def test_nothing_is_compiled_again_for_another_prompt_or_pattern():
                 backend.attend(pattern, q, k, v, 0.125)
 
     def compiled():
-        kernels = (triton_triangle._walk, triton_triangle._merge)
+        kernels = (triton_backend._walk, combine._combine)
         return [
             *(sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels),
             hopper.load_kernel.cache_info().misses,

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import BlockLists
-from tmbench_kernels.block_lists import _list_blocks
+from tmbench_kernels.block_sparse.lists import _list_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(block_map):
-    from tmbench_kernels.triton_lists import list_blocks
+    from tmbench_kernels.block_sparse.triton_lists import list_blocks
 
     counts, indices = list_blocks(block_map.to(DEVICE))
     expected_counts, expected_indices = _list_blocks(block_map)
@@ -53,7 +53,7 @@ def test_maps_that_are_views():
 @pytest.mark.parametrize("blocks", [1, 15, 16, 17, 50])
 def test_a_count_is_carried_from_tile_to_tile(blocks):
     """With tiles that are small, so that the interpreter has few rows to walk through."""
-    from tmbench_kernels.triton_lists import _list
+    from tmbench_kernels.block_sparse.triton_lists import _list
 
     block_map = random_map(1, 2, blocks, 0.4, blocks)
     counts = torch.empty(1, 2, blocks, dtype=torch.int32, device=DEVICE)
@@ -70,7 +70,7 @@ def test_one_block_more_than_a_tile():
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_is_compiled_again_and_nothing_waits():
-    from tmbench_kernels.triton_lists import _list
+    from tmbench_kernels.block_sparse.triton_lists import _list
 
     maps = [random_map(1, 1, blocks, 0.3, blocks) for blocks in (1, 2, 16, 100, 1024, 1025, 3000, 8192)]
     on_gpu = [block_map.cuda() for block_map in maps]

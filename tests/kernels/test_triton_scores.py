@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmbench_kernels.block_lists import block_count
-from tmbench_kernels.block_scores import _sum_shares, block_means
+from tmbench_kernels.block_sparse.lists import block_count
 from tmbench_kernels.flash_prefill import _weights
+from tmbench_kernels.scores import _sum_shares, block_means
 from tmbench_kernels.xattention import _sum_strides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 700])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 40)])
 def test_weights_of_mean_keys(make_qkv, length, heads, kv_heads, dim):
-    from tmbench_kernels.triton_scores import mean_weights
+    from tmbench_kernels.flash_prefill.triton_backend import mean_weights
 
     q, k, _ = (x.to(DEVICE) for x in make_qkv(length, heads=heads, kv_heads=kv_heads, dim=dim, batch=2, dtype=torch.float16))
     blocks = block_count(length)
@@ -30,7 +30,7 @@ def test_weights_of_mean_keys(make_qkv, length, heads, kv_heads, dim):
 
 
 def test_more_blocks_than_a_tile(make_qkv):
-    from tmbench_kernels.triton_scores import mean_weights
+    from tmbench_kernels.flash_prefill.triton_backend import mean_weights
 
     q, k, _ = (x.to(DEVICE) for x in make_qkv(130 * 128 - 5, heads=1, kv_heads=1, dim=16, dtype=torch.float16))
     means = block_means(k, 128).half()
@@ -72,7 +72,7 @@ def test_the_last_queries_see_more_keys_than_a_tile():
 )
 def test_sums_of_strides(cells, blocks, start, missing, scale, seed):
     """The query blocks from any one on, of a prompt whose last block may lack strides."""
-    from tmbench_kernels.triton_scores import sum_strides
+    from tmbench_kernels.xattention.triton_backend import sum_strides
 
     start, strides = start % blocks, blocks * cells - missing % cells
     shape = (2, 2, (blocks - start) * cells, blocks * cells)
@@ -85,7 +85,7 @@ def test_sums_of_strides(cells, blocks, start, missing, scale, seed):
 
 def test_strides_that_tie_hold_the_same():
     """So that ties between blocks stay ties, over more strides than a tile has."""
-    from tmbench_kernels.triton_scores import sum_strides
+    from tmbench_kernels.xattention.triton_backend import sum_strides
 
     mass = sum_strides(torch.zeros(1, 1, 8, 131 * 8, device=DEVICE), 130, 8, 131 * 8, 1.0)
     torch.testing.assert_close(mass.sum(), mass.new_tensor(8.0))

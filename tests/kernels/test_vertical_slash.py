@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import Dense, VerticalSlash
-from tmbench_kernels import vertical_slash_torch as backend
 from tmbench_kernels.vertical_slash import Selection, selection_mask
+from tmbench_kernels.vertical_slash import torch_backend as backend
 
 
 def published_selection(q, k, columns, distances, scale):

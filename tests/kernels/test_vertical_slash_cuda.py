@@ -23,9 +23,11 @@ def _running_sums_on_a_gpu():
     torch.use_deterministic_algorithms(True)
 
 
-@pytest.fixture(params=["triton_vertical_slash", pytest.param("hopper_lists", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["vertical_slash.triton_backend", pytest.param("vertical_slash.hopper_backend", marks=pytest.mark.gpu)]
+)
 def attend_index(request):
-    if request.param == "hopper_lists" and (reason := missing_hopper()):
+    if request.param == "vertical_slash.hopper_backend" and (reason := missing_hopper()):
         pytest.skip(reason)
     return import_module(f"tmbench_kernels.{request.param}").attend_index
 
@@ -33,7 +35,7 @@ def attend_index(request):
 @pytest.fixture
 def check(attend_index, make_qkv, measure_errors):
     """``check(columns, distances, ...)`` attends over two sets ``[batch, heads, length]`` and compares with float64."""
-    from tmbench_kernels.triton_vertical_slash import build_index
+    from tmbench_kernels.vertical_slash.triton_backend import build_index
 
     on_hopper = "hopper" in attend_index.__module__
 
@@ -129,7 +131,7 @@ def test_what_the_pattern_selects(attend_index, make_structured_qkv, measure_err
 
 @pytest.mark.parametrize("seed", range(12))
 def test_pairs_of_an_index(seed):
-    from tmbench_kernels.triton_vertical_slash import build_index, count_pairs
+    from tmbench_kernels.vertical_slash.triton_backend import build_index, count_pairs
 
     draw, chance = random.Random(seed), torch.Generator().manual_seed(seed)
     length = draw.choice([1, 63, 64, 65, draw.randint(1, 700)])

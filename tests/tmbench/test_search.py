@@ -16,7 +16,7 @@ from tmbench.pattern_plot import draw
 from tmbench.prompts import prompt_ids
 from tmbench.search import SearchJob, run
 from tmbench_kernels import HeadPattern, load_head_patterns, load_patterns
-from tmbench_kernels import minference_search as rule
+from tmbench_kernels.minference import search as rule
 
 SMALL = (
     HeadPattern("stream_llm", 50, 50),

@@ -13,7 +13,7 @@ from tmbench.attention import applied
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
 from tmbench_kernels import VerticalSlash
-from tmbench_kernels.block_scores import last_query_mass
+from tmbench_kernels.scores import last_query_mass
 
 SHAPE = {
     "vocab_size": 4096,

@@ -1,0 +1,88 @@
+"""Patterns that attend to whole blocks of keys: what they share is the way from a selection to a backend.
+
+A pattern writes its index rule twice: ``rule``, plainly and for one head, is the definition; ``block_map`` is the same for
+all heads at once, made for the GPU. Both yield a bool map of blocks, which travels to the backends as ``BlockLists``.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tmbench_kernels.block_sparse.lists import BLOCK, BlockLists, token_mask
+from tmbench_kernels.block_sparse.torch_backend import attend_lists
+from tmbench_kernels.cuda import for_hopper, for_triton, imported
+from tmbench_kernels.dense.libraries import FLASH_4, missing_module, refuses
+from tmbench_kernels.pattern import Backend, Pattern, default_scale
+
+AttendLists = Callable[[Tensor, Tensor, Tensor, BlockLists, float], Tensor]
+"""``attend(q, k, v, lists, scale)`` returns ``[batch, heads, length, v_dim]`` in q's type."""
+
+
+def over_lists(attend: AttendLists) -> Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]:
+    """A backend's function from one that attends over lists: the pattern selects, then the lists are attended over."""
+
+    def select_and_attend(pattern: BlockSparse, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attend(q, k, v, pattern.select(q, k, scale=scale), scale)
+
+    return select_and_attend
+
+
+def _flash_limits(major: int, dim: int) -> str:
+    """On newer GPUs its kernel takes two of our blocks of queries at a time; larger heads take smaller tiles of keys."""
+    if major != 9:
+        return f"takes lists of such blocks on a GPU of compute capability 9, not {major}"
+    return "" if dim <= 128 else f"takes lists of such blocks for head sizes up to 128, not {dim}"
+
+
+class BlockSparse(Pattern):
+    """A dynamic pattern of whole key blocks. Every backend attends over the same lists, whatever pattern selected them."""
+
+    dynamic: ClassVar[bool] = True
+    block: ClassVar[int] = BLOCK
+    backends: ClassVar[tuple[Backend, ...]] = (
+        Backend(
+            "flash-attn-4",
+            ("cuda",),
+            over_lists(imported("block_sparse.flash_attn_backend", "attend_lists")),
+            missing=partial(missing_module, *FLASH_4),
+            refuses=partial(refuses, _flash_limits),
+        ),
+        for_hopper(over_lists(imported("block_sparse.hopper_backend", "attend_lists"))),
+        for_triton(over_lists(imported("block_sparse.triton_backend", "attend_lists"))),
+        Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
+    )
+
+    @abc.abstractmethod
+    def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The definition for one head, q and k ``[length, dim]``: which key blocks each query block attends to.
+
+        Bool ``[q_blocks, k_blocks]``; what it holds for key blocks after the query block's own does not count.
+        """
+
+    @abc.abstractmethod
+    def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """``rule`` for all heads, bool ``[batch, heads, blocks, blocks]``: the future does not count here either.
+
+        Reads nothing back to the host, loops over no head for its own sake, and holds a few GiB at most for 32 heads of 128K
+        tokens. Sums run in float32 in another order than the rule's, so that a near tie may fall the other way.
+        """
+
+    def select(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> BlockLists:
+        """The key blocks of these q and k."""
+        return BlockLists.from_map(self.block_map(q, k, default_scale(q, scale)), q.shape[2], self.block)
+
+    def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+        """Bool ``[batch, heads, length, length]``: the rule's blocks, up to each query."""
+        groups, factor = q.shape[1] // k.shape[1], default_scale(q, scale)
+        rules = [[self.rule(qh, k[b, h // groups], factor) for h, qh in enumerate(qb)] for b, qb in enumerate(q)]
+        return token_mask(torch.stack([torch.stack(heads) for heads in rules]), q.shape[2], self.block)
+
+    def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
+        """Counted from the selection of these q and k, at the cost of a selection."""
+        return self.select(q, k, scale=scale).pairs()

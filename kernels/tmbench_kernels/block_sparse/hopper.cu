@@ -1,0 +1,323 @@
+// Attention over listed keys on Hopper, persistent and warp-specialised: one producer warp and three consumer warpgroups a
+// program. It serves vertical-slash patterns, whose lists hold pieces of 64 keys that start anywhere, and patterns of whole
+// key blocks.
+//
+// A work tile is three neighbouring blocks of 64 queries of one head, one for each consumer. Their lists differ, but where runs
+// of keys are long most pieces are shared: the producer merges the three lists, loads each tile of 64 keys once, and says with
+// it which consumers take it; the others skip it. Gathered columns are the same for all blocks of a head, of which each counts
+// its own. Work tiles of the query heads that share a key head run at the same time, so that keys come from the cache.
+// Macros beside those of hopper.cuh: CONSUMERS; SHARED_BYTES. A stage holds a tile of keys and one of values.
+
+#include "hopper.cuh"
+
+constexpr int WORK_TILES = 8;  // more than the producer can be ahead of a consumer: every work tile takes at least one stage
+constexpr u32 TILES_AT = CONSUMERS * SLOT_BYTES;
+constexpr u32 PAIR_BYTES = K_HALF * ((DIM + V_DIM) / 64), VALUES = K_HALF * (DIM / 64);
+constexpr u32 BARRIERS_AT = TILES_AT + STAGES * PAIR_BYTES;
+constexpr u32 Q_FULL = 0, WORK_TILE_FULL = Q_FULL + CONSUMERS, K_FULL = WORK_TILE_FULL + WORK_TILES, V_FULL = K_FULL + STAGES, EMPTY = V_FULL + STAGES,
+              BARRIERS = EMPTY + STAGES;
+constexpr u32 SHARED_AT = BARRIERS_AT + (BARRIERS * 8 + 15) / 16 * 16;
+constexpr int NEVER = 0x7fffffff, ALL = 1 << 30;
+
+static_assert(STAGES < WORK_TILES, "a work tile could be overwritten before all consumers have read it");
+
+struct Maps { TensorMap q, k, v, k_columns, v_columns, out; };
+struct Plan {
+  const int* entries;         // [batch, heads, lists, most], ascending: where ``fold`` pieces start, in ``unit`` keys
+  const int* counts;          // [batch, heads, lists]
+  const unsigned char* kept;  // [batch, heads, rows, width], width a multiple of 64
+  const int* before;          // [batch, heads, rows], or null where there are no columns
+  const int* reach;           // [heads], or null where queries see all of their pieces
+  const int* sinks;           // [heads]
+  int* next;                  // the next work tile, for all programs
+  int length, rows, fold, unit, most, width, heads, groups, work_tiles;  // ``fold`` rows share a list
+  float scale_log2;
+};
+
+enum Kind { PIECE, COLUMNS, END };
+struct alignas(16) Tile {
+  int kind, first, consumers, spare;  // the first key of a piece, or which tile of columns; the consumers that take it, as bits
+  u64 counted[CONSUMERS + CONSUMERS % 2];  // which columns of a tile count for a warpgroup
+};
+struct alignas(16) WorkTile { int more, row, head, batch, reach, sinks; };
+struct Shared {
+  WorkTile work_tiles[WORK_TILES];
+  Tile tiles[STAGES];
+};
+
+
+template <int DIMS> __device__ __forceinline__ void fetch(const TensorMap* map, u32 to, u32 full, int first, int head, int batch) {
+  mbarrier_expect(full, K_HALF * (DIMS / 64));
+#pragma unroll
+  for (int h = 0; h < DIMS / 64; h++) load_4d(to + h * K_HALF, map, full, h * 64, first, head, batch);
+}
+
+// The query heads of a key head next to each other, of each the last blocks, which see most, first.
+__device__ __forceinline__ WorkTile work_tile_at(const Plan& p, int i) {
+  const int thirds = (p.rows + CONSUMERS - 1) / CONSUMERS, both = i / (p.groups * thirds), rest = i % (p.groups * thirds);
+  const int kv_heads = p.heads / p.groups;
+  WorkTile work;
+  work.more = i < p.work_tiles;
+  work.row = (thirds - 1 - rest / p.groups) * CONSUMERS;
+  work.head = both % kv_heads * p.groups + rest % p.groups;
+  work.batch = both / kv_heads;
+  work.reach = work.more && p.reach ? p.reach[work.head] : ALL;
+  work.sinks = work.more && p.reach ? p.sinks[work.head] : 0;
+  return work;
+}
+
+__device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& shared) {
+  const u32 barriers = smem + BARRIERS_AT;
+  const int lane = threadIdx.x & 31;
+  PipelineState pipe = {0};
+  // All lanes wait for the stage, since several write to its tile.
+  const auto open = [&]() -> Tile& {
+    mbarrier_wait(barriers + 8 * (EMPTY + pipe.index()), pipe.phase() ^ 1);
+    return shared.tiles[pipe.index()];
+  };
+  const auto send = [&](const TensorMap& k, const TensorMap& v, int first, int head, int batch) {
+    const u32 at = pipe.index(), to = smem + TILES_AT + at * PAIR_BYTES;
+    __syncwarp();
+    if (lane == 0) {
+      fetch<DIM>(&k, to, barriers + 8 * (K_FULL + at), first, head, batch);
+      fetch<V_DIM>(&v, to + VALUES, barriers + 8 * (V_FULL + at), first, head, batch);
+    }
+    pipe.count++;
+  };
+  for (u32 n = 0;; n++) {
+    int i = 0;
+    if (lane == 0) i = atomicAdd(p.next, 1);
+    const WorkTile work = work_tile_at(p, __shfl_sync(~0u, i, 0));
+    if (lane == 0) {
+      shared.work_tiles[n % WORK_TILES] = work;
+      mbarrier_arrive(barriers + 8 * (WORK_TILE_FULL + n % WORK_TILES));
+    }
+    if (!work.more) return;
+    const int kv_head = work.head / p.groups;
+
+    // Each of the first lanes walks its consumer's list; the smallest start of the three is the next tile.
+    const int row = work.row + lane, lists = (p.rows + p.fold - 1) / p.fold, own_end = (row + 1) * WARPGROUP_ROWS;
+    const u64 list = u64(work.batch * p.heads + work.head) * lists + row / p.fold;
+    const int* entry = p.entries + list * p.most;
+    const int* end = entry + (lane < CONSUMERS && row < p.rows ? p.counts[list] : 0);
+    int start = entry < end ? *entry * p.unit : NEVER, ahead = entry + 1 < end ? entry[1] * p.unit : NEVER, piece = 0;
+    while (true) {
+      // Of a block that several rows share, the first ones do not reach the last pieces.
+      if (start >= own_end) start = NEVER;
+      int first = start;
+#pragma unroll
+      for (int x = 1; x < CONSUMERS; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
+      first = __shfl_sync(~0u, first, 0);
+      if (first == NEVER) break;
+      const bool mine = start == first;
+      const u32 consumers = __ballot_sync(~0u, mine);
+      if (mine) {
+        start += KEYS;
+        if (++piece == p.fold) {
+          entry++;
+          piece = 0;
+          start = ahead;
+          ahead = entry + 1 < end ? entry[1] * p.unit : NEVER;
+        }
+      }
+      Tile& tile = open();
+      if (lane == 0) tile.kind = PIECE, tile.first = first, tile.consumers = consumers;
+      send(maps.k, maps.v, first, kv_head, work.batch);
+    }
+
+    // Eight lanes for each consumer: every one turns 8 bytes of 0 or 1 into bits.
+    const int warpgroup = lane >> 3;
+    const bool reads = p.before && warpgroup < CONSUMERS && work.row + warpgroup < p.rows;
+    const u64 place = u64(work.batch * p.heads + work.head) * p.rows + work.row + warpgroup;
+    const u64* kept = reinterpret_cast<const u64*>(p.kept + place * p.width) + (lane & 7);
+    const int own = reads ? (p.before[place] + KEYS - 1) / KEYS : 0;
+    int most = own;
+#pragma unroll
+    for (int x = 8; x < 32; x *= 2) most = max(most, __shfl_xor_sync(~0u, most, x));
+    u64 word = own > 0 ? kept[0] : 0;
+    for (int t = 0; t < most; t++) {
+      u64 counted = (word * 0x0102040810204080ull >> 56) << (8 * (lane & 7));
+      word = t + 1 < own ? kept[(t + 1) * (KEYS / 8)] : 0;
+#pragma unroll
+      for (int x = 1; x < 8; x *= 2) counted |= __shfl_xor_sync(~0u, counted, x);
+      const u32 some = __ballot_sync(~0u, counted != 0 && (lane & 7) == 0);
+      if (!some) continue;
+      Tile& tile = open();
+      if ((lane & 7) == 0 && warpgroup < CONSUMERS) tile.counted[warpgroup] = counted;
+      if (lane == 0) tile.kind = COLUMNS, tile.first = t, tile.consumers = (some & 1) | (some >> 7 & 2) | (some >> 14 & 4);
+      send(maps.k_columns, maps.v_columns, t * KEYS, work.head, work.batch);
+    }
+
+    Tile& tile = open();
+    if (lane == 0) {
+      tile.kind = END;
+      // Both, so that their phases stay those of the pipeline.
+      mbarrier_arrive(barriers + 8 * (K_FULL + pipe.index()));
+      mbarrier_arrive(barriers + 8 * (V_FULL + pipe.index()));
+    }
+    pipe.count++;
+  }
+}
+
+
+__device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared& shared, int warpgroup, int warp) {
+  const u32 barriers = smem + BARRIERS_AT, slot = smem + warpgroup * SLOT_BYTES, q_full = barriers + 8 * (Q_FULL + warpgroup);
+  const int lane = threadIdx.x & 31;
+  float s[KEYS / 2], o[V_DIM / 2], acc_scale[2];
+  u32 probabilities[KEYS / 4];
+  SoftmaxState r;
+  PipelineState pipe = {0};
+  int start, free_from, reach, sinks, kind, first;
+  u64 counted;
+
+  const auto release = [&](u32 at) {
+    if (lane == 0) mbarrier_arrive(barriers + 8 * (EMPTY + at));
+  };
+  const auto keys_at = [&](u32 at) { return smem + TILES_AT + at * PAIR_BYTES; };
+  // Skip the tiles of other consumers, at most ``limit`` tiles in all: whether the last one looked at is this one's, or an end.
+  const auto find = [&](int limit) {
+    for (int looked = 0; looked < limit; looked++) {
+      const u32 at = pipe.index();
+      mbarrier_wait(barriers + 8 * (K_FULL + at), pipe.phase());
+      pipe.count++;
+      const Tile& tile = shared.tiles[at];
+      kind = tile.kind, first = tile.first;
+      const bool mine = kind == END || (tile.consumers >> warpgroup & 1);
+      if (mine) {
+        if (kind == COLUMNS) counted = tile.counted[warpgroup];
+        return true;
+      }
+      __syncwarp();
+      release(at);
+    }
+    return false;
+  };
+  const auto mask = [&]() {
+    if (kind == COLUMNS) {
+      // Columns lie before the last run, and so before all queries of the block.
+      const u64 bits = counted >> (2 * (threadIdx.x & 3));
+#pragma unroll
+      for (int e = 0; e < KEYS / 2; e++) s[e] = bits >> (8 * (e >> 2) + (e & 1)) & 1 ? s[e] : NEG_INFINITY;
+    } else if ((first + KEYS - 1 > start) | (first < free_from)) {
+      mask_tile(s, r, first, 0, p.length, reach, sinks, free_from, start);
+    }
+  };
+  const auto rescale = [&]() {
+#pragma unroll
+    for (int e = 0; e < V_DIM / 2; e++) o[e] *= acc_scale[(e >> 1) & 1];
+  };
+
+  for (u32 n = 0;; n++) {
+    mbarrier_wait(barriers + 8 * (WORK_TILE_FULL + n % WORK_TILES), n / WORK_TILES & 1);
+    const WorkTile work = shared.work_tiles[n % WORK_TILES];
+    if (!work.more) return;
+    start = (work.row + warpgroup) * WARPGROUP_ROWS;
+    reach = work.reach, sinks = work.sinks, free_from = max(start + WARPGROUP_ROWS - reach, 0);
+    if (warp == 0 && lane == 0) {
+      mbarrier_expect(q_full, Q_BYTES);
+#pragma unroll
+      for (int h = 0; h < DIM / 64; h++) load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, start, work.head, work.batch);
+    }
+    r.position[0] = start + warp * 16 + (lane >> 2);
+    r.position[1] = r.position[0] + 8;
+#pragma unroll
+    for (int x = 0; x < 2; x++) r.row_max[x] = NEG_INFINITY, r.shift[x] = r.row_sum[x][0] = r.row_sum[x][1] = 0.0f;
+#pragma unroll
+    for (int e = 0; e < V_DIM / 2; e++) o[e] = 0.0f;
+    mbarrier_wait(q_full, n & 1);
+
+    bool holds = false;  // whether ``probabilities`` are those of the tile in stage ``held``
+    u32 held = 0, held_phase = 0;
+    while (true) {
+      // While a stage is held only the others can be filled: this consumer must not wait beyond those.
+      const bool found = find(holds ? STAGES - 1 : NEVER);
+      const u32 at = (pipe.count - 1) % STAGES, phase = (pipe.count - 1) / STAGES & 1;
+      if (holds && found && kind != END) {
+        // QK of the next tile and PV of this one run together, and the softmax of the former overlaps with the latter.
+        wgmma_fence();
+        gemm_qk(s, slot, keys_at(at));
+        wgmma_commit();
+        mbarrier_wait(barriers + 8 * (V_FULL + held), held_phase);
+        gemm_pv(o, probabilities, keys_at(held) + VALUES, 1);
+        wgmma_commit();
+        wgmma_wait<1>();
+        fence_operand(s);
+        mask();
+        const bool grows = softmax(s, r, p.scale_log2, acc_scale);
+        // A loop on a barrier, which the assembler moves no arithmetic across: the softmax overlaps with PV.
+        mbarrier_wait(barriers + 8 * (V_FULL + held), held_phase);
+        wgmma_wait<0>();
+        fence_operand(o);
+        release(held);
+        if (grows) rescale();
+        to_operand(s, probabilities);
+      } else {
+        if (holds) {
+          mbarrier_wait(barriers + 8 * (V_FULL + held), held_phase);
+          wgmma_fence();
+          gemm_pv(o, probabilities, keys_at(held) + VALUES, 1);
+          wgmma_commit();
+          wgmma_wait<0>();
+          fence_operand(o);
+          release(held);
+          holds = false;
+          if (!found) continue;
+        }
+        if (kind == END) {
+          // A consumer without a tile comes here with nothing that has converged its lanes since they read which one it is.
+          __syncwarp();
+          release(at);
+          break;
+        }
+        wgmma_fence();
+        gemm_qk(s, slot, keys_at(at));
+        wgmma_commit();
+        wgmma_wait<0>();
+        fence_operand(s);
+        mask();
+        if (softmax(s, r, p.scale_log2, acc_scale)) rescale();
+        to_operand(s, probabilities);
+      }
+      holds = true;
+      held = at, held_phase = phase;
+    }
+
+    float row_sum[2] = {r.row_sum[0][0] + r.row_sum[0][1], r.row_sum[1][0] + r.row_sum[1][1]}, factor[2];
+    output_scale(row_sum, factor);
+    stage_output(o, factor, warpgroup, warp, slot);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int h = 0; h < V_DIM / 64; h++)
+        store_4d(&maps.out, slot + warp * 2048 + h * Q_HALF, h * 64, start + warp * 16, work.head, work.batch);
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
+    // The next queries take the place of all four warps' outputs.
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+  }
+}
+
+static_assert(SHARED_AT + sizeof(Shared) <= SHARED_BYTES, "shared memory");
+
+extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1)
+    lists(const __grid_constant__ Maps maps, const __grid_constant__ Plan p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const u32 smem = u32(__cvta_generic_to_shared(memory)), barriers = smem + BARRIERS_AT;
+  if (threadIdx.x == 0) {
+    for (u32 b = 0; b < EMPTY; b++) mbarrier_init(barriers + 8 * b, 1);
+    for (u32 b = EMPTY; b < BARRIERS; b++) mbarrier_init(barriers + 8 * b, 4 * CONSUMERS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  Shared& shared = *reinterpret_cast<Shared*>(memory + SHARED_AT);
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), group = warp >> 2;
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    if (warp == 0) produce(maps, p, smem, shared);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    consume(maps, p, smem, shared, group - 1, warp & 3);
+  }
+}

@@ -1,0 +1,92 @@
+"""Attention over listed keys on Hopper, in CUDA C++: the host's side of hopper.cu.
+
+Two callers: patterns of whole key blocks, here, and vertical-slash patterns, whose lists hold pieces of 64 keys that start
+anywhere and who have gathered columns beside them.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tmbench_kernels.block_sparse.lists import BlockLists
+from tmbench_kernels.hopper import KEYS, WARPGROUP_ROWS, header_macros, load_kernel, padded, tensor_map
+from tmbench_kernels.launch import LOG2_E, loadable, multiprocessors, positive
+from tmbench_kernels.pattern import empty_output
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+KERNEL = "lists"
+CONSUMERS = 3
+STAGES = 5
+"""Depth of the pipeline; a stage holds a tile of keys and one of values."""
+THREADS = 128 * (CONSUMERS + 1)
+PLAN = struct.Struct("7q9if")
+"""The kernel's struct Plan."""
+
+
+def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
+    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, STAGES=STAGES, SHARED_BYTES=shared_bytes(dim, v_dim))
+
+
+def shared_bytes(dim: int, v_dim: int) -> int:
+    """Shared memory of a program: every consumer's queries, which its output takes over, the stages, and the rest."""
+    dim, v_dim = padded(dim), padded(v_dim)
+    return 2 * (CONSUMERS * WARPGROUP_ROWS * max(dim, v_dim) + STAGES * KEYS * (dim + v_dim)) + 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """Where the keys of every block of queries lie, for the kernel."""
+
+    entries: Tensor
+    """int32 ``[batch, heads, lists, most]``, ascending: where pieces start, in units of ``unit`` keys."""
+    counts: Tensor
+    """int32 ``[batch, heads, lists]``: how many entries each list has."""
+    unit: int
+    block: int
+    """Queries that share a list, and keys of an entry: 64 or a multiple."""
+    columns: tuple[Tensor, Tensor] | None = None
+    """Keys and values gathered for each query head, ``[batch, heads, width, dim]``."""
+    tables: tuple[Tensor, ...] = ()
+    """``kept``, ``before``, ``reach`` and ``sinks`` of an index, where there are columns."""
+
+
+def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+    """Attention over the listed blocks, of 64 keys or a multiple: ``[batch, heads, length, v_dim]``.
+
+    The output is a view of ``[batch, length, heads, v_dim]``.
+    """
+    return attend(q, k, v, Lists(lists.indices, lists.counts, lists.block, lists.block), scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> Tensor:
+    """As ``attend_lists``, over lists as the kernel takes them."""
+    q, scale = positive(q, scale)
+    q, k, v = loadable(q), loadable(k), loadable(v)
+    batch, heads, length, dim = q.shape
+    v_dim, rows = v.shape[3], -(-length // WARPGROUP_ROWS)
+    k_columns, v_columns = lists.columns or (k, v)
+    width = k_columns.shape[2] if lists.columns else 0
+    tables = [table.data_ptr() for table in lists.tables] or [0, 0, 0, 0]
+    out = empty_output(q, v)
+    maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, k_columns, v_columns)) + _tiles(out, 16)
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    plan = PLAN.pack(
+        lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(),
+        length, rows, lists.block // WARPGROUP_ROWS, lists.unit, lists.entries.shape[3], width, heads, heads // k.shape[1],
+        batch * heads * -(-rows // CONSUMERS), scale * LOG2_E,
+    )  # fmt: skip
+    macros = tuple(settings(dim, v_dim, q.dtype).items())
+    kernel = load_kernel(q.device, SOURCE, KERNEL, shared_bytes(dim, v_dim), THREADS, macros)
+    kernel.launch(multiprocessors(q.device), q.device, maps, plan)
+    return out
+
+
+def _tiles(x: Tensor, rows: int) -> bytes:
+    """The map of a tensor [batch, heads, length, dim] in tiles of so many rows."""
+    return tensor_map(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), (1, 1, rows, 64))

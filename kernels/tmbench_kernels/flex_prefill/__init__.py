@@ -1,0 +1,148 @@
+"""FlexPrefill's pattern: per head either vertical and slash blocks, or those and what pooled queries ask for.
+
+Lai et al. 2025, arXiv 2502.20766, sections 3 and 4. The last 128 queries show how much each key and each diagonal is
+attended to. How many of them hold a share gamma of the attention sets how many blocks of keys, and how many diagonals of
+blocks, the head keeps. If mean queries and mean keys tell the same distribution over blocks as the last queries do, the head
+is query-aware: mean queries then choose blocks for themselves. The rule is that of the released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tmbench_kernels.block_sparse import BlockSparse
+from tmbench_kernels.block_sparse.lists import BLOCK, block_count
+from tmbench_kernels.reference import causal_mask
+from tmbench_kernels.scores import block_means, largest, last_query_mass, products
+
+
+@dataclass(frozen=True)
+class FlexPrefill(BlockSparse):
+    """``gamma`` is the share of attention to keep, ``tau`` the largest distance at which a head counts as query-aware.
+
+    The distance is the square root of the Jensen-Shannon divergence, in nats; 0 makes no head query-aware, and neither does
+    a distribution that holds an exact 0, whose distance is not a number. ``min_budget`` and ``max_budget`` (None: no limit)
+    bound the columns and the diagonals of a head, in tokens, rounded up to blocks of 128; prompts of up to ``min_budget``
+    or 256 tokens are dense. Ties go to the earlier block, and to the nearer diagonal. Raises ValueError for values out of
+    range.
+    """
+
+    gamma: float = 0.95
+    tau: float = 0.1
+    min_budget: int = 1024
+    max_budget: int | None = None
+
+    name: ClassVar[str] = "flex_prefill"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, not {self.gamma}")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"tau must be between 0 and 1, not {self.tau}")
+        if self.min_budget < 1:
+            raise ValueError(f"min_budget must be at least 1, not {self.min_budget}")
+        if self.max_budget is not None and self.max_budget < self.min_budget:
+            raise ValueError(f"max_budget must be at least min_budget, {self.min_budget}, not {self.max_budget}")
+
+    def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        length, blocks = len(q), block_count(len(q))
+        if self._is_dense(length):
+            return causal_mask(blocks, q.device)
+        q, k = q.float(), k.float()
+        future = torch.ones(BLOCK, length, dtype=torch.bool, device=q.device).triu(length - BLOCK + 1)
+        shares = (q[-BLOCK:] @ k.T * scale).masked_fill(future, -torch.inf).softmax(1)
+        by_key = shares.mean(0)
+        # The diagonal of index n ends at the last query and key n: the distance of all its pairs is length - 1 - n.
+        by_diagonal = torch.zeros_like(by_key)
+        for later in range(BLOCK):
+            by_diagonal[later:] += shares[BLOCK - 1 - later, : length - later] / BLOCK
+        columns, diagonals = (torch.stack([part.sum() for part in torch.split(x, BLOCK)]) for x in (by_key, by_diagonal))
+        query_means, key_means = (torch.stack([part.mean(0) for part in torch.split(x, BLOCK)]) for x in (q, k))
+        estimate = (q[-BLOCK:].mean(0) @ key_means.T * scale).softmax(0)
+        aware = bool(_distance(estimate, columns) < self.tau)
+        count, diagonal_count = (self._least(length) if aware else self._blocks_for(x) for x in (by_key, by_diagonal))
+        columns[0] = diagonals[-1] = torch.inf
+        near_first = diagonals.flip(0)
+        kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=q.device)
+        kept[:, columns.argsort(descending=True, stable=True)[:count]] = True
+        for offset in near_first.argsort(descending=True, stable=True)[:diagonal_count].tolist():
+            kept.diagonal(-offset).fill_(True)
+        if aware:
+            logits = (query_means @ key_means.T * scale).masked_fill(~causal_mask(blocks, q.device), -torch.inf)
+            pooled = logits.softmax(1).flatten()
+            heaviest = pooled.argsort(descending=True, stable=True)
+            within = pooled[heaviest].double().cumsum(0) <= self.gamma * blocks
+            kept.view(-1)[heaviest[within]] = True
+        return kept & causal_mask(blocks, q.device)
+
+    def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        batch, heads, length = q.shape[:3]
+        blocks = block_count(length)
+        if self._is_dense(length):
+            return causal_mask(blocks, q.device).expand(batch, heads, blocks, blocks)
+        by_key, by_distance = (mass / BLOCK for mass in last_query_mass(q, k, scale, BLOCK))
+        by_diagonal = by_distance.flip(2)
+        counts, diagonal_counts = self._blocks_for(by_key), self._blocks_for(by_diagonal)
+        columns, diagonals = (
+            torch.unflatten(F.pad(x, (0, blocks * BLOCK - length)), 2, (blocks, BLOCK)).sum(3) for x in (by_key, by_diagonal)
+        )
+        aware = asked = None
+        if self.tau > 0:
+            key_means = block_means(k, BLOCK)
+            last = q[:, :, length - BLOCK :].mean(2, keepdim=True, dtype=torch.float32)
+            estimate = products(last, key_means).mul_(scale).softmax(3).squeeze(2)
+            aware = _distance(estimate, columns) < self.tau
+            counts, diagonal_counts = (n.masked_fill(aware, self._least(length)) for n in (counts, diagonal_counts))
+            asked = aware[..., None, None] & self._asked(block_means(q, BLOCK), key_means, scale)
+        columns[..., 0] = torch.inf
+        diagonals[..., -1] = torch.inf
+        chosen = largest(columns, counts)
+        offsets = largest(diagonals.flip(2), diagonal_counts)
+        numbers = torch.arange(blocks, device=q.device)
+        kept = chosen[:, :, None] | offsets[..., (numbers[:, None] - numbers).clamp(min=0)]
+        if asked is not None:
+            kept |= asked
+        return kept
+
+    def _is_dense(self, length: int) -> bool:
+        return length <= max(2 * BLOCK, block_count(self.min_budget) * BLOCK)
+
+    def _least(self, length: int) -> int:
+        return min(block_count(self.min_budget), block_count(length))
+
+    def _blocks_for(self, shares: Tensor) -> Tensor:
+        """How many blocks to keep: the tokens ``[..., length]`` that it takes to exceed gamma, in blocks, and one more."""
+        length = shares.shape[-1]
+        ranked = shares.sort(dim=-1, descending=True).values.cumsum(-1, dtype=torch.float64)
+        tokens = (ranked <= self.gamma).sum(-1) + 1
+        most = block_count(length) if self.max_budget is None else min(block_count(self.max_budget), block_count(length))
+        return (tokens // BLOCK + 1).clamp(self._least(length), most)
+
+    def _asked(self, query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
+        """The heaviest blocks of each head by pooled queries, as long as their sum is at most gamma of the whole.
+
+        What it says of blocks in the future does not count.
+        """
+        blocks = key_means.shape[2]
+        future = ~causal_mask(blocks, key_means.device)
+        pooled = products(query_means, key_means).mul_(scale).masked_fill_(future, -torch.inf).softmax(3).flatten(2)
+        # Half of the matrix is in the future, all zeros: only the other half is sorted, which keeps its order for ties.
+        row, column = torch.tril_indices(blocks, blocks, device=pooled.device)
+        ranked, order = pooled.index_select(2, row * blocks + column).sort(dim=2, descending=True, stable=True)
+        within = ranked.cumsum(2, dtype=torch.float64) <= self.gamma * blocks
+        asked = torch.zeros_like(within).scatter_(2, order, within)
+        row, column = torch.arange(blocks, device=pooled.device)[:, None], torch.arange(blocks, device=pooled.device)
+        return asked[..., row * (row + 1) // 2 + torch.minimum(row, column)]
+
+
+def _distance(p: Tensor, q: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence of distributions ``[..., n]``, in nats; not a number with an exact 0."""
+    middle = (p + q) / 2
+    divergence = (p * (p / middle).log() + q * (q / middle).log()).sum(-1) / 2
+    # Of equal distributions rounding may leave less than nothing.
+    return divergence.clamp(min=0).sqrt()

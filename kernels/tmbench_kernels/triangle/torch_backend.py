@@ -1,0 +1,98 @@
+"""Triangle attention in torch: sinks and windows gathered, block of queries by block of queries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tmbench_kernels.pattern import empty_output
+from tmbench_kernels.sdpa import sdpa
+
+if TYPE_CHECKING:
+    from tmbench_kernels.triangle import Triangle
+
+_WINDOW_ELEMENTS = 2**20
+"""Size of the buffers that windows are copied to: several windows a call keep the cores busy, and they fit the cache."""
+
+
+def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Blocks of queries, each over the sinks and the keys that its windows span: linear in length, in time and memory."""
+    length = q.shape[2]
+    if max(pattern.n_init, pattern.n_local, pattern.last_n) >= length:
+        return sdpa(q, k, v, scale, causal=True)
+    out = empty_output(q, v)
+    rows = _rows_per_block(pattern.n_local)
+    tail = length - pattern.last_n
+    settled = tail
+    if pattern.n_init or pattern.n_local:
+        # From the settled query on, windows have left the sinks behind: all blocks have the same mask.
+        settled = min(pattern.n_init + _reach(pattern), tail)
+        blocks = (tail - settled) // rows
+        for b in range(q.shape[0] if blocks else 0):
+            regular = slice(settled, settled + blocks * rows)
+            _attend_windows(pattern, q[b, :, regular], k[b], v[b], scale, settled, rows, out[b, :, regular])
+        irregular = [range(settled), range(settled + blocks * rows, tail), range(tail, length)]
+    else:
+        out[:, :, :tail] = 0
+        irregular = [range(tail, length)]
+    for part in irregular:
+        for start in part[::rows]:
+            end = min(start + rows, part.stop)
+            _attend_block(pattern, q, k, v, scale, start, end, out)
+    return out
+
+
+def _rows_per_block(n_local: int) -> int:
+    """A block of R queries spans R - 1 keys beyond its windows: few rows waste little, many rows multiply faster."""
+    return 192 if n_local < 3072 else 768
+
+
+def _reach(pattern: Triangle) -> int:
+    """How many keys before its own a window holds."""
+    return max(pattern.n_local - 1, 0)
+
+
+def _attend_windows(
+    pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, settled: int, rows: int, out: Tensor
+) -> None:
+    """Blocks of ``rows`` queries from ``settled`` on; q and out are ``[heads, blocks * rows, dim]``, k and v the whole."""
+    sinks, reach = pattern.n_init, _reach(pattern)
+    width = sinks + reach + rows
+    blocks = q.shape[1] // rows
+    batch = min(blocks, max(1, _WINDOW_ELEMENTS // (k.shape[0] * width * k.shape[2])))
+    keys = torch.cat([torch.arange(sinks), torch.arange(settled - reach, settled + rows)])
+    bias = _bias(pattern, q, range(settled, settled + rows), keys, 2**62)
+    buffers = []
+    for x in (k, v):
+        buffers.append(x.new_empty(batch, x.shape[0], width, x.shape[2]))
+        buffers[-1][:, :, :sinks] = x[:, :sinks]
+    q, out = (x.view(x.shape[0], blocks, rows, -1).transpose(0, 1) for x in (q, out))
+    for first in range(0, blocks, batch):
+        count = min(batch, blocks - first)
+        start = settled + first * rows
+        for x, buffer in zip((k, v), buffers, strict=True):
+            windows = x[:, start - reach : start + count * rows].unfold(1, reach + rows, rows)
+            buffer[:count, :, sinks:] = windows.permute(1, 0, 3, 2)
+        near_k, near_v = (buffer[:count] for buffer in buffers)
+        out[first : first + count] = sdpa(q[first : first + count], near_k, near_v, scale, bias=bias)
+
+
+def _attend_block(
+    pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, end: int, out: Tensor
+) -> None:
+    """The queries start..end-1, which are either all or none among the last ones."""
+    length = q.shape[2]
+    low = 0 if end > length - pattern.last_n else max(start - _reach(pattern), 0)
+    sinks = min(pattern.n_init, low)
+    bias = _bias(pattern, q, range(start, end), torch.cat([torch.arange(sinks), torch.arange(low, end)]), length)
+    k, v = (torch.cat([x[:, :, :sinks], x[:, :, low:end]], dim=2) if sinks else x[:, :, low:end] for x in (k, v))
+    out[:, :, start:end] = sdpa(q[:, :, start:end], k, v, scale, bias=bias)
+
+
+def _bias(pattern: Triangle, q: Tensor, rows: range, keys: Tensor, length: int) -> Tensor:
+    """0 where the pattern attends and -inf elsewhere, ``[rows, keys]``, in q's type."""
+    positions = torch.arange(rows.start, rows.stop)[:, None]
+    allowed = pattern.attends(positions, keys, length)
+    return torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf).to(q.device)

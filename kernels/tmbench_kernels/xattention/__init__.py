@@ -1,0 +1,129 @@
+"""XAttention's pattern: the fewest key blocks that hold a share of the attention, as antidiagonals estimate it.
+
+Xu et al. 2025, arXiv 2503.16428, section 2. Queries and keys are cut into strides; the score of two strides is the sum along
+the antidiagonal of their logits, which crosses every vertical line and every slash. Softmax over such scores, summed over a
+block of 128 by 128, estimates what the block's queries give to its keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tmbench_kernels.block_sparse import BlockSparse
+from tmbench_kernels.block_sparse.lists import BLOCK, block_count
+from tmbench_kernels.cuda import runs_triton
+from tmbench_kernels.scores import products, tiles
+
+
+@dataclass(frozen=True)
+class XAttention(BlockSparse):
+    """The first block, the query block's own, and the heaviest others until they hold ``threshold`` of the row's mass.
+
+    A block is taken while those before it fall short; ties go to the earlier block. ``stride``, in tokens, divides 128.
+
+    ``first_chunk`` counts tokens, in whole blocks. The published code reads queries in chunks and treats the first chunk
+    otherwise than the rest: of its query blocks only the own block comes first, the heaviest other one always follows, one
+    block more than necessary is taken, and the first block of keys joins at last. 2048 is MInference's chunk; 0, the
+    default, has no such chunk. Raises ValueError for values out of range.
+    """
+
+    stride: int = 16
+    threshold: float = 0.9
+    first_chunk: int = 0
+
+    name: ClassVar[str] = "xattention"
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or BLOCK % self.stride:
+            raise ValueError(f"stride must divide {BLOCK}, but it is {self.stride}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be above 0 and at most 1, not {self.threshold}")
+        if self.first_chunk < 0 or self.first_chunk % BLOCK:
+            raise ValueError(f"first_chunk must be a multiple of {BLOCK}, but it is {self.first_chunk}")
+
+    def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        length, stride, blocks = len(q), self.stride, block_count(len(q))
+        q, k = (F.pad(x.float(), (0, 0, 0, blocks * BLOCK - length)) for x in (q, k))
+        logits = sum((q[stride - 1 - t :: stride] @ k[t::stride].T for t in range(stride)), q.new_zeros(()))
+        future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        shares = (logits * (scale / stride)).masked_fill(future, -torch.inf).softmax(1)
+        shares[block_count(length, stride) :] = 0
+        cells = BLOCK // stride
+        mass = shares.view(blocks, cells, blocks, cells).sum((1, 3))
+        kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=q.device)
+        for r in range(blocks):
+            kept[r, self._cover(mass[r, : r + 1].tolist(), within_first=r * BLOCK < self.first_chunk)] = True
+        return kept
+
+    def _cover(self, mass: list[float], *, within_first: bool) -> list[int]:
+        """The blocks of one row, of which the last is its own."""
+        own = len(mass) - 1
+        forced = [own] if within_first or own == 0 else [0, own]
+        others = sorted(set(range(len(mass))) - set(forced), key=lambda n: (-mass[n], n))
+        order = forced + others
+        before = [sum(mass[n] for n in order[:place]) for place in range(len(order))]
+        if within_first:
+            before = [0.0, *before[:-1]]
+        need = self.threshold * sum(mass[n] for n in order)
+        return [0, *forced, *(n for n, held in zip(order, before, strict=True) if held < need)]
+
+    def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        batch, heads, length = q.shape[:3]
+        blocks, cells = block_count(length), BLOCK // self.stride
+        kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
+        # Of two strides laid side by side, one of them backwards, the product of the whole is the antidiagonal's sum.
+        keys = _strides(k, blocks, self.stride).flip(3).flatten(3)
+        sums, strides = _sum_strides, block_count(length, self.stride)
+        if runs_triton(q.device):
+            # Imported when it is first used: it takes Triton.
+            from tmbench_kernels.xattention.triton_backend import sum_strides
+
+            sums = sum_strides
+        for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * cells * cells * blocks):
+            queries = q[:, some, rows.start * BLOCK : rows.stop * BLOCK]
+            queries = _strides(queries, len(rows), self.stride).flatten(3)
+            logits = products(queries, keys[:, kv, : rows.stop * cells])
+            mass = sums(logits, rows.start, cells, strides, scale / self.stride)
+            del logits
+            kept[:, some, rows.start : rows.stop, : rows.stop] = self._covers(mass, rows)
+        return kept
+
+    def _covers(self, mass: Tensor, rows: range) -> Tensor:
+        """``_cover`` for the query blocks ``rows`` of all heads, ``[batch, heads, rows, blocks]``."""
+        row = torch.arange(rows.start, rows.stop, device=mass.device)[:, None]
+        column = torch.arange(mass.shape[3], device=mass.device)
+        within_first = row * BLOCK < self.first_chunk
+        forced = (column == row) | ((column == 0) & ~within_first)
+        ranked, order = mass.masked_fill(forced, torch.inf).sort(dim=3, descending=True, stable=True)
+        # What is forced, two blocks at most, comes first: there infinity stands for what they hold.
+        ranked[..., :2] = mass.gather(3, order[..., :2])
+        held = ranked.cumsum(3, dtype=torch.float64)
+        # A block is taken while those before it fall short.
+        taken = F.pad(held < self.threshold * held[..., -1:], (1, 0), value=True)[..., :-1]
+        if rows.start * BLOCK < self.first_chunk:
+            taken = torch.where(within_first, F.pad(taken, (1, 0), value=True)[..., :-1], taken)
+        kept = torch.zeros_like(taken).scatter_(3, order, taken)
+        return kept | forced | (column == 0)
+
+
+def _sum_strides(logits: Tensor, start: int, cells: int, strides: int, scale: float) -> Tensor:
+    """``triton.sum_strides`` in torch; it overwrites the logits."""
+    size = logits.shape[2]
+    future = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu(1)
+    logits.mul_(scale)[..., start * cells :].masked_fill_(future, -torch.inf)
+    shares = logits.softmax(3)
+    shares[:, :, strides - start * cells :] = 0
+    return torch.unflatten(torch.unflatten(shares, 3, (-1, cells)).sum(4), 2, (-1, cells)).sum(3)
+
+
+def _strides(x: Tensor, blocks: int, stride: int) -> Tensor:
+    """Tokens stride by stride, filled up with zeros to whole blocks: ``[batch, heads, strides, stride, dim]``."""
+    # A pad of nothing would be a copy.
+    if missing := blocks * BLOCK - x.shape[2]:
+        x = F.pad(x, (0, 0, 0, missing))
+    return torch.unflatten(x, 2, (blocks * BLOCK // stride, stride))
