@@ -50,4 +50,7 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
 
 def _entry(entry: Any) -> tuple[int, float, tuple[str, ...]]:
     """(index, score, references) of a line."""
-    return int(entry["index"]), float(entry["score"]), tuple(entry["outputs"])
+    score = float(entry["score"])
+    if not 0 <= score <= 1:
+        raise ValueError("a sample's score is from 0 to 1")
+    return int(entry["index"]), score, tuple(entry["outputs"])
