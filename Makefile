@@ -52,6 +52,7 @@ figures: install  ## Render the pages and pictures in docs/ from what was measur
 	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
 	$(BIN)/python benchmarks/render.py benchmarks/attention.csv docs/attention.md
 	$(BIN)/python benchmarks/render.py benchmarks/dynamic_attention.csv docs/dynamic-attention.md
+	$(BIN)/python benchmarks/render.py benchmarks/interval_coverage.csv docs/interval-coverage.md
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \

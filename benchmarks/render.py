@@ -12,7 +12,8 @@ SOURCE = "Rendered by `make figures` from [benchmarks/{0}](../benchmarks/{0}); d
 
 def main(source: Path, target: Path) -> None:
     rows = pd.read_csv(source, keep_default_na=False, dtype=str)
-    page = dynamic_page(rows) if "select_ms" in rows else attention_page(rows)
+    pages = {"select_ms": dynamic_page, "false_gain": coverage_page}
+    page = next((make(rows) for column, make in pages.items() if column in rows), None) or attention_page(rows)
     target.write_text("\n\n".join([page[0], SOURCE.format(source.name), *page[1:]]) + "\n", encoding="utf-8")
 
 
@@ -73,6 +74,43 @@ def dynamic_page(rows: pd.DataFrame) -> list[str]:
         "Relative RMS difference from softmax in float32 over the same pairs, on sampled queries.",
         _table(pd.concat([patterns, drawn]), "error", lambda x: f"{float(x):.1e}"),
     ]
+
+
+def coverage_page(rows: pd.DataFrame) -> list[str]:
+    """Of benchmarks/interval_coverage.py: how often intervals hold the truth, how wide they are, which words are said."""
+    percent = {"covered": "Interval holds the truth", "no measurable loss": "No measurable loss is said"}
+    percent |= {"loss": "A loss is said", "gain": "A gain is said", "too few samples": "Too few samples is said"}
+    tables = [(f"## {title}", _by_samples(rows, name, lambda x: f"{x:.1%}")) for name, title in percent.items()]
+    return [
+        "# What intervals and words are worth",
+        f"Paired differences drawn from {rows.differences.nunique()} known distributions, {rows.experiments.iloc[0]} "
+        "experiments each: [benchmarks/interval_coverage.py](../benchmarks/interval_coverage.py). Differences are in points "
+        "from -100 to 100, samples are those of a task, and the margin is one point.",
+        coverage_in_words(rows),
+        *(part for table in tables for part in table),
+        "## Mean width of the interval, points",
+        _by_samples(rows, "width", lambda x: f"{x:.3g}"),
+    ]
+
+
+def coverage_in_words(rows: pd.DataFrame) -> str:
+    """The worst of all rows, in a sentence for prose."""
+    worst = {name: rows[name].astype(float) for name in ("covered", "false_gain", "false_loss", "loss_missed")}
+    return (
+        f"The interval holds the truth in {worst['covered'].min():.1%} of the experiments or more. A gain is said where "
+        f"there is none in {worst['false_gain'].max():.1%} at most, a loss where there is none in "
+        f"{worst['false_loss'].max():.1%} at most, and no measurable loss where a point or more is lost in "
+        f"{worst['loss_missed'].max():.1%} at most."
+    )
+
+
+def _by_samples(rows: pd.DataFrame, column: str, text) -> str:  # type: ignore[no-untyped-def]
+    samples = sorted(set(rows.samples), key=int)
+    lines = [["differences", "tasks", "true mean", *samples], ["---", "---:", "---:", *["---:"] * len(samples)]]
+    for (tasks, name), group in rows.groupby(["tasks", "differences"], sort=False):
+        cells = dict(zip(group.samples, group[column].astype(float).map(text), strict=True))
+        lines.append([name, tasks, f"{float(group['mean'].iloc[0]):g}", *(cells[count] for count in samples)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _fastest(rows: pd.DataFrame, row) -> float:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ruler_tasks import TASKS
 from tmbench.choices import Choices
-from tmbench.intervals import MARGIN, Difference, difference, interval, unseen_samples
+from tmbench.intervals import MARGIN, Difference, differences, intervals, unseen_samples
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples
@@ -208,12 +208,25 @@ class RulerGroup(Group):
     """The loss in points that nobody minds."""
 
     def __post_init__(self) -> None:
+        others = [row for row in self.rows if row["label"] != "dense"]
+        found = self._compared([self._pairs(row["label"], "dense", [row["task"]]) for row in others])
         for row in self.rows:
-            found = "" if row["label"] == "dense" else self.compare(row["label"], "dense", [row["task"]])
-            row |= difference_fields(found)
+            row |= difference_fields("")
+        for row, each in zip(others, found, strict=True):
+            row |= difference_fields(each)
 
     def compare(self, label: str, reference: str, tasks: Sequence[str]) -> Difference | str:
         """The paired difference of two labels over tasks, in points; where a task cannot be compared, why."""
+        (found,) = self._compared([self._pairs(label, reference, tasks)])
+        return found
+
+    def _compared(self, pairs: Sequence[list[list[float]] | str]) -> list[Difference | str]:
+        """The differences of pairs over equally many tasks, all at once: that is many times faster than one by one."""
+        known = iter(differences([each for each in pairs if not isinstance(each, str)], self.margin))
+        return [each if isinstance(each, str) else next(known) for each in pairs]
+
+    def _pairs(self, label: str, reference: str, tasks: Sequence[str]) -> list[list[float]] | str:
+        """For each task the paired differences of two labels; where a task cannot be compared, why."""
         strata = []
         for task in tasks:
             answers = [self.samples.get((name, task)) or Samples(missing="not measured") for name in (label, reference)]
@@ -225,7 +238,7 @@ class RulerGroup(Group):
             if not pairs or not all(own.same(other, index) for index in pairs):
                 return f"{label} and {reference} on {task}: they did not answer the same samples"
             strata.append([100 * (own.scores[index] - other.scores[index]) for index in pairs])
-        return difference(strata, self.margin) if strata else "no task in common"
+        return strata or "no task in common"
 
     @cached_property
     def paired_tasks(self) -> list[str]:
@@ -236,7 +249,8 @@ class RulerGroup(Group):
     def average_differences(self) -> dict[str, Difference | str]:
         """Each label's paired difference to dense, averaged over ``paired_tasks``; where there is none, why."""
         others = [name for name in self.labels if name != "dense"]
-        return {name: self.compare(name, "dense", self.paired_tasks) for name in others}
+        found = self._compared([self._pairs(name, "dense", self.paired_tasks) for name in others])
+        return dict(zip(others, found, strict=True))
 
     def average_rows(self) -> list[Record]:
         """The average differences as records like ``rows``, for the long form."""
@@ -372,10 +386,10 @@ class AgreeGroup(Group):
     """The samples of each (label, length); empty where they are not beside the rows."""
 
     def __post_init__(self) -> None:
-        for row in self.rows:
-            found = self.choices.get((row["label"], row["length"]), ())
-            ends = interval([np.array([one.agreement for one in found])]) if found else (None, None)
-            row["agreement_low"], row["agreement_high"] = ends
+        answered = [self.choices.get((row["label"], row["length"]), ()) for row in self.rows]
+        known = iter(intervals([[np.array([one.agreement for one in found])] for found in answered if found], 0.0, 1.0))
+        for row, found in zip(self.rows, answered, strict=True):
+            row["agreement_low"], row["agreement_high"] = next(known) if found else (None, None)
             row["divergence_least"] = min((one.divergence for one in found), default=None)
 
     @property
@@ -417,7 +431,7 @@ class AgreeGroup(Group):
             f"The weights are {self.setting['weights']}: agreement says nothing about a trained model.": (
                 self.setting["weights"] != "checkpoint"
             ),
-            f"Only {few} samples: fewer than {FEW_SAMPLES} make an interval that is too narrow.": few < FEW_SAMPLES,
+            f"Only {few} samples: fewer than {FEW_SAMPLES} say little about a method.": few < FEW_SAMPLES,
             f"No interval for {_places(bare, self.rows)}: the choices of single samples are not beside the rows.": bare,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
