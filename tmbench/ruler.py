@@ -18,7 +18,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ruler_tasks
-from ruler_tasks import TASKS, DatasetError, Example, Frame, RulerError, SamplesAs, Sources, Wording
+from ruler_tasks import (
+    TASKS,
+    DatasetError,
+    Example,
+    Frame,
+    RulerError,
+    SamplesAs,
+    Sources,
+    Wording,
+    count_nulls,
+    encode_prompt,
+)
 from ruler_tasks.dataset import dataset_path
 from tmbench import decode
 from tmbench.attention import applied_plan
@@ -126,7 +137,7 @@ class RulerJob:
 
     def prompt(self, example: Example) -> list[int]:
         """A sample's token ids, as the model reads them."""
-        return list(self.tokenizer(example.prompt, add_special_tokens=self.frame.add_special_tokens)["input_ids"])
+        return encode_prompt(self.tokenizer, example.prompt, add_special_tokens=self.frame.add_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -290,7 +301,7 @@ def _evaluate(
         texts = [prediction.prediction for prediction in predictions]
         measured |= {
             "score": ruler_tasks.score(task, texts, [example.outputs for example in examples]),
-            "nulls": sum(not text.strip() for text in texts),
+            "nulls": count_nulls(texts),
             "prompt_tokens_mean": statistics.mean(prediction.prompt_tokens for prediction in predictions),
             "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
             "coverage": predictions[0].coverage,
