@@ -231,6 +231,7 @@ def _generate(task: Task, setting: Setting, indices: Iterable[int]) -> Iterator[
                 max_new_tokens=setting.answer,
                 source=source,
                 position=_position(setting, filled),
+                parameters=filled.parameters,
             )
 
 

@@ -292,7 +292,8 @@ def _evaluate(
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
-                more = {"prompt": example.prompt} if job.save_samples else {}
+                more: dict[str, Any] = {"parameters": dict(example.parameters)} if example.parameters else {}
+                more |= {"prompt": example.prompt} if job.save_samples else {}
                 file.add(known[example.index], **more)
         yield Step("", samples=1, measured=int(fresh))
     measured: dict[str, Any] = {}
