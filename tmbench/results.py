@@ -219,9 +219,10 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash", "samples_as")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash", "samples_as", "chat_template_kwargs")
     extra_key: ClassVar[tuple[str, ...]] = (
         "task", "wording", "wording_hash", "source", "chat_template", "data_hash", "samples_as",
+        "chat_template_kwargs",
     )  # fmt: skip
 
     task: str
@@ -229,7 +230,7 @@ class RulerRow(Row):
     score: float | None = None
     """0 to 100, as RULER publishes it."""
     nulls: int | None = None
-    """Predictions that were empty."""
+    """Predictions that were empty as RULER counts them: control characters are white space."""
     wording: str
     wording_hash: str
     source: str
@@ -245,6 +246,8 @@ class RulerRow(Row):
     """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
     samples_as: str = "tmbench"
     """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
+    chat_template_kwargs: str = ""
+    """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

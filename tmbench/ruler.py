@@ -45,9 +45,6 @@ from tmbench.results import OK, RulerRow, Status, append, newest, now, short_has
 from tmbench.sample_files import Kept, index_of, is_of, measured_before, score_of, seconds_of
 from tmbench.samples import read_samples
 
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Stands for the task's text while a chat template is taken apart."""
-
 
 @dataclass(frozen=True)
 class RulerJob:
@@ -65,6 +62,8 @@ class RulerJob:
     sources: Sources
     frame: Frame
     chat_template: bool = False
+    chat_template_kwargs: str = ""
+    """What the template was given: see ``tmbench.chat.Chat``."""
     seed: int = 42
     data: Path | None = None
     """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
@@ -123,6 +122,7 @@ class RulerJob:
             "data_hash": self.data_hash(task, length, examples[0]),
             "chat_template": self.chat_template,
             "samples_as": "tmbench" if prepared else self.samples_as,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
     def data_hash(self, task: str, length: int, first: Example) -> str:
@@ -243,17 +243,6 @@ def _check_reference(
 def kept_predictions(root: Path, row: RulerRow) -> Kept:
     """The file of what was answered to a row's samples."""
     return Kept(root, row, row.task, "predictions")
-
-
-def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """The text that a model's chat template puts around a user's message, up to where the answer begins."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("--apply-chat-template: this model's tokenizer has no chat template; leave the option out")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True)
-    prefix, mark, suffix = str(text).partition(MARK)
-    if not mark:
-        raise UserError("--apply-chat-template: the chat template drops the user's message")
-    return Frame(prefix=prefix, suffix=suffix, add_special_tokens=False)
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> list[int]:
