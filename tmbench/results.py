@@ -244,10 +244,11 @@ class RulerRow(Row):
     """The JSONL file of predictions, relative to the CSV's folder."""
     coverage: float | None = None
     """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
-    samples_as: str = "tmbench"
-    """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
+    # Its quotes keep it from being the last column: see ``csv_text``.
     chat_template_kwargs: str = ""
     """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
+    samples_as: str = "tmbench"
+    """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
