@@ -5,6 +5,7 @@ arXiv 2404.06654. The package knows text and a tokenizer; it knows no model.
 """
 
 from ruler_tasks.dataset import read_dataset, write_dataset
+from ruler_tasks.encoding import encode_prompt
 from ruler_tasks.errors import (
     DatasetError,
     RulerError,
@@ -15,6 +16,7 @@ from ruler_tasks.errors import (
     WordingError,
 )
 from ruler_tasks.example import Example, Frame
+from ruler_tasks.scoring import count_nulls
 from ruler_tasks.sources import Sources
 from ruler_tasks.tasks import TASKS, SamplesAs, Task, examples, get_task, minimum_length, score
 from ruler_tasks.wording import Wording, load_wording
@@ -34,6 +36,8 @@ __all__ = [
     "UnknownTaskError",
     "Wording",
     "WordingError",
+    "count_nulls",
+    "encode_prompt",
     "examples",
     "get_task",
     "load_wording",

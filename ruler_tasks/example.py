@@ -15,16 +15,17 @@ class Frame:
 
     The prompt is prefix, task text, suffix, answer prefix, so that the answer prefix opens the model's own turn.
     `add_special_tokens` says whether the tokenizer adds its own (a template that spells out its BOS sets it to False).
-    All of it counts towards the length.
+    `strip` says whether the template takes white space off both ends of the text. All of it counts towards the length.
     """
 
     prefix: str = ""
     suffix: str = ""
     add_special_tokens: bool = True
+    strip: bool = False
 
     def around(self, text: str) -> str:
         """The text in its frame."""
-        return f"{self.prefix}{text}{self.suffix}"
+        return f"{self.prefix}{text.strip() if self.strip else text}{self.suffix}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Example:
         max_new_tokens: the tokens that a model may generate.
         source: where the text comes from, e.g. "noise", "generated prose" or "squad (squad.json)".
         position: what `token_position_answer` is, or what counts it.
+        parameters: what was chosen for this sample where a task has several settings, by RULER's names: how often the common
+            words of `cwe` and the others come up.
     """
 
     task: str
@@ -52,6 +55,7 @@ class Example:
     max_new_tokens: int
     source: str
     position: int | Callable[[], int] | None = field(default=None, repr=False, compare=False)
+    parameters: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def token_position_answer(self) -> int | None:
@@ -67,7 +71,7 @@ class Example:
         return self.input + self.answer_prefix
 
     def to_json(self) -> dict[str, Any]:
-        """The sample as one object of RULER's `validation.jsonl`, and the source beside its fields."""
+        """The sample as one object of RULER's `validation.jsonl`, and beside its fields the source and the parameters."""
         fields: dict[str, Any] = {
             "index": self.index,
             "input": self.input,
@@ -78,6 +82,8 @@ class Example:
         }
         if (position := self.token_position_answer) is not None:
             fields["token_position_answer"] = position
+        if self.parameters:
+            fields["parameters"] = dict(self.parameters)
         return {**fields, "source": self.source}
 
     @classmethod
@@ -101,6 +107,7 @@ class Example:
         for name, kind in (("answer_prefix", str), ("index", int), ("length", int), ("source", str)):
             _check(fields, name, kind)
         _check(fields, "token_position_answer", int)
+        _check(fields, "parameters", dict)
         outputs = fields["outputs"]
         if not outputs or not all(isinstance(output, str) and output for output in outputs):
             raise DatasetError("The field 'outputs' must be a list of at least one non-empty string.")
@@ -114,6 +121,7 @@ class Example:
             max_new_tokens=max_new_tokens,
             source=fields.get("source") or "prepared",
             position=fields.get("token_position_answer"),
+            parameters=fields.get("parameters") or {},
         )
 
 

@@ -9,8 +9,8 @@ uses all cores; each sample's outcome depends on its own counts alone.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 _ROUNDS = 12
@@ -29,6 +29,7 @@ class Filled:
         outputs: the reference answers.
         size: in the task's own unit; of two prompts of one draft the larger has the larger size.
         answer_at: the character of `input` at which the first answer begins, where the task keeps it.
+        parameters: what was chosen for this sample among the task's settings, by RULER's names; see `Example`.
     """
 
     input: str
@@ -36,6 +37,7 @@ class Filled:
     outputs: tuple[str, ...]
     size: int
     answer_at: int | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def prompt(self) -> str:

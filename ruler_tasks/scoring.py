@@ -21,6 +21,11 @@ def postprocess(prediction: str) -> str:
     return _CONTROL.sub("\n", prediction.strip()).strip()
 
 
+def count_nulls(predictions: Sequence[str]) -> int:
+    """How many predictions are empty as RULER compares them: its "nulls", which one of control characters alone is too."""
+    return sum(not postprocess(prediction) for prediction in predictions)
+
+
 def score_sample(metric: Metric, prediction: str, references: Sequence[str]) -> float:
     """The score of one prediction, from 0 to 1.
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ruler_tasks import scoring
 from ruler_tasks.draws import seeded
+from ruler_tasks.encoding import Tokenizer
 from ruler_tasks.errors import TaskLengthError, UnknownTaskError
 from ruler_tasks.example import Example, Frame
 from ruler_tasks.fit import Draft, Filled, fit, in_step
@@ -23,7 +24,7 @@ from ruler_tasks.qa import Questions
 from ruler_tasks.recipe import Recipe, Setting
 from ruler_tasks.scoring import Metric
 from ruler_tasks.sources import Sources, default_sources
-from ruler_tasks.tokens import TokenCounter, Tokenizer
+from ruler_tasks.tokens import TokenCounter
 from ruler_tasks.tracking import Tracking
 from ruler_tasks.wording import Wording, load_wording
 from ruler_tasks.words import CommonWords, FrequentWords
@@ -230,6 +231,7 @@ def _generate(task: Task, setting: Setting, indices: Iterable[int]) -> Iterator[
                 max_new_tokens=setting.answer,
                 source=source,
                 position=_position(setting, filled),
+                parameters=filled.parameters,
             )
 
 

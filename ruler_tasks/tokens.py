@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-Tokenizer = Any
-"""A transformers tokenizer, fast or slow: `tokenizer(text, add_special_tokens=...)["input_ids"]`."""
+from ruler_tasks.encoding import Encoder, Tokenizer
 
 _ANCHOR = "."
 _MOST_PIECES = 250_000
@@ -28,6 +27,7 @@ class TokenCounter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer)
         self._backend = _backend_of(tokenizer)
         try:
             self._pieces, self.memo = _caches.setdefault(tokenizer, ({}, {}))
@@ -35,12 +35,13 @@ class TokenCounter:
             self._pieces, self.memo = {}, {}
 
     def count(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
-        """The exact number of tokens of each text. One batch uses all cores where the tokenizer can."""
+        """The exact number of tokens that `encode_prompt` makes of each text. One batch uses all cores where it can."""
         if not texts:
             return []
-        if self._backend is not None:
-            return [len(e) for e in self._backend(list(texts), add_special_tokens=add_special_tokens)]
-        return [len(_ids(self.tokenizer, text, add_special_tokens)) for text in texts]
+        if self._backend is None:
+            return [len(self._encoder.ids(text, add_special_tokens=add_special_tokens)) for text in texts]
+        found = self._backend(list(texts), add_special_tokens=False)
+        return [len(self._encoder.joined(each.ids, add_special_tokens)) for each in found]
 
     def count_one(self, text: str, *, add_special_tokens: bool = True) -> int:
         """The exact number of tokens of one text."""
@@ -73,11 +74,6 @@ class TokenCounter:
         return [sum(next(counts) for _ in words) for words in split]
 
 
-def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-    return ids
-
-
 def _backend_of(tokenizer: Tokenizer) -> Callable[..., list[Any]] | None:
     """The batch call of a fast tokenizer's own core, or None where only the public call is sure to be right.
 
@@ -89,7 +85,5 @@ def _backend_of(tokenizer: Tokenizer) -> Callable[..., list[Any]] | None:
     if backend is None or call is None or backend.truncation is not None or backend.padding is not None:
         return None
     probe = " A probe, 12345:\n\nit <s> tells  apart what \u00e9 differs."
-    for special in (True, False):
-        if list(call([probe], add_special_tokens=special)[0].ids) != list(_ids(tokenizer, probe, special)):
-            return None
-    return call
+    same = list(call([probe], add_special_tokens=False)[0].ids) == tokenizer(probe, add_special_tokens=False)["input_ids"]
+    return call if same else None

@@ -48,7 +48,7 @@ class CommonWords:
         """A sample with its example and words, and the number of words open.
 
         From 4096 tokens on the words repeat as often as RULER has it for long prompts, unless a tokenizer with very
-        small tokens leaves no room for that.
+        small tokens leaves no room for that: then samples of both kinds stand side by side, and each says which it is.
         """
         if setting.length >= _LONG_FROM:
             state = rng.getstate()
@@ -125,7 +125,8 @@ class _CommonWordsDraft:
     def _filled(self, context: str, size: int) -> Filled:
         template, prefix = self._setting.wording.cwe.render(context=context)
         outputs = tuple(self._words[:_COMMON])
-        return Filled(self._setting.frame.around(self._example + template), prefix, outputs, size)
+        parameters = {"freq_cw": self._repeats.common, "freq_ucw": self._repeats.other}
+        return Filled(self._setting.frame.around(self._example + template), prefix, outputs, size, parameters=parameters)
 
 
 def _number_costs(setting: Setting, entries: int) -> list[int]:

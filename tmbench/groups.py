@@ -30,6 +30,7 @@ SETTING = {
         "wording_version",
         "samples_as",
         "chat_template",
+        "chat_template_kwargs",
         "threads",
         "seed",
         "older_data",
@@ -264,8 +265,7 @@ class RulerGroup(Group):
     def title(self) -> str:
         about = self.setting
         wording = f"wording {about['wording']} {about['wording_version']}".rstrip()
-        template = f"{'with' if about['chat_template'] else 'without'} chat template"
-        setting = f"{wording}, {drawn_words(about)}{template}, {self.machine}seed {about['seed']}"
+        setting = f"{wording}, {drawn_words(about)}{template_words(about)}, {self.machine}seed {about['seed']}"
         older = f", older data {about['older_data']}" if about["older_data"] else ""
         return f"RULER at {length_name(about['length'])}: {self.subject}, {setting}{older}"
 
@@ -435,6 +435,12 @@ class AgreeGroup(Group):
             f"No interval for {_places(bare, self.rows)}: the choices of single samples are not beside the rows.": bare,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
+
+
+def template_words(about: Mapping[str, Any]) -> str:
+    """Whether a setting has a chat template, and what the template was given."""
+    given = f" {about['chat_template_kwargs']}" if about["chat_template_kwargs"] else ""
+    return f"with chat template{given}" if about["chat_template"] else "without chat template"
 
 
 def length_name(length: int) -> str:

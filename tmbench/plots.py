@@ -334,7 +334,8 @@ def _name(kind: str, group: TtftGroup | RulerGroup | TradeOff) -> str:
     """A file name for a group: readable, safe on any file system, and different for different settings."""
     about = group.setting
     # What older rows have not leaves the names of their pictures as they were.
-    told = sorted(item for item in about.items() if item not in (("model_hash", ""), ("older_prompt", 0)))
+    bare = (("model_hash", ""), ("older_prompt", 0), ("samples_as", "tmbench"), ("chat_template_kwargs", ""))
+    told = sorted(item for item in about.items() if item not in bare)
     digest = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
     words = [kind, about["device"], str(about["model"]).rstrip("/").rpartition("/")[2]]
     words += [length_name(about["length"])] if "length" in about else [about["prompt"]]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import TASKS, Sources, examples, minimum_length
+from ruler_tasks import TASKS, Sources, encode_prompt, examples, minimum_length
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
 
@@ -71,11 +71,11 @@ def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> T
         return torch.randint(vocabulary, (1, length), generator=generator).to(loaded.device)
     tokenizer = _tokenizer(kind, loaded)
     if kind == "kv":
-        ids = tokenizer(key_value_text(_pairs_for(length, tokenizer), seed))["input_ids"]
+        ids = encode_prompt(tokenizer, key_value_text(_pairs_for(length, tokenizer), seed))
     else:
         asked = _asked(kind, length)
         example = next(iter(examples(kind, asked, [0], tokenizer=tokenizer, seed=seed, sources=offline_sources())))
-        ids = tokenizer(example.prompt)["input_ids"]
+        ids = encode_prompt(tokenizer, example.prompt)
     return torch.tensor([_cut_to(ids, length)], device=loaded.device)
 
 
@@ -96,7 +96,7 @@ def key_value(pairs: int, seed: int | str) -> tuple[str, str]:
 def _pairs_for(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many pairs surely make so many tokens, with few to spare: what is cut may hold the answer."""
     few, many = 1, 65
-    shorter, longer = (len(tokenizer(key_value_text(pairs, seed=0))["input_ids"]) for pairs in (few, many))
+    shorter, longer = (len(encode_prompt(tokenizer, key_value_text(pairs, seed=0))) for pairs in (few, many))
     # Pairs differ by a few tokens: a thirty-second more than the mean asks for.
     return length * (many - few) * 33 // ((longer - shorter) * 32) + 2
 

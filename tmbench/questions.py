@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import TASKS, examples, load_wording, minimum_length
+from ruler_tasks import TASKS, encode_prompt, examples, load_wording, minimum_length
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
 from tmbench.prompts import check_kind, key_value, key_value_text, offline_sources
@@ -88,10 +88,7 @@ def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     They part where the ids of the text and of the prompt alone do, and behind white space. Raises ValueError for an answer
     that leaves no token of its own.
     """
-    alone, whole = (list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + answer))
-    special = set(tokenizer.all_special_ids)
-    while whole and whole[-1] in special:
-        whole.pop()
+    alone, whole = (encode_prompt(tokenizer, text) for text in (prompt, prompt + answer))
     # Strictly fewer than all: what the answer's last token is merged with would leave nothing to predict.
     at = next((n for n, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
     while at < len(whole) and not str(tokenizer.decode([whole[at]])).strip():
@@ -104,7 +101,7 @@ def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple
 def _key_value_ids(length: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A key-value prompt with as many pairs as fit; raises UserError where not one does."""
     few, many = 1, 65
-    shorter, longer = (len(tokenizer(key_value_text(pairs, 0))["input_ids"]) for pairs in (few, many))
+    shorter, longer = (len(encode_prompt(tokenizer, key_value_text(pairs, 0))) for pairs in (few, many))
     pairs = max(1, (length - shorter) * (many - few) // (longer - shorter) + 2)
     while pairs:
         prompt, answer = split(*key_value(pairs, seed), tokenizer)

@@ -219,9 +219,10 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash", "samples_as")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash", "samples_as", "chat_template_kwargs")
     extra_key: ClassVar[tuple[str, ...]] = (
         "task", "wording", "wording_hash", "source", "chat_template", "data_hash", "samples_as",
+        "chat_template_kwargs",
     )  # fmt: skip
 
     task: str
@@ -229,7 +230,7 @@ class RulerRow(Row):
     score: float | None = None
     """0 to 100, as RULER publishes it."""
     nulls: int | None = None
-    """Predictions that were empty."""
+    """Predictions that were empty as RULER counts them: control characters are white space."""
     wording: str
     wording_hash: str
     source: str
@@ -243,6 +244,9 @@ class RulerRow(Row):
     """The JSONL file of predictions, relative to the CSV's folder."""
     coverage: float | None = None
     """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
+    # Its quotes keep it from being the last column: see ``csv_text``.
+    chat_template_kwargs: str = ""
+    """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
     samples_as: str = "tmbench"
     """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
 

@@ -18,7 +18,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ruler_tasks
-from ruler_tasks import TASKS, DatasetError, Example, Frame, RulerError, SamplesAs, Sources, Wording
+from ruler_tasks import (
+    TASKS,
+    DatasetError,
+    Example,
+    Frame,
+    RulerError,
+    SamplesAs,
+    Sources,
+    Wording,
+    count_nulls,
+    encode_prompt,
+)
 from ruler_tasks.dataset import dataset_path
 from tmbench import decode
 from tmbench.attention import applied_plan
@@ -33,9 +44,6 @@ from tmbench.models import LoadedModel
 from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
 from tmbench.sample_files import Kept, index_of, is_of, measured_before, score_of, seconds_of
 from tmbench.samples import read_samples
-
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Stands for the task's text while a chat template is taken apart."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class RulerJob:
     sources: Sources
     frame: Frame
     chat_template: bool = False
+    chat_template_kwargs: str = ""
+    """What the template was given: see ``tmbench.chat.Chat``."""
     seed: int = 42
     data: Path | None = None
     """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
@@ -112,6 +122,7 @@ class RulerJob:
             "data_hash": self.data_hash(task, length, examples[0]),
             "chat_template": self.chat_template,
             "samples_as": "tmbench" if prepared else self.samples_as,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
     def data_hash(self, task: str, length: int, first: Example) -> str:
@@ -126,7 +137,7 @@ class RulerJob:
 
     def prompt(self, example: Example) -> list[int]:
         """A sample's token ids, as the model reads them."""
-        return list(self.tokenizer(example.prompt, add_special_tokens=self.frame.add_special_tokens)["input_ids"])
+        return encode_prompt(self.tokenizer, example.prompt, add_special_tokens=self.frame.add_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -234,17 +245,6 @@ def kept_predictions(root: Path, row: RulerRow) -> Kept:
     return Kept(root, row, row.task, "predictions")
 
 
-def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """The text that a model's chat template puts around a user's message, up to where the answer begins."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("--apply-chat-template: this model's tokenizer has no chat template; leave the option out")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True)
-    prefix, mark, suffix = str(text).partition(MARK)
-    if not mark:
-        raise UserError("--apply-chat-template: the chat template drops the user's message")
-    return Frame(prefix=prefix, suffix=suffix, add_special_tokens=False)
-
-
 def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> list[int]:
     """Greedy decoding of ``ids`` ``[1, length]``: the new ids, at most so many, ending at the model's own end token."""
     return [int(token) for token in decode.generate(model, ids, max_new_tokens)[0]]
@@ -281,7 +281,8 @@ def _evaluate(
                 status, error = status_of(problem), describe(problem)
                 release_memory()
             else:
-                more = {"prompt": example.prompt} if job.save_samples else {}
+                more: dict[str, Any] = {"parameters": dict(example.parameters)} if example.parameters else {}
+                more |= {"prompt": example.prompt} if job.save_samples else {}
                 file.add(known[example.index], **more)
         yield Step("", samples=1, measured=int(fresh))
     measured: dict[str, Any] = {}
@@ -290,7 +291,7 @@ def _evaluate(
         texts = [prediction.prediction for prediction in predictions]
         measured |= {
             "score": ruler_tasks.score(task, texts, [example.outputs for example in examples]),
-            "nulls": sum(not text.strip() for text in texts),
+            "nulls": count_nulls(texts),
             "prompt_tokens_mean": statistics.mean(prediction.prompt_tokens for prediction in predictions),
             "seconds_per_sample": statistics.mean(prediction.seconds for prediction in predictions),
             "coverage": predictions[0].coverage,

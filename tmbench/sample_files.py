@@ -112,7 +112,7 @@ class Kept:
 
         return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
 
-    def add(self, sample: Any, **more: str) -> None:
+    def add(self, sample: Any, **more: Any) -> None:
         """Append a sample, with whatever else its line is to say, whole or not at all."""
         append_line(self.path, json.dumps(asdict(sample) | more, ensure_ascii=False))
 

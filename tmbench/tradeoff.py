@@ -23,6 +23,7 @@ from tmbench.groups import (
     in_turns,
     interval_text,
     length_name,
+    template_words,
 )
 from tmbench.intervals import Difference
 from tmbench.samples_as import drawn_words
@@ -70,7 +71,10 @@ class TradeOff(Group):
     def title(self) -> str:
         about = self.setting
         setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
-        wording = f"wording {about['wording']}, {drawn_words(about)}average of {len(self.scores.paired_tasks)} tasks"
+        template = f"{template_words(about)}, " if about["chat_template"] else ""
+        wording = (
+            f"wording {about['wording']}, {drawn_words(about)}{template}average of {len(self.scores.paired_tasks)} tasks"
+        )
         return f"Accuracy kept against time saved at {length_name(about['length'])}: {self.subject}, {setting}, {wording}"
 
     def notes(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def test_text_beyond_ascii_survives(tmp_path: Path) -> None:
     sample = Example("vt", 0, "a\u2028b \U0001f600 \x85 \u00e9\r\n", " x", ("\u00e9",), 40, 30, "noise")
     write_dataset(tmp_path, [sample])
     assert read_dataset(tmp_path, "vt") == [sample]
+
+
+def test_a_samples_parameters_are_written_where_it_has_some_and_read_back(tmp_path: Path) -> None:
+    bare = Example("cwe", 0, "a", " x", ("b",), 140, 120, "words")
+    sample = replace(bare, index=1, parameters={"freq_cw": 30, "freq_ucw": 3})
+    path = write_dataset(tmp_path, [bare, sample])[0]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line.get("parameters") for line in lines] == [None, {"freq_cw": 30, "freq_ucw": 3}]
+    assert read_dataset(tmp_path, "cwe") == [bare, sample]
+    assert len({bare, sample}) == 2
+    put(path, json.dumps(lines[1] | {"parameters": [30, 3]}))
+    with pytest.raises(DatasetError, match="Line 1 of .*'parameters' is a list, not a dict"):
+        read_dataset(tmp_path, "cwe")
 
 
 def reference_line(number: int, length: int = 1000) -> str:

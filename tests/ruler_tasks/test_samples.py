@@ -181,6 +181,7 @@ def test_common_words_are_the_most_frequent(
         assert {word for word, _ in counts.most_common(10)} == set(example.outputs)
         assert [counts[word] for word in example.outputs] == [often] * 10
         assert {counts[word] for word in counts if word not in example.outputs} == {seldom}
+        assert example.parameters == {"freq_cw": often, "freq_ucw": seldom}
         lowered = [word.lower() for word in example.outputs]
         assert not any(a in b for a in lowered for b in lowered if a != b)
 

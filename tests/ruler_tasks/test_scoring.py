@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruler_tasks import TASKS, score
+from ruler_tasks import TASKS, count_nulls, score
 from ruler_tasks.scoring import postprocess
 
 
@@ -33,6 +33,13 @@ def test_control_characters_become_newlines_and_do_not_vanish() -> None:
     assert TASKS["niah_single_1"].score("12\x0034567", ["1234567"]) == 0.0
     assert TASKS["qa_1"].score("two\twords", ["two words"]) == 0.0
     assert TASKS["niah_single_1"].score("\x1f1234567\x1f", ["1234567"]) == 1.0
+
+
+def test_an_answer_of_control_characters_alone_is_null_as_in_the_published_evaluation() -> None:
+    """Every character below 32 becomes a newline before anything is stripped or counted; others, such as 127, do not."""
+    assert count_nulls(["", " \n", "\x00", "\x07\x08 \x1b", "".join(map(chr, range(32)))]) == 5
+    assert count_nulls(["a", "\x00.\x00", "\x7f", "\u200b", "\x80"]) == 0
+    assert count_nulls([]) == 0
 
 
 def test_mean_is_in_percent_rounded_to_two_decimals() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from tmbench import models
 from tmbench.errors import UserError
 from tmbench.models import LoadedModel
 from tmbench.prompts import check_prompt, key_value_text, prompt_ids, prompt_kinds
+from tmbench.questions import questions
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,32 @@ def test_prompts_are_exactly_as_long_as_asked(kind, length, tiny):
     assert ids.equal(prompt_ids(kind, length, tiny))
     assert not ids.equal(prompt_ids(kind, length, tiny, seed=7))
     assert 0 <= int(ids.min()) <= int(ids.max()) < tiny.model.config.vocab_size
+
+
+@pytest.fixture
+def ending(tiny):
+    """The embedded model with a tokenizer that puts an end token behind every text."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("Ah.")["input_ids"][-1] == tokenizer.eos_token_id
+    return replace(tiny, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["kv", "vt", "qa_1"])
+def test_no_prompt_ends_with_an_appended_end_token(kind, tiny, ending):
+    assert prompt_ids(kind, 1500, ending).equal(prompt_ids(kind, 1500, tiny))
+    assert list(questions(kind, 1500, 2, ending, 42)) == list(questions(kind, 1500, 2, tiny, 42))
+
+
+def test_an_appended_end_token_takes_nothing_from_ruler(tmbench, ending, tiny):
+    shutil.copytree(Path(models.__file__).parent / "tiny", "ends", ignore=shutil.ignore_patterns("__pycache__"))
+    ending.tokenizer.backend_tokenizer.save("ends/tokenizer.json")
+    ask = ("ruler", "--offline", "--method", "dense", "--length", "1K", "--task", "vt", "--samples", "2", "--json")
+    found = [json.loads(tmbench(*ask, "--model", model)[1])[0] for model in ("tiny", "ends")]
+    assert [row["score"] for row in found] == [100.0, 100.0]
+    assert found[0]["prompt_tokens_mean"] == found[1]["prompt_tokens_mean"]
 
 
 def test_a_key_value_prompt_asks_for_a_pair_that_it_holds(tiny):

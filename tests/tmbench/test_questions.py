@@ -40,18 +40,18 @@ def test_answers_are_those_of_their_prompts(tiny):
 
 
 class Words:
-    """A tokenizer of letters, with spaces apart, "ab" as one token, and special tokens around the text."""
+    """A tokenizer of letters, with spaces apart, "ab" as one token, others as "?", and special tokens around the text."""
 
     all_special_ids = (1, 2)
-    pieces = ("", "^", "$", "ab", "a", "b", "c", " ")
+    pieces = ("", "^", "$", "ab", "a", "b", "c", " ", "?")
 
-    def __call__(self, text):
-        ids = [1]
+    def __call__(self, text, add_special_tokens):
+        ids = [1] if add_special_tokens else []
         while text:
-            piece = next(piece for piece in self.pieces[3:] if text.startswith(piece))
+            piece = next((piece for piece in self.pieces[3:-1] if text.startswith(piece)), "?")
             ids.append(self.pieces.index(piece))
             text = text[len(piece) :]
-        return {"input_ids": [*ids, 2]}
+        return {"input_ids": [*ids, 2] if add_special_tokens else ids}
 
     def decode(self, ids):
         return "".join(self.pieces[n] for n in ids)

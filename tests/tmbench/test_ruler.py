@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tmbench.fingerprint import of_ids
 from tmbench.methods import METHODS, ModelShape, Plan, Settings
 from tmbench.models import LoadedModel
 from tmbench.results import RulerRow, read_all
-from tmbench.ruler import RulerJob, chat_frame, generate, kept_predictions, read_predictions, run
+from tmbench.ruler import RulerJob, generate, kept_predictions, read_predictions, run
 from tmbench_kernels import VerticalSlash
 
 
@@ -82,6 +84,38 @@ def test_all_methods_answer_the_same_samples(job, answers):
     prompts = {method: [entry[1:] for entry in answers if entry[0] == method] for method in ("dense", "streaming")}
     assert prompts["dense"] == prompts["streaming"]
     assert len({entry[-1] for entry in prompts["dense"]}) == 6
+
+
+def test_answers_of_control_characters_are_null(job, answers, monkeypatch):
+    real = ruler._answer
+    monkeypatch.setattr(
+        ruler, "_answer", lambda *a, count: replace(real(*a, count=count), prediction=["\x00\x07", "7", " "][a[2].index])
+    )
+    work = job(tasks=("vt",))
+    list(run(work))
+    assert [row.nulls for row in rows_of(work.root).values()] == [2, 2]
+
+
+def test_how_often_the_words_of_cwe_repeat_is_kept_with_each_prediction(job, answers):
+    work = job(tasks=("cwe", "vt"), lengths=(2048,))
+    list(run(work))
+    for row in rows_of(work.root).values():
+        path = kept_predictions(work.root, row).path
+        found = [json.loads(line).get("parameters") for line in path.read_text().splitlines()]
+        assert found == [{"freq_cw": 6, "freq_ucw": 1} if row.task == "cwe" else None] * 3
+        assert len(read_predictions(path)) == 3
+
+
+def test_cwe_of_tiny_at_4k_is_of_two_kinds_and_each_sample_says_which(job, tokenizer):
+    """As docs/accuracy.md and the model's card have it: many small tokens leave some samples no room for 30 repeats."""
+    work = job(tasks=("cwe",), samples=10)
+    kinds = {}
+    for example in work.examples("cwe", 4096):
+        counts = Counter(re.findall(r"\d+\. (\S+)", example.input.rpartition("Here is a numbered list")[2]))
+        kinds[example.index] = {counts[word] for word in example.outputs}
+        assert kinds[example.index] == {example.parameters["freq_cw"]}
+    assert [index for index, often in kinds.items() if often == {6}] == [2, 4, 7, 8, 9]
+    assert all(often in ({6}, {30}) for often in kinds.values())
 
 
 def test_files_of_predictions_keep_the_names_that_they_have_in_older_results():
@@ -339,19 +373,6 @@ def test_prepared_data_take_the_place_of_our_own(job, answers, tmp_path):
     row = rows_of(work.root)["dense", "vt", 1024]
     assert (row.samples, row.wording, row.score) == (4, "prepared", 100.0)
     assert answers[0][-1] == "Question 0? Answer:"
-
-
-def test_a_chat_template_is_taken_apart(tokenizer):
-    with pytest.raises(UserError, match="--apply-chat-template: .*no chat template"):
-        chat_frame(tokenizer)
-    try:
-        tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"
-        assert chat_frame(tokenizer) == Frame("<s>[user] ", "[assistant]", add_special_tokens=False)
-        tokenizer.chat_template = "nothing of yours"
-        with pytest.raises(UserError, match="drops the user's message"):
-            chat_frame(tokenizer)
-    finally:
-        tokenizer.chat_template = None
 
 
 def test_a_length_too_short_for_a_task_is_refused_before_anything_runs(job):

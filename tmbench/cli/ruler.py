@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from rich.progress import Progress, TaskID
+    from transformers import PreTrainedTokenizerBase
 
     from ruler_tasks import Example, SamplesAs, Sources, Wording
+    from tmbench.chat import Chat
     from tmbench.results import RulerRow
     from tmbench.ruler import RulerJob
 
@@ -58,6 +60,19 @@ ChatOption = Annotated[
     bool,
     typer.Option("--apply-chat-template", help="Ask as a user's message in the model's format.", rich_help_panel=o.PROMPTS),
 ]
+ChatKwargsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="Variables of the chat template, which is then applied.",
+        rich_help_panel=o.PROMPTS,
+        show_default="thinking off",
+    ),
+]
+# Scores of drawn weights say nothing, and times are not what this command is for: both options work as in tmbench ttft, and
+# its help has them.
+UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
+UnlistedDenseBackendOption = Annotated[str | None, typer.Option("--dense-backend", hidden=True)]
 
 
 def ruler(
@@ -67,7 +82,7 @@ def ruler(
     samples: SamplesOption = 20,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
-    weights: o.WeightsOption = "checkpoint",
+    weights: UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     layers: o.LayersOption = None,
@@ -75,7 +90,7 @@ def ruler(
     n_local: o.NLocalOption = None,
     last_n: o.LastNOption = None,
     patterns: o.PatternsOption = None,
-    dense_backend: o.DenseBackendOption = None,
+    dense_backend: UnlistedDenseBackendOption = None,
     data: Annotated[
         Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)
     ] = None,
@@ -83,6 +98,7 @@ def ruler(
     wording: WordingOption = None,
     samples_as: SamplesAsOption = "tmbench",
     apply_chat_template: ChatOption = False,
+    chat_template_kwargs: ChatKwargsOption = None,
     offline: OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
@@ -109,20 +125,22 @@ def ruler(
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
     if data is not None:
-        making = {"wording": wording, "data-dir": data_dir, "offline": offline, "apply-chat-template": apply_chat_template}
+        making = {"wording": wording, "data-dir": data_dir, "offline": offline}
+        making |= {"apply-chat-template": apply_chat_template, "chat-template-kwargs": chat_template_kwargs}
         making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
-    from ruler_tasks import Frame
     from tmbench import environment, models
-    from tmbench.ruler import RulerJob, chat_frame
+    from tmbench.ruler import RulerJob
 
+    chat_kwargs = chat_kwargs_of(chat_template_kwargs, apply_chat_template)
     models.check_has_tokenizer(model, "RULER")
     texts = wording_for(wording)
     sources = sources_for(tasks if data is None else [], data_dir, offline, samples_as)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
+    chat = chat_for(tokenizer, chat_kwargs)
     here = environment.current(loaded.device)
     job = RulerJob(
         loaded=loaded,
@@ -135,8 +153,9 @@ def ruler(
         root=output_dir,
         wording=texts,
         sources=sources,
-        frame=chat_frame(tokenizer) if apply_chat_template else Frame(),
-        chat_template=apply_chat_template,
+        frame=chat.frame,
+        chat_template=chat_kwargs is not None,
+        chat_template_kwargs=chat.kwargs,
         seed=seed,
         data=data,
         overwrite=overwrite,
@@ -165,20 +184,21 @@ def ruler_data(
     wording: WordingOption = None,
     samples_as: SamplesAsOption = "tmbench",
     apply_chat_template: ChatOption = False,
+    chat_template_kwargs: ChatKwargsOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Write RULER samples in the published format, <output>/<length>/data/<task>/validation.jsonl, and evaluate nothing."""
     tasks = tasks_for(task)
 
     import ruler_tasks
-    from ruler_tasks import Frame
     from tmbench import models
-    from tmbench.ruler import chat_frame, check_lengths
+    from tmbench.ruler import check_lengths
 
+    chat_kwargs = chat_kwargs_of(chat_template_kwargs, apply_chat_template)
     texts = wording_for(wording)
     sources = sources_for(tasks, data_dir, offline, samples_as)
     tokenizer = models.load_tokenizer(model)
-    frame = chat_frame(tokenizer) if apply_chat_template else Frame()
+    frame = chat_for(tokenizer, chat_kwargs).frame
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
     check_lengths(tasks, lengths, tokenizer, texts, sources, frame, samples_as=samples_as, samples=samples, seed=seed)
     with progress_bar() as bar:
@@ -219,6 +239,26 @@ def wording_for(text: str | None) -> Wording:
 
     with o.naming("--wording", WordingError):
         return load_wording(text)
+
+
+def chat_kwargs_of(text: str | None, apply: bool) -> dict[str, Any] | None:
+    """The variables of ``--chat-template-kwargs``, which implies the template; None where no template is to be applied.
+
+    Raises UserError for text that is no JSON object.
+    """
+    from tmbench.chat import parse_kwargs
+
+    return parse_kwargs(text) if text is not None else {} if apply else None
+
+
+def chat_for(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> Chat:
+    """What the model's chat template makes of a prompt with these variables, and say what must be known; None for none."""
+    from tmbench.chat import Chat, take_apart
+
+    chat = Chat() if kwargs is None else take_apart(tokenizer, kwargs)
+    for note in chat.notes:
+        say(note)
+    return chat
 
 
 def sources_for(tasks: list[str], data_dir: Path | None, offline: bool, samples_as: SamplesAs = "tmbench") -> Sources:

@@ -70,6 +70,7 @@ def sweep(
     wording: r.WordingOption = None,
     samples_as: r.SamplesAsOption = "tmbench",
     apply_chat_template: r.ChatOption = False,
+    chat_template_kwargs: r.ChatKwargsOption = None,
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     dry_run: o.DryRunOption = False,
@@ -79,9 +80,8 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
-    from ruler_tasks import Frame
     from tmbench import environment, fast, models
-    from tmbench.ruler import RulerJob, chat_frame
+    from tmbench.ruler import RulerJob
     from tmbench.sweep import SweepJob, swept_method, variants
     from tmbench.ttft import TtftJob
 
@@ -89,12 +89,14 @@ def sweep(
     where = [o.deep_layers([text]) | {"results": output_dir} for text in layers or ()]
     settings = variants(where, n_init or (), n_local or (), last_n or (), own)
     tasks = r.tasks_for(task)
+    chat_kwargs = r.chat_kwargs_of(chat_template_kwargs, apply_chat_template)
     models.check_has_tokenizer(model, "RULER")
     texts = r.wording_for(wording)
     sources = r.sources_for(tasks, data_dir, offline, samples_as)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
+    chat = r.chat_for(tokenizer, chat_kwargs)
     here = environment.current(loaded.device)
     kind_of = fast.planned_kind if dry_run else fast.kind_for
     prefill = kind_of(loaded.model, compiled=fast.compiles(loaded.device, compiled))
@@ -113,8 +115,9 @@ def sweep(
             root=output_dir,
             wording=texts,
             sources=sources,
-            frame=chat_frame(tokenizer) if apply_chat_template else Frame(),
-            chat_template=apply_chat_template,
+            frame=chat.frame,
+            chat_template=chat_kwargs is not None,
+            chat_template_kwargs=chat.kwargs,
             seed=seed,
             samples_as=samples_as,
         ),
@@ -194,6 +197,7 @@ def _show(job: SweepJob) -> None:
     loaded, here = job.ttft.loaded, job.ttft.environment
     about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": job.ttft.seed}
     about |= {"prefill": job.ttft.prefill, "wording": job.ruler.wording.name}
+    about |= {"chat_template": job.ruler.chat_template, "chat_template_kwargs": job.ruler.chat_template_kwargs}
     found = [
         group
         for group in build(job.ttft.root).trade_offs
