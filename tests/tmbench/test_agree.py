@@ -281,6 +281,6 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     list(run(work))
     assert {name: row.backends for name, row in rows_of(work.root).items()} == expected, "from kept samples"
     other = job(samples=1, root=work.root / "failed")
-    monkeypatch.setattr(agree, "arranged", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
+    monkeypatch.setattr(agree, "Decoding", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
     list(run(other))
     assert {(row.status, row.backends) for row in rows_of(other.root).values()} == {("failed", "")}
