@@ -30,6 +30,11 @@ class Repeats:
     example_common: int
     example_other: int
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """What tells samples apart, by RULER's names."""
+        return {"freq_cw": self.common, "freq_ucw": self.other}
+
 
 LONG = Repeats(30, 3, 40, 10, 3)
 SHORT = Repeats(6, 1, 20, 3, 1)  # below 4096 tokens
@@ -125,8 +130,8 @@ class _CommonWordsDraft:
     def _filled(self, context: str, size: int) -> Filled:
         template, prefix = self._setting.wording.cwe.render(context=context)
         outputs = tuple(self._words[:_COMMON])
-        parameters = {"freq_cw": self._repeats.common, "freq_ucw": self._repeats.other}
-        return Filled(self._setting.frame.around(self._example + template), prefix, outputs, size, parameters=parameters)
+        text = self._setting.frame.around(self._example + template)
+        return Filled(text, prefix, outputs, size, parameters=self._repeats.parameters)
 
 
 def _number_costs(setting: Setting, entries: int) -> list[int]:

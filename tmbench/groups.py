@@ -16,7 +16,7 @@ from tmbench.choices import Choices
 from tmbench.intervals import MARGIN, Difference, differences, intervals, unseen_samples
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
-from tmbench.samples import Samples
+from tmbench.samples import Samples, mixture_notes
 from tmbench.samples_as import drawing_notes, drawn_words
 
 MODEL = ("device", "model", "revision", "weights", "dtype", "model_hash")
@@ -372,7 +372,7 @@ class RulerGroup(Group):
             f"No interval for {len(unpaired)} scores, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
         }
         applying = [note for note, applies in notes.items() if applies]
-        return applying + super().notes() + drawing_notes(self.setting, self.rows)
+        return applying + super().notes() + drawing_notes(self.setting, self.rows) + mixture_notes(self.samples)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ class Samples:
     """The answers that were wanted: two methods that were asked the same sample have the same."""
     prompts: Mapping[int, str] = field(default_factory=dict)
     """A hash of each prompt; "" where the file is of an older version."""
+    kinds: Mapping[int, str] = field(default_factory=dict)
+    """What was chosen for a sample among its task's settings, in words, such as how often the words of cwe repeat; of those
+    alone whose line says so."""
     missing: str = ""
     """Why there are none, in words."""
 
@@ -44,19 +48,33 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
     scores: dict[int, float] = {}
     references: dict[int, tuple[str, ...]] = {}
     prompts: dict[int, str] = {}
+    kinds: dict[int, str] = {}
     # A file may hold more samples than its row: those of a larger run that was killed. Rows are over the first ones.
-    for index, score, wanted, prompt in read_lines(path, _entry, "a prediction", "move it out of the results folder"):
+    for index, score, wanted, prompt, kind in read_lines(path, _entry, "a prediction", "move it out of the results folder"):
         if index in scores or len(scores) < row["samples"]:
             scores[index], references[index], prompts[index] = score, wanted, prompt
+            kinds |= {index: kind} if kind else {}
     if len(scores) < row["samples"]:
         found = f"has {len(scores)} of {row['samples']} samples" if path.exists() else "is missing"
         return Samples(missing=f"its file of predictions {found}")
     # Scores of rows are rounded to two decimals.
     if abs(100 * sum(scores.values()) / len(scores) - row["score"]) > 0.01:
         return Samples(missing="its file of predictions does not make its score")
-    return Samples(scores, references, prompts)
+    return Samples(scores, references, prompts, kinds)
 
 
-def _entry(entry: Any) -> tuple[int, float, tuple[str, ...], str]:
-    """(index, score, references, hash of the prompt) of a line."""
-    return index_of(entry), score_of(entry), tuple(entry["outputs"]), str(entry.get("prompt_hash", ""))
+def mixture_notes(samples: Mapping[tuple[str, str], Samples]) -> list[str]:
+    """What must be said of tasks whose samples are of several kinds, a score over all being neither's; by (label, task)."""
+    found: dict[str, str] = {}
+    for (_, task), each in samples.items():
+        counts = sorted(Counter(each.kinds.values()).items())
+        if len(counts) > 1:
+            words = ", ".join(f"{count} with {kind}" for kind, count in counts)
+            found.setdefault(task, f"The samples of {task} are of {len(counts)} kinds: {words}.")
+    return list(found.values())
+
+
+def _entry(entry: Any) -> tuple[int, float, tuple[str, ...], str, str]:
+    """(index, score, references, hash of the prompt, kind of the sample) of a line."""
+    kind = " and ".join(f"{name} {value}" for name, value in dict(entry.get("parameters", {})).items())
+    return index_of(entry), score_of(entry), tuple(entry["outputs"]), str(entry.get("prompt_hash", "")), kind

@@ -208,6 +208,7 @@ def _generate(recipe: Recipe, setting: Setting, indices: Iterable[int]) -> Itera
             max_new_tokens=setting.answer,
             source=drawing.source,
             position=None if filled.answer_at is None else partial(_tokens_before, setting.tokens, filled),
+            parameters=filled.parameters,
         )
 
 

@@ -65,7 +65,8 @@ class WordListDrawing(Drawing):
         template, prefix = prompt.render(context=solved)
         example = f"{frame.around(template)}{prefix} {numbered(answer)}\n"
         template, prefix = prompt.render(context=context)
-        return Filled(example + frame.around(template), prefix, tuple(common), units)
+        text = example + frame.around(template)
+        return Filled(text, prefix, tuple(common), units, parameters=repeats.parameters)
 
 
 class CodedWordDrawing(Drawing):

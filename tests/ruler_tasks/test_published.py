@@ -215,6 +215,7 @@ def test_word_pairs_are_as_many_as_the_published_code_lists() -> None:
 def test_a_list_longer_than_the_pool_is_of_english_words(drawn: Any, slow_tokenizer: Any) -> None:
     (own,) = drawn("cwe", 131072, [0])
     assert own.source == "words"
+    assert own.parameters == {"freq_cw": 30, "freq_ucw": 3}
     assert all(word[-1].isdecimal() for word in own.outputs)
     (without,) = drawn("cwe", 131072, [0], sources=Sources(offline=True))
     assert without.source == "words, english_words.json missing"

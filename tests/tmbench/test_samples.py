@@ -39,6 +39,23 @@ def add(root, method, task, scores, *, stored=None, **changes):
     return path
 
 
+def test_a_task_whose_samples_are_of_two_kinds_is_named(tmp_path):
+    paths = [add(tmp_path, name, "cwe", [1.0] * 5) for name in ("dense", "streaming")] + [
+        add(tmp_path, "dense", "vt", [1.0])
+    ]
+    assert not [note for note in group_of(tmp_path).notes() if "kinds" in note], "older files do not say"
+    for path in paths[:2]:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line, often in zip(lines, (6, 30, 30, 6, 30), strict=True):
+            line["parameters"] = {"freq_cw": often, "freq_ucw": {6: 1, 30: 3}[often]}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notes = [note for note in group_of(tmp_path).notes() if "kinds" in note]
+    assert notes == ["The samples of cwe are of 2 kinds: 3 with freq_cw 30 and freq_ucw 3, 2 with freq_cw 6 and freq_ucw 1."]
+    paths[0].write_text(paths[0].read_text().replace('{"freq_cw": 6, "freq_ucw": 1}', "7"))
+    with pytest.raises(UserError, match="line 1 is not a prediction"):
+        group_of(tmp_path)
+
+
 def scores_of(rate, n=60, seed=1):
     draw = random.Random(seed)
     return [float(draw.random() < rate) for _ in range(n)]
