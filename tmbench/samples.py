@@ -10,6 +10,7 @@ from typing import Any
 from tmbench.files import read_lines
 from tmbench.results import OK, RulerRow
 from tmbench.sample_files import index_of, score_of
+from tmbench.words import counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
         if index in scores or len(scores) < row["samples"]:
             scores[index], references[index], prompts[index] = score, wanted, prompt
     if len(scores) < row["samples"]:
-        found = f"has {len(scores)} of {row['samples']} samples" if path.exists() else "is missing"
+        found = f"has {len(scores)} of {counted(row['samples'], 'sample')}" if path.exists() else "is missing"
         return Samples(missing=f"its file of predictions {found}")
     # Scores of rows are rounded to two decimals.
     if abs(100 * sum(scores.values()) / len(scores) - row["score"]) > 0.01:
