@@ -252,5 +252,5 @@ def saved_text(row: Record) -> str:
 def _time_text(percent: float, low: float | None, high: float | None, words: str) -> str:
     if low is None or high is None:
         return f"{percent_text(percent)}, {words}"
-    ends = f"({signed(low, 1)} to {signed(high, 1)})"
-    return f"{NO_DIFFERENCE} {ends}" if words == NO_DIFFERENCE else f"{percent_text(percent)} {ends}"
+    ends = f"{signed(low, 1)} to {signed(high, 1)}"
+    return f"{NO_DIFFERENCE} ({ends} %)" if words == NO_DIFFERENCE else f"{percent_text(percent)} ({ends})"

@@ -107,7 +107,7 @@ def test_times_that_do_not_measurably_differ_count_as_equal_on_the_front(tmp_pat
     assert (slow["time_verdict"], fast["time_verdict"]) == ("no measurable difference", "faster")
     assert (slow["front"], fast["front"]) == (False, True), "dense keeps more in a time that is not measurably longer"
     text = next(iter(group.tables(lambda *_: "").values())).set_index("method")["time saved"]
-    assert text[slow["label"]] == f"no measurable difference ({ends[0]:+.1f} to {ends[1]:+.1f})"
+    assert text[slow["label"]] == f"no measurable difference ({ends[0]:+.1f} to {ends[1]:+.1f} %)"
     (effect,) = group.effects
     assert effect.times.verdict == "no measurable difference"
     assert effect.time.startswith("no measurable difference (")

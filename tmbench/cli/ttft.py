@@ -176,8 +176,8 @@ def _against(row: TtftRow, dense: TtftRow) -> str:
 
     found = compare_rows(vars(row), vars(dense))
     if isinstance(found, TimeDifference):
-        ends = f"({found.low:+.0f} to {found.high:+.0f})"
-        return f"{NO_DIFFERENCE} {ends}" if found.verdict == NO_DIFFERENCE else f"{found.percent:+.0f} % {ends}"
+        ends = f"{found.low:+.0f} to {found.high:+.0f}"
+        return f"{NO_DIFFERENCE} ({ends} %)" if found.verdict == NO_DIFFERENCE else f"{found.percent:+.0f} % ({ends})"
     assert row.ttft_median_s is not None
     assert dense.ttft_median_s is not None
     return found if found == APART else f"{row.ttft_median_s / dense.ttft_median_s - 1:+.0%}, {found}".replace("%,", " %,")
