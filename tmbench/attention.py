@@ -27,6 +27,7 @@ from tmbench.errors import UnsupportedModelError
 from tmbench.implementations import Implementations
 from tmbench.methods import ModelShape, Plan, Settings, get_method
 from tmbench.rereading import Rereading
+from tmbench.words import counted
 from tmbench_kernels import Pattern
 
 IMPLEMENTATION = "tmbench"
@@ -90,7 +91,9 @@ class Applied:
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
         if len(self.layers) != len(self.plan.patterns):
-            raise RuntimeError(f"only {len(self.layers)} of {len(self.plan.patterns)} layers went through their patterns")
+            raise RuntimeError(
+                f"only {len(self.layers)} of {counted(len(self.plan.patterns), 'layer')} went through their patterns"
+            )
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,8 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     modules = sorted(self_attentions(model), key=lambda module: int(module.layer_idx))
     if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
         raise UnsupportedModelError(
-            f"{name} has {text.num_hidden_layers} layers but {len(modules)} attention modules that can be served: "
-            "models that mix attention with other kinds of layer are not supported"
+            f"{name} has {counted(text.num_hidden_layers, 'layer')} but {counted(len(modules), 'attention module')} that "
+            "can be served: models that mix attention with other kinds of layer are not supported"
         )
     for layer, module in enumerate(modules):
         if hasattr(module, PLACE):

@@ -45,6 +45,7 @@ from tmbench.attention import (
 )
 from tmbench.calls import cache_of, keep_last
 from tmbench.errors import UserError
+from tmbench.failures import describe
 from tmbench.methods import METHODS, ModelShape, Settings
 
 PLAIN: Final = "plain"
@@ -133,9 +134,40 @@ def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
 
     Raises UnsupportedModelError for a model that no method can be applied to.
     """
-    modules = attention_modules(model)
-    if _layers(model, modules) is None:
+    if _obstacle(model):
         return PLAIN
+    return COMPILED if compiled else EAGER
+
+
+def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | None, *, planned: bool = False) -> Kind:
+    """As ``kind_for`` on this device, where the user asked to compile or not to, or None for neither.
+
+    Args:
+        planned: whether the model has no weights yet, so that it is not known whether its prefills then differ.
+
+    Raises:
+        UserError: compilation is asked for and cannot be had.
+    """
+    wish = compiles(device, compiled)
+    obstacle = _layers_obstacle(model) if planned else _obstacle(model)
+    if compiled and obstacle:
+        raise UserError(f"--compile: {type(model).__name__} cannot be compiled here, {obstacle}: leave the option out")
+    if obstacle:
+        return PLAIN
+    return COMPILED if wish else EAGER
+
+
+def _layers_obstacle(model: PreTrainedModel) -> str:
+    if _layers(model, attention_modules(model)) is not None:
+        return ""
+    return "as its layers are not built of an attention and an MLP that can be run apart, or have been wrapped"
+
+
+def _obstacle(model: PreTrainedModel) -> str:
+    """Why a model has to be run as transformers runs it; empty where it need not."""
+    modules = attention_modules(model)
+    if found := _layers_obstacle(model):
+        return found
     plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
     ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
@@ -147,20 +179,13 @@ def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
             once_each = session.calls == 2 * len(modules)
     except UserError:
         raise
-    except Exception:
+    except Exception as error:
         # A model that fails both ways fails in its measurement, which says how.
-        return PLAIN
+        return f"as a short prompt failed ({describe(error)})"
     expected, got = both
     if not once_each or len(got) != len(expected) or not all(map(_agree, got, expected)):
-        return PLAIN
-    return COMPILED if compiled else EAGER
-
-
-def planned_kind(model: PreTrainedModel, *, compiled: bool) -> Kind:
-    """What ``kind_for`` will say of a model that has no weights yet, unless its prefills then turn out to differ."""
-    if _layers(model, attention_modules(model)) is None:
-        return PLAIN
-    return COMPILED if compiled else EAGER
+        return "as it answers a short prompt otherwise, or fills its cache otherwise, than transformers has it"
+    return ""
 
 
 def compiles(device: torch.device, wish: bool | None) -> bool:

@@ -75,7 +75,7 @@ def read_lines(path: Path, parse: Callable[[Any], Parsed], what: str, remedy: st
         lines.append(tail)
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(parse(json.loads(line.decode(), parse_constant=_refuse_constant, parse_float=_finite)))
+            found.append(parse(DECODER.decode(line.decode())))
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not {what}: {remedy}") from error
     return found
@@ -105,6 +105,10 @@ def _finite(text: str) -> float:
     return number
 
 
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+"""Made once: to make it takes longer than to read a line."""
+
+
 def _is_cut(tail: bytes) -> bool:
     """Whether a line of JSON without its line end is the beginning of an object: a whole one has its last brace."""
     text = tail.removeprefix(BYTE_ORDER_MARK).strip()
@@ -117,12 +121,23 @@ def _is_cut(tail: bytes) -> bool:
     return False
 
 
-def replace_file(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that a user named, its folder made where there is none: whole, or it stays as it was; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        # A device or a pipe is written to; a file in its place would be something else.
+        with path.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+    else:
+        replace_file(path.resolve(), content)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file that is there whole or, until then, as it was; raises OSError."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with unfinished.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)

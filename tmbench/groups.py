@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +12,15 @@ import numpy as np
 import pandas as pd
 
 from ruler_tasks import TASKS
+from tmbench.break_even import break_even
 from tmbench.choices import Choices
 from tmbench.intervals import MARGIN, Difference, differences, intervals, unseen_samples
 from tmbench.methods import METHODS, STATIC_PATTERNS
 from tmbench.results import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.samples import Samples, mixture_notes
 from tmbench.samples_as import drawing_notes, drawn_words
+from tmbench.time_intervals import NO_DIFFERENCE, UNKNOWN_REPEATS, TimeDifference, compare_rows, in_turns
+from tmbench.words import counted, length_name
 
 MODEL = ("device", "model", "revision", "weights", "dtype", "model_hash")
 SETTING = {
@@ -67,7 +70,8 @@ class Group:
 
     setting: Mapping[str, Any]
     rows: Sequence[Record]
-    """The columns of the result files, and ``kind``, ``label``, ``parameters``, ``percent_vs_dense``; dense first."""
+    """The columns of the result files, and ``kind``, ``label``, ``parameters``, ``percent_vs_dense``; dense first. Those
+    of a time also ``percent_low``, ``percent_high`` and ``time_verdict``: see ``tmbench.time_intervals``."""
 
     @property
     def labels(self) -> list[str]:
@@ -90,12 +94,13 @@ class Group:
     @property
     def machine(self) -> str:
         """The CPU threads in words, where the device is a CPU."""
-        return f"{self.setting['threads']} CPU threads, " if self.setting["threads"] else ""
+        return f"{counted(self.setting['threads'], 'CPU thread')}, " if self.setting["threads"] else ""
 
     def notes(self) -> list[str]:
         """What a reader must know before using the figures: sentences, only those that apply."""
         edited = sum(row["dirty"] for row in self.rows)
-        notes = [f"{edited} of {len(self.rows)} rows come from an edited checkout: their commit does not say what ran."]
+        rows = f"{edited} of {counted(len(self.rows), 'row')} {'comes' if edited == 1 else 'come'}"
+        notes = [f"{rows} from an edited checkout: {'its' if edited == 1 else 'their'} commit does not say what ran."]
         return notes[: bool(edited)] + [
             f"{row['label']} failed at {row.get('task', length_name(row['length']))}: {row['error'] or 'reason unknown'}."
             for row in self.rows
@@ -113,19 +118,9 @@ class TtftGroup(Group):
         return f"Time to first token: {self.subject}, {setting}{_older_prompt(about)}"
 
     def break_even(self, label: str) -> tuple[int | None, str]:
-        """The shortest length from which on the method is faster than dense wherever both ran, in tokens and in words."""
-        dense = {row["length"] for row in self.measured("dense")}
-        rows = [row for row in self.measured(label) if row["length"] in dense]
-        faster = {row["length"]: (row["percent_vs_dense"] or 0) < 0 for row in rows}
-        slower = [length for length in faster if not faster[length]]
-        start = min((length for length in faster if length > max(slower, default=0)), default=None)
-        if not faster:
-            return None, "not compared: at no length have both a time"
-        if start is not None:
-            return start, f"from {length_name(start)} on" + ("" if slower else ", the shortest measured")
-        if len(slower) < len(faster):
-            return None, f"not at {length_name(max(slower))}, the longest measured"
-        return None, "slower than dense at every length measured"
+        """The shortest length from which on the method is faster than dense wherever they were timed in turns, in tokens
+        and in words: see ``tmbench.break_even``."""
+        return break_even({row["length"]: row["time_verdict"] for row in self.measured(label) if row["time_verdict"]})
 
     def summary(self) -> Record:
         """What follows from the rows together, for JSON: break-even lengths in tokens, null where there is none."""
@@ -138,10 +133,21 @@ class TtftGroup(Group):
         times.columns = pd.Index([length_name(int(length)) for length in times.columns])
         times["fidelity"] = ["the reference" if name == "dense" else fidelity(self, name) for name in self.labels]
         first = {row["label"]: row for row in reversed(self.rows) if row["method"] != "dense"}
-        break_even = [
+        break_evens = [
             {"method": name, "faster than dense": self.break_even(name)[1], "parameters": _parameters(first[name], True)}
             for name in self.labels
             if name in first
+        ]
+        against = [
+            {
+                "method": row["label"],
+                "length": length_name(row["length"]),
+                "median": percent_text(row["percent_vs_dense"]),
+                "95 % interval": f"{percent_text(row['percent_low'])} to {percent_text(row['percent_high'])}",
+                "in words": row["time_verdict"],
+            }
+            for row in self.measured()
+            if row["percent_low"] is not None
         ]
         details = [
             {
@@ -163,8 +169,13 @@ class TtftGroup(Group):
             for line, peak in zip(details, peaks, strict=True):
                 line["peak GiB"] = _text(peak and peak / 2**30, ".1f")
         return {
-            "Median seconds; in brackets the time against dense, so less is faster:": times.reset_index(),
-            "Break-even, the shortest prompt from which on a method is faster than dense:": pd.DataFrame(break_even),
+            "Median seconds; in brackets the time against dense, the median over the rounds of turns, so less is faster:": (
+                times.reset_index()
+            ),
+            "Break-even, the shortest prompt from which on a method is faster than dense at every length measured:": (
+                pd.DataFrame(break_evens)
+            ),
+            "Time against dense in the same rounds of turns, and what it says:": pd.DataFrame(against),
             "Details:": pd.DataFrame(details),
         }
 
@@ -175,6 +186,7 @@ class TtftGroup(Group):
         few = [row for row in rows if row["repeats"] < FEW_REPEATS]
         random, structured = (self.setting["weights"] == drawn for drawn in ("random", "structured"))
         chosen = [row for row in rows if _chooses_by_the_data(row)]
+        unknown = [row for row in rows if row["time_verdict"] == UNKNOWN_REPEATS]
         notes = {
             "The weights are random: methods that choose keys by the data cost more than on trained weights, and what they "
             "keep means nothing. These figures do not transfer to a trained model.": random and chosen,
@@ -186,6 +198,7 @@ class TtftGroup(Group):
             "Dense has no time here, so there is nothing to compare with.": not dense,
             f"{NOT_IN_TURNS}: {_places(apart, rows)}.": apart,
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {_places(few, rows)}.": few,
+            f"The single repeats are not in the rows, so what is faster is not known: {_places(unknown, rows)}.": unknown,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
 
@@ -269,23 +282,23 @@ class RulerGroup(Group):
         older = f", older data {about['older_data']}" if about["older_data"] else ""
         return f"RULER at {length_name(about['length'])}: {self.subject}, {setting}{older}"
 
-    @property
+    @cached_property
     def scores(self) -> pd.DataFrame:
         """Scores (0 to 100) by task and label, in RULER's order; NaN where there is none."""
         table = pd.DataFrame(list(self.rows)).pivot(index="task", columns="label", values="score").astype(float)
         return table.reindex(index=[task for task in TASKS if task in table.index], columns=self.labels)
 
-    @property
+    @cached_property
     def common_tasks(self) -> list[str]:
         """The tasks that every label has a score for."""
         return list(self.scores.dropna().index)
 
-    @property
+    @cached_property
     def averages(self) -> dict[str, float]:
         """Each label's mean score over ``common_tasks``; empty where there are none."""
         return {str(label): float(mean) for label, mean in self.scores.dropna().mean().dropna().items()}
 
-    @property
+    @cached_property
     def coverages(self) -> dict[str, float]:
         """The part of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
         counted = {
@@ -334,7 +347,7 @@ class RulerGroup(Group):
         ]
         differing = sorted((row for row in self.rows if row["differing"]), key=lambda row: list(TASKS).index(row["task"]))
         tasks = [{"task": row["task"], "method": row["label"], **_difference_line(row, 1)} for row in differing]
-        over = f"average of {len(self.paired_tasks)} tasks"
+        over = f"average of {counted(len(self.paired_tasks), 'task')}"
         return {
             f"Points against dense over the same samples, {over}, and what they say for a margin of {self.margin:g}:": (
                 pd.DataFrame(averages)
@@ -352,14 +365,18 @@ class RulerGroup(Group):
         for row in self.rows:
             if row["source"].startswith("generated"):
                 stand_ins.setdefault(STOOD_IN_FOR.get(row["task"], "essays"), {})[row["task"]] = None
-        few = min(row["samples"] for row in self.rows)
+        least = min(row["samples"] for row in self.rows)
+        few = counted(least, "sample")
         verdicts = [row["verdict"] for row in self.measured()]
         unpaired = [words.removeprefix(NOT_COMPARED) for words in verdicts if words.startswith(NOT_COMPARED)]
+        missed = counted(len(unpaired), "score")
         notes = {
             f"The weights are {self.setting['weights']}: these scores say nothing about a trained model.": (
                 self.setting["weights"] != "checkpoint"
             ),
-            f"The average is over the {len(common)} tasks that every method has; missing somewhere: {missing}.": missing,
+            f"The average is over the {counted(len(common), 'task')} that every method has; missing somewhere: {missing}.": (
+                missing
+            ),
             **{
                 f"Generated text stood in for {text}: scores of {', '.join(tasks)} do not compare with published ones.": True
                 for text, tasks in stand_ins.items()
@@ -368,8 +385,8 @@ class RulerGroup(Group):
             "The wording is not the published one: published scores compare only under `--wording reference`.": (
                 wording != "prepared" and not wording.startswith("reference")
             ),
-            f"Only {few} samples of some task: fewer than {FEW_SAMPLES} say little about a difference.": few < FEW_SAMPLES,
-            f"No interval for {len(unpaired)} scores, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
+            f"Only {few} of some task: fewer than {FEW_SAMPLES} say little about a difference.": least < FEW_SAMPLES,
+            f"No interval for {missed}, the first for this reason: {''.join(unpaired[:1])}.": unpaired,
         }
         applying = [note for note, applies in notes.items() if applies]
         return applying + super().notes() + drawing_notes(self.setting, self.rows) + mixture_notes(self.samples)
@@ -395,7 +412,9 @@ class AgreeGroup(Group):
     @property
     def title(self) -> str:
         about = self.setting
-        setting = f"prompt {about['prompt']}, {about['new_tokens']} new tokens, {self.machine}seed {about['seed']}"
+        setting = (
+            f"prompt {about['prompt']}, {counted(about['new_tokens'], 'new token')}, {self.machine}seed {about['seed']}"
+        )
         return f"Agreement with dense: {self.subject}, {setting}{_older_prompt(about)}"
 
     def summary(self) -> Record:
@@ -431,7 +450,7 @@ class AgreeGroup(Group):
             f"The weights are {self.setting['weights']}: agreement says nothing about a trained model.": (
                 self.setting["weights"] != "checkpoint"
             ),
-            f"Only {few} samples: fewer than {FEW_SAMPLES} say little about a method.": few < FEW_SAMPLES,
+            f"Only {counted(few, 'sample')}: fewer than {FEW_SAMPLES} say little about a method.": few < FEW_SAMPLES,
             f"No interval for {_places(bare, self.rows)}: the choices of single samples are not beside the rows.": bare,
         }
         return [note for note, applies in notes.items() if applies] + super().notes()
@@ -441,11 +460,6 @@ def template_words(about: Mapping[str, Any]) -> str:
     """Whether a setting has a chat template, and what the template was given."""
     given = f" {about['chat_template_kwargs']}" if about["chat_template_kwargs"] else ""
     return f"with chat template{given}" if about["chat_template"] else "without chat template"
-
-
-def length_name(length: int) -> str:
-    """A number of tokens as people say it: 32768 is 32K, 1000 stays 1000."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
 def significant(value: float) -> str:
@@ -485,6 +499,11 @@ def signed(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:+.{decimals}f}"
 
 
+def percent_text(percent: float, decimals: int = 1) -> str:
+    """A change in percent with its sign; what rounds to nothing is 0."""
+    return f"{signed(percent, decimals) if round(percent, decimals) else '0'} %"
+
+
 def interval_text(mean: float, low: float, high: float, decimals: int = 2) -> str:
     """Points with the ends of their interval."""
     return f"{signed(mean, decimals)} ({signed(low, decimals)} to {signed(high, decimals)})"
@@ -492,7 +511,7 @@ def interval_text(mean: float, low: float, high: float, decimals: int = 2) -> st
 
 def record(row: Row) -> Record:
     """A result row as a group holds it."""
-    record = {"kind": row.kind, **asdict(row)}
+    record = {"kind": row.kind, **vars(row)}
     if isinstance(row, RulerRow):
         # Prepared prompts are hashed task by task: their hash names the data, not the wording.
         prepared = row.wording == "prepared"
@@ -513,12 +532,26 @@ def grouped(rows: list[Record]) -> list[tuple[Record, list[Record]]]:
     for members in together.values():
         label(members)
         figure, place = FIGURES[members[0]["kind"]][0], "task" if "task" in members[0] else "length"
-        dense = {row[place]: row[figure] for row in members if row["label"] == "dense"}
+        dense = {row[place]: row for row in members if row["label"] == "dense" and row["status"] == OK and row[figure]}
         for row in members:
-            compared = row["label"] != "dense" and row[figure] is not None and dense.get(row[place])
-            row["percent_vs_dense"] = 100 * (row[figure] / dense[row[place]] - 1) if compared else None
+            compared = row["label"] != "dense" and row["status"] == OK and row[figure] is not None
+            _compare(row, dense.get(row[place]) if compared else None)
     names = SETTING[rows[0]["kind"]] if rows else ()
     return [(dict(zip(names, key, strict=True)), together[key]) for key in sorted(together)]
+
+
+def _compare(row: Record, dense: Record | None) -> None:
+    """Set ``percent_vs_dense``; of a time also ``percent_low``, ``percent_high`` and ``time_verdict``, the words."""
+    figure = FIGURES[row["kind"]][0]
+    row["percent_vs_dense"] = None if dense is None else 100 * (row[figure] / dense[figure] - 1)
+    if row["kind"] != "ttft":
+        return
+    row |= {"percent_low": None, "percent_high": None, "time_verdict": ""}
+    if dense is not None:
+        found = compare_rows(row, dense)
+        row["time_verdict"] = found.verdict if isinstance(found, TimeDifference) else found
+        if isinstance(found, TimeDifference):
+            row |= {"percent_vs_dense": found.percent, "percent_low": found.low, "percent_high": found.high}
 
 
 def _mark_older_data(rows: list[Record]) -> None:
@@ -574,22 +607,18 @@ def _cell(row: Record, text: Callable[[float], str]) -> str:
     value, percent = row[FIGURES[row["kind"]][0]], row["percent_vs_dense"]
     if row["status"] != OK or value is None:
         return STATUS_WORDS.get(row["status"], NOTHING)
-    rounded = "" if percent is None or row["kind"] != "ttft" else f" ({round(percent):+d} %)".replace("+0", "0")
-    return text(value) + rounded
+    if percent is None or row["kind"] != "ttft":
+        return text(value)
+    if row["time_verdict"] == NO_DIFFERENCE:
+        return f"{text(value)} ({NO_DIFFERENCE})"
+    reason = "" if row["percent_low"] is not None else f", {row['time_verdict']}"
+    return f"{text(value)} ({percent_text(percent, 0)}{reason})"
 
 
 def _text(value: float | None, form: str | Callable[[float], str]) -> str:
     if value is None:
         return NOTHING
     return format(value, form) if isinstance(form, str) else form(value)
-
-
-def in_turns(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two TTFT rows of one length come from the same turns: then what changed over time changed both.
-
-    The matrix rate is measured between the turns, so that rows of other turns have another one.
-    """
-    return all(one[name] == other[name] for name in ("interleaved", "matrix_rate_flops"))
 
 
 def _places(rows: Sequence[Record], whole: Sequence[Record]) -> str:

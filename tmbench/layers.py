@@ -16,6 +16,7 @@ from typing import Literal
 
 from tmbench.errors import UserError, shortened
 from tmbench.results import OK, ProbeRow, csv_paths, read
+from tmbench.words import counted
 
 AUTO = "auto"
 RANDOM = "random:"
@@ -85,8 +86,8 @@ def propose(middle: Sequence[float], kept: float, budget: Budget, rule: Rule) ->
     if budget.time is not None:
         if budget.time < kept:
             raise UserError(
-                f"--time-budget {budget.time:g} is less than the {kept:.3g} that triangle attention in all {count} layers "
-                "takes: give at least that, or shorten --n-local"
+                f"--time-budget {budget.time:g} is less than the {kept:.3g} that triangle attention in "
+                f"all {counted(count, 'layer')} takes: give at least that, or shorten --n-local"
             )
         # A hair less than is asked for counts as it: shares such as 0.55 have no exact binary form.
         taken = 0 if budget.time >= 1 else math.ceil(count * (1 - budget.time) / (1 - kept) - 1e-9)
@@ -156,7 +157,9 @@ def random_layers(text: str, count: int) -> tuple[int, ...]:
         )
     number = whole_number(given)
     if number is None or number > count:
-        raise UserError(f"--layers {shortened(text)} asks for {shortened(given)} of {count} layers: ask for fewer")
+        raise UserError(
+            f"--layers {shortened(text)} asks for {shortened(given)} of {counted(count, 'layer')}: ask for fewer"
+        )
     return tuple(sorted(random.Random(drawn).sample(range(count), number)))
 
 
@@ -197,8 +200,8 @@ def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "")
     layers = {row.layer: row.triangle for row in chosen}
     if sorted(layer for layer in layers if layer is not None) != list(range(count)):
         raise UserError(
-            f"--layers {text}: its newest probe of {model} is of {len(layers)} layers, but the model has {count}: "
-            f"run tmbench probe --model {model} again"
+            f"--layers {text}: its newest probe of {model} is of {counted(len(layers), 'layer')}, but the model has "
+            f"{count}: run tmbench probe --model {model} again"
         )
     found = tuple(layer for layer in range(count) if layers[layer])
     return found, f"probe of {newest.task} at {newest.length}, {newest.proposal}"

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from tmbench.groups import SETTING, RulerGroup, in_order, interval_text, label, length_name
+from tmbench.groups import SETTING, RulerGroup, in_order, interval_text, label
 from tmbench.intervals import Difference
+from tmbench.words import length_name
 
 ACROSS = tuple(name for name in SETTING["ruler"] if name != "length")
 
@@ -74,7 +75,8 @@ class RulerLengths:
                 words = {names[length]: _words(found[length]) if length in found else None for length in names}
                 differences.append({"method": name, **words})
         tasks = " / ".join(dict.fromkeys(str(len(group.common_tasks)) for group in self.groups))
-        over = f"Averages of {tasks} tasks, from 0 to 100; the last column is their mean over the lengths:"
+        tasks += " task" if tasks == "1" else " tasks"
+        over = f"Averages of {tasks}, from 0 to 100; the last column is their mean over the lengths:"
         return {
             over: pd.DataFrame(scores),
             "Points against dense over the same samples, in brackets the 95 % interval:": pd.DataFrame(differences),

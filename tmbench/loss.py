@@ -35,6 +35,7 @@ from tmbench.models import LoadedModel
 from tmbench.questions import Question, check_task, questions, wording_hash
 from tmbench.results import FAILED, OK, LossRow, Status, append, newest, now
 from tmbench.sample_files import Kept
+from tmbench.words import counted
 
 CHUNK_LOGITS = 2**27
 """Logits that are held at a time: half a gigabyte in float32, 1024 tokens of a vocabulary of 128K."""
@@ -114,7 +115,7 @@ def run(job: LossJob) -> Iterator[Step]:
     plans = sorted(job.plans, key=lambda plan: plan.method != "dense")
     for length in job.lengths:
         for task in job.tasks:
-            yield Step(f"{task} at {length}: preparing {job.samples} prompts")
+            yield Step(f"{task} at {length}: preparing {counted(job.samples, 'prompt')}")
             asked = list(questions(task, length, job.samples, job.loaded, job.seed))
             # Without dense among the methods its samples of an earlier run do: a row keeps what it is held against.
             dense: Mapping[int, LossSample] = _kept_dense(job, task, length) if plans[0].method != "dense" else {}

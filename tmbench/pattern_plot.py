@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tmbench.plots import COLOURS, GREY, PALE
+from tmbench.plots import COLOURS, GREY, PALE, save
 from tmbench_kernels import HeadPattern
 
 LETTERS = {"vertical_and_slash": "", "stream_llm": "s", "block_sparse": "b"}
@@ -52,9 +52,7 @@ def draw(layers: Sequence[Mapping[int, HeadPattern]], path: Path) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(colors=GREY)
     axes.spines[:].set_color(PALE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date and a version the same file makes the same picture.
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+    save(figure, path)
 
 
 def _cells(axes: Axes, layers: Sequence[Mapping[int, HeadPattern]], looks: Mapping[Kind, tuple[Any, str]]) -> None:

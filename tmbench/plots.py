@@ -7,6 +7,7 @@ kept, as everywhere. Figures are drawn without pyplot, so that no global state i
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import textwrap
 from collections.abc import Sequence
@@ -20,10 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from tmbench.groups import MANY_METHODS, STATUS_WORDS, RulerGroup, TtftGroup, length_name
+from tmbench.files import write_whole
+from tmbench.groups import MANY_METHODS, STATUS_WORDS, RulerGroup, TtftGroup
 from tmbench.methods import METHODS
 from tmbench.report import Report
+from tmbench.time_intervals import FASTER, SLOWER
 from tmbench.tradeoff import TradeOff
+from tmbench.words import length_name
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, told apart with any kind of colour blindness; black is for dense, the first of the methods."""
@@ -57,9 +61,19 @@ def draw(report: Report, directory: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(directory / name)
-        # Without a date and a version the same results make the same file.
-        figure.savefig(paths[-1], dpi=160, metadata={"Software": None})
+        save(figure, paths[-1])
     return paths
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, its folder made where there is none: whole, or the file stays as it was.
+
+    Raises OSError where the file cannot be written.
+    """
+    picture = io.BytesIO()
+    # Without a date and a version the same figure makes the same file.
+    figure.savefig(picture, format="png", dpi=160, metadata={"Software": None})
+    write_whole(path, picture.getvalue())
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def _speed_up(report: Report, group: TtftGroup) -> Figure:
         if ratios:
             fidelity = [] if label == "dense" else report.fidelity(group, label).split("; ")
             words = [label, *(["fidelity not measured"] if fidelity == ["not measured"] else fidelity)]
-            lines.append(_line(group, label, ratios, words))
+            lines.append(_line(group, label, ratios, [*words, *_unsure(group, label)]))
     figure, axes = _canvas("Speed-up over dense attention", group, lines)
     values = [value for line in lines for value in line.values]
     axes.set_ylim(min(0.9, *values) * 0.92, max(1.1, *values) * 1.08)
@@ -135,6 +149,15 @@ def _speed_up(report: Report, group: TtftGroup) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))  # noqa: RUF001 the sign is meant
     axes.set_ylabel("dense time / method's time: above 1 is faster", color=GREY, fontsize=LABEL_PT)
     return figure
+
+
+def _unsure(group: TtftGroup, label: str) -> list[str]:
+    """Where a time is neither faster nor slower than dense's, in words."""
+    places: dict[str, list[str]] = {}
+    for row in group.measured(label):
+        if row["time_verdict"] not in ("", FASTER, SLOWER):
+            places.setdefault(row["time_verdict"], []).append(length_name(row["length"]))
+    return [f"{words} at {', '.join(names)}" for words, names in places.items()]
 
 
 def _heat_map(group: RulerGroup) -> Figure:
@@ -200,12 +223,13 @@ def _trade_off(group: TradeOff) -> Figure:
     top = 1.0
     for number, (row, lines) in enumerate(zip(group.rows, words, strict=True), start=1):
         x, y = row["saved_percent"], row["difference"]
+        left, right = (x if row[end] is None else row[end] for end in ("saved_low", "saved_high"))
         place = list(METHODS).index(row["method"]) if row["method"] in METHODS else len(METHODS)
         colour = COLOURS[place % len(COLOURS)]
         axes.errorbar(
             x,
             y,
-            xerr=[[max(x - row["saved_low"], 0)], [max(row["saved_high"] - x, 0)]],
+            xerr=[[max(x - left, 0)], [max(right - x, 0)]],
             yerr=[[max(y - row["difference_low"], 0)], [max(row["difference_high"] - y, 0)]],
             color=colour,
             marker=MARKERS[(place + place // len(COLOURS)) % len(MARKERS)],
@@ -225,10 +249,9 @@ def _trade_off(group: TradeOff) -> Figure:
             )  # fmt: skip
             top -= row_height
         top -= 0.3 * row_height
-    axes.set_xlabel(
-        "time saved against dense, %; bars from the slowest to the fastest repeats\nfilled: on the front", color=GREY,
-        fontsize=LABEL_PT,
-    )  # fmt: skip
+    apart = any(row["saved_low"] is None for row in group.rows)
+    below = "filled: on the front" + "; without a bar: not timed in the same rounds as dense" * apart
+    axes.set_xlabel(f"time saved against dense, %, 95 % interval\n{below}", color=GREY, fontsize=LABEL_PT)
     axes.set_ylabel(
         f"RULER points against dense, 95 % interval\ndotted: a loss of {group.scores.margin:g}",
         color=GREY,

@@ -44,6 +44,7 @@ from tmbench.prefill import synchronize
 from tmbench.questions import Question, check_task, longest_prompt, questions, wording_hash
 from tmbench.results import OK, ProbeRow, append, newest, now
 from tmbench.sample_files import Kept
+from tmbench.words import counted
 from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections
 
 METHOD = "dense"
@@ -122,8 +123,9 @@ class ProbeJob:
         """Raise UserError if one of a length's prompts, of so many tokens, has no middle, or the budget cannot be met."""
         if self.sections.pairs(min(tokens))[SECTIONS.index("middle")] == 0:
             raise UserError(
-                f"--length {length} leaves no pair between the first {self.settings.n_init} keys, the window of "
-                f"{self.settings.n_local} and the last {self.settings.last_n} queries, as a prompt has {min(tokens)} tokens "
+                f"--length {length} leaves no pair between the first {counted(self.settings.n_init, 'key')}, the window of "
+                f"{self.settings.n_local} and the last {counted(self.settings.last_n, 'query', 'queries')}, "
+                f"as a prompt has {min(tokens)} tokens "
                 "of it: give a longer one, or a smaller --n-local"
             )
         # A budget that cannot be met is refused now and not after the measurement.
@@ -186,7 +188,7 @@ def run(job: ProbeJob) -> Iterator[Step]:
             tokens: list[int] = []
             for task, file in files.items():
                 kept = {} if job.overwrite else file.read(ProbeSample)
-                yield Step(f"{task} at {length}: preparing {job.samples} prompts")
+                yield Step(f"{task} at {length}: preparing {counted(job.samples, 'prompt')}")
                 every = list(questions(task, length, job.samples, job.loaded, job.seed))
                 # What was read of another prompt or towards another token says nothing of this sample.
                 known[task] = {one.index: kept[one.index] for one in every if _is_of(kept.get(one.index), one)}
@@ -257,7 +259,7 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
         logits[target].backward()
     session.check_complete()
     if len(found) != len(modules):
-        raise RuntimeError(f"only {len(found)} of {len(modules)} layers were differentiated")
+        raise RuntimeError(f"only {len(found)} of {counted(len(modules), 'layer')} were differentiated")
     pairs = torch.tensor(sections.pairs(ids.shape[1]), dtype=torch.float64)
     sums = torch.stack([found[layer] for layer in range(len(modules))])
     for layer, own in enumerate(sums):

@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tmbench.groups import length_name
-from tmbench.plots import COLOURS, GREY, LABEL_PT, MARKERS, PALE
+from tmbench.plots import COLOURS, GREY, LABEL_PT, MARKERS, PALE, save
 from tmbench.results import OK, ProbeRow, read_all
+from tmbench.words import counted, length_name
 from tmbench_kernels import SECTIONS
 
 NAMES = {"logits": "|dz/ds|", "probabilities": "|dz/dp|"}
@@ -61,7 +61,7 @@ def draw(rows: Sequence[ProbeRow], derivative: str, path: Path) -> None:
     contents = f" (files {first.model_hash[:8]})" if first.model_hash else ""
     about = (
         f"{first.model}{contents}, {first.weights} weights, {first.dtype}; {first.task} at {length_name(first.length)}, "
-        f"{first.samples} samples; n_init {first.n_init}, n_local {first.n_local}, last_n {first.last_n}; "
+        f"{counted(first.samples, 'sample')}; n_init {first.n_init}, n_local {first.n_local}, last_n {first.last_n}; "
         f"{first.device_name}"
     )
     axes.set_title("\n".join(textwrap.wrap(about, 110)), loc="left", fontsize=LABEL_PT, color=GREY)
@@ -71,9 +71,7 @@ def draw(rows: Sequence[ProbeRow], derivative: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE)
     axes.tick_params(which="both", color=PALE, labelsize=LABEL_PT)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date and a version the same rows make the same picture.
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+    save(figure, path)
 
 
 def draw_all(root: Path, directory: Path) -> list[Path]:

@@ -5,7 +5,8 @@ A speed-up never stands without a figure of what the method kept, or the words t
 
 from __future__ import annotations
 
-import math
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,26 @@ import pandas as pd
 
 from tmbench.choices import choices_of
 from tmbench.errors import UserError
-from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGroup, TtftGroup, grouped, length_name, record
-from tmbench.intervals import MARGIN, Difference
+from tmbench.evidence import fidelity
+from tmbench.groups import FIGURES, MODEL, NOTHING, AgreeGroup, Record, RulerGroup, TtftGroup, grouped, record
+from tmbench.intervals import MARGIN
 from tmbench.json_text import json_text
 from tmbench.lengths import by_length
 from tmbench.results import AgreeRow, RulerRow, TtftRow, read_all
 from tmbench.samples import read_samples
 from tmbench.tradeoff import TradeOff, trade_offs
+
+FRONT = (
+    "kind", *MODEL, "prompt", "threads", "seed", "wording", "method", "label", "parameters", "length", "task", "status",
+    "figure", "value", "percent_vs_dense",
+)  # fmt: skip
+"""The columns that a table in long form begins with."""
+COMPARED = ("percent_vs_dense", "percent_low", "percent_high")
+"""The columns that are about a kind's first figure alone."""
+TEXTS = (
+    "method", "task", "parameters", "faster than dense", "fidelity", "backends", "in words", "what changes", "elsewhere",
+)  # fmt: skip
+"""The columns of tables that hold no figures."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +57,8 @@ class Report:
         return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs]
 
     def fidelity(self, group: TtftGroup, label: str) -> str:
-        """What a method kept, in words: its worst logit error, and its RULER average at the longest length that has one."""
-        rows = [row for row in group.rows if row["label"] == label]
-        errors = [(row["logit_error"], length_name(row["length"])) for row in rows if row["logit_error"] is not None]
-        # A logit error that is not a number is the worst there is, and compares with nothing.
-        worst = max(errors, key=lambda error: (math.isnan(error[0]), error[0]), default=None)
-        kept = [f"logit error {worst[0]:.2g} at {worst[1]}"] if worst else []
-        same = [other for other in self.ruler if all(other.setting[name] == group.setting[name] for name in MODEL)]
-        for other in sorted(same, key=lambda other: (-other.setting["length"], other.setting["older_data"])):
-            means, names = other.averages, {(row["method"], row["parameters"]): row["label"] for row in other.rows}
-            own, dense = means.get(names.get((rows[0]["method"], rows[0]["parameters"]), "")), means.get("dense")
-            if own is not None and dense is not None:
-                over = f"{len(other.common_tasks)} tasks at {length_name(other.setting['length'])}"
-                found = other.average_differences.get(names[rows[0]["method"], rows[0]["parameters"]])
-                words = f": {found.verdict}" if isinstance(found, Difference) else ""
-                kept.append(f"RULER {own:.1f} (dense {dense:.1f}, {over}){words}")
-                break
-        return "; ".join(kept) or "not measured"
+        """What a method kept, in words: see ``tmbench.evidence``."""
+        return fidelity(group, label, self.ruler)
 
     def markdown(self) -> str:
         """The report as Markdown: a section for each device, and in it the groups with their notes."""
@@ -76,19 +75,24 @@ class Report:
 
     def csv(self) -> str:
         """Every figure on a line of its own, with all columns of its row; times in seconds, scores from 0 to 100."""
-        frames = []
+        lines, columns = [], dict.fromkeys(FRONT)
         for group in self.groups:
-            frame = pd.DataFrame([*group.rows, *(group.average_rows() if isinstance(group, RulerGroup) else ())])
-            figures = FIGURES[frame["kind"][0]]
-            rest = [column for column in frame.columns if column not in figures]
-            long = frame.melt(id_vars=rest, value_vars=figures, var_name="figure")
-            long.loc[long["figure"] != figures[0], "percent_vs_dense"] = None
-            frames.append(long[(long["figure"] == figures[0]) | long["value"].notna()])
-        whole = pd.concat(frames, ignore_index=True)
-        front = ["kind", *MODEL, "prompt", "threads", "seed", "wording", "method", "label", "parameters", "length", "task"]
-        front = [name for name in (*front, "status", "figure", "value", "percent_vs_dense") if name in whole.columns]
-        whole = whole[[*front, *whole.columns.difference(front, sort=False)]].convert_dtypes()
-        return str(whole.to_csv(index=False, lineterminator="\n"))
+            records = [*group.rows, *(group.average_rows() if isinstance(group, RulerGroup) else ())]
+            figures = FIGURES[records[0]["kind"]]
+            rest = dict.fromkeys(name for row in records for name in row if name not in figures)
+            columns |= rest
+            for figure in figures:
+                first = figure == figures[0]
+                # What is no number is no figure, and compares with nothing.
+                known = [row for row in records if first or (row.get(figure) is not None and row[figure] == row[figure])]
+                blank = {} if first else dict.fromkeys(COMPARED)
+                lines += [{name: row.get(name) for name in rest} | blank | _figure(row, figure) for row in known]
+        used = [name for name in columns if name in ("figure", "value") or any(name in line for line in lines)]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, used, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
+        return text.getvalue()
 
     def json(self) -> str:
         """The groups with their rows, what follows from them, and the notes; figures that are not finite are null."""
@@ -120,6 +124,11 @@ def build(root: Path, margin: float = MARGIN) -> Report:
     return Report([TtftGroup(*group) for group in grouped(ttft)], scores, agreement)
 
 
+def _figure(row: Record, figure: str) -> Record:
+    value = row.get(figure)
+    return {"figure": figure, "value": None if value is None or value != value else value}
+
+
 def _section(title: str, tables: Mapping[str, pd.DataFrame], notes: Sequence[str]) -> list[str]:
     filled = [f"{caption}\n\n{_markdown(table)}" for caption, table in tables.items() if len(table)]
     return [f"### {title}", *filled, "\n".join(f"- {note}" for note in notes)]
@@ -137,17 +146,14 @@ def _environment(rows: Sequence[Record]) -> str:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    cells = table.fillna(NOTHING).astype(str).map(lambda text: text.replace("|", "\\|") or " ")
-    words = (
-        "method",
-        "task",
-        "parameters",
-        "faster than dense",
-        "fidelity",
-        "backends",
-        "in words",
-        "what changes",
-        "elsewhere",
-    )
-    sides = ["left" if name in words else "right" for name in cells.columns]
-    return str(cells.to_markdown(index=False, disable_numparse=True, colalign=sides))
+    """A table as Markdown; pandas takes a hundred times as long for it as all else of a report."""
+    columns = []
+    for name in table.columns:
+        cells = [NOTHING if cell is None or cell != cell else str(cell).replace("|", "\\|") for cell in table[name]]
+        width = max(len(name) + 2, *map(len, cells))
+        if name in TEXTS:
+            columns.append([name.ljust(width), ":" + "-" * (width + 1), *(cell.ljust(width) for cell in cells)])
+        else:
+            columns.append([name.rjust(width), "-" * (width + 1) + ":", *(cell.rjust(width) for cell in cells)])
+    header, rule, *lines = zip(*columns, strict=True)
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in lines)])

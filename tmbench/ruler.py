@@ -44,6 +44,7 @@ from tmbench.models import LoadedModel
 from tmbench.results import OK, RulerRow, Status, append, newest, now, short_hash
 from tmbench.sample_files import Kept, index_of, is_of, measured_before, score_of, seconds_of
 from tmbench.samples import read_samples
+from tmbench.words import counted
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def run(job: RulerJob) -> Iterator[Step]:
     """
     for length in job.lengths:
         for task in job.tasks:
-            yield Step(f"{task} at {length}: preparing {job.samples} samples")
+            yield Step(f"{task} at {length}: preparing {counted(job.samples, 'sample')}")
             examples = job.examples(task, length)
             hashes = [of_ids(job.prompt(example)) for example in examples]
             for plan in job.plans:

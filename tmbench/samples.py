@@ -11,6 +11,7 @@ from typing import Any
 from tmbench.files import read_lines
 from tmbench.results import OK, RulerRow
 from tmbench.sample_files import index_of, score_of
+from tmbench.words import counted
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
             scores[index], references[index], prompts[index] = score, wanted, prompt
             kinds |= {index: kind} if kind else {}
     if len(scores) < row["samples"]:
-        found = f"has {len(scores)} of {row['samples']} samples" if path.exists() else "is missing"
+        found = f"has {len(scores)} of {counted(row['samples'], 'sample')}" if path.exists() else "is missing"
         return Samples(missing=f"its file of predictions {found}")
     # Scores of rows are rounded to two decimals.
     if abs(100 * sum(scores.values()) / len(scores) - row["score"]) > 0.01:

@@ -29,6 +29,7 @@ from tmbench.finite import check_logits, not_finite
 from tmbench.methods import METHODS, ModelShape, Settings
 from tmbench.models import LoadedModel
 from tmbench.prompts import prompt_ids
+from tmbench.words import counted
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference.search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
@@ -110,7 +111,7 @@ def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[li
         with writable(job.partial, OPTION):
             job.partial.unlink(missing_ok=True)
     kept = _read_partial(job)
-    advance(f"{len(kept)} layers measured before" if kept else "reading the prompt", float(len(kept)))
+    advance(f"{counted(len(kept), 'layer')} measured before" if kept else "reading the prompt", float(len(kept)))
     if len(kept) < job.shape.layers:
         _measure(job, kept, advance)
     found = [[best_pattern(head) for head in kept[layer]] for layer in range(job.shape.layers)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -20,13 +21,15 @@ from tmbench.groups import (
     RulerGroup,
     TtftGroup,
     difference_fields,
-    in_turns,
     interval_text,
-    length_name,
+    percent_text,
+    signed,
     template_words,
 )
 from tmbench.intervals import Difference
 from tmbench.samples_as import drawn_words
+from tmbench.time_intervals import APART, FASTER, NO_DIFFERENCE, TimeDifference, compare_rows
+from tmbench.words import counted, length_name
 
 KIND = "trade-off"
 SAME_COST = 0.005
@@ -46,23 +49,31 @@ class Effect:
     """What the two have in common among the parameters in which any variants here differ."""
     points: Difference
     """Of the second against the first, over the same samples."""
-    time_percent: float | None
-    """The second's time against the first's: negative is faster. None where they were not timed in turns."""
+    times: TimeDifference | str
+    """The second's time against the first's, over the same rounds: negative is faster. In words why there is none."""
+
+    @property
+    def time_percent(self) -> float | None:
+        """The change of the time; None where it is not known."""
+        return self.times.percent if isinstance(self.times, TimeDifference) else None
 
     @property
     def time(self) -> str:
-        """``time_percent`` in words."""
-        return NOTHING if self.time_percent is None else f"{self.time_percent:+.1f} %"
+        """The change of the time in words."""
+        if isinstance(self.times, str):
+            return NOTHING if self.times == APART else self.times
+        return _time_text(self.times.percent, self.times.low, self.times.high, self.times.verdict)
 
 
 @dataclass(frozen=True)
 class TradeOff(Group):
     """One model at one length, timed and asked. Its rows are the methods beside dense, by the time that they save.
 
-    A row has ``saved_percent``, the part of dense's time that the medians save, with ``saved_low`` and ``saved_high`` from
-    the slowest and the fastest repeats; ``apart``, whether dense was timed in other turns; the average difference to dense
-    as ``RulerGroup`` has it; and ``front``, whether no other method, dense among them, saves as much time and keeps as much
-    accuracy, with one of the two better.
+    A row has ``saved_percent``, the part of dense's time that it saves, with its 95 % interval from ``saved_low`` to
+    ``saved_high``, which are None where dense was not timed in the same rounds; ``apart``, whether dense was timed in other
+    turns; the average difference to dense as ``RulerGroup`` has it; and ``front``, whether it was timed in the same rounds
+    as dense and nothing else that was, dense among them, beats it. What beats another keeps as much accuracy in measurably
+    less time, or more in no measurably longer time.
     """
 
     scores: RulerGroup
@@ -72,19 +83,21 @@ class TradeOff(Group):
         about = self.setting
         setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
         template = f"{template_words(about)}, " if about["chat_template"] else ""
-        wording = (
-            f"wording {about['wording']}, {drawn_words(about)}{template}average of {len(self.scores.paired_tasks)} tasks"
-        )
+        over = f"average of {counted(len(self.scores.paired_tasks), 'task')}"
+        wording = f"wording {about['wording']}, {drawn_words(about)}{template}{over}"
         return f"Accuracy kept against time saved at {length_name(about['length'])}: {self.subject}, {setting}, {wording}"
 
     def notes(self) -> list[str]:
         few = min(row["repeats"] for row in self.rows)
-        notes = [f"Times of only {few} repeats: fewer than {FEW_REPEATS} hardly tell what is faster."] * (few < FEW_REPEATS)
+        notes = [f"Times of only {counted(few, 'repeat')}: fewer than {FEW_REPEATS} hardly tell what is faster."] * (
+            few < FEW_REPEATS
+        )
         apart = [row["label"] for row in self.rows if row["apart"]]
         if apart:
             notes.append(f"{NOT_IN_TURNS}: {'; '.join(apart)}.")
         return notes + super().notes()
 
+    @cached_property
     def effects(self) -> list[Effect]:
         """What each parameter changes between neighbouring values, all others equal; and the shape at the same cost."""
         found = []
@@ -114,8 +127,7 @@ class TradeOff(Group):
             before, after = str(first[parameter]), str(second[parameter])
         else:
             before, after = (", ".join(f"{name} {row[name]}" for name in names) for row in (first, second))
-        change = 100 * (second["ttft_median_s"] / first["ttft_median_s"] - 1) if in_turns(first, second) else None
-        return Effect(parameter, before, after, ", ".join(common), points, change)
+        return Effect(parameter, before, after, ", ".join(common), points, compare_rows(second, first))
 
     def summary(self) -> Record:
         """What follows from the rows together, for JSON: the front, fastest last, and the effects of single parameters."""
@@ -126,9 +138,12 @@ class TradeOff(Group):
                 "to": one.after,
                 "elsewhere": one.elsewhere,
                 "time_percent": one.time_percent,
+                "time_low": one.times.low if isinstance(one.times, TimeDifference) else None,
+                "time_high": one.times.high if isinstance(one.times, TimeDifference) else None,
+                "time_verdict": one.times.verdict if isinstance(one.times, TimeDifference) else one.times,
                 **difference_fields(one.points),
             }
-            for one in self.effects()
+            for one in self.effects
         ]
         return {"front": [row["label"] for row in self.rows if row["front"]], "effects": effects}
 
@@ -137,11 +152,11 @@ class TradeOff(Group):
         methods = [
             {
                 "method": row["label"],
-                "time saved": f"{row['saved_percent']:+.1f} % ({row['saved_low']:+.1f} to {row['saved_high']:+.1f})",
+                "time saved": saved_text(row),
                 "points against dense": interval_text(row["difference"], row["difference_low"], row["difference_high"]),
                 "in words": row["verdict"],
                 "coverage": NOTHING if row["coverage"] is None else f"{row['coverage']:.1%}",
-                "on the front": "yes" if row["front"] else "no",
+                "on the front": NOTHING if row["saved_low"] is None else "yes" if row["front"] else "no",
             }
             for row in self.rows
         ]
@@ -155,11 +170,13 @@ class TradeOff(Group):
                 "in words": one.points.verdict,
                 "time": one.time,
             }
-            for one in self.effects()
+            for one in self.effects
         ]
         return {
-            "The time that the medians save, in brackets from the slowest to the fastest repeats; points with the 95 % "
-            "interval. What is on the front is beaten by nothing else in both time and points:": pd.DataFrame(methods),
+            "The time saved over the rounds of turns, and the points, with their 95 % intervals. What is on the front is "
+            "beaten by nothing else in both time and points, and times that do not measurably differ count as equal:": (
+                pd.DataFrame(methods)
+            ),
             "What one change does, by the same samples and with its 95 % interval:": pd.DataFrame(effects),
         }
 
@@ -203,20 +220,37 @@ def _rows(times: TtftGroup, scores: RulerGroup) -> list[Record]:
         # A forced backend of dense attention is another time for the same scores: the one that tmbench chose comes first.
         if dense is None or not isinstance(kept, Difference) or label in rows:
             continue
-        ratios = {
-            "saved_percent": row["ttft_median_s"] / dense["ttft_median_s"],
-            "saved_low": row["ttft_max_s"] / dense["ttft_min_s"],
-            "saved_high": row["ttft_min_s"] / dense["ttft_max_s"],
-        }
-        saved = {name: 100 * (1 - ratio) for name, ratio in ratios.items()}
-        about = {"kind": KIND, "label": label, "percent_vs_dense": None, "apart": not in_turns(row, dense)}
+        ends = {"saved_percent": "percent_vs_dense", "saved_low": "percent_high", "saved_high": "percent_low"}
+        saved = {name: None if row[end] is None else -row[end] for name, end in ends.items()}
+        about = {"kind": KIND, "label": label, "apart": row["time_verdict"] == APART} | dict.fromkeys(ends.values())
         rows[label] = row | difference_fields(kept) | saved | about
+    if dense is None:
+        return []
     ordered = sorted(rows.values(), key=lambda row: float(row["saved_percent"]))
-    at = [(0.0, 0.0), *((row["saved_percent"], row["difference"]) for row in ordered)]
-    for place, row in enumerate(ordered, start=1):
-        row["front"] = not any(_better(other, at[place]) for other in at)
+    known = [dense | {"difference": 0.0}, *(row for row in ordered if row["saved_low"] is not None)]
+    for row in ordered:
+        row["front"] = row in known and not any(_beats(other, row) for other in known if other is not row)
     return ordered
 
 
-def _better(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and one[0] >= other[0] and one[1] >= other[1]
+def _beats(one: Record, other: Record) -> bool:
+    if one["difference"] > other["difference"]:
+        return not _faster(other, one)
+    return bool(one["difference"] == other["difference"]) and _faster(one, other)
+
+
+def _faster(one: Record, other: Record) -> bool:
+    found = compare_rows(one, other)
+    return isinstance(found, TimeDifference) and found.verdict == FASTER
+
+
+def saved_text(row: Record) -> str:
+    """The time that a row of a trade-off saves, in words."""
+    return _time_text(row["saved_percent"], row["saved_low"], row["saved_high"], row["time_verdict"])
+
+
+def _time_text(percent: float, low: float | None, high: float | None, words: str) -> str:
+    if low is None or high is None:
+        return f"{percent_text(percent)}, {words}"
+    ends = f"{signed(low, 1)} to {signed(high, 1)}"
+    return f"{NO_DIFFERENCE} ({ends} %)" if words == NO_DIFFERENCE else f"{percent_text(percent)} ({ends})"

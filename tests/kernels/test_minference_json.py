@@ -47,7 +47,7 @@ def test_a_layer_with_other_kinds_of_heads_is_a_pattern_of_its_own(write):
         ("{not json", "not valid JSON"),
         ({"0": ENTRY}, "a list with one object per layer"),
         ([[ENTRY]], "a list with one object per layer"),
-        ([{"0": ENTRY}], "a model with 1 layers, but this one has 2"),
+        ([{"0": ENTRY}], "a model with 1 layer, but this one has 2"),
         ([{"0": ENTRY}, {"0": ENTRY}], "a model with 1 query heads, but this one has 2"),
         ([{"5": ENTRY}, {"0": ENTRY}], "a model with 6 query heads, but this one has 2"),
         ([{"one": ENTRY}, {}], "layer 0: 'one' is not the number of a head"),

@@ -331,7 +331,7 @@ def test_losses_of_methods(tmbench):
     assert tri_mix["nll_prompt_vs_dense"] == pytest.approx(tri_mix["nll_prompt"] - dense["nll_prompt"], abs=1e-6)
     code, out, _ = tmbench("probe", "--loss", *methods, "--length", "700", "--samples", "1", "--device", "cpu")
     assert code == 0
-    assert "Negative log-likelihood, nats a token: vt at 700 tokens, 1 samples" in out
+    assert "Negative log-likelihood, nats a token: vt at 700 tokens, 1 sample" in out
 
 
 def test_help_names_presets_and_dense_backends(tmbench):

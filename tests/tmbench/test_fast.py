@@ -358,3 +358,27 @@ def test_two_models_at_once(make_model, prompt, graphs):
     ):
         for prefill, wanted in zip((a, b, a), (*expected, expected[0]), strict=True):
             same(prefill(ids), wanted)
+
+
+CPU = torch.device("cpu")
+
+
+def test_compiling_that_was_asked_for_and_cannot_be_had_is_refused(make_model, monkeypatch, graphs):
+    monkeypatch.setenv("CXX", "c++")
+    wrapped, other = make_model("llama"), make_model("gpt2")
+    assert [fast.kind_wanted(wrapped, CPU, wish) for wish in (True, False, None)] == [COMPILED, EAGER, EAGER]
+    wrapped.model.layers[1].mlp.forward = lambda x: x
+    for model, name in ((wrapped, "LlamaForCausalLM"), (other, "GPT2LMHeadModel")):
+        with pytest.raises(UserError, match=rf"^--compile: {name} cannot be compiled here, as .*: leave the option out$"):
+            fast.kind_wanted(model, CPU, True)
+        assert [fast.kind_wanted(model, CPU, wish) for wish in (False, None)] == [PLAIN, PLAIN]
+    differs = make_model("llama")
+    monkeypatch.setattr(fast, "_agree", lambda got, expected: False)
+    with pytest.raises(
+        UserError, match=r"^--compile: LlamaForCausalLM cannot be compiled here, as it answers a short prompt"
+    ):
+        fast.kind_wanted(differs, CPU, True)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"^--compile needs a compiler"):
+        fast.kind_wanted(differs, CPU, True)

@@ -53,7 +53,7 @@ def test_a_line_for_each_method_a_column_for_each_length_and_the_average(measure
     markdown = build(measured).markdown()
     assert "### RULER by length: a/model, checkpoint weights, bfloat16, wording reference-ruler f00d" in markdown
     assert markdown.index("### RULER by length") < markdown.index("### RULER at 4K")
-    table = table_of(markdown, "Averages of 1 tasks, from 0 to 100; the last column is their mean over the lengths:")
+    table = table_of(markdown, "Averages of 1 task, from 0 to 100; the last column is their mean over the lengths:")
     assert list(table) == ["dense", "tri_mix (starting_layer 8)", "tri_mix (starting_layer 16)"]
     assert table["dense"] == {"method": "dense", "4K": "100.0", "128K": "75.0", "average": "87.5"}
     assert list(table["tri_mix (starting_layer 16)"].values())[1:] == ["95.0", "60.0", "77.5"]

@@ -97,6 +97,18 @@ def test_a_speed_up_carries_its_fidelity(tmp_path):
     assert words.index("fidelity not measured") == words.index("minference") + 1
 
 
+def test_a_speed_up_says_where_the_repeats_tell_none(tmp_path):
+    for length in (2048, 4096, 8192):
+        add_ttft(tmp_path, "dense", length, 1.0, samples_s="0.9 1.0 1.1")
+    add_ttft(tmp_path, "tri_mix", 2048, 1.0, samples_s="0.9 1.01 1.7")
+    add_ttft(tmp_path, "tri_mix", 4096, 0.5, samples_s="0.45 0.5 0.55")
+    add_ttft(tmp_path, "tri_mix", 8192, 0.5, samples_s="0.45 0.5 0.55", interleaved="tri_mix")
+    report = build(tmp_path)
+    words = [text.get_text() for text in plots._speed_up(report, report.ttft[0]).axes[0].texts]
+    start = words.index("tri_mix")
+    assert words[start + 2 : start + 4] == ["no measurable difference at 2K", "not in turns at 8K"]
+
+
 def test_speed_up_is_the_time_of_dense_over_the_time_of_the_method(tmp_path):
     for length, seconds in ((2048, 2.0), (4096, 0.25)):
         add_ttft(tmp_path, "dense", length, 1.0)

@@ -38,6 +38,11 @@ PUBLISHED_SCORES = {
 
 def add_ttft(root, method="dense", length=4096, seconds=None, **changes):
     times = {} if seconds is None else {"ttft_median_s": seconds, "ttft_min_s": 0.9 * seconds, "ttft_max_s": 1.1 * seconds}
+    times |= (
+        {}
+        if seconds is None
+        else {"samples_s": " ".join(f"{part * seconds}" for part in (0.9, 1.0, 1.1)[: changes.get("repeats", 3)])}
+    )
     row = COMMON | TTFT | OWN.get(method, {}) | times | {"method": method, "length": length} | changes
     append(root, TtftRow(**row))
 
@@ -156,7 +161,9 @@ def test_a_speed_up_stands_beside_what_was_kept(tmp_path):
     add_ttft(tmp_path, "tri_mix", 32768, 3.6, logit_error=0.031)
     add_ttft(tmp_path, "tri_mix", 131072, 23.4, logit_error=0.0044)
     table = table_with(build(tmp_path).markdown(), "128K")
-    assert table["tri_mix"]["fidelity"] == "logit error 0.031 at 32K; RULER 77.3 (dense 77.6, 13 tasks at 128K)"
+    assert table["tri_mix"]["fidelity"] == (
+        "logit error 0.031 at 32K; RULER 77.3 (dense 77.6, 13 tasks x 100 samples at 128K)"
+    )
     assert table["minference"]["fidelity"] == "not measured"
     assert table["dense"]["fidelity"] == "the reference"
 
@@ -181,6 +188,52 @@ def test_accuracy_counts_only_with_the_same_parameters_weights_and_type(tmp_path
     assert report.fidelity(report.ttft[0], "tri_mix") == "not measured"
 
 
+def test_the_most_evidence_of_the_same_settings_counts(tmp_path):
+    """Three and thirteen tasks of two threads, one task of one thread at a greater length."""
+    for method in ("dense", "tri_mix"):
+        points = 0.0 if method == "dense" else 10.0
+        add_ttft(tmp_path, method, 8192, 1.0)
+        add_ruler(tmp_path, method, "vt", 50.0, length=131072, threads=1)
+        for task in TASKS:
+            add_ruler(tmp_path, method, task, 90.0 - points, length=4096, samples=25)
+        for task in list(TASKS)[:3]:
+            add_ruler(tmp_path, method, task, 70.0, length=8192, samples=500)
+    report = build(tmp_path)
+    assert report.fidelity(report.ttft[0], "tri_mix") == "RULER 80.0 (dense 90.0, 13 tasks x 25 samples at 4K)"
+    # As many tasks: the more samples; as many of these: the nearer length.
+    for method in ("dense", "tri_mix"):
+        for task in TASKS:
+            add_ruler(tmp_path, method, task, 60.0, length=32768, samples=100)
+            add_ruler(tmp_path, method, task, 65.0, length=16384, samples=100)
+    report = build(tmp_path)
+    assert report.fidelity(report.ttft[0], "tri_mix") == "RULER 65.0 (dense 65.0, 13 tasks x 100 samples at 16K)"
+
+
+def test_another_variant_with_fewer_tasks_takes_none_of_the_evidence(tmp_path):
+    add_ttft(tmp_path, "dense", 4096, 1.0)
+    add_ttft(tmp_path, "tri_mix", 4096, 1.0)
+    for task in TASKS:
+        add_ruler(tmp_path, "dense", task, 90.0)
+        add_ruler(tmp_path, "tri_mix", task, 80.0, samples=50 if task == "vt" else 100)
+    add_ruler(tmp_path, "streaming", "vt", 10.0)
+    report = build(tmp_path)
+    assert report.fidelity(report.ttft[0], "tri_mix") == "RULER 80.0 (dense 90.0, 13 tasks x 50 to 100 samples at 4K)"
+
+
+def test_evidence_of_other_threads_or_parameters_says_so(tmp_path):
+    add_ttft(tmp_path, "dense", 4096, 1.0)
+    add_ttft(tmp_path, "tri_mix", 4096, 1.0, logit_error=0.5)
+    for method in ("dense", "tri_mix"):
+        add_ruler(tmp_path, method, "vt", 50.0, threads=1, samples=1)
+    report = build(tmp_path)
+    kept = "logit error 0.5 at 4K; RULER 50.0 (dense 50.0, 1 task x 1 sample at 4K with 1 CPU thread, not 2)"
+    assert report.fidelity(report.ttft[0], "tri_mix") == kept
+    add_ttft(tmp_path, "tri_mix", 4096, 1.0, logit_error=0.5, last_n=64)
+    report = build(tmp_path)
+    kept = report.fidelity(report.ttft[0], "tri_mix (last_n 64)")
+    assert kept == "logit error 0.5 at 4K; no RULER score with these parameters"
+
+
 def test_out_of_memory_and_failure_are_shown_and_compared_with_nothing(tmp_path):
     for length, dense, sparse in ((2048, 1.0, 0.8), (4096, 3.0, 2.0)):
         add_ttft(tmp_path, "dense", length, dense)
@@ -197,7 +250,8 @@ def test_out_of_memory_and_failure_are_shown_and_compared_with_nothing(tmp_path)
     assert times["minference"]["4K"] == "failed"
     assert times["minference"]["8K"] == "-"
     assert break_even["tri_mix"]["faster than dense"] == "from 2K on, the shortest measured"
-    assert break_even["minference"]["faster than dense"] == "from 2K on, the shortest measured", "at 4K it has no time"
+    alone = "at 2K, the only length measured"
+    assert break_even["minference"]["faster than dense"] == alone, "at 4K it has no time"
     assert break_even["streaming"]["faster than dense"] == "not compared: at no length have both a time"
     assert "- minference failed at 4K: RuntimeError: a | b." in markdown
 
@@ -206,17 +260,63 @@ def test_out_of_memory_and_failure_are_shown_and_compared_with_nothing(tmp_path)
     ("seconds", "length", "words"),
     [
         ([2, 2, 2], None, "slower than dense at every length measured"),
-        ([1, 1, 1], None, "slower than dense at every length measured"),
+        ([1, 1, 1], None, "no measurable difference at any length measured"),
         ([2, 0.5, 2], None, "not at 8K, the longest measured"),
-        ([0.5, 2, 0.5], 8192, "from 8K on"),
+        ([0.5, 2, 0.5], 8192, "at 8K, the longest measured"),
+        ([2, 0.5, 0.5], 4096, "from 4K on"),
+        ([0.5, 0.5, 1], None, "no measurable difference at 8K, the longest measured"),
+        ([1, 0.5, 0.5], 4096, "from 4K on"),
+        ([2, 1, 2], None, "measurably faster at no length measured"),
+        ([0.5], 2048, "at 2K, the only length measured"),
+        ([2], None, "slower than dense at 2K, the only length measured"),
+        ([1], None, "no measurable difference at 2K, the only length measured"),
         ([0.5, 0.5, 0.5], 2048, "from 2K on, the shortest measured"),
     ],
 )
 def test_break_even(tmp_path, seconds, length, words):
-    for place, value in zip((2048, 4096, 8192), seconds, strict=True):
+    for place, value in zip((2048, 4096, 8192), seconds, strict=False):
         add_ttft(tmp_path, "dense", place, 1.0)
         add_ttft(tmp_path, "tri_mix", place, float(value))
     assert build(tmp_path).ttft[0].break_even("tri_mix") == (length, words)
+
+
+def test_break_even_counts_what_was_measured_beside_dense_more_than_once(tmp_path):
+    for length in (2048, 4096, 8192):
+        add_ttft(tmp_path, "dense", length, 1.0)
+    add_ttft(tmp_path, "tri_mix", 2048, 0.5)
+    add_ttft(tmp_path, "tri_mix", 4096, 0.5, interleaved="tri_mix")
+    add_ttft(tmp_path, "tri_mix", 8192, 0.5)
+    add_ttft(tmp_path, "minference", 4096, 0.5, samples_s="0.5", repeats=1)
+    add_ttft(tmp_path, "minference", 8192, 0.5, interleaved="minference")
+    add_ttft(tmp_path, "streaming", 2048, 0.5, samples_s="")
+    group = build(tmp_path).ttft[0]
+    assert group.break_even("tri_mix") == (2048, "from 2K on, the shortest compared; not compared at 4K")
+    assert group.break_even("minference") == (None, "not compared: repeats not known, not in turns")
+    assert group.break_even("streaming") == (None, "not compared: repeats not known")
+    table = table_with(build(tmp_path).markdown(), "2K")
+    assert table["tri_mix"]["4K"] == "0.500 (-50 %, not in turns)"
+    assert table["streaming"]["2K"] == "0.500 (-50 %, repeats not known)"
+
+
+SLOW_ONCE = "1.00 1.01 1.66"
+
+
+def test_one_slow_repeat_is_no_difference(tmp_path):
+    """Of two busy cores: the median of the method is 1 % above dense's, its mean 22 %."""
+    add_ttft(tmp_path, "dense", 2048, 1.0, samples_s="0.99 1.00 1.01")
+    add_ttft(tmp_path, "tri_mix", 2048, 1.01, samples_s=SLOW_ONCE)
+    add_ttft(tmp_path, "minference", 2048, 0.5, samples_s="0.49 0.50 0.51")
+    markdown = build(tmp_path).markdown()
+    times = table_with(markdown, "2K")
+    assert times["tri_mix"]["2K"] == "1.01 (no measurable difference)"
+    assert times["minference"]["2K"] == "0.500 (-50 %)"
+    assert table_with(markdown, "faster than dense")["tri_mix"]["faster than dense"].startswith("no measurable difference")
+    (against,) = [table for table in tables_of(markdown) if "95 % interval" in table[0]]
+    assert [(line["method"], line["in words"]) for line in against] == [
+        ("tri_mix", "no measurable difference"),
+        ("minference", "faster"),
+    ]
+    assert against[0]["median"] == "+1.0 %"
 
 
 def test_details_of_each_measurement(tmp_path):

@@ -150,7 +150,7 @@ def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
     append(measured, TtftRow(**timed, method="dense", ttft_median_s=1.0))
     append(measured, TtftRow(**timed, method="tri_mix", starting_layer=2, ttft_median_s=0.5))
     report = build(measured)
-    assert report.fidelity(report.ttft[0], "tri_mix").endswith("2 tasks at 4K): loss")
+    assert report.fidelity(report.ttft[0], "tri_mix").endswith("2 tasks x 60 samples at 4K): loss")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_file_that_is_not_the_rows_makes_no_interval(measured, stored, reason)
     row = next(row for row in group.rows if row["task"] == "vt" and row["starting_layer"] == 2)
     assert row["difference"] is None
     assert row["verdict"] == f"{NOT_COMPARED}tri_mix (starting_layer 2) on vt: {reason}"
-    assert any(note.startswith("No interval for 1 scores, the first for this reason: ") for note in group.notes())
+    assert any(note.startswith("No interval for 1 score, the first for this reason: ") for note in group.notes())
     # Averages must be over the same tasks for all methods.
     assert group.paired_tasks == ["niah_single_1"]
     assert group.average_differences["tri_mix (starting_layer 6)"].tasks == 1

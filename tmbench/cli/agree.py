@@ -10,6 +10,7 @@ from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
+from tmbench.words import counted
 
 if TYPE_CHECKING:
     from tmbench.agree import AgreeJob
@@ -107,7 +108,9 @@ def _measure(job: AgreeJob) -> list[AgreeRow]:
 def _show(rows: list[AgreeRow]) -> None:
     figures = ("same token", "first difference, median", "never differs")
     for length in sorted({row.length for row in rows}):
-        shown = table(f"Agreement with dense behind {length} tokens", "method", *figures, "samples", right=figures)
+        shown = table(
+            f"Agreement with dense behind {counted(length, 'token')}", "method", *figures, "samples", right=figures
+        )
         for row in rows:
             if row.length == length and row.method != "dense":
                 shown.add_row(row.method, *_cells(row), str(row.samples))

@@ -12,6 +12,7 @@ from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods import DEFAULT_METHODS, Settings
+from tmbench.words import counted
 
 if TYPE_CHECKING:
     from tmbench.loss import LossJob
@@ -192,7 +193,7 @@ def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
     """The layers of one length, and what each rule proposes under the budget."""
 
     first = rows[0]
-    title = f"Mean gradient by section, {first.task} at {first.length} tokens, {first.samples} samples a task"
+    title = f"Mean gradient by section, {first.task} at {first.length} tokens, {counted(first.samples, 'sample')} a task"
     if first.status != "ok":
         say(f"{title}: {first.status.replace('_', ' ')}, {first.error}")
         return
@@ -248,7 +249,7 @@ def _show_losses(rows: Sequence[LossRow]) -> None:
     figures = ("in the prompt", "vs dense", "after it", "vs dense ", "first token", "vs dense  ")
     for length, task in dict.fromkeys((row.length, row.task) for row in rows):
         here = [row for row in rows if (row.length, row.task) == (length, task)]
-        title = f"Negative log-likelihood, nats a token: {task} at {length} tokens, {here[0].samples} samples"
+        title = f"Negative log-likelihood, nats a token: {task} at {length} tokens, {counted(here[0].samples, 'sample')}"
         shown = table(title, "method", *figures, right=figures)
         for row in here:
             if row.nll_prompt is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, say
+from tmbench.cli.screen import console, markdown, say
 from tmbench.errors import UserError
 
 MARGIN = 1.0
@@ -27,7 +27,7 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
 ) -> None:
     """Render what was measured, from the result files alone: TTFT, break-even lengths and RULER, one section per device."""
-    from tmbench.files import writable
+    from tmbench.files import writable, write_whole
     from tmbench.report import build
 
     if not 0 < margin <= 100:
@@ -43,12 +43,9 @@ def report(
                 say(f"drew {path}")
     if output is not None:
         with writable(output, "--output"):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text, encoding="utf-8")
+            write_whole(output, text)
         say(f"wrote {output}")
     elif form == "md" and console().is_terminal:
-        from rich.markdown import Markdown
-
-        console().print(Markdown(text))
+        markdown(text)
     else:
         typer.echo(text)

@@ -12,6 +12,7 @@ from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
+from tmbench.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -220,7 +221,7 @@ def ruler_data(
                 with o.naming("--output", DatasetError):
                     ruler_tasks.write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
         bar.update(shown, description="RULER data written")
-    console().print(f"{len(lengths) * len(tasks)} files under {output}", highlight=False)
+    console().print(f"{counted(len(lengths) * len(tasks), 'file')} under {output}", highlight=False)
 
 
 def tasks_for(names: list[str] | None) -> list[str]:
@@ -309,7 +310,7 @@ def _evaluate(job: RulerJob) -> list[RulerRow]:
 def _show(rows: list[RulerRow]) -> None:
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):
-        shown = table(f"RULER at {length} tokens", "task", *methods, right=tuple(methods))
+        shown = table(f"RULER at {counted(length, 'token')}", "task", *methods, right=tuple(methods))
         cells = {(row.task, row.method): row for row in rows if row.length == length}
         tasks = list(dict.fromkeys(task for task, _ in cells))
         for task in tasks:

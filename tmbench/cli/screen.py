@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from tmbench.cli.blocks import Blocks
 from tmbench.json_text import json_text
 
 if TYPE_CHECKING:
     from tmbench.results import Row
+
+
+CELLS = re.compile(r"(?<!\\)\|")
+"""What stands between the cells of a table of Markdown."""
+
+
+class _Screen(Console):
+    """A console that prints lines which are too long as they are: what is cut off of a figure makes another figure."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **{"crop": False} | options)
 
 
 def console() -> Console:
@@ -30,15 +42,27 @@ def error_console() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     # Paths, names and labels are shown as they are: nothing in them is markup or the name of an emoji.
-    return Console(stderr=stderr, markup=False, emoji=False)
+    return (Console if stderr else _Screen)(stderr=stderr, markup=False, emoji=False)
 
 
-def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table for the terminal; the columns named in ``right`` hold figures."""
-    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=number == 0)
-    return made
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Blocks:
+    """A table for the terminal, whose cells are never cut; the columns named in ``right`` hold figures."""
+    return Blocks(title, columns, right)
+
+
+def markdown(text: str) -> None:
+    """Print Markdown for the terminal, its tables as all others."""
+    from rich.markdown import Markdown
+
+    for is_table, lines in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        if not is_table:
+            console().print(Markdown("\n".join(lines)))
+            continue
+        header, rule, *body = ([cell.strip().replace(r"\|", "|") for cell in CELLS.split(line)[1:-1]] for line in lines)
+        shown = table("", *header, right=tuple(name for name, side in zip(header, rule, strict=True) if side.endswith(":")))
+        for cells in body:
+            shown.add_row(*cells)
+        console().print(shown)
 
 
 def progress_bar() -> Progress:

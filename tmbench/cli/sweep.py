@@ -10,6 +10,7 @@ from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.screen import console, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
+from tmbench.words import counted
 
 if TYPE_CHECKING:
     from tmbench.results import Row
@@ -98,8 +99,7 @@ def sweep(
     tokenizer = loaded.need_tokenizer("RULER")
     chat = r.chat_for(tokenizer, chat_kwargs)
     here = environment.current(loaded.device)
-    kind_of = fast.planned_kind if dry_run else fast.kind_for
-    prefill = kind_of(loaded.model, compiled=fast.compiles(loaded.device, compiled))
+    prefill = fast.kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
     job = SweepJob(
         method=chosen,
         settings=settings,
@@ -185,7 +185,7 @@ def _show_plan(job: SweepJob) -> None:
             parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
             shown.add_row(plan.method, parameters, f"{part:.1%}", "to measure" if plan in pending else "measured before")
         console().print(shown)
-        asked = f"{len(job.ruler.tasks)} tasks of {job.ruler.samples} samples each"
+        asked = f"{counted(len(job.ruler.tasks), 'task')} of {counted(job.ruler.samples, 'sample')} each"
         console().print(f"and {asked}; samples that were answered before are not asked again", highlight=False)
 
 
@@ -193,6 +193,7 @@ def _show(job: SweepJob) -> None:
     """What of the report is about this sweep."""
     from tmbench.groups import interval_text
     from tmbench.report import build
+    from tmbench.tradeoff import saved_text
 
     loaded, here = job.ttft.loaded, job.ttft.environment
     about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": job.ttft.seed}
@@ -208,15 +209,13 @@ def _show(job: SweepJob) -> None:
         for row in group.rows:
             points = interval_text(row["difference"], row["difference_low"], row["difference_high"])
             front = ", on the front" * row["front"]
-            shown.add_row(row["label"], f"{row['saved_percent']:+.1f} %", points, f"{row['verdict']}{front}")
-        shown.columns[0].no_wrap = False
+            shown.add_row(row["label"], saved_text(row), points, f"{row['verdict']}{front}")
         console().print(shown)
         shown = table("What one change does", "from, to", "elsewhere", "time", "points", "in words")
-        for one in group.effects():
+        for one in group.effects:
             points = interval_text(one.points.mean, one.points.low, one.points.high)
             change = f"{one.parameter}: {one.before} to {one.after}"
             shown.add_row(change, one.elsewhere, one.time, points, one.points.verdict)
-        shown.columns[0].no_wrap = False
         console().print(shown)
     if not found:
         say("no variant was both timed and asked beside dense: nothing to show")

@@ -10,6 +10,7 @@ from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods import DEFAULT_METHODS
+from tmbench.words import counted
 
 if TYPE_CHECKING:
     from tmbench.results import TtftRow
@@ -80,8 +81,7 @@ def ttft(
     check_prompt(prompt, loaded, lengths)
     here = environment.current(loaded.device)
     plans = o.plans_for(settings, loaded, lengths, output_dir)
-    kind_of = fast.planned_kind if dry_run else fast.kind_for
-    prefill = kind_of(loaded.model, compiled=fast.compiles(loaded.device, compiled))
+    prefill = fast.kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
     if dry_run:
         _show_plan(job)
@@ -136,34 +136,48 @@ def _show_plan(job: TtftJob) -> None:
 
 
 def _show(rows: list[TtftRow]) -> None:
-    from tmbench.groups import NOT_IN_TURNS, in_turns
+    from tmbench.groups import NOT_IN_TURNS
+    from tmbench.time_intervals import in_turns
 
     figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
     for length in sorted({row.length for row in rows}):
         here = [row for row in rows if row.length == length]
         timed = [row for row in here if row.ttft_median_s is not None]
         dense = next((row for row in timed if row.method == "dense"), None)
-        shown = table(f"Time to first token of {length} tokens", "method", *figures, right=figures)
+        shown = table(f"Time to first token of {counted(length, 'token')}", "method", *figures, right=figures)
         for row in here:
-            shown.add_row(row.method, *_figures(row, dense.ttft_median_s if dense else None))
+            shown.add_row(row.method, *_figures(row, dense))
         console().print(shown)
         apart = [row.method for row in timed if dense and not in_turns(vars(row), vars(dense))]
         if apart:
-            say(f"{NOT_IN_TURNS}: {', '.join(apart)}")
+            say(f"{NOT_IN_TURNS}: {', '.join(apart)}; --overwrite measures them together")
     say_failures(rows)
     longest = max((row.compile_s or 0.0 for row in rows), default=0.0)
     if longest >= NOTICEABLE:
         say(f"not counted: the first warm-up took up to {longest:.1f} s longer, to compile and to load kernels")
 
 
-def _figures(row: TtftRow, dense: float | None) -> list[str]:
+def _figures(row: TtftRow, dense: TtftRow | None) -> list[str]:
     if row.ttft_median_s is None:
         return [row.status.replace("_", " ")]
     compared = dense is not None and row.method != "dense"
     return [
         f"{row.ttft_median_s:.3f}",
-        f"{row.ttft_median_s / dense - 1:+.0%}" if dense is not None and compared else "",
+        _against(row, dense) if dense is not None and compared else "",
         f"{row.coverage:.3f}",
         f"{row.ttft_over_floor:.2f}",
         "" if row.logit_error is None or not compared else f"{row.logit_error:.1e}",
     ]
+
+
+def _against(row: TtftRow, dense: TtftRow) -> str:
+    """The time against dense's in the same turns; rows of other runs say no more than that they are."""
+    from tmbench.time_intervals import APART, NO_DIFFERENCE, TimeDifference, compare_rows
+
+    found = compare_rows(vars(row), vars(dense))
+    if isinstance(found, TimeDifference):
+        ends = f"{found.low:+.0f} to {found.high:+.0f}"
+        return f"{NO_DIFFERENCE} ({ends} %)" if found.verdict == NO_DIFFERENCE else f"{found.percent:+.0f} % ({ends})"
+    assert row.ttft_median_s is not None
+    assert dense.ttft_median_s is not None
+    return found if found == APART else f"{row.ttft_median_s / dense.ttft_median_s - 1:+.0%}, {found}".replace("%,", " %,")

@@ -138,7 +138,9 @@ class MInferenceHeads(Pattern):
 
     def _check_heads(self, q: Tensor) -> None:
         if len(self.heads) != q.shape[1]:
-            raise ValueError(f"the pattern is for {len(self.heads)} heads, but q has {q.shape[1]}")
+            raise ValueError(
+                f"the pattern is for {len(self.heads)} head{'s' * (len(self.heads) != 1)}, but q has {q.shape[1]}"
+            )
 
 
 def load_patterns(path: str | Path, *, layers: int, heads: int) -> list[Pattern]:

@@ -63,7 +63,7 @@ def load_head_patterns(path: str | Path, *, layers: int, heads: int) -> list[tup
     """
     read = read_head_patterns(path)
     if len(read) != layers:
-        raise ValueError(f"{path} is for a model with {len(read)} layers, but this one has {layers}")
+        raise ValueError(f"{path} is for a model with {len(read)} layer{'s' * (len(read) != 1)}, but this one has {layers}")
     found = max((max(layer, default=-1) for layer in read), default=-1) + 1
     # Single heads may be missing, but the last head missing in every layer means a smaller model.
     if found not in (0, heads):

@@ -125,7 +125,9 @@ class VerticalSlash(Pattern):
 
     def _head_budgets(self, heads: int) -> tuple[tuple[int, int], ...]:
         if len(self.budgets) not in (1, heads):
-            raise ValueError(f"the pattern has budgets for {len(self.budgets)} heads, but q has {heads}")
+            raise ValueError(
+                f"the pattern has budgets for {len(self.budgets)} head{'s' * (len(self.budgets) != 1)}, but q has {heads}"
+            )
         return self.budgets * heads if len(self.budgets) == 1 else self.budgets
 
 

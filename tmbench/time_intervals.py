@@ -1,0 +1,122 @@
+"""How sure a difference of two times is: intervals over repeats that were taken in turns.
+
+Methods are timed in turns (A B C A B C), so the repeats of one round belong together: what changed from round to round, a
+clock or another program on the same cores, changed both. Each round gives one ratio of two times. If the two take equally
+long, it is as likely that the one of a round is the slower as the other, so the logarithm of the ratio is spread evenly
+about 0, however uneven the times are.
+
+**Figure.** The median of the rounds' ratios: one slow repeat does not move it far.
+
+**Interval**, 95 %, over the logarithms of the ratios. From ``FEWEST_RANKED`` rounds on it is that of the signed-rank test
+(Wilcoxon 1945, Biometrics Bulletin 1, 80-83; Hodges and Lehmann 1963, Annals of Mathematical Statistics 34, 598-611): of the
+means of all pairs of rounds, a round with itself included, so many are cut off at both ends that the exact distribution of
+the ranks leaves at most 5 %. Fewer rounds have no such interval: then it is Student's t interval of the mean, which one slow
+repeat makes wide, and which keeps its level where slow repeats are common. It is stretched to the median where it would
+leave that out.
+
+**Words.** "faster" and "slower" where the interval excludes 0, "no measurable difference" where it does not. One repeat, or
+times that were not taken in turns, say neither.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import accumulate, combinations_with_replacement, takewhile
+from typing import Any
+
+CONFIDENCE = 0.95
+FEWEST_RANKED, MANY_RANKED = 6, 50
+"""Beyond so many the ranks' sum counts as normal."""
+STUDENT_T = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764}
+"""The 97.5 % quantile of Student's distribution for a mean of so many values."""
+FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no measurable difference"
+APART, ONE_REPEAT, UNKNOWN_REPEATS = "not in turns", "one repeat", "repeats not known"
+
+
+@dataclass(frozen=True)
+class TimeDifference:
+    """A time against another, in percent of the other: negative is faster."""
+
+    percent: float
+    low: float
+    high: float
+    """The ends of the 95 % interval."""
+
+    @property
+    def verdict(self) -> str:
+        """One of ``FASTER``, ``SLOWER`` and ``NO_DIFFERENCE``."""
+        if self.low <= 0 <= self.high:
+            return NO_DIFFERENCE
+        return FASTER if self.high < 0 else SLOWER
+
+
+def in_turns(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two TTFT rows of one length come from the same turns: then what changed over time changed both.
+
+    The matrix rate is measured between the turns, so that rows of other turns have another one.
+    """
+    return all(one[name] == other[name] for name in ("interleaved", "matrix_rate_flops"))
+
+
+def compare_rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> TimeDifference | str:
+    """The time of one TTFT row against another's of the same length, given their columns; in words why there is none."""
+    if not in_turns(one, other):
+        return APART
+    own, others = _seconds(one["samples_s"]), _seconds(other["samples_s"])
+    if not own or len(own) != len(others):
+        return UNKNOWN_REPEATS
+    return ONE_REPEAT if len(own) == 1 else time_difference(own, others)
+
+
+def time_difference(own: Sequence[float], others: Sequence[float]) -> TimeDifference:
+    """Times in seconds against others, round by round.
+
+    Raises ValueError for fewer than two rounds, unequal numbers, and times that are not above 0.
+    """
+    if len(own) < 2 or len(own) != len(others) or not all(0 < value < math.inf for value in (*own, *others)):
+        raise ValueError("times are compared over two or more rounds, each with two times above 0")
+    ratios = [a / b for a, b in zip(own, others, strict=True)]
+    logs = [math.log(ratio) for ratio in ratios]
+    middle = statistics.median(ratios)
+    low, high = _ranked(logs) if len(logs) >= FEWEST_RANKED else _student(logs)
+    percent, low, high = (100 * (ratio - 1) for ratio in (middle, math.exp(low), math.exp(high)))
+    return TimeDifference(percent, min(low, percent), max(high, percent))
+
+
+@lru_cache(maxsize=2**14)
+def _seconds(text: str) -> Sequence[float]:
+    """The repeats of a row, in their order; empty where it has none that can be read."""
+    try:
+        found = [float(word) for word in text.split()]
+    except ValueError:
+        return []
+    return found if all(0 < value < math.inf for value in found) else []
+
+
+def _student(logs: Sequence[float]) -> tuple[float, float]:
+    reach = STUDENT_T[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.fmean(logs)
+    return mean - reach, mean + reach
+
+
+def _ranked(logs: Sequence[float]) -> tuple[float, float]:
+    means = sorted((a + b) / 2 for a, b in combinations_with_replacement(logs, 2))
+    cut = _cut(len(logs))
+    return means[cut], means[-1 - cut]
+
+
+@cache
+def _cut(rounds: int) -> int:
+    """How many of the means of pairs are left out at each end: the largest sum of ranks below which 2.5 % or less lies."""
+    if rounds > MANY_RANKED:
+        spread = math.sqrt(rounds * (rounds + 1) * (2 * rounds + 1) / 24)
+        return int(rounds * (rounds + 1) / 4 - 1.959964 * spread)
+    ways = [1]
+    for rank in range(1, rounds + 1):
+        ways = [a + b for a, b in zip(ways + [0] * rank, [0] * rank + ways, strict=True)]
+    likely = accumulate(count / 2**rounds for count in ways)
+    return len(list(takewhile(lambda part: part <= (1 - CONFIDENCE) / 2, likely))) - 1

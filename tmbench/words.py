@@ -1,0 +1,13 @@
+"""Numbers as people say them."""
+
+from __future__ import annotations
+
+
+def length_name(length: int) -> str:
+    """A number of tokens: 32768 is 32K, 1000 stays 1000."""
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """So many of something: 1 task, 13 tasks. The noun is one of them; its plural has an s unless another is given."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
