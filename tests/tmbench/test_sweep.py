@@ -150,7 +150,7 @@ SWEEP = (
 def start(cwd):
     program = [sys.executable, "-c", "from tmbench.cli import main; main()", *SWEEP]
     # Decoding waits for its threads at every token, which takes long where other processes hold the cores.
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(program, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
