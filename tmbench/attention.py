@@ -171,6 +171,7 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     AttentionMaskInterface.register(TRACED, _mask)
     session = Applied(plan, modules=tuple(modules))
     session.implementations = implementations = Implementations(model, modules)
+    _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
     sparse = any(pattern.name != "dense" for pattern in plan.patterns)
     watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
@@ -188,6 +189,19 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
         for module in modules:
             if hasattr(module, PLACE):
                 delattr(module, PLACE)
+
+
+def _forget_lengths(model: PreTrainedModel) -> None:
+    """Have a dynamic rotary embedding start from its own frequencies: it keeps those of the longest prompt it has read."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", "")
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [("", kinds)]:
+            prefix = f"{layer_type}_" if layer_type else ""
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            if "dynamic" in str(kind) and isinstance(original, Tensor):
+                own = original.to(getattr(module, f"{prefix}inv_freq").device)
+                module.register_buffer(f"{prefix}inv_freq", own, persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:

@@ -16,10 +16,13 @@ def status_of(error: Exception) -> Status:
     """The row status of an exception raised while a model ran; re-raises what the user must mend."""
     if isinstance(error, UserError):
         raise error
+    return OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out, as torch does in several ways."""
     text = str(error).lower()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in text for phrase in _MEMORY_PHRASES):
-        return OUT_OF_MEMORY
-    return FAILED
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in text for phrase in _MEMORY_PHRASES)
 
 
 def describe(error: Exception) -> str:

@@ -18,7 +18,7 @@ import os
 import shutil
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
@@ -43,9 +43,10 @@ from tmbench.attention import (
     fill,
     parents,
 )
-from tmbench.calls import cache_of, keep_last
+from tmbench.calls import cache_name, cache_of, keep_last
 from tmbench.errors import UserError
 from tmbench.failures import describe
+from tmbench.geometry import Geometry
 from tmbench.methods import METHODS, ModelShape, Settings
 
 PLAIN: Final = "plain"
@@ -149,7 +150,7 @@ def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | N
         UserError: compilation is asked for and cannot be had.
     """
     wish = compiles(device, compiled)
-    obstacle = _layers_obstacle(model) if planned else _obstacle(model)
+    obstacle = _planned_obstacle(model) if planned else _obstacle(model)
     if compiled and obstacle:
         raise UserError(f"--compile: {type(model).__name__} cannot be compiled here, {obstacle}: leave the option out")
     if obstacle:
@@ -186,6 +187,28 @@ def _obstacle(model: PreTrainedModel) -> str:
     if not once_each or len(got) != len(expected) or not all(map(_agree, got, expected)):
         return "as it answers a short prompt otherwise, or fills its cache otherwise, than transformers has it"
     return ""
+
+
+def _planned_obstacle(model: PreTrainedModel) -> str:
+    """As ``_obstacle``, of a model on the meta device: what shows without weights."""
+    own_cache = "" if _keeps_what_attends(model) else "as it caches something else than the keys and values of its attention"
+    return _layers_obstacle(model) or own_cache
+
+
+@torch.no_grad()
+def _keeps_what_attends(model: PreTrainedModel) -> bool:
+    """Whether a model on the meta device caches the keys and values that its attention is given, by their sizes.
+
+    Under multi-head latent attention some models cache what keys and values are made from.
+    """
+    cache, shape = DynamicCache(config=model.config.get_text_config()), Geometry.of(model)
+    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.device)
+    # Not all that a model does can be done without data, for instance choosing experts: its first layer tells.
+    with suppress(Exception):
+        model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
+    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    sizes = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in filled}
+    return sizes <= {(shape.kv_heads, shape.qk_head_dim, shape.v_head_dim)}
 
 
 def compiles(device: torch.device, wish: bool | None) -> bool:

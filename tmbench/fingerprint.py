@@ -56,7 +56,7 @@ def of_folder(folder: Path, drawn: str = "") -> str:
         OSError: a file cannot be read.
     """
     found = hashlib.sha256(drawn.encode())
-    weights = [] if drawn else [name for name in _weights(folder) if (folder / name).is_file()]
+    weights = [] if drawn else [name for name in weight_files(folder) if (folder / name).is_file()]
     large = sum((folder / name).stat().st_size for name in weights) > WHOLE
     for name in files_read(folder, weights=not drawn):
         sampled = large and name in weights and not name.endswith(".json")
@@ -68,7 +68,7 @@ def files_read(folder: Path, *, weights: bool = True) -> list[str]:
     """The files of a checkpoint that decide what it does, as paths in its folder; ``weights`` are the checkpoint's own."""
     patterns = (*CONFIGS, *TOKENIZER, *((GENERATION_CONFIG, *ADAPTER) if weights else ()))
     found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    found |= set(_weights(folder) if weights else ())
+    found |= set(weight_files(folder) if weights else ())
     return sorted(name for name in found if (folder / name).is_file())
 
 
@@ -80,7 +80,7 @@ def snapshot(repository: str, commit: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _weights(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """The files that transformers loads weights from."""
     named = _json(folder / "config.json").get("transformers_weights")
     for name in [named] if isinstance(named, str) else WEIGHTS:

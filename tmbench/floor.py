@@ -25,14 +25,16 @@ def linear_flop(model: PreTrainedModel, length: int) -> float:
 
     All of them work on every position, except in the last layer: there only keys and values do, and all else is wanted at
     the last position alone. Counts ``nn.Linear`` modules: a mixture of experts keeps its weights elsewhere and is
-    underestimated.
+    underestimated. What reads images beside the decoder has nothing to do for a text.
     """
     last = max(self_attentions(model), key=lambda module: int(module.layer_idx))
-    layer = parents(model)[last]
+    holder = parents(model)
+    layer = holder[last]
+    decoder = holder.get(holder.get(layer, model), model)
     attention = {module: name.rpartition(".")[2] for name, module in last.named_modules()}
     after = {*layer.modules(), model.get_output_embeddings()}
     flop = 0.0
-    for module in model.modules():
+    for module in dict.fromkeys([*decoder.modules(), model.get_output_embeddings()]):
         if not isinstance(module, nn.Linear):
             continue
         everywhere = module.out_features

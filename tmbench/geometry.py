@@ -33,7 +33,9 @@ class Geometry:
             return cls(text.num_hidden_layers, heads, heads, qk, int(text.v_head_dim), text.vocab_size)
         dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        return cls(text.num_hidden_layers, heads, kv_heads, dim, dim, text.vocab_size)
+        return cls(
+            text.num_hidden_layers, heads, kv_heads, dim, int(getattr(text, "v_head_dim", None) or dim), text.vocab_size
+        )
 
     @property
     def flop_per_pair(self) -> float:
@@ -52,14 +54,8 @@ def max_positions(config: Any) -> int | None:
     own = getattr(text, "max_position_embeddings", None)
     if own is None:
         return None
-    return max(int(own), *(_scaled(rope, int(own)) for rope in _rotary(text)), 0)
-
-
-def _rotary(text: Any) -> list[dict[str, Any]]:
-    """The rotary parameters of a config: of the model, or of each kind of layer."""
-    found = getattr(text, "rope_parameters", None) or {}
-    nested = [value for value in found.values() if isinstance(value, dict)]
-    return nested or [found]
+    # Families whose kinds of layer have rotary parameters of their own, as Gemma 3, are published with the scaled number.
+    return max(int(own), _scaled(getattr(text, "rope_parameters", None) or {}, int(own)))
 
 
 def _scaled(rope: dict[str, Any], own: int) -> int:

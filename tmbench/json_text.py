@@ -9,8 +9,11 @@ from typing import Any
 
 
 def json_text(content: Any) -> str:
-    """Indented JSON of nested mappings, lists and tuples; floats that are not finite are null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    """Indented JSON of nested mappings, lists and tuples; floats that are not finite are null.
+
+    Letters beyond ASCII are escaped, so that no terminal's encoding can change them.
+    """
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
 
 
 def _finite(content: Any) -> Any:

@@ -24,19 +24,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from tmbench import fingerprint, structured
 from tmbench.attention import windows
-from tmbench.checkpoint import check_loaded, check_place, loading
+from tmbench.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
 from tmbench.errors import UserError
 from tmbench.files import readable
 from tmbench.geometry import Geometry, max_positions
 from tmbench.methods import ModelShape
 from tmbench.presets import preset_names, read_preset
+from tmbench.weights import check_loaded, check_planned
 from tmbench_kernels import Dense
 
 TINY = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class LoadedModel:
     """What it was made from: see ``content_hash``."""
     planned_for: torch.device | None = None
     """The device of a run that is only planned: the model then has a geometry and no weights."""
+    notes: tuple[str, ...] = ()
+    """What was done on the user's behalf, a sentence each."""
 
     @property
     def device(self) -> torch.device:
@@ -122,12 +124,20 @@ class LoadedModel:
         """The tokenizer, or a UserError that says what it was wanted for, and what to do."""
         if self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer, which {wish} needs: {remedy}")
+        known, vocabulary = self.tokenizer.vocab_size, self.geometry.vocabulary
+        if known > vocabulary:
+            raise UserError(
+                f"the tokenizer of {self.name} has {known} tokens and the model {vocabulary}, so {wish} cannot use it: "
+                f"give the model its own, or {remedy}"
+            )
         return self.tokenizer
 
 
 def model_path(name: str) -> str:
     """Where a model of this name is loaded from: the package's folder for ``tiny``, the name itself otherwise."""
-    return str(Path(__file__).parent / TINY) if name == TINY else name
+    if name == TINY:
+        return str(Path(__file__).parent / TINY)
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def default_device() -> str:
@@ -180,40 +190,47 @@ def load(
     kind = check_dtype(dtype, place)
     path = model_path(name)
     disable_progress_bar()
-    if not preset and name != TINY:
-        check_place(name)
+    if not preset:
+        check_place(path if name == TINY else name, weights=weights == "checkpoint")
     with loading(name):
         config = load_config(name)
-        family = _family(config)
+        family = _family(name, config)
+        revision = str(getattr(config, "_commit_hash", None) or "")
         if weights == "structured":
             structured.check_family(config)
         if plan_only:
             model = _drawn(family, config, torch.device("meta"), kind)
+            folder = _folder(name, revision)
+            if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
+                check_planned(name, model, folder)
         elif weights != "checkpoint":
             model = _drawn(family, config, place, kind)
         else:
-            model, info = family.from_pretrained(path, dtype=kind, output_loading_info=True)
-            check_loaded(name, info)
+            model, info = family.from_pretrained(
+                path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+            check_loaded(name, model, info)
             model = model.to(place)
         if weights == "structured" and not plan_only:
             structured.fill(model, RANDOM_SEED)
     model.eval()
-    revision = str(getattr(config, "_commit_hash", None) or "")
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
-        tokenizer=None if preset else _tokenizer(path, required=weights == "checkpoint"),
+        tokenizer=None if preset else _tokenizer(name, required=weights == "checkpoint"),
         weights=weights,
         revision=revision,
         model_hash=content_hash(name, weights, revision),
         planned_for=place if plan_only else None,
+        notes=(f"{name} brings {NOT_RUN}: its family is transformers' own",) if hasattr(config, "auto_map") else (),
     )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone; raises UserError where there is none."""
     check_has_tokenizer(name, "counting tokens")
-    tokenizer = _tokenizer(model_path(name), required=True)
+    check_place(model_path(name), weights=False, config=False)
+    tokenizer = _tokenizer(name, required=True)
     assert tokenizer is not None
     return tokenizer
 
@@ -235,7 +252,7 @@ def check_has_tokenizer(name: str, wish: str) -> None:
 def load_config(name: str) -> Any:
     """The config of a model of this name; a preset's is named after the model that it was published for."""
     if not is_preset(name):
-        return AutoConfig.from_pretrained(model_path(name))
+        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     fields = read_preset(name)
     config = AutoConfig.for_model(**fields)
     config._name_or_path = fields["_name_or_path"]
@@ -250,19 +267,28 @@ def content_hash(name: str, weights: Weights, revision: str = "") -> str:
     drawn = "" if weights == "checkpoint" else f"{weights} weights, seed {RANDOM_SEED}"
     if is_preset(name):
         return fingerprint.of_preset(read_preset(name), drawn)
-    place = Path(model_path(name))
-    folder = place if place.is_dir() else fingerprint.snapshot(name, revision)
+    folder = _folder(name, revision)
     if folder is None:
         return ""
     with readable(folder):
         return fingerprint.of_folder(folder, drawn)
 
 
-def _family(config: Any) -> Any:
+def _folder(name: str, revision: str) -> Path | None:
+    """Where the files of a model of this name are on this machine; None where they are not."""
+    place = Path(model_path(name))
+    return place if place.is_dir() else fingerprint.snapshot(name, revision)
+
+
+def _family(name: str, config: Any) -> Any:
     """The class that builds a model of this config: a decoder, or one that reads images too, of which the text is used."""
-    wrapper = type(config) in AutoModelForImageTextToText._model_mapping
-    plain = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if wrapper and not plain else AutoModelForCausalLM
+    for family in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in family._model_mapping:
+            return family
+    raise UserError(
+        f"--model {name} is of the family {config.model_type}, for which transformers has no model that continues a text: "
+        "give a decoder-only model"
+    )
 
 
 def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -272,19 +298,22 @@ def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -
         return family.from_config(config, dtype=dtype)
 
 
-def _tokenizer(path: str, *, required: bool) -> PreTrainedTokenizerBase | None:
-    try:
-        with loading(path, "the tokenizer of "):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-            # For a folder without tokenizer files transformers makes an empty one, which turns any text into nothing.
-            ids = tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]
-    except UserError:
-        if required or any((Path(path) / file).exists() for file in TOKENIZER_FILES):
-            raise
-        return None
-    if not ids:
+def _tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+    path = model_path(name)
+    if Path(path).is_dir() and not has_vocabulary(Path(path)):
         if required:
-            raise UserError(f"--model {path} has no tokenizer files: add them, or use --weights random --prompt random")
+            raise UserError(f"--model {name} has no tokenizer files: add them, or use --weights random --prompt random")
+        return None
+    try:
+        with loading(name, "the tokenizer of "):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            # Of files that it does not know transformers makes an empty one, which turns any text into nothing.
+            if not tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]:
+                raise ValueError("it knows no word")
+    except UserError:
+        # Of an id of the Hub it cannot be told whether there is none.
+        if required or Path(path).is_dir():
+            raise
         return None
     # Prompts longer than a tokenizer's own limit are the point here; it would only print a warning.
     tokenizer.model_max_length = 10**9

@@ -241,6 +241,18 @@ def test_a_window_that_no_query_reaches_changes_nothing_and_one_that_is_reached_
             model(prompt(25))
 
 
+def test_a_dynamic_rotary_embedding_does_not_remember_longer_prompts(make_model, prompt):
+    """transformers keeps the frequencies of the longest prompt so far for all shorter ones past the trained positions."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model, ids = make_model("llama", max_position_embeddings=64, rope_parameters=scaling), prompt(200)
+    with torch.inference_mode():
+        expected = model(ids[:, :100]).logits
+        model(ids)
+        assert (model(ids[:, :100]).logits - expected).abs().max() > 0.05
+        with applied(model, "dense"):
+            torch.testing.assert_close(model(ids[:, :100]).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
 def test_a_window_that_is_switched_off_is_none(family, make_model, prompt):
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}

@@ -76,7 +76,9 @@ def test_more_layers_than_the_config_says(copy):
 
 def test_weights_of_another_shape(copy):
     change_weights(copy, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
-    with pytest.raises(UserError, match="--model .*copy (has 1 weight of another shape|cannot be loaded)"):
+    with pytest.raises(
+        UserError, match=r"has 1 weight of another shape than its config says: model\.norm\.weight \(7 instead of 256\)"
+    ):
         models.load(str(copy), device="cpu")
 
 
@@ -107,7 +109,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 28\n"
         (lambda f: cut(f / "model.safetensors", 0.00001), r"model\.safetensors is damaged or incomplete"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors is empty: download it again"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), r"model\.safetensors is damaged or incomplete"),
-        (lambda f: (f / "model.safetensors").unlink(), "no weights in the folder: add them, or use --weights random"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            r"no weights in the folder \(model.*: add them, or use --weights random",
+        ),
         (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[" * 100_000), r"config\.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object, so it is no config"),
@@ -117,6 +122,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 28\n"
         (lambda f: cut(f / "tokenizer.json", 0.5), "the tokenizer of --model .*copy cannot be loaded: "),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer of --model .*copy cannot be loaded: "),
         (lambda f: (f / "tokenizer.json").write_bytes(b""), r"tokenizer\.json is empty"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer files: add them"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), r"tokenizer_config\.json holds no JSON object"),
+        (lambda f: (f / "generation_config.json").write_text("{"), r"generation_config\.json is not JSON"),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), r"chat_template\.jinja is no text"),
+        (lambda f: change(f / "config.json", lambda c: c | {"model_type": "new"}), "knows no model_type 'new', as its"),
         (lambda f: change(f / "tokenizer.json", lambda t: t | {"model": {"type": "New"}}), "the tokenizer of --model "),
     ],
 )
@@ -133,7 +143,7 @@ def test_a_missing_shard_is_named(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=f"1 of its shards are missing: {shard.name}; download them again"):
+    with pytest.raises(UserError, match=f"1 of its shards is missing: {shard.name}; download the checkpoint again"):
         models.load(str(tmp_path), device="cpu")
 
 
@@ -143,7 +153,20 @@ def test_what_is_no_checkpoint_folder(copy, tmp_path):
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model.Q4.gguf").write_bytes(b"GGUF")
     (tmp_path / "empty").mkdir()
+    original, beside = tmp_path / "original", tmp_path / "beside"
+    for folder, there in ((original, "model.Q4.gguf"), (beside, "tf_model.h5")):
+        folder.mkdir()
+        shutil.copy(copy / "config.json", folder)
+        (folder / there).write_bytes(b"weights")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name, sentence in {
+        str(original): "holds its weights as a GGUF file, which is not served",
+        str(beside): r"no weights in the folder \(.*\); tf_model\.h5 is not what transformers loads: add them",
+        str(tmp_path / "link"): "there is no such folder",
+        f"{copy}/below": "there is no such folder",
+        "C:\\models\\it": "there is no such folder",
+        "": "--model is empty: give tiny",
+        "x" * 300: "it cannot be looked into",
         str(copy / "config.json"): f"is a file: give the folder of the checkpoint, {copy}",
         str(copy / "model.safetensors"): "is a file: give the folder",
         str(tmp_path / "gguf" / "model.Q4.gguf"): "is a GGUF file, which is not served",
@@ -156,6 +179,69 @@ def test_what_is_no_checkpoint_folder(copy, tmp_path):
     }.items():
         with pytest.raises(UserError, match=sentence):
             models.load(name, device="cpu")
+
+
+def test_a_folder_that_is_missing_is_told_from_an_id_of_the_hub(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setattr(models, "load_config", lambda name: {}["the Hub"])
+    for name, sentence in {
+        "copy/inner": "there is no such folder; check the path",
+        "owner/model": "there is no folder of that name, and the Hub did not give it .*; check the name, the network",
+        "model": "there is no folder of that name, and the Hub did not give it .*; check the name, the network",
+    }.items():
+        with pytest.raises(UserError, match=f"--model {name} cannot be loaded: {sentence}"):
+            models.load(name, device="cpu")
+
+
+def test_a_home_folder_is_found(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    loaded = models.load("~/copy", device="cpu")
+    assert loaded.model_hash == models.load(str(copy), device="cpu").model_hash
+
+
+def test_code_of_a_checkpoints_own_is_not_run_and_that_is_said(copy, tmbench):
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change(copy / "config.json", lambda config: config | {"auto_map": own})
+    (copy / "own.py").write_text("open('ran', 'w')")
+    given = ("--model", str(copy), "--length", "256", "--method", "dense", "--repeats", "1", "--device", "cpu")
+    code, _, err = tmbench("ttft", *given)
+    assert code == 0
+    assert "brings code of its own (auto_map), which tmbench does not run: its family is transformers' own" in err
+    change(
+        copy / "tokenizer_config.json",
+        lambda t: t | {"tokenizer_class": "No", "auto_map": {"AutoTokenizer": ["own.T", None]}},
+    )
+    code, out, err = tmbench("ttft", *given)
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"Error: the tokenizer of --model {copy} brings code of its own (auto_map), which tmbench does not run"
+    )
+    assert not (copy / "ran").exists()
+    assert not Path("ran").exists()
+
+
+def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy):
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match="holds an adapter beside its weights, which is not applied as peft is not installed"
+    ):
+        models.load(str(copy), device="cpu")
+
+
+def test_a_tokenizer_of_more_words_than_the_model_has(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    loaded = models.load(str(tmp_path), device="cpu")
+    with pytest.raises(UserError, match=r"the tokenizer of .* has 3057 tokens and the model 97, so RULER cannot use it"):
+        loaded.need_tokenizer("RULER")
+
+
+def test_what_is_wrong_with_a_config_is_not_put_down_to_weights_that_nobody_asked_for(copy):
+    (copy / "model.safetensors").unlink()
+    change(copy / "config.json", lambda config: config | {"num_attention_heads": "many"})
+    with pytest.raises(UserError, match="num_attention_heads.*; download it again, or use the release of transformers"):
+        models.load(str(copy), weights="random", device="cpu")
 
 
 def test_a_damaged_tokenizer_is_no_absent_one(copy):
@@ -272,6 +358,13 @@ VISION = {
             {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
              "fullatt_block_indexes": [0]},
         ),
+        (
+            "qwen3_vl",
+            {"model_type": "qwen3_vl_text",
+             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+             "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        ),
     ],
 )  # fmt: skip
 def test_the_text_of_a_model_that_reads_images_too(family, text, vision, tmp_path, tmbench):
@@ -290,12 +383,17 @@ def test_the_text_of_a_model_that_reads_images_too(family, text, vision, tmp_pat
     assert code == 0, err
     rows = json.loads(out)
     assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert [row["prefill"] for row in rows] == ["eager", "eager"]
     assert rows[0]["coverage"] == 1 > rows[1]["coverage"]
+    # Of the decoder alone, two layers: what yields keys and values runs on every token, the rest of the last layer on one.
+    layer, keys = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96), 2 * 2 * 64 * 32
+    once = layer - keys + 2 * 64 * vocabulary
+    pairs = 4 * (512 * 513 // 2 + 512)
+    assert rows[0]["flop"] == 512 * (layer + keys) + once + 4 * 16 * pairs
 
 
 def test_a_plan_builds_no_weights(copy, tmbench, monkeypatch):
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
-    (copy / "model.safetensors").write_bytes(b"")
     code, out, err = tmbench("ttft", "--model", str(copy), "--length", "1K", "--dry-run", "--device", "cpu")
     assert code == 0, err
     assert "tri_mix" in out
@@ -310,16 +408,21 @@ def test_a_plan_builds_no_weights(copy, tmbench, monkeypatch):
     assert "131072" in out
 
 
-def test_a_plan_refuses_what_a_run_would(tmbench):
+def test_a_plan_refuses_what_a_run_would(copy, tmbench):
+    change_weights(copy, lambda weights: weights.pop("model.norm.weight"))
     for given, sentence in (
         (("--length", "32K"), "more than the 16384 positions"),
         (("--dense-backend", "flash-attn-4"), "--dense-backend flash-attn-4"),
         (("--layers", "2,9"), "is not within the layers"),
         (("--model", "llama-3.1-8b"), "is a preset"),
+        (("--model", str(copy)), "lacks 1 weight of the model"),
     ):
         code, _, err = tmbench("ttft", *given, "--dry-run", "--device", "cpu")
         assert code == 2
         assert sentence in err
+    code, _, err = tmbench("sweep", "--model", str(copy), "--last-n", "0", "--last-n", "4", "--dry-run", "--offline")
+    assert code == 2
+    assert "lacks 1 weight of the model" in err
 
 
 def test_a_failed_row_says_why_on_the_screen(tmbench, monkeypatch):

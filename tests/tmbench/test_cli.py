@@ -16,6 +16,7 @@ import made_rows
 from command_lines import FAST_TTFT, PROGRAM, SEARCH
 from tmbench import cli, presets
 from tmbench.cli.screen import print_rows
+from tmbench.json_text import json_text
 from tmbench.results import ProbeRow, RulerRow, TtftRow, read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
@@ -376,3 +377,15 @@ def test_a_terminal_of_ascii_and_a_full_device(tmp_path):
         assert done.returncode == 2, command
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert "standard output cannot be written (No space left on device)" in done.stderr or command[0] == "report"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "ttft", "--method", "x"], stdout=subprocess.PIPE, stderr=full, text=True, check=False
+        )
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    closed = [sys.executable, "-c", "import os; os.close(1); os.execv(os.sys.executable, os.sys.argv[1:])"]
+    done = subprocess.run([*closed, *PROGRAM, "list"], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_json_is_the_same_on_every_terminal():
+    assert json.loads(json_text({"name": "é"}).encode("ascii")) == {"name": "é"}

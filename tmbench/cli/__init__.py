@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+from typing import TextIO
 
 import typer
 from rich.text import Text
@@ -44,29 +45,48 @@ def main() -> None:
     try:
         _run()
     except (UserError, RulerError) as error:
-        error_console().print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
+        try:
+            error_console().print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
+        except OSError:
+            _abandon(sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        _abandon_output()
+        _abandon(sys.stdout)
         sys.exit(141)
 
 
 def _run() -> None:
-    """The command, and what it has left to write: where standard output takes no more, a UserError says so."""
+    """The command, and what it has left to write: where an output takes no more, a UserError says so."""
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()
+            for stream in (sys.stdout, sys.stderr):
+                # None where it was closed before the program began.
+                if stream is not None:
+                    stream.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        # What is about a file has its name.
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             raise
-        _abandon_output()
-        raise UserError(f"standard output cannot be written ({error.strerror}): give it another place") from error
+        for stream, name in ((sys.stdout, "standard output"), (sys.stderr, "standard error")):
+            if stream is not None and _is_full(stream):
+                _abandon(stream)
+                raise UserError(f"{name} cannot be written ({error.strerror}): give it another place") from error
+        raise
 
 
-def _abandon_output() -> None:
-    """Have nothing more written to standard output, which the interpreter would try once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _is_full(stream: TextIO) -> bool:
+    """Whether a stream takes no more; a flush does not tell, as what failed to be written is no longer in the buffer."""
+    try:
+        os.write(stream.fileno(), b"\n")
+    except OSError:
+        return True
+    return False
+
+
+def _abandon(stream: TextIO) -> None:
+    """Have nothing more written to a stream, which the interpreter would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

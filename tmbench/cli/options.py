@@ -247,6 +247,8 @@ def lengths_for(loaded: LoadedModel, given: list[int] | None, wanted: tuple[int,
 
     Raises UserError for a given length that the model cannot read.
     """
+    for note in loaded.notes:
+        say(note)
     limit = loaded.longest
     fitting = [length for length in wanted if limit is None or length <= limit]
     lengths = list(dict.fromkeys(given or fitting or [limit or wanted[0]]))

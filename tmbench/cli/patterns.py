@@ -84,6 +84,8 @@ def search(
     check_output(output, overwrite=overwrite)
     loaded = models.load(model, weights=weights, device=device, dtype=dtype)
     attention_modules(loaded.model)
+    for note in loaded.notes:
+        say(note)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
     wanted = TINY_LENGTH if model == "tiny" else LENGTH
     tokens = length or min(wanted, loaded.longest or wanted)
