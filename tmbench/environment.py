@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -144,11 +145,12 @@ def attention_backends(device: torch.device) -> dict[str, dict[str, str]]:
 
 
 def _tried(attend: Callable[[], Any]) -> str:
-    """ "works", or why it does not: what a library raises is its own choice."""
+    """ "works", or why it does not: what a library raises is its own choice, and what it warns of is no answer."""
     try:
-        attend()
+        with warnings.catch_warnings(action="ignore"):
+            attend()
     except Exception as error:
-        # torch says why only in warnings; its error is the same for every cause.
+        # torch's error is the same for every cause.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return "not on this device" if "No viable backend" in reason else reason
     return "works"

@@ -220,7 +220,8 @@ def test_code_of_a_checkpoints_own_is_not_run_and_that_is_said(copy, tmbench):
     assert not Path("ran").exists()
 
 
-def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy):
+def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy, monkeypatch):
+    monkeypatch.setattr("tmbench.checkpoint.find_spec", lambda name: None)
     (copy / "adapter_config.json").write_text("{}")
     with pytest.raises(
         UserError, match="holds an adapter beside its weights, which is not applied as peft is not installed"
