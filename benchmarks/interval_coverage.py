@@ -1,4 +1,6 @@
-"""How often the intervals of tmbench.intervals hold the truth, and how often its words are wrong: minutes on one core.
+"""How often the intervals of tmbench.report.intervals hold the truth, and how often its words are wrong.
+
+It takes minutes on one core:
 
     .venv/bin/python benchmarks/interval_coverage.py > benchmarks/interval_coverage.csv
 
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tmbench.intervals import GAIN, LOSS, MARGIN, NO_LOSS, TOO_FEW, Difference, differences
+from tmbench.report.intervals import GAIN, LOSS, MARGIN, NO_LOSS, TOO_FEW, Difference, differences
 
 SAMPLES, TASKS, EXPERIMENTS = (10, 25, 50, 100, 200, 500), (1, 13), 2000
 AT_ONCE = 250

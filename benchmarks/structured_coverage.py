@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tmbench import structured
-from tmbench.attention import applied
-from tmbench.coverage import causal_pairs
-from tmbench.presets import read_preset
+from tmbench.engine.attention import applied
+from tmbench.engine.density import causal_pairs
+from tmbench.models import structured
+from tmbench.models.presets import read_preset
 from tmbench_kernels import FlashPrefill, FlexPrefill, Pattern, VerticalSlash
 
 HEADS, VOCABULARY, LAYERS = 32, 32768, 3

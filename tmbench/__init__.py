@@ -9,15 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tmbench.attention import Applied, applied
-    from tmbench.decode import generate
+    from tmbench.engine.attention import Applied, applied
+    from tmbench.engine.decode import generate
     from tmbench.errors import NotFiniteError, UnsupportedModelError, UserError
-    from tmbench.methods import METHODS
+    from tmbench.methods.table import METHODS
 
 __all__ = ["METHODS", "Applied", "NotFiniteError", "UnsupportedModelError", "UserError", "applied", "generate"]
 __version__ = "0.1.0"
 
-_HOME = {"applied": "attention", "Applied": "attention", "METHODS": "methods", "generate": "decode"}
+_HOME = {
+    "applied": "engine.attention",
+    "Applied": "engine.attention",
+    "METHODS": "methods.table",
+    "generate": "engine.decode",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -28,7 +28,7 @@ def prompts(job: tuple[str, str, int, int, int]) -> list[Any]:
 def main() -> None:
     """Evaluate and write the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", default="tmbench/tiny")
+    parser.add_argument("--model", default="tmbench/models/tiny")
     parser.add_argument("--length", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--task", nargs="+", default=list(TASKS))
     parser.add_argument("--samples", type=int, default=50)

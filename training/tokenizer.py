@@ -103,7 +103,7 @@ def corpus(wording: str) -> Iterator[str]:
 def main() -> None:
     """Train the tokenizer and write it where the model lives."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--output", type=Path, default=Path("tmbench/tiny"))
+    parser.add_argument("--output", type=Path, default=Path("tmbench/models/tiny"))
     parser.add_argument("--wording", type=Path, default=Path("ruler_tasks/wording.toml"))
     options = parser.parse_args()
     wording = options.wording.read_text(encoding="utf-8")

@@ -76,9 +76,9 @@ def parsed() -> argparse.Namespace:
     """The options; their defaults are those of the model in the repository."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=430, help="time for training, compilation not counted")
-    parser.add_argument("--output", type=Path, default=Path("tmbench/tiny"))
+    parser.add_argument("--output", type=Path, default=Path("tmbench/models/tiny"))
     parser.add_argument("--log", type=Path, default=Path("training/log.csv"))
-    parser.add_argument("--tokenizer", default="tmbench/tiny")
+    parser.add_argument("--tokenizer", default="tmbench/models/tiny")
     parser.add_argument("--tokens", type=int, default=131072, help="tokens of one step")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--matrix-rate", type=float, default=0.007)

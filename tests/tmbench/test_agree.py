@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from tmbench import agree, environment, models
-from tmbench.agree import AgreeJob, follow, kept_choices, run
-from tmbench.attention import applied_plan
-from tmbench.choices import Choices, read_choices
+from tmbench.engine.attention import applied_plan
 from tmbench.errors import UserError
-from tmbench.intervals import interval
-from tmbench.methods import METHODS, ModelShape, Plan, Settings
-from tmbench.models import LoadedModel
-from tmbench.report import build
-from tmbench.results import AgreeRow, read_all
-from tmbench.ruler import generate
+from tmbench.measure import agree
+from tmbench.measure.agree import AgreeJob, follow, kept_choices, run
+from tmbench.measure.ruler import generate
+from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
+from tmbench.models import loading
+from tmbench.models.loading import LoadedModel
+from tmbench.report.intervals import interval
+from tmbench.report.rendering import build
+from tmbench.results import environment
+from tmbench.results.choices import Choices, read_choices
+from tmbench.results.rows import AgreeRow
+from tmbench.results.tables import read_all
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("tiny")
+    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

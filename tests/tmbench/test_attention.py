@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, T5Config, T5ForConditionalGeneration
 
 from tmbench import applied
-from tmbench.attention import windows
 from tmbench.errors import UnsupportedModelError, UserError
+from tmbench.models.attention_modules import windows
 from tmbench_kernels import FlashPrefill, FlexPrefill, XAttention
 
 FAMILIES = {

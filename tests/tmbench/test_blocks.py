@@ -10,7 +10,7 @@ import pytest
 from tmbench.cli import screen
 from tmbench.cli.blocks import Blocks
 from tmbench.cli.screen import markdown
-from tmbench.methods import METHODS
+from tmbench.methods.table import METHODS
 
 METHOD_NAMES = tuple(METHODS)
 TASKS = ("niah_multikey_1", "vt")

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from ruler_tasks import Frame, read_dataset
-from tmbench import chat, models
-from tmbench.chat import Chat, ends_thinking, parse_kwargs, take_apart
 from tmbench.errors import UserError
-from tmbench.results import RulerRow, read_all
+from tmbench.models import loading
+from tmbench.results.rows import RulerRow
+from tmbench.results.tables import read_all
+from tmbench.suites import chat
+from tmbench.suites.chat import Chat, ends_thinking, parse_kwargs, take_apart
 
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 QWEN3 = TURNS + "[a]\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
@@ -33,7 +35,7 @@ LLAMA = (
 
 @pytest.fixture
 def with_template():
-    tokenizer = models.load_tokenizer("tiny")
+    tokenizer = loading.load_tokenizer("tiny")
 
     def make(template):
         tokenizer.chat_template = template
@@ -202,7 +204,7 @@ def test_what_is_no_json_object_is_one_sentence(text):
 
 def folder(name, template):
     """A folder with the embedded model and a chat template."""
-    tiny = Path(models.__file__).parent / "tiny"
+    tiny = Path(loading.__file__).parent / "tiny"
     shutil.copytree(tiny, name, ignore=shutil.ignore_patterns("__pycache__", "*.py", "*.md"))
     (Path(name) / "chat_template.jinja").write_text(template)
 
@@ -238,7 +240,7 @@ def test_prepared_data_of_a_template_have_one_bos(tmbench):
     assert example.prompt.startswith("<s>[user]")
     assert tmbench("ruler", *ASK[2:], "--data", "made")[0] == 0
     row = next(row for row in read_all(Path("results"), RulerRow))
-    tokenizer = models.load_tokenizer("chatty")
+    tokenizer = loading.load_tokenizer("chatty")
     text = tokenizer(example.prompt.removeprefix("<s>"), add_special_tokens=False)["input_ids"]
     assert row.prompt_tokens_mean == 1 + len(text) == example.length - 30
 

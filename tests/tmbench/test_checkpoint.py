@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from tmbench import models
-from tmbench.checkpoint import first_sentence
 from tmbench.errors import UserError
-from tmbench.geometry import Geometry, max_positions
+from tmbench.models import loading
+from tmbench.models.checkpoint import first_sentence
+from tmbench.models.geometry import Geometry, max_positions
 
-TINY = Path(models.model_path("tiny"))
+TINY = Path(loading.model_path("tiny"))
 
 
 @pytest.fixture
@@ -65,13 +65,13 @@ def rename_layer(weights, old, new):
 def test_weights_that_do_not_belong_to_the_config(copy, damage, sentence):
     change_weights(copy, damage)
     with pytest.raises(UserError, match=sentence):
-        models.load(str(copy), device="cpu")
+        loading.load(str(copy), device="cpu")
 
 
 def test_more_layers_than_the_config_says(copy):
     change(copy / "config.json", lambda config: config | {"num_hidden_layers": 6})
     with pytest.raises(UserError, match=r"weights of decoder layers that its config does not know: model\.layers\.6"):
-        models.load(str(copy), device="cpu")
+        loading.load(str(copy), device="cpu")
 
 
 def test_weights_of_another_shape(copy):
@@ -79,7 +79,7 @@ def test_weights_of_another_shape(copy):
     with pytest.raises(
         UserError, match=r"has 1 weight of another shape than its config says: model\.norm\.weight \(7 instead of 256\)"
     ):
-        models.load(str(copy), device="cpu")
+        loading.load(str(copy), device="cpu")
 
 
 def test_what_a_checkpoint_may_leave_out_is_not_missed(make_model, tmp_path):
@@ -89,7 +89,7 @@ def test_what_a_checkpoint_may_leave_out_is_not_missed(make_model, tmp_path):
         make_model("llama", tie_word_embeddings=tied).save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TINY / name, folder)
-        models.load(str(folder), device="cpu")
+        loading.load(str(folder), device="cpu")
 
 
 def cut(path, part):
@@ -136,7 +136,7 @@ def test_damaged_files_are_one_sentence(copy, damage, sentence, tmbench):
     assert (code, out) == (2, "")
     assert len(err.strip().splitlines()) == 1
     with pytest.raises(UserError, match=sentence):
-        models.load(str(copy), device="cpu")
+        loading.load(str(copy), device="cpu")
 
 
 def test_a_missing_shard_is_named(make_model, tmp_path):
@@ -144,7 +144,7 @@ def test_a_missing_shard_is_named(make_model, tmp_path):
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(UserError, match=f"1 of its shards is missing: {shard.name}; download the checkpoint again"):
-        models.load(str(tmp_path), device="cpu")
+        loading.load(str(tmp_path), device="cpu")
 
 
 def test_what_is_no_checkpoint_folder(copy, tmp_path):
@@ -178,25 +178,25 @@ def test_what_is_no_checkpoint_folder(copy, tmp_path):
         "~/nowhere/at/all": "there is no such folder",
     }.items():
         with pytest.raises(UserError, match=sentence):
-            models.load(name, device="cpu")
+            loading.load(name, device="cpu")
 
 
 def test_a_folder_that_is_missing_is_told_from_an_id_of_the_hub(copy, monkeypatch):
     monkeypatch.chdir(copy.parent)
-    monkeypatch.setattr(models, "load_config", lambda name: {}["the Hub"])
+    monkeypatch.setattr(loading, "load_config", lambda name: {}["the Hub"])
     for name, sentence in {
         "copy/inner": "there is no such folder; check the path",
         "owner/model": "there is no folder of that name, and the Hub did not give it .*; check the name, the network",
         "model": "there is no folder of that name, and the Hub did not give it .*; check the name, the network",
     }.items():
         with pytest.raises(UserError, match=f"--model {name} cannot be loaded: {sentence}"):
-            models.load(name, device="cpu")
+            loading.load(name, device="cpu")
 
 
 def test_a_home_folder_is_found(copy, monkeypatch):
     monkeypatch.setenv("HOME", str(copy.parent))
-    loaded = models.load("~/copy", device="cpu")
-    assert loaded.model_hash == models.load(str(copy), device="cpu").model_hash
+    loaded = loading.load("~/copy", device="cpu")
+    assert loaded.model_hash == loading.load(str(copy), device="cpu").model_hash
 
 
 def test_code_of_a_checkpoints_own_is_not_run_and_that_is_said(copy, tmbench):
@@ -221,19 +221,19 @@ def test_code_of_a_checkpoints_own_is_not_run_and_that_is_said(copy, tmbench):
 
 
 def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy, monkeypatch):
-    monkeypatch.setattr("tmbench.checkpoint.find_spec", lambda name: None)
+    monkeypatch.setattr("tmbench.models.checkpoint.find_spec", lambda name: None)
     (copy / "adapter_config.json").write_text("{}")
     with pytest.raises(
         UserError, match="holds an adapter beside its weights, which is not applied as peft is not installed"
     ):
-        models.load(str(copy), device="cpu")
+        loading.load(str(copy), device="cpu")
 
 
 def test_a_tokenizer_of_more_words_than_the_model_has(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
-    loaded = models.load(str(tmp_path), device="cpu")
+    loaded = loading.load(str(tmp_path), device="cpu")
     with pytest.raises(UserError, match=r"the tokenizer of .* has 3057 tokens and the model 97, so RULER cannot use it"):
         loaded.need_tokenizer("RULER")
 
@@ -242,13 +242,13 @@ def test_what_is_wrong_with_a_config_is_not_put_down_to_weights_that_nobody_aske
     (copy / "model.safetensors").unlink()
     change(copy / "config.json", lambda config: config | {"num_attention_heads": "many"})
     with pytest.raises(UserError, match="num_attention_heads.*; download it again, or use the release of transformers"):
-        models.load(str(copy), weights="random", device="cpu")
+        loading.load(str(copy), weights="random", device="cpu")
 
 
 def test_a_damaged_tokenizer_is_no_absent_one(copy):
     cut(copy / "tokenizer.json", 0.5)
     with pytest.raises(UserError, match="the tokenizer of --model"):
-        models.load(str(copy), weights="random", device="cpu")
+        loading.load(str(copy), weights="random", device="cpu")
 
 
 def test_an_error_without_words_is_named_by_its_type():
@@ -267,10 +267,10 @@ LATENT = {
     [("deepseek_v3", LATENT), ("glm4_moe_lite", LATENT), ("llama", {}), ("qwen3", {"head_dim": 32})],
 )
 def test_the_geometry_is_what_attention_receives(family, changes, make_model, prompt):
-    from tmbench.attention import applied
+    from tmbench.engine.attention import applied
 
     model = make_model(family, **changes)
-    loaded = models.LoadedModel("m", model, None, "random", "")
+    loaded = loading.LoadedModel("m", model, None, "random", "")
     seen = set()
     with torch.inference_mode(), applied(model, "dense") as session:
         session.observer = lambda layer, pattern, q, k, scale: seen.add((q.shape, k.shape))
@@ -394,11 +394,11 @@ def test_the_text_of_a_model_that_reads_images_too(family, text, vision, tmp_pat
 
 
 def test_a_plan_builds_no_weights(copy, tmbench, monkeypatch):
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)
     code, out, err = tmbench("ttft", "--model", str(copy), "--length", "1K", "--dry-run", "--device", "cpu")
     assert code == 0, err
     assert "tri_mix" in out
-    planned = models.load("llama-3.1-8b", weights="random", device="cpu", plan_only=True)
+    planned = loading.load("llama-3.1-8b", weights="random", device="cpu", plan_only=True)
     assert {parameter.device.type for parameter in planned.model.parameters()} == {"meta"}
     assert planned.device.type == "cpu"
     assert {x.device.type for x in planned.qkv(100)} == {"cpu"}
@@ -427,7 +427,7 @@ def test_a_plan_refuses_what_a_run_would(copy, tmbench):
 
 
 def test_a_failed_row_says_why_on_the_screen(tmbench, monkeypatch):
-    from tmbench import ttft
+    from tmbench.measure import ttft
 
     def fail(*given, **options):
         raise RuntimeError("the reason of it")

@@ -14,10 +14,12 @@ import pytest
 
 import made_rows
 from command_lines import FAST_TTFT, PROGRAM, SEARCH
-from tmbench import cli, presets
+from tmbench import cli
 from tmbench.cli.screen import print_rows
-from tmbench.json_text import json_text
-from tmbench.results import ProbeRow, RulerRow, TtftRow, read_all
+from tmbench.models import presets
+from tmbench.results.json_text import json_text
+from tmbench.results.rows import ProbeRow, RulerRow, TtftRow
+from tmbench.results.tables import read_all
 
 COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
 
@@ -101,9 +103,9 @@ def test_json_has_no_number_that_is_not_finite(capsys):
 
 
 def test_compilation_is_a_choice(tmbench, monkeypatch):
-    from tmbench import fast
+    from tmbench.engine import prefill
 
-    monkeypatch.setattr(fast, "BACKEND", "eager")
+    monkeypatch.setattr(prefill, "BACKEND", "eager")
     monkeypatch.setenv("CXX", "c++")
     for option in ("--compile", "--no-compile"):
         assert tmbench(*FAST_TTFT, "--method", "dense", option)[0] == 0

@@ -232,7 +232,7 @@ def test_a_folder_that_is_a_file(tmbench):
 
 
 def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
-    from tmbench import ttft
+    from tmbench.measure import ttft
 
     def fail(prefill, ids):
         raise RuntimeError("a kernel broke")

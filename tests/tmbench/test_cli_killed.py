@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from command_lines import PROGRAM, SEARCH
-from tmbench.results import RulerRow, TtftRow, read_all
+from tmbench.results.rows import RulerRow, TtftRow
+from tmbench.results.tables import read_all
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:

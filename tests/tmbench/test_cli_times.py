@@ -9,7 +9,7 @@ import pytest
 import made_rows
 from command_lines import FAST_TTFT
 from tmbench.cli import ttft
-from tmbench.results import TtftRow
+from tmbench.results.rows import TtftRow
 
 LENGTH = {"length": 4096, "prompt": "kv", "warmup": 1, "coverage": 0.5, "ttft_over_floor": 1.5}
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tmbench import models
-from tmbench.results import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow, read_all
+from tmbench.models import loading
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
+from tmbench.results.tables import read_all
 
-TINY = Path(models.__file__).parent / "tiny"
+TINY = Path(loading.__file__).parent / "tiny"
 RULER = ("ruler", "--model", "ckpt", "--method", "dense", "--length", "1K", "--device", "cpu", "--offline")
 AGREE = ("agree", "--model", "ckpt", "--method", "streaming", "--n-local", "16", "--length", "256", "--new-tokens", "4",
          "--samples", "1", "--device", "cpu")  # fmt: skip

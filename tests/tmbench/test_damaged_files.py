@@ -10,26 +10,14 @@ from pathlib import Path
 import pytest
 
 import made_rows
-from tmbench.choices import read_choices
 from tmbench.errors import UserError
-from tmbench.loss import LossSample
-from tmbench.results import (
-    AgreeRow,
-    CorruptResultsError,
-    LossRow,
-    NewerResultsError,
-    ProbeRow,
-    RulerRow,
-    TtftRow,
-    append,
-    newest,
-    prepare,
-    read,
-    read_all,
-)
-from tmbench.ruler import read_predictions
-from tmbench.sample_files import Kept
-from tmbench.samples import read_samples
+from tmbench.measure.loss import LossSample
+from tmbench.measure.ruler import read_predictions
+from tmbench.results.choices import read_choices
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
+from tmbench.results.sample_files import Kept
+from tmbench.results.sample_scores import read_samples
+from tmbench.results.tables import CorruptResultsError, NewerResultsError, append, newest, prepare, read, read_all
 
 COMMON = made_rows.COMMON | {"method": "dense", "length": 4096}
 TTFT = TtftRow(**COMMON, prompt="kv", repeats=2, warmup=1, interleaved="dense", ttft_median_s=0.3, ttft_min_s=0.25,

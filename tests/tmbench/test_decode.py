@@ -7,15 +7,15 @@ import torch
 from transformers import GenerationConfig
 
 import tmbench
-from tmbench.agree import follow
-from tmbench.attention import applied
-from tmbench.calls import cache_name, cache_of
-from tmbench.decode import Decoding, end_tokens, generate
+from tmbench.engine.attention import applied
+from tmbench.engine.calls import cache_name, cache_of
+from tmbench.engine.decode import Decoding, end_tokens, generate
 from tmbench.errors import UnsupportedModelError, UserError
-from tmbench.loss import losses
-from tmbench.methods import METHODS, ModelShape, Settings
-from tmbench.models import load
-from tmbench.probe import gradients
+from tmbench.measure.agree import follow
+from tmbench.measure.loss import losses
+from tmbench.measure.probe import gradients
+from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.models.loading import load
 from tmbench_kernels import Sections
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

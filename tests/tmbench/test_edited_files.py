@@ -12,19 +12,9 @@ from pathlib import Path
 import pytest
 
 import made_rows
-from tmbench.files import append_line, read_lines
-from tmbench.results import (
-    AgreeRow,
-    CorruptResultsError,
-    LossRow,
-    OpenEndResultsError,
-    ProbeRow,
-    RulerRow,
-    TtftRow,
-    append,
-    newest,
-    read,
-)
+from tmbench.results.files import append_line, read_lines
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
+from tmbench.results.tables import CorruptResultsError, OpenEndResultsError, append, newest, read
 
 COMMON = made_rows.COMMON | {"method": "dense", "length": 4096}
 ROWS = (

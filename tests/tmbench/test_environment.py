@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tmbench import environment
+from tmbench.results import environment
 
 
 def test_a_processors_name_has_single_spaces(monkeypatch):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tmbench import fingerprint, models
-from tmbench.fingerprint import of_folder, of_ids
-from tmbench.models import content_hash
+from tmbench.models import fingerprint, loading
+from tmbench.models.fingerprint import of_folder, of_ids
+from tmbench.models.loading import content_hash
 
-TINY = Path(models.__file__).parent / "tiny"
+TINY = Path(loading.__file__).parent / "tiny"
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_drawn_weights_are_known_by_what_they_are_drawn_for(checkpoint):
 
 
 def test_rows_have_the_hash_that_is_known_before_loading(checkpoint):
-    loaded = models.load(str(checkpoint), device="cpu")
+    loaded = loading.load(str(checkpoint), device="cpu")
     assert loaded.row_fields()["model_hash"] == loaded.shape.model_hash == content_hash(str(checkpoint), "checkpoint")
 
 

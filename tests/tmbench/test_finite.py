@@ -8,16 +8,20 @@ import pytest
 import torch
 
 from ruler_tasks import Frame, Sources, load_wording
-from tmbench import agree, environment, floor, loss, models, probe, ruler, search, sweep, ttft
-from tmbench.attention import applied_plan
-from tmbench.decode import generate
+from tmbench.engine import roofline
+from tmbench.engine.attention import applied_plan
+from tmbench.engine.decode import generate
+from tmbench.engine.finite import check_logits
+from tmbench.engine.prefill import EAGER, PLAIN, kind_for
 from tmbench.errors import NotFiniteError, UserError
-from tmbench.fast import EAGER, PLAIN, kind_for
-from tmbench.finite import check_logits
-from tmbench.layers import Budget
-from tmbench.methods import METHODS, ModelShape, Settings
-from tmbench.models import LoadedModel
-from tmbench.results import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow, read_all
+from tmbench.measure import agree, loss, probe, ruler, search, sweep, ttft
+from tmbench.methods.layers import Budget
+from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.models import loading
+from tmbench.models.loading import LoadedModel
+from tmbench.results import environment
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
+from tmbench.results.tables import read_all
 from tmbench_kernels import Sections
 
 REMEDY = "float16: .* use --dtype bfloat16 or --dtype float32"
@@ -25,7 +29,7 @@ REMEDY = "float16: .* use --dtype bfloat16 or --dtype float32"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("tiny")
+    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture
@@ -90,7 +94,7 @@ class Jobs:
 
 @pytest.fixture(autouse=True)
 def _no_matrix_products(monkeypatch):
-    monkeypatch.setattr(floor, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(roofline, "matrix_rate", lambda device, dtype: 1e11)
 
 
 COMMANDS = ["ttft", "ttft_arranged", "ruler", "agree", "loss"]

@@ -13,8 +13,9 @@ import pytest
 
 import made_rows
 from command_lines import PROGRAM
-from tmbench.files import write_whole
-from tmbench.results import ProbeRow, RulerRow, TtftRow, append
+from tmbench.results.files import write_whole
+from tmbench.results.rows import ProbeRow, RulerRow, TtftRow
+from tmbench.results.tables import append
 
 LIMIT = 3000
 """Bytes that a file may have in these tests; the writer of more gets an error, as on a full disk."""
@@ -82,7 +83,7 @@ def test_no_empty_picture_is_left(measured, arguments, option):
 def test_no_empty_picture_of_a_probe_is_left(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    from tmbench.plots import save
+    from tmbench.report.plots import save
 
     old = tmp_path / "probe.png"
     old.write_bytes(b"a picture")

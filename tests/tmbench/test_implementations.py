@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from tmbench import implementations
-from tmbench.attention import applied, applied_plan
+from tmbench.engine import implementations
+from tmbench.engine.attention import applied, applied_plan
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, arranged
 from tmbench.errors import UnsupportedModelError
-from tmbench.fast import COMPILED, EAGER, PLAIN, arranged
-from tmbench.methods import METHODS, ModelShape, Settings
+from tmbench.methods.table import METHODS, ModelShape, Settings
 
 STREAMING = {"n_init": 2, "n_local": 9}
 
@@ -77,7 +77,7 @@ def test_each_part_gets_its_own_attention_back(parts, fails, llava, prompt):
 
 @pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
 def test_fast_prefills_leave_the_other_parts_alone(kind, llava, prompt, monkeypatch):
-    monkeypatch.setattr("tmbench.fast.BACKEND", "eager")
+    monkeypatch.setattr("tmbench.engine.prefill.BACKEND", "eager")
     llava.set_attn_implementation(PARTS[0])
     before = names(llava)
     plan = METHODS["streaming"].plan(ModelShape.of(llava), Settings(**STREAMING))

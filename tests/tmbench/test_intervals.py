@@ -12,7 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tmbench.intervals import GAIN, LOSS, NO_LOSS, TOO_FEW, difference, differences, in_words, interval, unseen_samples
+from tmbench.report.intervals import (
+    GAIN,
+    LOSS,
+    NO_LOSS,
+    TOO_FEW,
+    difference,
+    differences,
+    in_words,
+    interval,
+    unseen_samples,
+)
 
 ROOT = Path(__file__).parents[2]
 

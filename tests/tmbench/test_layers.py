@@ -9,9 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tmbench.errors import UserError
-from tmbench.layers import ACCURACY_BUDGET, Budget, layers_text, parse_layers, propose, resolve
-from tmbench.methods import ModelShape, Settings, get_method
-from tmbench.results import ProbeRow, append
+from tmbench.methods.layers import ACCURACY_BUDGET, Budget, layers_text, parse_layers, propose, resolve
+from tmbench.methods.table import ModelShape, Settings, get_method
+from tmbench.results.rows import ProbeRow
+from tmbench.results.tables import append
 from tmbench_kernels import Dense, Triangle
 
 PUBLISHED = [

@@ -8,10 +8,11 @@ import re
 import pytest
 
 import made_rows
-from tmbench.intervals import difference
-from tmbench.lengths import by_length
-from tmbench.report import build
-from tmbench.results import RulerRow, append
+from tmbench.report.intervals import difference
+from tmbench.report.lengths import by_length
+from tmbench.report.rendering import build
+from tmbench.results.rows import RulerRow
+from tmbench.results.tables import append
 
 DIFFERENCES = "Points against dense over the same samples, in brackets the 95 % interval:"
 COMMON = made_rows.COMMON | {"wording": "reference-ruler", "wording_hash": "f00d", "source": "noise", "chat_template": False}

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from tmbench import environment, loss
-from tmbench.layers import layers_text
-from tmbench.loss import LossJob, losses, run
-from tmbench.methods import ModelShape, Settings, get_method
-from tmbench.models import LoadedModel
-from tmbench.results import LossRow, read_all
+from tmbench.measure import loss
+from tmbench.measure.loss import LossJob, losses, run
+from tmbench.methods.layers import layers_text
+from tmbench.methods.table import ModelShape, Settings, get_method
+from tmbench.models.loading import LoadedModel
+from tmbench.results import environment
+from tmbench.results.rows import LossRow
+from tmbench.results.tables import read_all
 from tmbench_kernels import Triangle
 
 WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}

@@ -9,8 +9,7 @@ import torch
 
 import tmbench_kernels
 from tmbench.errors import UserError
-from tmbench.groups import PARAMETERS
-from tmbench.methods import (
+from tmbench.methods.table import (
     DEFAULT_METHODS,
     DENSE_BACKENDS,
     DYNAMIC_METHODS,
@@ -24,7 +23,8 @@ from tmbench.methods import (
     get_method,
     parse_method,
 )
-from tmbench.results import TtftRow
+from tmbench.report.groups import PARAMETERS
+from tmbench.results.rows import TtftRow
 from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, Triangle, VerticalSlash, XAttention
 
 SHAPE = ModelShape("some/model", layers=6, heads=4)

@@ -9,10 +9,11 @@ import pytest
 from matplotlib.image import imread
 
 import made_rows
-from tmbench import plots
-from tmbench.plots import draw
-from tmbench.report import build
-from tmbench.results import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow, append
+from tmbench.report import plots
+from tmbench.report.plots import draw
+from tmbench.report.rendering import build
+from tmbench.results.rows import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow
+from tmbench.results.tables import append
 
 COMMON = made_rows.COMMON | {"threads": 2}
 METHODS = ("dense", "tri_mix", "minference", "streaming")

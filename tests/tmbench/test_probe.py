@@ -12,15 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from tmbench import applied, environment, probe
+from tmbench import applied
 from tmbench.errors import UnsupportedModelError, UserError
-from tmbench.layers import Budget
-from tmbench.methods import Settings
-from tmbench.models import LoadedModel
-from tmbench.probe import ProbeJob, gradients, run
-from tmbench.probe_plot import draw, draw_all
-from tmbench.questions import questions
-from tmbench.results import ProbeRow, read_all
+from tmbench.measure import probe
+from tmbench.measure.probe import ProbeJob, gradients, run
+from tmbench.methods.layers import Budget
+from tmbench.methods.table import Settings
+from tmbench.models.loading import LoadedModel
+from tmbench.report.probe_plot import draw, draw_all
+from tmbench.results import environment
+from tmbench.results.rows import ProbeRow
+from tmbench.results.tables import read_all
+from tmbench.suites.questions import questions
 from tmbench_kernels import MEASURES, SECTIONS, Sections, section_gradients
 
 SMALL = Sections(3, 7, 5)

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from tokenizers import processors
 
-from tmbench import models
 from tmbench.errors import UserError
-from tmbench.models import LoadedModel
-from tmbench.prompts import check_prompt, key_value_text, prompt_ids, prompt_kinds
-from tmbench.questions import questions
+from tmbench.models import loading
+from tmbench.models.loading import LoadedModel
+from tmbench.suites.prompts import check_prompt, key_value_text, prompt_ids, prompt_kinds
+from tmbench.suites.questions import questions
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return models.load("tiny", device="cpu")
+    return loading.load("tiny", device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["kv", "random", "niah_single_2", "vt", "cwe"])
@@ -52,7 +52,7 @@ def test_no_prompt_ends_with_an_appended_end_token(kind, tiny, ending):
 
 
 def test_an_appended_end_token_takes_nothing_from_ruler(tmbench, ending, tiny):
-    shutil.copytree(Path(models.__file__).parent / "tiny", "ends", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(loading.__file__).parent / "tiny", "ends", ignore=shutil.ignore_patterns("__pycache__"))
     ending.tokenizer.backend_tokenizer.save("ends/tokenizer.json")
     ask = ("ruler", "--offline", "--method", "dense", "--length", "1K", "--task", "vt", "--samples", "2", "--json")
     found = [json.loads(tmbench(*ask, "--model", model)[1])[0] for model in ("tiny", "ends")]

@@ -6,14 +6,14 @@ import re
 
 import pytest
 
-from tmbench import models
 from tmbench.errors import UserError
-from tmbench.questions import questions, split, wording_hash
+from tmbench.models import loading
+from tmbench.suites.questions import questions, split, wording_hash
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return models.load("tiny", device="cpu")
+    return loading.load("tiny", device="cpu")
 
 
 @pytest.mark.parametrize("task", ["kv", "vt", "niah_single_1", "fwe", "qa_1", "random"])

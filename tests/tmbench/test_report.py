@@ -12,9 +12,10 @@ import pytest
 import made_rows
 from ruler_tasks import TASKS
 from tmbench.errors import UserError
-from tmbench.groups import length_name, signed, significant
-from tmbench.report import build
-from tmbench.results import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow, append, csv_path
+from tmbench.report.groups import length_name, signed, significant
+from tmbench.report.rendering import build
+from tmbench.results.rows import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow
+from tmbench.results.tables import append, csv_path
 
 COMMON = made_rows.COMMON | {"driver": "570.1", "method": "dense", "length": 4096, "threads": 2, "commit": "aaaa"}
 TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix minference tri_mix_minference"}

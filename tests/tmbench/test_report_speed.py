@@ -10,10 +10,11 @@ import pytest
 
 import made_rows
 from ruler_tasks import TASKS
-from tmbench import samples
-from tmbench.methods import METHODS
-from tmbench.report import build
-from tmbench.results import RulerRow, TtftRow, append
+from tmbench.methods.table import METHODS
+from tmbench.report.rendering import build
+from tmbench.results import sample_scores
+from tmbench.results.rows import RulerRow, TtftRow
+from tmbench.results.tables import append
 
 LENGTHS = [2048 * 2**place for place in range(6)]
 NAMES = list(METHODS)[:11]
@@ -48,13 +49,13 @@ def thousand(tmp_path_factory):
 
 def test_a_thousand_rows(thousand, monkeypatch):
     reads = Counter()
-    read_lines = samples.read_lines
+    read_lines = sample_scores.read_lines
 
     def counting(path, *arguments):
         reads[path] += 1
         return read_lines(path, *arguments)
 
-    monkeypatch.setattr(samples, "read_lines", counting)
+    monkeypatch.setattr(sample_scores, "read_lines", counting)
     start = time.process_time()
     report = build(thousand)
     texts = [report.markdown(), report.csv(), report.json()]

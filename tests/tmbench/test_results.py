@@ -12,20 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tmbench import files, results
 from tmbench.errors import UserError
-from tmbench.files import read_lines
-from tmbench.results import (
-    CorruptResultsError,
-    RulerRow,
-    TtftRow,
-    append,
-    csv_path,
-    newest,
-    prepare,
-    read,
-    read_all,
-)
+from tmbench.results import files, rows
+from tmbench.results.files import read_lines
+from tmbench.results.rows import RulerRow, TtftRow
+from tmbench.results.tables import CorruptResultsError, append, csv_path, newest, prepare, read, read_all
 
 ROW = TtftRow(
     time="2026-01-01T00:00:00+00:00",
@@ -234,7 +225,7 @@ def test_writers_that_append_at_once_lose_nothing(tmp_path):
 def test_types_of_columns_are_made_out_once(tmp_path, monkeypatch):
     path = append(tmp_path, *(replace(ROW, length=length) for length in range(1, 5)))
     read(path, TtftRow)
-    monkeypatch.setattr(results, "get_type_hints", None)
+    monkeypatch.setattr(rows, "get_type_hints", None)
     assert len(read(path, TtftRow)) == 4
 
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 
 import made_rows
-from tmbench import row_sets
 from tmbench.errors import UserError
-from tmbench.results import CorruptResultsError, TtftRow, append, csv_path, newest, read_all
-from tmbench.row_sets import finish, kept_together, known
+from tmbench.results import row_sets
+from tmbench.results.row_sets import finish, kept_together, known
+from tmbench.results.rows import TtftRow
+from tmbench.results.tables import CorruptResultsError, append, csv_path, newest, read_all
 
 ROW = TtftRow(**made_rows.COMMON, method="dense", length=4096, prompt="kv", repeats=3, warmup=1, interleaved="dense tri_mix",
               ttft_median_s=0.5, logit_error=0.0)  # fmt: skip
@@ -125,10 +126,10 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from tmbench import environment, files, floor, row_sets, ttft
-from tmbench.fast import EAGER
-from tmbench.methods import METHODS, ModelShape, Settings
-from tmbench.models import LoadedModel
-from tmbench.results import TtftRow, read_all
+from tmbench.engine.prefill import EAGER
+from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.models.loading import LoadedModel
+from tmbench.results.rows import TtftRow, read_all
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 torch.set_num_threads(1)

@@ -13,20 +13,23 @@ import pytest
 import torch
 
 from ruler_tasks import TASKS, Example, Frame, Sources, load_wording, write_dataset
-from tmbench import environment, models, ruler
-from tmbench.attention import applied
+from tmbench.engine.attention import applied
 from tmbench.errors import UserError
-from tmbench.fingerprint import of_ids
-from tmbench.methods import METHODS, ModelShape, Plan, Settings
-from tmbench.models import LoadedModel
-from tmbench.results import RulerRow, read_all
-from tmbench.ruler import RulerJob, generate, kept_predictions, read_predictions, run
+from tmbench.measure import ruler
+from tmbench.measure.ruler import RulerJob, generate, kept_predictions, read_predictions, run
+from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
+from tmbench.models import loading
+from tmbench.models.fingerprint import of_ids
+from tmbench.models.loading import LoadedModel
+from tmbench.results import environment
+from tmbench.results.rows import RulerRow
+from tmbench.results.tables import read_all
 from tmbench_kernels import VerticalSlash
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("tiny")
+    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

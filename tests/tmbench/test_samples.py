@@ -10,14 +10,15 @@ import random
 import pytest
 
 import made_rows
-from tmbench import intervals
 from tmbench.cli.report import MARGIN
 from tmbench.errors import UserError
-from tmbench.groups import NOT_COMPARED
-from tmbench.intervals import LOSS, NO_LOSS, TOO_FEW, difference
-from tmbench.report import build
-from tmbench.results import RulerRow, TtftRow, append
-from tmbench.samples import read_samples
+from tmbench.report import intervals
+from tmbench.report.groups import NOT_COMPARED
+from tmbench.report.intervals import LOSS, NO_LOSS, TOO_FEW, difference
+from tmbench.report.rendering import build
+from tmbench.results.rows import RulerRow, TtftRow
+from tmbench.results.sample_scores import read_samples
+from tmbench.results.tables import append
 
 COMMON = made_rows.COMMON | {"length": 4096}
 RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tmbench import search
-from tmbench.attention import applied
+from tmbench.engine.attention import applied
 from tmbench.errors import UserError
-from tmbench.models import LoadedModel
-from tmbench.pattern_plot import draw
-from tmbench.prompts import prompt_ids
-from tmbench.search import SearchJob, run
+from tmbench.measure import search
+from tmbench.measure.search import SearchJob, run
+from tmbench.models.loading import LoadedModel
+from tmbench.report.pattern_plot import draw
+from tmbench.suites.prompts import prompt_ids
 from tmbench_kernels import HeadPattern, load_head_patterns, load_patterns
 from tmbench_kernels.minference import search as rule
 

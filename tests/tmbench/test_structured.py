@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tmbench import models, structured
-from tmbench.attention import applied
+from tmbench.engine.attention import applied
 from tmbench.errors import UserError
-from tmbench.models import LoadedModel
+from tmbench.models import loading, structured
+from tmbench.models.loading import LoadedModel
 from tmbench_kernels import VerticalSlash
 from tmbench_kernels.scores import last_query_mass
 
@@ -218,7 +218,7 @@ def rotated(x, cos, sin):
 def test_other_models_are_refused_in_one_sentence(tmp_path, family, changes, words):
     CONFIG_MAPPING[family](**changes).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=words):
-        models.load(str(tmp_path), weights="structured", device="cpu")
+        loading.load(str(tmp_path), weights="structured", device="cpu")
 
 
 def test_heads_must_have_room_for_the_structure(make_model):
@@ -228,7 +228,7 @@ def test_heads_must_have_room_for_the_structure(make_model):
 
 def test_loading_says_what_the_weights_are(tmp_path):
     CONFIG_MAPPING["llama"](**SHAPE, max_position_embeddings=512).save_pretrained(tmp_path)
-    loaded = models.load(str(tmp_path), weights="structured", device="cpu", dtype="bfloat16")
+    loaded = loading.load(str(tmp_path), weights="structured", device="cpu", dtype="bfloat16")
     assert isinstance(loaded, LoadedModel)
     assert (loaded.row_fields()["weights"], loaded.dtype, loaded.max_length) == ("structured", "bfloat16", None)
     embedding = loaded.model.model.embed_tokens.weight

@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from ruler_tasks import Frame, Sources, load_wording
-from tmbench import environment, models, ruler, ttft
 from tmbench.cli import sweep as cli
 from tmbench.errors import UserError
-from tmbench.methods import METHODS, Settings
-from tmbench.models import LoadedModel
-from tmbench.results import RulerRow, TtftRow, read_all
-from tmbench.ruler import RulerJob
-from tmbench.sweep import SweepJob, same_cost, swept_method, variants
-from tmbench.ttft import TtftJob
+from tmbench.measure import ruler, ttft
+from tmbench.measure.ruler import RulerJob
+from tmbench.measure.sweep import SweepJob, same_cost, swept_method, variants
+from tmbench.measure.ttft import TtftJob
+from tmbench.methods.table import METHODS, Settings
+from tmbench.models import loading
+from tmbench.models.loading import LoadedModel
+from tmbench.results import environment
+from tmbench.results.rows import RulerRow, TtftRow
+from tmbench.results.tables import read_all
 
 
 def test_every_combination_is_made_once():
@@ -73,7 +76,7 @@ def test_what_has_nothing_to_exchange_has_no_control(n_local, last_n):
 
 @pytest.fixture
 def job(make_model, tmp_path):
-    tokenizer = models.load_tokenizer("tiny")
+    tokenizer = loading.load_tokenizer("tiny")
     model = make_model("llama", vocab_size=len(tokenizer))
     loaded = LoadedModel("small", model, tokenizer, "random", "")
     here = environment.current(torch.device("cpu"))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tmbench.time_intervals import (
+from tmbench.report.time_intervals import (
     APART,
     FASTER,
     NO_DIFFERENCE,

@@ -14,11 +14,12 @@ import pytest
 from matplotlib.image import imread
 
 import made_rows
-from tmbench import plots
-from tmbench.intervals import GAIN, TOO_FEW, difference
-from tmbench.report import build
-from tmbench.results import RulerRow, TtftRow, append, read
-from tmbench.tradeoff import SHAPE
+from tmbench.report import plots
+from tmbench.report.intervals import GAIN, TOO_FEW, difference
+from tmbench.report.rendering import build
+from tmbench.report.tradeoff import SHAPE
+from tmbench.results.rows import RulerRow, TtftRow
+from tmbench.results.tables import append, read
 
 COMMON = made_rows.COMMON | {"length": 4096}
 RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}

@@ -10,17 +10,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tmbench import environment, files, floor, ttft
-from tmbench.attention import applied_plan
+from tmbench.engine import roofline
+from tmbench.engine.attention import applied_plan
+from tmbench.engine.first_token import first_token
+from tmbench.engine.prefill import EAGER, PLAIN, Prefill
 from tmbench.errors import UserError
-from tmbench.fast import EAGER, PLAIN, Prefill
-from tmbench.fingerprint import of_ids
-from tmbench.methods import METHODS, ModelShape, Plan, Settings
-from tmbench.models import LoadedModel
-from tmbench.prefill import first_token
-from tmbench.prompts import prompt_ids
-from tmbench.results import CorruptResultsError, TtftRow, csv_path, read_all
-from tmbench.ttft import TtftJob, run
+from tmbench.measure import ttft
+from tmbench.measure.ttft import TtftJob, run
+from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
+from tmbench.models.fingerprint import of_ids
+from tmbench.models.loading import LoadedModel
+from tmbench.results import environment, files
+from tmbench.results.rows import TtftRow
+from tmbench.results.tables import CorruptResultsError, csv_path, read_all
+from tmbench.suites.prompts import prompt_ids
 
 NAMES = ("dense", "tri_mix", "minference", "streaming")
 
@@ -31,7 +34,7 @@ RATE = 1e11
 @pytest.fixture
 def job(make_model, tmp_path, monkeypatch):
     # A large matrix product for every test would take longer than the tests.
-    monkeypatch.setattr(floor, "matrix_rate", lambda device, dtype: RATE)
+    monkeypatch.setattr(roofline, "matrix_rate", lambda device, dtype: RATE)
 
     def make(names=NAMES, lengths=(96, 160), dense_backend=None, parameters=None, **changes):
         model = make_model("llama")
@@ -60,7 +63,7 @@ def test_a_first_token_is_the_models_own(make_model, prompt):
 
 def test_the_matrix_rate_is_a_rate():
     start = time.perf_counter()
-    rate = floor.matrix_rate(torch.device("cpu"), torch.float32, seconds=0)
+    rate = roofline.matrix_rate(torch.device("cpu"), torch.float32, seconds=0)
     seconds = time.perf_counter() - start
     assert rate > 2 * 2 * 2048**3 / seconds, "two products and more fit into the time that all of it took"
     assert rate < 1e14
@@ -99,7 +102,7 @@ def test_coverage_and_flop_are_counted_from_the_definition(job):
     # row of attention is needed; the head of 97 works on one position.
     key_value, rest = 2 * 64 * 32, 2 * 64 * 64 + 3 * 64 * 96
     linear = 2 * (96 * (4 * key_value + 3 * rest) + rest + 64 * 97)
-    assert floor.linear_flop(work.loaded.model, 96) == linear
+    assert roofline.linear_flop(work.loaded.model, 96) == linear
     assert rows["dense", 96].flop == linear + 4 * 16 * 4 * (3 * causal + 96)
     assert rows["tri_mix", 96].flop == linear + 4 * 16 * 4 * (2 * causal + triangle + 96)
 
@@ -166,7 +169,7 @@ def test_the_rate_is_measured_after_every_turn(job, monkeypatch):
     order = []
     real = ttft.first_token
     monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: order.append("pass") or real(prefill, ids))
-    monkeypatch.setattr(floor, "matrix_rate", lambda *_: order.append("rate") or next(rates))
+    monkeypatch.setattr(roofline, "matrix_rate", lambda *_: order.append("rate") or next(rates))
     work = job(names=("dense", "streaming"), repeats=3)
     list(run(work))
     assert order == 2 * (["pass"] * 2 + ["pass", "pass", "rate"] * 3)

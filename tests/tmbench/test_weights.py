@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tmbench import fast, models
-from tmbench.checkpoint import tensor_shapes
+from tmbench.engine import prefill
 from tmbench.errors import UserError
+from tmbench.models import loading
+from tmbench.models.checkpoint import tensor_shapes
 
-TINY = Path(models.model_path("tiny"))
+TINY = Path(loading.model_path("tiny"))
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def without_prefix(weights):
 def test_weights_of_another_config_are_refused(copy, edit, sentence, plan_only):
     change_weights(copy, edit)
     with pytest.raises(UserError, match=f"--model .*copy {sentence}"):
-        models.load(str(copy), device="cpu", plan_only=plan_only)
+        loading.load(str(copy), device="cpu", plan_only=plan_only)
 
 
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
@@ -90,7 +91,7 @@ def test_weights_without_a_use_here_are_not_minded(copy, name, plan_only):
     change_weights(copy, add(name))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    models.load(str(copy), device="cpu", plan_only=plan_only)
+    loading.load(str(copy), device="cpu", plan_only=plan_only)
 
 
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
@@ -98,16 +99,16 @@ def test_a_base_model_has_no_head_unless_it_is_tied(copy, plan_only):
     change_weights(copy, without_prefix)
     tied = json.loads((copy / "config.json").read_text())
     assert tied["tie_word_embeddings"]
-    models.load(str(copy), device="cpu", plan_only=plan_only)
+    loading.load(str(copy), device="cpu", plan_only=plan_only)
     (copy / "config.json").write_text(json.dumps(tied | {"tie_word_embeddings": False}))
     with pytest.raises(UserError, match=r"lacks 1 weight of the model, .*: lm_head\.weight;"):
-        models.load(str(copy), device="cpu", plan_only=plan_only)
+        loading.load(str(copy), device="cpu", plan_only=plan_only)
 
 
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
 def test_shards_and_their_index(make_model, tmp_path, plan_only):
     def load():
-        return models.load(str(tmp_path), device="cpu", plan_only=plan_only)
+        return loading.load(str(tmp_path), device="cpu", plan_only=plan_only)
 
     make_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -138,7 +139,7 @@ def test_weights_in_pickles(copy, plan_only):
             return (Path.touch, (copy / "ran",))
 
     def load():
-        return models.load(str(copy), device="cpu", plan_only=plan_only)
+        return loading.load(str(copy), device="cpu", plan_only=plan_only)
 
     weights = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
@@ -164,17 +165,17 @@ def test_experts_that_a_checkpoint_keeps_one_by_one_are_found_by_a_plan(make_mod
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
     assert any("experts.3.w1" in key for key in tensor_shapes(tmp_path / "model.safetensors"))
-    models.load(str(tmp_path), device="cpu", plan_only=True)
+    loading.load(str(tmp_path), device="cpu", plan_only=True)
     change_weights(tmp_path, lambda weights: [weights.pop(key) for key in list(weights) if "experts.3.w1" in key])
     for plan_only in (False, True):
         with pytest.raises(UserError):
-            models.load(str(tmp_path), device="cpu", plan_only=plan_only)
+            loading.load(str(tmp_path), device="cpu", plan_only=plan_only)
 
 
 def test_a_plan_draws_nothing_and_reads_no_weights(copy, monkeypatch):
     """Whatever is missing stays on the meta device, and a file of any size is read up to the end of its header."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    planned = models.load(str(copy), device="cpu", plan_only=True)
+    planned = loading.load(str(copy), device="cpu", plan_only=True)
     assert {tensor.device.type for tensor in planned.model.parameters()} == {"meta"}
     huge = copy / "huge.safetensors"
     header = json.dumps({"x": {"dtype": "F16", "shape": [2**34], "data_offsets": [0, 2**35]}}).encode()
@@ -203,6 +204,6 @@ def test_a_plan_knows_how_the_prefill_will_run(family, changes, kind, make_model
     with torch.device("meta"):
         planned = AutoModelForCausalLM.from_config(model.config)
     place = torch.device("cpu")
-    wanted = fast.kind_wanted(model, place, compiled=None)
-    assert fast.kind_wanted(planned, place, compiled=None, planned=True) == wanted
+    wanted = prefill.kind_wanted(model, place, compiled=None)
+    assert prefill.kind_wanted(planned, place, compiled=None, planned=True) == wanted
     assert kind in (wanted, None), "what models with latent attention cache depends on the release of transformers"

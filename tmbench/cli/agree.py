@@ -9,12 +9,12 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS
-from tmbench.words import counted
+from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.agree import AgreeJob
-    from tmbench.results import AgreeRow
+    from tmbench.measure.agree import AgreeJob
+    from tmbench.results.rows import AgreeRow
 
 TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
@@ -60,12 +60,13 @@ def agree(
     if len(settings) == 1:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
 
-    from tmbench import environment, models
-    from tmbench.agree import AgreeJob
-    from tmbench.prompts import check_kind, check_prompt
+    from tmbench.measure.agree import AgreeJob
+    from tmbench.models import loading
+    from tmbench.results import environment
+    from tmbench.suites.prompts import check_kind, check_prompt
 
     check_kind(prompt)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     check_prompt(prompt, loaded, lengths)
     plans = sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense")
@@ -84,8 +85,9 @@ def agree(
 
 def _measure(job: AgreeJob) -> list[AgreeRow]:
     """Measure what is missing; the newest rows of all that was asked for."""
-    from tmbench.agree import run
-    from tmbench.results import AgreeRow, newest
+    from tmbench.measure.agree import run
+    from tmbench.results.rows import AgreeRow
+    from tmbench.results.tables import newest
 
     measured = 0
     with progress_bar() as bar:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, table
-from tmbench.methods import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS, Settings
+from tmbench.methods.table import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS, Settings
 
 
 def list_() -> None:
     """The methods with their parameters and papers, the tasks, the models, and the backends that run here."""
     from ruler_tasks import TASKS
-    from tmbench.presets import preset_names, read_preset
+    from tmbench.models.presets import preset_names, read_preset
     from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, MInferenceHeads, Triangle, VerticalSlash, XAttention
 
     screen = console()
@@ -66,12 +66,14 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
 
     import typer
 
-    from tmbench import environment, models
-    from tmbench.json_text import json_text
+    from tmbench.engine.backends import attention_backends
+    from tmbench.models import loading
+    from tmbench.results import environment
+    from tmbench.results.json_text import json_text
 
-    place = models.check_device(device or models.default_device())
+    place = loading.check_device(device or loading.default_device())
     here = environment.current(place)
-    backends = environment.attention_backends(place)
+    backends = attention_backends(place)
     if as_json:
         typer.echo(json_text({**asdict(here), "backends": backends}))
         return

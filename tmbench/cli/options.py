@@ -14,12 +14,21 @@ import typer
 from ruler_tasks.errors import RulerError
 from tmbench.cli.screen import say
 from tmbench.errors import UserError, shortened
-from tmbench.layers import whole_number
-from tmbench.methods import DEFAULT_METHODS, DENSE_BACKENDS, LARGEST_COUNT, METHODS, Plan, Settings, get_method, parse_method
-from tmbench.presets import preset_names
+from tmbench.methods.layers import whole_number
+from tmbench.methods.table import (
+    DEFAULT_METHODS,
+    DENSE_BACKENDS,
+    LARGEST_COUNT,
+    METHODS,
+    Plan,
+    Settings,
+    get_method,
+    parse_method,
+)
+from tmbench.models.presets import preset_names
 
 if TYPE_CHECKING:
-    from tmbench.models import LoadedModel
+    from tmbench.models.loading import LoadedModel
 
 RESULTS = Path("results")
 UNITS = {"k": 2**10, "m": 2**20}
@@ -210,7 +219,7 @@ def plans_for(
 
     ``results`` is where ``--layers auto`` looks for a probe.
     """
-    from tmbench.attention import attention_modules
+    from tmbench.models.attention_modules import attention_modules
 
     attention_modules(loaded.model)
     for name in dict.fromkeys(own.dense_backend for own in settings.values()):

@@ -73,16 +73,16 @@ def search(
 
     A search that is killed and started again goes on with the layer it was at.
     """
-    from tmbench import models
-    from tmbench.attention import attention_modules
-    from tmbench.prompts import check_kind, check_prompt
-    from tmbench.search import SearchJob, check_output, run
+    from tmbench.measure.search import SearchJob, check_output, run
+    from tmbench.models import loading
+    from tmbench.models.attention_modules import attention_modules
+    from tmbench.suites.prompts import check_kind, check_prompt
 
     if prompt is not None:
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
     check_output(output, overwrite=overwrite)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     attention_modules(loaded.model)
     for note in loaded.notes:
         say(note)
@@ -120,8 +120,8 @@ def show(
     if not any(layers):
         raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
     if plot is not None:
-        from tmbench.files import writable
-        from tmbench.pattern_plot import draw
+        from tmbench.report.pattern_plot import draw
+        from tmbench.results.files import writable
 
         with writable(plot, "--plot"):
             draw(layers, plot)

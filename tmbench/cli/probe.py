@@ -10,14 +10,14 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
-from tmbench.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
-from tmbench.methods import DEFAULT_METHODS, Settings
-from tmbench.words import counted
+from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
+from tmbench.methods.table import DEFAULT_METHODS, Settings
+from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.loss import LossJob
-    from tmbench.probe import ProbeJob
-    from tmbench.results import LossRow, ProbeRow
+    from tmbench.measure.loss import LossJob
+    from tmbench.measure.probe import ProbeJob
+    from tmbench.results.rows import LossRow, ProbeRow
 
 TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
@@ -120,16 +120,17 @@ def probe(
     settings = o.settings_for(methods, **o.deep_layers(layers), **window, patterns=patterns) if loss else {}
     sections = Settings(**window)
 
-    from tmbench import environment, models
-    from tmbench.loss import LossJob
-    from tmbench.probe import ProbeJob
-    from tmbench.prompts import check_kind
+    from tmbench.measure.loss import LossJob
+    from tmbench.measure.probe import ProbeJob
+    from tmbench.models import loading
+    from tmbench.results import environment
+    from tmbench.suites.prompts import check_kind
 
     tasks = list(dict.fromkeys(task or TASKS))
     for name in tasks:
         check_kind(name, "--task")
 
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     here = environment.current(loaded.device)
     common: dict[str, Any] = {
@@ -161,8 +162,8 @@ def probe(
 
 
 def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRow]:
-    from tmbench.files import writable
-    from tmbench.probe import run
+    from tmbench.measure.probe import run
+    from tmbench.results.files import writable
 
     rows: list[ProbeRow] = []
     measured = 0
@@ -180,7 +181,7 @@ def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRo
         if not quiet:
             _show(here, job)
         if plot is not None and here[0].status == "ok":
-            from tmbench.probe_plot import draw
+            from tmbench.report.probe_plot import draw
 
             path = plot if len(job.lengths) == 1 else plot.with_stem(f"{plot.stem}-{length}")
             with writable(path, "--plot"):
@@ -226,7 +227,7 @@ def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
 
 
 def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
-    from tmbench.loss import run
+    from tmbench.measure.loss import run
 
     rows = []
     measured = 0

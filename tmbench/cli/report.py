@@ -12,7 +12,7 @@ from tmbench.cli.screen import console, markdown, say
 from tmbench.errors import UserError
 
 MARGIN = 1.0
-"""``tmbench.intervals.MARGIN``, which help must not import numpy for."""
+"""``tmbench.report.intervals.MARGIN``, which help must not import numpy for."""
 
 
 def report(
@@ -27,16 +27,16 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
 ) -> None:
     """Render what was measured, from the result files alone: TTFT, break-even lengths and RULER, one section per device."""
-    from tmbench.files import writable, write_whole
-    from tmbench.report import build
+    from tmbench.report.rendering import build
+    from tmbench.results.files import writable, write_whole
 
     if not 0 < margin <= 100:
         raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
     built = build(results, margin)
     text = {"md": built.markdown, "csv": built.csv, "json": built.json}[form]()
     if plots is not None:
-        from tmbench.plots import draw
-        from tmbench.probe_plot import draw_all
+        from tmbench.report.plots import draw
+        from tmbench.report.probe_plot import draw_all
 
         with writable(plots, "--plots"):
             for path in (*draw(built, plots), *draw_all(results, plots)):

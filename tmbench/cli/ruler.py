@@ -11,8 +11,8 @@ from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS
-from tmbench.words import counted
+from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ruler_tasks import Example, SamplesAs, Sources, Wording
-    from tmbench.chat import Chat
-    from tmbench.results import RulerRow
-    from tmbench.ruler import RulerJob
+    from tmbench.measure.ruler import RulerJob
+    from tmbench.results.rows import RulerRow
+    from tmbench.suites.chat import Chat
 
 TINY_LENGTHS = (4096,)
 LENGTHS = (131072,)
@@ -131,14 +131,15 @@ def ruler(
         making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
-    from tmbench import environment, models
-    from tmbench.ruler import RulerJob
+    from tmbench.measure.ruler import RulerJob
+    from tmbench.models import loading
+    from tmbench.results import environment
 
     chat_kwargs = chat_kwargs_of(chat_template_kwargs, apply_chat_template)
-    models.check_has_tokenizer(model, "RULER")
+    loading.check_has_tokenizer(model, "RULER")
     texts = wording_for(wording)
     sources = sources_for(tasks if data is None else [], data_dir, offline, samples_as)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype)
+    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
     chat = chat_for(tokenizer, chat_kwargs)
@@ -192,13 +193,13 @@ def ruler_data(
     tasks = tasks_for(task)
 
     import ruler_tasks
-    from tmbench import models
-    from tmbench.ruler import check_lengths
+    from tmbench.measure.ruler import check_lengths
+    from tmbench.models import loading
 
     chat_kwargs = chat_kwargs_of(chat_template_kwargs, apply_chat_template)
     texts = wording_for(wording)
     sources = sources_for(tasks, data_dir, offline, samples_as)
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = loading.load_tokenizer(model)
     frame = chat_for(tokenizer, chat_kwargs).frame
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
     check_lengths(tasks, lengths, tokenizer, texts, sources, frame, samples_as=samples_as, samples=samples, seed=seed)
@@ -247,14 +248,14 @@ def chat_kwargs_of(text: str | None, apply: bool) -> dict[str, Any] | None:
 
     Raises UserError for text that is no JSON object.
     """
-    from tmbench.chat import parse_kwargs
+    from tmbench.suites.chat import parse_kwargs
 
     return parse_kwargs(text) if text is not None else {} if apply else None
 
 
 def chat_for(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> Chat:
     """What the model's chat template makes of a prompt with these variables, and say what must be known; None for none."""
-    from tmbench.chat import Chat, take_apart
+    from tmbench.suites.chat import Chat, take_apart
 
     chat = Chat() if kwargs is None else take_apart(tokenizer, kwargs)
     for note in chat.notes:
@@ -290,7 +291,7 @@ def _advance(bar: Progress, shown: TaskID, work: int, examples: Iterable[Example
 
 
 def _evaluate(job: RulerJob) -> list[RulerRow]:
-    from tmbench.ruler import run
+    from tmbench.measure.ruler import run
 
     rows = []
     measured = 0

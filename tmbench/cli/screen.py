@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tmbench.cli.blocks import Blocks
-from tmbench.json_text import json_text
+from tmbench.results.json_text import json_text
 
 if TYPE_CHECKING:
-    from tmbench.results import Row
+    from tmbench.results.rows import Row
 
 
 CELLS = re.compile(r"(?<!\\)\|")

@@ -10,11 +10,11 @@ from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.screen import console, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
-from tmbench.words import counted
+from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.results import Row
-    from tmbench.sweep import SweepJob
+    from tmbench.measure.sweep import SweepJob
+    from tmbench.results.rows import Row
 
 TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
@@ -81,25 +81,27 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
-    from tmbench import environment, fast, models
-    from tmbench.ruler import RulerJob
-    from tmbench.sweep import SweepJob, swept_method, variants
-    from tmbench.ttft import TtftJob
+    from tmbench.engine.prefill import kind_wanted
+    from tmbench.measure.ruler import RulerJob
+    from tmbench.measure.sweep import SweepJob, swept_method, variants
+    from tmbench.measure.ttft import TtftJob
+    from tmbench.models import loading
+    from tmbench.results import environment
 
     chosen, own = swept_method(method)
     where = [o.deep_layers([text]) | {"results": output_dir} for text in layers or ()]
     settings = variants(where, n_init or (), n_local or (), last_n or (), own)
     tasks = r.tasks_for(task)
     chat_kwargs = r.chat_kwargs_of(chat_template_kwargs, apply_chat_template)
-    models.check_has_tokenizer(model, "RULER")
+    loading.check_has_tokenizer(model, "RULER")
     texts = r.wording_for(wording)
     sources = r.sources_for(tasks, data_dir, offline, samples_as)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
+    loaded = loading.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     tokenizer = loaded.need_tokenizer("RULER")
     chat = r.chat_for(tokenizer, chat_kwargs)
     here = environment.current(loaded.device)
-    prefill = fast.kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
+    prefill = kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
     job = SweepJob(
         method=chosen,
         settings=settings,
@@ -146,9 +148,9 @@ def sweep(
 
 def _measure(job: SweepJob) -> list[Row]:
     """Measure what is missing, length by length, times first; the rows that were made and have no figures."""
-    from tmbench import ruler, ttft
-    from tmbench.results import TtftRow
-    from tmbench.row_sets import finish
+    from tmbench.measure import ruler, ttft
+    from tmbench.results.row_sets import finish
+    from tmbench.results.rows import TtftRow
 
     finish(job.ttft.root, TtftRow, job.ttft.environment.device)
     rows: list[Row] = []
@@ -191,9 +193,9 @@ def _show_plan(job: SweepJob) -> None:
 
 def _show(job: SweepJob) -> None:
     """What of the report is about this sweep."""
-    from tmbench.groups import interval_text
-    from tmbench.report import build
-    from tmbench.tradeoff import saved_text
+    from tmbench.report.groups import interval_text
+    from tmbench.report.rendering import build
+    from tmbench.report.tradeoff import saved_text
 
     loaded, here = job.ttft.loaded, job.ttft.environment
     about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": job.ttft.seed}

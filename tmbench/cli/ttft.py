@@ -9,12 +9,12 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
-from tmbench.methods import DEFAULT_METHODS
-from tmbench.words import counted
+from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.results import TtftRow
-    from tmbench.ttft import TtftJob
+    from tmbench.measure.ttft import TtftJob
+    from tmbench.results.rows import TtftRow
 
 TINY_LENGTHS = (2048, 4096, 8192, 16384)
 LENGTHS = (32768, 65536, 131072)
@@ -69,19 +69,21 @@ def ttft(
         dense_backend=dense_backend,
     )
 
-    from tmbench import environment, fast, models
-    from tmbench.prompts import check_kind, check_prompt
-    from tmbench.ttft import TtftJob
+    from tmbench.engine.prefill import kind_wanted
+    from tmbench.measure.ttft import TtftJob
+    from tmbench.models import loading
+    from tmbench.results import environment
+    from tmbench.suites.prompts import check_kind, check_prompt
 
     if prompt is not None:
         check_kind(prompt)
-    loaded = models.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
+    loaded = loading.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
     prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     check_prompt(prompt, loaded, lengths)
     here = environment.current(loaded.device)
     plans = o.plans_for(settings, loaded, lengths, output_dir)
-    prefill = fast.kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
+    prefill = kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
     job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
     if dry_run:
         _show_plan(job)
@@ -101,7 +103,7 @@ def ttft(
 
 
 def _measure(job: TtftJob) -> None:
-    from tmbench.ttft import run
+    from tmbench.measure.ttft import run
 
     with progress_bar() as bar:
         task = bar.add_task("TTFT", total=job.work())
@@ -112,7 +114,8 @@ def _measure(job: TtftJob) -> None:
 
 def _rows(job: TtftJob) -> list[TtftRow]:
     """The newest rows of what was asked for, by length, in the order of the methods."""
-    from tmbench.results import TtftRow, newest
+    from tmbench.results.rows import TtftRow
+    from tmbench.results.tables import newest
 
     rows = []
     for plan in job.plans:
@@ -136,8 +139,8 @@ def _show_plan(job: TtftJob) -> None:
 
 
 def _show(rows: list[TtftRow]) -> None:
-    from tmbench.groups import NOT_IN_TURNS
-    from tmbench.time_intervals import in_turns
+    from tmbench.report.groups import NOT_IN_TURNS
+    from tmbench.report.time_intervals import in_turns
 
     figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
     for length in sorted({row.length for row in rows}):
@@ -172,7 +175,7 @@ def _figures(row: TtftRow, dense: TtftRow | None) -> list[str]:
 
 def _against(row: TtftRow, dense: TtftRow) -> str:
     """The time against dense's in the same turns; rows of other runs say no more than that they are."""
-    from tmbench.time_intervals import APART, NO_DIFFERENCE, TimeDifference, compare_rows
+    from tmbench.report.time_intervals import APART, NO_DIFFERENCE, TimeDifference, compare_rows
 
     found = compare_rows(vars(row), vars(dense))
     if isinstance(found, TimeDifference):

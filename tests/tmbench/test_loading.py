@@ -1,0 +1,135 @@
+"""Models by name, and one sentence for each that cannot be had."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tmbench.errors import UserError
+from tmbench.methods.table import ModelShape, Settings, starting_layer
+from tmbench.models import loading
+from tmbench.models.attention_modules import attention_modules
+from tmbench.models.loading import LoadedModel
+from tmbench.models.presets import preset_names
+from tmbench.suites.prompts import check_prompt
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path):
+    """A checkpoint folder of a small model, without a tokenizer."""
+    make_model("qwen2").save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_tiny_is_embedded_and_says_what_it_is():
+    loaded = loading.load("tiny", device="cpu")
+    config = loaded.model.config
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert (config.model_type, config.num_hidden_layers) == ("llama", 8)
+    assert 5e6 <= parameters <= 9e6
+    assert loaded.dtype == "float32"
+    assert loaded.max_length == 16384
+    assert not loaded.model.training
+    assert loaded.need_tokenizer("a test").decode(loaded.need_tokenizer("a test")("one 12")["input_ids"][1:]) == "one 12"
+
+
+def test_random_weights_need_only_the_config(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    first, second = (loading.load(str(checkpoint), weights="random", device="cpu") for _ in range(2))
+    assert first.tokenizer is None
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match="no tokenizer, which RULER needs: use another --model"):
+        first.need_tokenizer("RULER")
+    with pytest.raises(UserError, match="no tokenizer, which --prompt kv needs: use --prompt random"):
+        check_prompt("kv", first)
+
+
+def test_a_type_and_a_device_can_be_asked_for(checkpoint):
+    assert loading.load(str(checkpoint), weights="random", device="cpu", dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(UserError, match="--dtype float8 is unknown: choose from float32"):
+        loading.load(str(checkpoint), dtype="float8", device="cpu")
+    with pytest.raises(UserError, match="--device nonsense cannot be used here"):
+        loading.load(str(checkpoint), device="nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_absent_gpu_is_one_sentence(checkpoint):
+    with pytest.raises(UserError, match="--device cuda cannot be used here .*: try --device cpu"):
+        loading.load(str(checkpoint), device="cuda")
+
+
+def test_a_checkpoint_without_weights_or_config_is_one_sentence(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="--model .*small cannot be loaded: "):
+        loading.load(str(checkpoint), device="cpu")
+    with pytest.raises(UserError, match="--model .*nowhere cannot be loaded: "):
+        loading.load(str(tmp_path / "nowhere"), device="cpu")
+
+
+def test_a_checkpoint_of_an_unknown_kind_is_one_sentence(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    with pytest.raises(UserError, match="--model .*small cannot be loaded: "):
+        loading.load(str(checkpoint), device="cpu")
+
+
+def test_lengths_past_the_positions_are_refused(checkpoint):
+    loaded = loading.load(str(checkpoint), weights="random", device="cpu")
+    loaded.check_length(513)
+    trained = replace(loaded, weights="checkpoint")
+    trained.check_length(512)
+    with pytest.raises(UserError, match="--length 513 is more than the 512 positions"):
+        trained.check_length(513)
+
+
+def test_random_weights_do_not_lengthen_a_table_of_positions(tmp_path):
+    config = CONFIG_MAPPING["gpt2"](vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--length 65 is more than the 64 positions"):
+        loading.load(str(tmp_path), weights="random", device="cpu").check_length(65)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "layers", "heads", "kv_heads", "start", "rope"),
+    [
+        (
+            "llama-3.1-8b", 8_030_261_248, 32, 32, 8, 16,
+            {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192},
+        ),
+        ("qwen2.5-7b", 7_615_616_512, 28, 28, 4, 20, {"rope_type": "default", "rope_theta": 1000000.0}),
+    ],
+)  # fmt: skip
+def test_presets_are_the_published_configurations(name, parameters, layers, heads, kv_heads, start, rope):
+    config = loading.load_config(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    loaded = LoadedModel(name, model, None, "random", "")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert [x.shape for x in loaded.qkv(5)] == [(1, heads, 5, 128), (1, kv_heads, 5, 128), (1, kv_heads, 5, 128)]
+    assert config.rope_parameters == rope
+    assert loaded.max_length is None
+    assert len(attention_modules(model)) == layers
+    assert starting_layer(ModelShape.of(model), Settings()) == (start, "published")
+
+
+def test_a_preset_has_neither_weights_nor_tokenizer():
+    for name in preset_names():
+        with pytest.raises(
+            UserError,
+            match=f"--model {name} is a preset, .*: add --weights random or --weights structured, or give .*/.*Instruct",
+        ):
+            loading.load(name, device="cpu")
+        with pytest.raises(UserError, match=f"--model {name} is a preset, a config without a tokenizer"):
+            loading.load_tokenizer(name)
+
+
+def test_a_folder_comes_before_a_preset_of_its_name(checkpoint, monkeypatch):
+    checkpoint.rename(checkpoint.with_name("qwen2.5-7b"))
+    monkeypatch.chdir(checkpoint.parent)
+    assert loading.load("qwen2.5-7b", weights="random", device="cpu").model.config.hidden_size == 64

@@ -1,0 +1,384 @@
+"""A fast prefill equals the plain one: logits, cache, and the decoding that follows; the model is as before afterwards."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import shutil
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from tmbench.engine import roofline
+from tmbench.engine.attention import Running, applied_plan
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, _tensors, arranged, compiles, kind_for, kind_wanted
+from tmbench.errors import UserError
+from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.models.geometry import Geometry
+
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 64},
+    "mistral": {"sliding_window": None, "head_dim": 128},
+    "phi3": {"sliding_window": None},
+    "gemma": {},
+    "olmo2": {"num_key_value_heads": 4},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "cohere": {},
+    "mixtral": {"sliding_window": None, **MOE},
+    "qwen3_moe": {"mlp_only_layers": [1], **MOE},
+}
+WINDOW = Settings(n_init=2, n_local=9, last_n=5)
+METHOD_NAMES = ("dense", "tri_mix", "streaming", "minference")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile was asked to compile; run as traced, which needs no C++ compiler."""
+    seen = []
+
+    def backend(graph, examples):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr("tmbench.engine.prefill.BACKEND", backend)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch):
+    monkeypatch.setattr("tmbench.engine.prefill.CHUNK", 16)
+
+
+def read(model, ids, kind, method="tri_mix"):
+    """(last logits, cache) of one prefill."""
+    plan = METHODS[method].plan(ModelShape.of(model), WINDOW)
+    with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+        logits = prefill(ids)
+        session.check_complete()
+        return logits, prefill.cache
+
+
+def state(model):
+    return [(name, dict(vars(module))) for name, module in model.named_modules()]
+
+
+def same(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_cache_and_the_next_step_are_the_plain_models(family, method, make_model, prompt, graphs):
+    model, ids = make_model(family, **FAMILIES[family]), prompt(53)
+    assert kind_for(model, compiled=False) == EAGER
+    expected, plain = read(model, ids, PLAIN, method)
+    token = expected.argmax()[None, None]
+    with torch.inference_mode():
+        following = model(token, past_key_values=copy.deepcopy(plain), use_cache=True).logits
+        # One graph serves all methods, so that only one family need be compiled for each of them.
+        for kind in (EAGER, COMPILED) if family == "llama" or method == "tri_mix" else (EAGER,):
+            got, cache = read(model, ids, kind, method)
+            same(got, expected)
+            for kept, wanted in zip(_tensors(cache), _tensors(plain), strict=True):
+                same(kept, wanted)
+            same(model(token, past_key_values=cache, use_cache=True).logits, following)
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
+def test_bfloat16_agrees_within_its_noise(kind, make_model, prompt, graphs):
+    model, ids = make_model("llama"), prompt(80)
+    exact, _ = read(model, ids, PLAIN)
+    got, cache = read(model.bfloat16(), ids, kind)
+    assert cache.layers[-1].keys.dtype == torch.bfloat16
+    assert (got.float() - exact).square().mean().sqrt() < 0.06 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 48])
+def test_any_length(length, make_model, prompt, graphs):
+    model, ids = make_model("llama"), prompt(length)
+    with torch.inference_mode():
+        expected = model(ids).logits[0, -1]
+    for kind in (PLAIN, EAGER, COMPILED) if length > 1 else (EAGER, COMPILED):
+        logits, cache = read(model, ids, kind, "dense")
+        same(logits, expected)
+        assert cache.get_seq_length() == length
+
+
+def test_layers_lengths_and_methods_share_graphs(make_model, prompt, graphs):
+    model = make_model("llama", num_hidden_layers=10)
+    for method in METHOD_NAMES:
+        for length in (40, 61, 33):
+            read(model, prompt(length), COMPILED, method)
+    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    operators = [[name for name in names if name.startswith("tmbench.")] for names in targets]
+    last = ["tmbench.last_row", "tmbench.mlp"]
+    assert operators == [["tmbench.attention", "tmbench.mlp"], [], last, last], (
+        "one for the layers, one for their MLPs, one for the last layer, and one for that with all of its queries"
+    )
+
+
+def test_models_do_not_use_up_each_others_graphs(make_model, prompt, graphs):
+    for hidden in range(16, 16 * 11, 16):
+        read(make_model("llama", hidden_size=hidden, num_hidden_layers=2), prompt(40), COMPILED)
+    assert len(graphs) == 30, "more models than torch keeps graphs for one function"
+
+
+def test_a_model_is_not_kept_alive(make_model, prompt, graphs):
+    model = make_model("llama")
+    read(model, prompt(40), COMPILED)
+    alive = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    graphs.clear()
+    gc.collect()
+    assert alive() is None
+
+
+def test_giving_up_is_an_error(make_model, prompt, graphs):
+    model = make_model("llama", num_hidden_layers=12)
+    for layer in model.model.layers:
+        layer.input_layernorm.__class__ = type("OwnNorm", (type(layer.input_layernorm),), {})
+    before = state(model)
+    with pytest.raises(RuntimeError, match="gave up on LlamaDecoderLayer, --no-compile"):
+        read(model, prompt(40), COMPILED)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
+def test_the_model_is_restored(kind, make_model, prompt, graphs):
+    model = make_model("llama")
+    read(model, prompt(20), kind)
+    before = state(model)
+    read(model, prompt(20), kind)
+    assert state(model) == before
+    plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
+    with applied_plan(model, plan) as session:
+        inside = state(model)
+
+        def fail(layer, *rest):
+            if layer == 2:
+                raise RuntimeError("stop")
+
+        session.observer = fail
+        with pytest.raises(RuntimeError, match="stop"), arranged(model, session, kind) as prefill:
+            prefill(prompt(20))
+        assert prefill.cache is None
+        assert session.cache is None
+        assert session.running == Running()
+        assert state(model) == inside
+    assert state(model) == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+def test_decoding_inside_of_the_block_is_refused(kind, make_model, prompt, graphs):
+    model = make_model("llama")
+    plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
+    with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+        prefill(prompt(20))
+        with pytest.raises(RuntimeError, match="decode after the with block"):
+            model(prompt(1), past_key_values=prefill.cache)
+
+
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+def test_the_cache_of_a_pass_is_let_go_before_the_next(kind, make_model, prompt, graphs):
+    """By itself: gigabytes cannot wait for the garbage collector."""
+    model = make_model("llama")
+    plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
+    gone: list[bool] = []
+    gc.disable()
+    try:
+        # The first pass compiles.
+        caches = [weakref.ref(read(model, prompt(20), kind)[1])]
+        with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+            session.observer = lambda *_: gone.append(caches[-1]() is None)
+            for _ in range(2):
+                prefill(prompt(20))
+                caches.append(weakref.ref(prefill.cache))
+    finally:
+        gc.enable()
+    assert gone == [True] * 8
+
+
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+@pytest.mark.parametrize("shared", ["input_layernorm", "self_attn.k_proj", "self_attn.q_proj"])
+def test_a_module_of_the_last_layer_may_serve_another_too(shared, kind, make_model, prompt, graphs):
+    model = make_model("llama")
+    first, last = model.model.layers[0], model.model.layers[-1]
+    last.set_submodule(shared, first.get_submodule(shared))
+    expected, plain = read(model, prompt(40), PLAIN)
+    plan = METHODS["tri_mix"].plan(ModelShape.of(model), WINDOW)
+    with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+        for _ in range(2):
+            same(prefill(prompt(40)), expected)
+            for kept, wanted in zip(_tensors(prefill.cache), _tensors(plain), strict=True):
+                same(kept, wanted)
+
+
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+def test_the_last_layer_has_the_queries_that_a_dynamic_pattern_chooses_by(kind, make_model, prompt, graphs):
+    model, ids = make_model("llama", max_position_embeddings=1024), prompt(901)
+    plan = METHODS["xattention"].plan(ModelShape.of(model), replace(WINDOW, threshold=0.2))
+    found = []
+    for each in (PLAIN, kind):
+        with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, each) as prefill:
+            found.append(prefill(ids))
+    same(found[1], found[0])
+
+
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+@pytest.mark.parametrize("family", ["llama", "phi3", "mistral"])
+def test_the_cache_holds_keys_and_values_and_no_more(family, kind, make_model, prompt, graphs):
+    _, cache = read(make_model(family, **FAMILIES[family]), prompt(40), kind)
+    for kept in _tensors(cache):
+        assert kept.untyped_storage().nbytes() == kept.nbytes, "phi3's are views of a product that has queries as well"
+
+
+def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
+    model = make_model("llama")
+    seen = {name: [] for name in ("gate", "query")}
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen["gate"].append(args[0].shape[1]))
+        layer.self_attn.q_proj.register_forward_hook(lambda _, args, out: seen["query"].append(out.stride(1)))
+    read(model, prompt(40), EAGER)
+    assert seen["gate"] == [14, 14, 12] * 3 + [1]
+    assert seen["query"] == [64] * 3 + [0], "the last layer's queries are one position, seen at all of them"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("diffllama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96})]
+)
+def test_layers_of_another_build_run_plainly(family, changes, make_model, prompt):
+    assert kind_for(make_model(family, **changes), compiled=True) == PLAIN
+
+
+def test_a_cache_of_another_kind_is_kept(make_model):
+    """DeepSeek caches what keys and values are made of, not what attention is given."""
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 16}
+    model = make_model("deepseek_v3", first_k_dense_replace=4, head_dim=8, num_key_value_heads=4, **sizes)
+    assert kind_for(model, compiled=True) == PLAIN
+
+
+def test_a_model_that_differs_runs_plainly(make_model, monkeypatch):
+    model = make_model("llama")
+    assert kind_for(model, compiled=True) == COMPILED
+    last = type(model.model.layers[-1].mlp)
+    forward = last.forward
+
+    def mixes_positions(self, x):
+        return forward(self, x) + x.mean(1, keepdim=True)
+
+    monkeypatch.setattr(last, "forward", mixes_positions)
+    assert kind_for(model, compiled=True) == PLAIN
+
+
+def test_somebody_elses_wrapper_is_left_in_place(make_model):
+    model = make_model("llama")
+    model.model.layers[1].mlp.forward = lambda x: x
+    assert kind_for(model, compiled=True) == PLAIN
+    assert "forward" in vars(model.model.layers[1].mlp)
+
+
+def test_a_prefill_without_a_method_is_plain(make_model, prompt):
+    model, ids = make_model("llama"), prompt(30)
+    with torch.inference_mode():
+        same(Prefill(model)(ids), model(ids).logits[0, -1])
+
+
+def test_where_to_compile(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert not compiles(cpu, None)
+    assert compiles(cpu, True)
+    assert compiles(cuda, None)
+    assert not compiles(cuda, False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not compiles(cuda, None)
+    assert not compiles(cpu, False)
+    with pytest.raises(UserError, match="--compile needs a compiler.*--no-compile"):
+        compiles(cpu, True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compiled_for_good(family, make_model, prompt):
+    model = make_model(family)
+    caches = []
+    for length in (53, 53, 70):
+        ids = (prompt(length) + len(caches)) % 97
+        expected, plain = read(model, ids, PLAIN)
+        got, cache = read(model, ids, COMPILED)
+        same(got, expected, 1e-4)
+        caches.append((cache, plain))
+    # After all passes: what a graph has given away belongs to it no more.
+    for cache, plain in caches:
+        for kept, wanted in zip(_tensors(cache), _tensors(plain), strict=True):
+            same(kept, wanted, 1e-4)
+
+
+@pytest.mark.parametrize(("family", "fused"), [("llama", 0), ("qwen2", 0), ("gemma", 0), ("phi3", 1), ("gpt_neox", 1)])
+def test_the_floor_is_what_a_fast_prefill_multiplies(family, fused, make_model, prompt):
+    """Counted by torch, operator by operator; a fused projection computes queries that nobody needs."""
+    model = make_model(family, **FAMILIES[family])
+    products = ("aten.mm", "aten.addmm")
+    for length in (20, 41):
+        with FlopCounterMode(display=False) as counter:
+            read(model, prompt(length), EAGER, "dense")
+        done = sum(flop for operator, flop in counter.get_flop_counts()["Global"].items() if str(operator) in products)
+        unneeded = fused * 2 * 64 * Geometry.of(model).qk_head_dim * 4 * (length - 1)
+        assert roofline.linear_flop(model, length) == done - unneeded
+
+
+def test_the_last_layer_needs_one_row_of_pairs():
+    assert roofline.needed_pairs([100, 100, 100], heads=2, length=10) == 220
+    assert roofline.needed_pairs([100, 100, 12], heads=2, length=10) == 212
+
+
+def test_two_models_at_once(make_model, prompt, graphs):
+    first, ids = make_model("llama"), prompt(30)
+    second = AutoModelForCausalLM.from_config(copy.deepcopy(first.config)).eval()
+    expected = [read(model, ids, PLAIN, "dense")[0] for model in (first, second)]
+    plan = METHODS["dense"].plan(ModelShape.of(first), WINDOW)
+    with (
+        torch.inference_mode(),
+        applied_plan(first, plan) as one,
+        applied_plan(second, plan) as two,
+        arranged(first, one, COMPILED) as a,
+        arranged(second, two, COMPILED) as b,
+    ):
+        for prefill, wanted in zip((a, b, a), (*expected, expected[0]), strict=True):
+            same(prefill(ids), wanted)
+
+
+CPU = torch.device("cpu")
+
+
+def test_compiling_that_was_asked_for_and_cannot_be_had_is_refused(make_model, monkeypatch, graphs):
+    monkeypatch.setenv("CXX", "c++")
+    wrapped, other = make_model("llama"), make_model("gpt2")
+    assert [kind_wanted(wrapped, CPU, wish) for wish in (True, False, None)] == [COMPILED, EAGER, EAGER]
+    wrapped.model.layers[1].mlp.forward = lambda x: x
+    for model, name in ((wrapped, "LlamaForCausalLM"), (other, "GPT2LMHeadModel")):
+        with pytest.raises(UserError, match=rf"^--compile: {name} cannot be compiled here, as .*: leave the option out$"):
+            kind_wanted(model, CPU, True)
+        assert [kind_wanted(model, CPU, wish) for wish in (False, None)] == [PLAIN, PLAIN]
+    differs = make_model("llama")
+    monkeypatch.setattr("tmbench.engine.prefill._agree", lambda got, expected: False)
+    with pytest.raises(
+        UserError, match=r"^--compile: LlamaForCausalLM cannot be compiled here, as it answers a short prompt"
+    ):
+        kind_wanted(differs, CPU, True)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"^--compile needs a compiler"):
+        kind_wanted(differs, CPU, True)

@@ -1,0 +1,138 @@
+"""Greedy decoding: a prompt is read once, through the patterns that are applied, then token after token over the full cache.
+
+It is a loop of our own because transformers' ``generate`` takes whatever a call leaves open from the checkpoint's generation
+config. A repetition penalty in there changes what greedy decoding writes, and ``use_cache: false`` reads the whole text once
+more, through the patterns, for every token. Here only the end and padding tokens are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tmbench.engine.calls import cache_name, cache_of, keep_last, rope_switch
+from tmbench.engine.finite import check_logits
+from tmbench.errors import UnsupportedModelError, UserError
+
+
+class Decoding:
+    """A prompt that a model has read, and the tokens that followed it so far. Use it inside of ``torch.inference_mode``.
+
+    Raises NotFiniteError where logits are not finite, and UnsupportedModelError for a model that returns no cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
+        """Read a prompt ``[batch, length]``, which lies on the model's device and is not padded."""
+        self.model = model
+        self.prompt = ids
+        self.length = ids.shape[1]
+        """Tokens read so far, prompt included."""
+        # Explicit, since a config may say otherwise.
+        output = model(input_ids=ids, use_cache=True, return_dict=True, **keep_last(model))
+        self.cache: Any = cache_of(output)
+        if self.cache is None or int(self.cache.get_seq_length()) != self.length:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} returns no cache of the prompt's keys and values: nothing can be decoded after it"
+            )
+        self.logits = self._last(output, "of the prompt's last token")
+        """Of the next token, float32 ``[batch, vocabulary]``."""
+
+    def read(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Read one more token of each sequence, densely over the full cache; returns the new ``logits``."""
+        if self.length == rope_switch(self.model):
+            raise RuntimeError(
+                f"{type(self.model).__name__} changes its rotary embeddings behind token {self.length}, so keys in the "
+                f"cache would no longer fit: use a --length that stays below {self.length}, answer included, or begins above"
+            )
+        following = torch.as_tensor(tokens, device=self.prompt.device, dtype=self.prompt.dtype).reshape(-1, 1)
+        known = {cache_name(self.model): self.cache}
+        output = self.model(input_ids=following, use_cache=True, return_dict=True, **known)
+        self.length += 1
+        self.logits = self._last(output, f"of new token {self.length - self.prompt.shape[1] + 1}")
+        return self.logits
+
+    def _last(self, output: Any, place: str) -> Tensor:
+        logits: Tensor = output.logits[:, -1]
+        check_logits(logits, self.model, place)
+        return logits.float()
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor:
+    """Greedy decoding, within ``tmbench.applied`` or without: the new tokens alone, ``[batch, new]``, on the model's device
+
+    The prompt is read by the method, once; decoding is dense over the full cache. Of the checkpoint's generation config only
+    the end tokens, at which a sequence stops, and the padding token behind them are used.
+
+    Args:
+        model: a decoder-only model.
+        inputs: token ids, ``[batch, length]`` or one sequence; or what a tokenizer returns, of texts of one length.
+        max_new_tokens: the most tokens to write, 1 or more.
+
+    Raises:
+        UserError: inputs that are none of this, or no token to write.
+        UnsupportedModelError: padding, a model that cannot generate, and as ``tmbench.applied``.
+        NotFiniteError: logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no head that yields tokens: load it as a causal language model"
+        )
+    decoding = Decoding(model, _ids(inputs).to(model.device))
+    logits = decoding.logits
+    ends = torch.tensor(end_tokens(model), device=logits.device, dtype=torch.long)
+    pad = _pad_token(model)
+    running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    new: list[Tensor] = []
+    while True:
+        new.append(torch.where(running, logits.argmax(-1), pad))
+        running &= ~torch.isin(new[-1], ends)
+        if len(new) == max_new_tokens or not bool(running.any()):
+            return torch.stack(new, 1)
+        logits = decoding.read(new[-1])
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The ids at which the checkpoint says that a text ends; ids outside of the vocabulary, such as -1, stand for none."""
+    ends = model.generation_config.eos_token_id
+    vocabulary = model.config.get_text_config().vocab_size
+    listed = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+    return [int(token) for token in listed if 0 <= token < vocabulary]
+
+
+def _pad_token(model: PreTrainedModel) -> int:
+    pad = model.generation_config.pad_token_id
+    fits = pad is not None and 0 <= pad < model.config.get_text_config().vocab_size
+    return int(pad) if fits else next(iter(end_tokens(model)), 0)
+
+
+def _ids(inputs: Any) -> Tensor:
+    """``[batch, length]`` of token ids, or of a tokenizer's output."""
+    if isinstance(inputs, Mapping):
+        other = [name for name in inputs if name not in ("input_ids", "attention_mask", "token_type_ids")]
+        if other or inputs.get("input_ids") is None:
+            raise UserError(
+                f"generate reads input_ids, without padding, and nothing else: leave out {', '.join(other) or 'the rest'}"
+            )
+        mask = inputs.get("attention_mask")
+        if mask is not None and not bool(torch.as_tensor(mask).all()):
+            raise UnsupportedModelError("the batch is padded: the methods take prompts of one length, without padding")
+        inputs = inputs["input_ids"]
+    try:
+        ids = torch.as_tensor(inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            "generate takes token ids, all sequences of one length: tokenize first, return_tensors='pt'"
+        ) from error
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise UserError(
+            f"generate takes token ids [batch, length], not {str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}"
+        )
+    return ids

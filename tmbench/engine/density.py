@@ -1,0 +1,45 @@
+"""What part of the causal (query, key) pairs a prefill's attention really computed, counted beside it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tmbench.engine.first_token import synchronize
+from tmbench_kernels import Pattern
+
+
+def causal_pairs(length: int) -> int:
+    """(query, key) pairs of one head under full causal attention."""
+    return length * (length + 1) // 2
+
+
+@dataclass
+class PairCounter:
+    """An observer for ``Applied``: counts the pairs that each layer's pattern keeps on the tensors that it is given.
+
+    A static pattern's pairs follow from the shapes. A dynamic one selects once more for it, which takes no more memory than
+    its attention does but costs time: put it beside a pass that is not timed, or take off ``seconds``.
+    """
+
+    pairs: Counter[int] = field(default_factory=Counter)
+    """By layer, summed over batch and heads."""
+    causal: int = 0
+    """What dense attention would have computed in the same calls."""
+    seconds: float = 0.0
+    """How long counting took."""
+
+    def __call__(self, layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
+        synchronize(q.device)
+        start = time.perf_counter()
+        self.pairs[layer] += pattern.pairs(q, k, scale=scale)
+        self.causal += q.shape[0] * q.shape[1] * causal_pairs(q.shape[2])
+        self.seconds += time.perf_counter() - start
+
+    @property
+    def coverage(self) -> float | None:
+        """The part of the causal pairs, over all layers and heads: 1 for dense, None before any prefill."""
+        return self.pairs.total() / self.causal if self.causal else None

@@ -1,0 +1,395 @@
+"""How much each layer's streaming, middle and last section of attention matters to the first generated token.
+
+For a prompt whose answer is known, z is the logit of the answer's first token at the prompt's last position, under dense
+attention. What is recorded of layer l, head h and section A is the mean over the section's pairs of
+
+    |dz/ds_ij|,  dz/ds_ij,  |dz/dp_ij|  and  dz/dp_ij
+
+with the scaled attention logits s and ``p = softmax(s)``, added up in the backward pass of ``tmbench_kernels.DenseProbe``,
+whose module has the formulas and what they mean. Rows hold the mean over samples, and for a layer the mean over its heads.
+This is the gradient probing of TriangleMix (He et al. 2025, arXiv 2507.21526), which says "gradient" and "averaged"; |dz/ds|
+is what a proposal goes by unless another one is asked for.
+
+Memory is linear in the length. Of every layer the forward pass keeps the hidden states that entered it; the backward pass
+runs layers once more, one after the other, and attention recomputes its probabilities in blocks of query rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from tmbench.engine.attention import applied_plan
+from tmbench.engine.calls import keep_last
+from tmbench.engine.finite import check_logits, not_finite
+from tmbench.engine.first_token import synchronize
+from tmbench.errors import UserError
+from tmbench.methods.layers import Budget, Proposal, Rule, propose
+from tmbench.methods.table import Plan, Settings, backends_name
+from tmbench.models.attention_modules import attention_modules, parents
+from tmbench.models.fingerprint import of_ids
+from tmbench.models.loading import LoadedModel
+from tmbench.results.environment import Environment
+from tmbench.results.failures import describe, release_memory, status_of
+from tmbench.results.rows import OK, ProbeRow, now
+from tmbench.results.sample_files import Kept
+from tmbench.results.tables import append, newest
+from tmbench.results.words import counted
+from tmbench.suites.questions import Question, check_task, longest_prompt, questions, wording_hash
+from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections
+
+METHOD = "dense"
+"""A probe looks at dense attention: its rows are in that method's file."""
+Derivative = Literal["logits", "probabilities"]
+"""What a proposal goes by: |dz/ds|, before the softmax, or |dz/dp|, after it."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one prompt's backward pass found."""
+
+    means: Tensor
+    """float64 ``[layers, heads, len(SECTIONS), len(MEASURES)]`` on the CPU: means over pairs, NaN where there are none."""
+    probability: float
+    """Of the true next token."""
+    likeliest: bool
+    """Whether it is the likeliest."""
+
+
+@dataclass(frozen=True)
+class ProbeSample:
+    """One prompt's gradients: a line of the JSONL file."""
+
+    index: int
+    prompt_tokens: int
+    target: int
+    """The id of the true next token."""
+    probability: float
+    likeliest: bool
+    kept_share: float
+    source: str
+    backends: str
+    seconds: float
+    peak_memory: int | None
+    means: list[list[list[list[float | None]]]]
+    """By layer, head, section and measure."""
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids; "" in files of older versions."""
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    """What one ``tmbench probe`` measures, and how it proposes layers."""
+
+    loaded: LoadedModel
+    lengths: Sequence[int]
+    tasks: Sequence[str]
+    samples: int
+    """Of each task."""
+    environment: Environment
+    root: Path
+    budget: Budget
+    settings: Settings = field(default_factory=Settings)
+    """Only ``n_init``, ``n_local`` and ``last_n`` are read: where the sections are."""
+    derivative: Derivative = "logits"
+    rule: Rule = "rank"
+    seed: int = 42
+    overwrite: bool = False
+
+    @property
+    def sections(self) -> Sections:
+        return Sections(self.settings.n_init, self.settings.n_local, self.settings.last_n)
+
+    def check(self) -> None:
+        """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
+        attention_modules(self.loaded.model)
+        if self.loaded.model.dtype == torch.float16:
+            raise UserError("--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32")
+        for length in self.lengths:
+            for task in self.tasks:
+                check_task(task, length, self.loaded)
+            self.check_prompts(length, [longest_prompt(task, length) for task in self.tasks])
+
+    def check_prompts(self, length: int, tokens: Sequence[int]) -> None:
+        """Raise UserError if one of a length's prompts, of so many tokens, has no middle, or the budget cannot be met."""
+        if self.sections.pairs(min(tokens))[SECTIONS.index("middle")] == 0:
+            raise UserError(
+                f"--length {length} leaves no pair between the first {counted(self.settings.n_init, 'key')}, the window of "
+                f"{self.settings.n_local} and the last {counted(self.settings.last_n, 'query', 'queries')}, "
+                f"as a prompt has {min(tokens)} tokens "
+                "of it: give a longer one, or a smaller --n-local"
+            )
+        # A budget that cannot be met is refused now and not after the measurement.
+        propose([1.0] * self.loaded.shape.layers, statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
+
+    def kept_share(self, length: int) -> float:
+        """The part of the causal pairs that is not in the middle section."""
+        pairs = self.sections.pairs(length)
+        return 1 - pairs[SECTIONS.index("middle")] / sum(pairs)
+
+    def row(self, task: str, length: int) -> ProbeRow:
+        """A row without figures."""
+        known: dict[str, Any] = {**self.environment.row_fields(), **self.loaded.row_fields()}
+        return ProbeRow(
+            **known,
+            method=METHOD,
+            n_init=self.settings.n_init,
+            n_local=self.settings.n_local,
+            last_n=self.settings.last_n,
+            length=length,
+            seed=self.seed,
+            task=task,
+            samples=self.samples,
+            wording_hash="+".join(filter(None, dict.fromkeys(wording_hash(part) for part in task.split("+")))),
+            source="",
+            time=now(),
+        )
+
+    @property
+    def task(self) -> str:
+        """The tasks as rows name them."""
+        return "+".join(self.tasks)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sample done, or about to be: what to show, how many it was, and the rows where they are finished."""
+
+    text: str
+    samples: int = 0
+    rows: tuple[ProbeRow, ...] = ()
+    """Of one length: each layer's mean, then its heads."""
+    measured: int = 0
+    """How many samples were read now, and not before."""
+
+
+def run(job: ProbeJob) -> Iterator[Step]:
+    """Probe length by length, and append the rows of each: a row for every head and every layer's mean.
+
+    Raises UserError for a model, a length or a folder that cannot be used; a probe that runs out of memory becomes a row.
+    """
+    job.check()
+    for length in job.lengths:
+        row = job.row(job.task, length)
+        files = {task: Kept(job.root, job.row(task, length), task) for task in job.tasks}
+        done: list[ProbeSample] = []
+        try:
+            known: dict[str, dict[int, ProbeSample]] = {}
+            asked: dict[str, list[Question]] = {}
+            tokens: list[int] = []
+            for task, file in files.items():
+                kept = {} if job.overwrite else file.read(ProbeSample)
+                yield Step(f"{task} at {length}: preparing {counted(job.samples, 'prompt')}")
+                every = list(questions(task, length, job.samples, job.loaded, job.seed))
+                # What was read of another prompt or towards another token says nothing of this sample.
+                known[task] = {one.index: kept[one.index] for one in every if _is_of(kept.get(one.index), one)}
+                asked[task] = [one for one in every if one.index not in known[task]]
+                tokens += [len(one.prompt) for one in every]
+            job.check_prompts(length, tokens)
+            for task, file in files.items():
+                if job.overwrite:
+                    file.clear()
+                if before := job.samples - len(asked[task]):
+                    yield Step(f"{task} at {length}: {before} measured before", samples=before)
+                for question in asked[task]:
+                    yield Step(f"{task} at {length}, sample {question.index + 1} of {job.samples}")
+                    known[task][question.index] = _sample(job, question)
+                    file.add(known[task][question.index])
+                    yield Step("", samples=1, measured=1)
+                done += [known[task][index] for index in range(job.samples)]
+            rows = _rows(job, replace(row, sample_files="+".join(file.name for file in files.values())), done)
+        except Exception as error:
+            status, text = status_of(error), describe(error)
+            failed = replace(row, time=now(), status=status, error=text)
+            append(job.root, failed)
+            yield Step("", rows=(failed,))
+            continue
+        finally:
+            release_memory()
+        if not _known(job.root, rows):
+            append(job.root, *rows)
+        yield Step("", rows=tuple(rows))
+
+
+def _is_of(sample: ProbeSample | None, question: Question) -> bool:
+    """Whether a kept sample is of this question."""
+    asked = of_ids(question.prompt), question.answer[0]
+    return sample is not None and (sample.prompt_hash, sample.target) == asked
+
+
+def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sections) -> tuple[Gradients, str]:
+    """The gradients of one prompt, and what ran, as "pattern:backend" joined by "+".
+
+    Args:
+        model: any model that methods can be applied to; nothing of it is changed, and no parameter gets a gradient.
+        ids: ``[1, length]`` on the model's device, at least two tokens.
+        target: the id of the true next token.
+        sections: where the sections are.
+
+    Raises:
+        UnsupportedModelError: as ``tmbench.applied``.
+        NotFiniteError: logits or gradients that are not finite.
+        RuntimeError: a layer's attention was not differentiated exactly once.
+    """
+    modules = attention_modules(model)
+    found: dict[int, Tensor] = {}
+
+    def record(layer: int, sums: Tensor) -> None:
+        if layer in found:
+            raise RuntimeError(f"layer {layer} was differentiated twice")
+        found[layer] = sums[0].cpu()
+
+    patterns = tuple(DenseProbe(sections=sections, record=partial(record, layer)) for layer in range(len(modules)))
+    with (
+        torch.enable_grad(),
+        applied_plan(model, Plan(METHOD, patterns)) as session,
+        _differentiable(model, modules),
+    ):
+        logits = model(input_ids=ids, use_cache=False, return_dict=True, **keep_last(model)).logits[0, -1].float()
+        check_logits(logits, model, "of the prompt's last token")
+        logits[target].backward()
+    session.check_complete()
+    if len(found) != len(modules):
+        raise RuntimeError(f"only {len(found)} of {counted(len(modules), 'layer')} were differentiated")
+    pairs = torch.tensor(sections.pairs(ids.shape[1]), dtype=torch.float64)
+    sums = torch.stack([found[layer] for layer in range(len(modules))])
+    for layer, own in enumerate(sums):
+        if not own.isfinite().all():
+            raise not_finite(f"the gradients of layer {layer}", model)
+    logits = logits.detach()
+    probability = float(logits.softmax(-1)[target])
+    means = sums / torch.where(pairs == 0, torch.nan, pairs)[:, None]
+    return Gradients(means, probability, int(logits.argmax()) == target), backends_name(session.backends)
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, modules: Sequence[Any]) -> Iterator[None]:
+    """Inside, gradients flow from the logits down to the embeddings, through layers that are run again for them."""
+    holder = parents(model)
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.requires_grad_())
+        stack.callback(hook.remove)
+        for layer in dict.fromkeys(holder[module] for module in modules):
+            _replace(stack, layer, partial(_again, layer.forward))
+        yield
+
+
+def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer of which only the inputs are kept for the backward pass, which runs it once more."""
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _replace(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give one module another ``forward`` until the stack unwinds."""
+    if "forward" in vars(module):
+        stack.callback(setattr, module, "forward", module.forward)
+    else:
+        stack.callback(delattr, module, "forward")
+    module.forward = forward
+
+
+def _sample(job: ProbeJob, question: Question) -> ProbeSample:
+    ids = torch.tensor([question.prompt], device=job.loaded.device)
+    cuda = ids.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(ids.device)
+    synchronize(ids.device)
+    start = time.perf_counter()
+    found, backends = gradients(job.loaded.model, ids, question.answer[0], job.sections)
+    seconds = time.perf_counter() - start
+    means: list[Any] = found.means.tolist()
+    return ProbeSample(
+        index=question.index,
+        prompt_tokens=ids.shape[1],
+        target=question.answer[0],
+        probability=found.probability,
+        likeliest=found.likeliest,
+        kept_share=job.kept_share(ids.shape[1]),
+        source=question.source,
+        backends=backends,
+        seconds=seconds,
+        peak_memory=torch.cuda.max_memory_allocated(ids.device) if cuda else None,
+        # Six digits are more than bfloat16 has, and a third of the file.
+        means=[[[[_short(x) for x in section] for section in head] for head in layer] for layer in means],
+        prompt_hash=of_ids(question.prompt),
+    )
+
+
+def _short(value: float) -> float | None:
+    """Six significant digits; None for a section without pairs."""
+    return None if value != value else float(f"{value:.6g}")
+
+
+def _rows(job: ProbeJob, row: ProbeRow, samples: Sequence[ProbeSample]) -> list[ProbeRow]:
+    """Each layer's mean and its heads, over all samples, with the proposal in the layers' rows."""
+    means = torch.tensor([[[[[torch.nan if x is None else x for x in section] for section in head] for head in layer]
+                           for layer in sample.means] for sample in samples], dtype=torch.float64).mean(0)  # fmt: skip
+    by_layer = means.mean(1)
+    kept = statistics.mean(sample.kept_share for sample in samples)
+    proposal = proposed(by_layer, kept, job)
+    peaks = [sample.peak_memory for sample in samples if sample.peak_memory is not None]
+    common = replace(
+        row,
+        time=now(),
+        backends=backends_name(part for sample in samples for part in sample.backends.split("+")),
+        source="+".join(dict.fromkeys(sample.source for sample in samples)),
+        kept_share=kept,
+        prompt_tokens_mean=statistics.mean(sample.prompt_tokens for sample in samples),
+        probability_mean=statistics.mean(sample.probability for sample in samples),
+        answered=statistics.mean(sample.likeliest for sample in samples),
+        seconds_per_sample=statistics.mean(sample.seconds for sample in samples),
+        peak_memory_bytes=max(peaks, default=None),
+    )
+    rows = []
+    for layer in range(len(means)):
+        said: dict[str, Any] = {
+            "triangle": layer in proposal.layers,
+            "proposal": f"{job.rule}, {job.budget}, {job.derivative}",
+            "lost_share": proposal.lost,
+            "pairs_share": proposal.pairs,
+        }
+        rows.append(replace(common, layer=layer, **_figures(by_layer[layer]), **said))
+        rows += [replace(common, layer=layer, head=head, **_figures(own)) for head, own in enumerate(means[layer])]
+    return rows
+
+
+def proposed(by_layer: Tensor, kept: float, job: ProbeJob) -> Proposal:
+    """The proposal for layers' means ``[layers, sections, measures]``; raises ValueError where they are not finite."""
+    middle = by_layer[:, SECTIONS.index("middle"), MEASURES.index(job.derivative)]
+    return propose([float(value) for value in middle], kept, job.budget, job.rule)
+
+
+def _figures(means: Tensor) -> dict[str, Any]:
+    """The columns of one head or layer, from ``[sections, measures]``."""
+    return {
+        f"{section}_{measure}": None if value != value else value
+        for section, values in zip(SECTIONS, means.tolist(), strict=True)
+        for measure, value in zip(MEASURES, values, strict=True)
+    }
+
+
+def _known(root: Path, rows: Sequence[ProbeRow]) -> bool:
+    """Whether the newest rows say the same as these: a proposal that is asked for again is not written again."""
+    have = newest(root, ProbeRow, rows[0].device, rows[0].method)
+    newer = (OK, rows[0].model, rows[0].model_hash)
+    latest = max((row.time for row in have.values() if (row.status, row.model, row.model_hash) == newer), default="")
+    for row in rows:
+        before = have.get(row.key)
+        about: dict[str, Any] = {name: getattr(before, name, None) for name in ("time", "commit", "dirty", "environment")}
+        if not isinstance(before, ProbeRow) or before.time != latest or replace(row, **about) != before:
+            return False
+    return True

@@ -1,0 +1,222 @@
+"""Lists of layers: as texts, as a probe proposes them, and as a file of probe results holds them.
+
+A proposal gives the deep pattern to layers whose middle section matters little. Without the middle sections of the layers T
+the share ``sum of m_l over T / sum of m_l over all layers`` is lost, where ``m_l`` is layer l's mean gradient of the middle
+section: all layers have the same number of pairs there. See ``tmbench.measure.probe`` for the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tmbench.errors import UserError, shortened
+from tmbench.results.rows import OK, ProbeRow
+from tmbench.results.tables import csv_paths, read
+from tmbench.results.words import counted
+
+AUTO = "auto"
+RANDOM = "random:"
+LIST = frozenset("0123456789,- ")
+"""What lists of layers are written with: such a text is never looked for as a file."""
+MOST_DIGITS = 18
+"""Python itself refuses to read thousands of digits, with an error of its own."""
+Rule = Literal["rank", "depth"]
+"""Which layers a proposal may take: those that matter least, wherever they are, or all from some depth on."""
+ACCURACY_BUDGET = 0.1
+"""The cut published for a 32-layer model, 16, loses 0.08 of the gradients shown with it; a cut at 15 would lose 0.106."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a proposal may cost: a share of the middle sections' gradient, or else of dense attention's pairs.
+
+    Raises UserError unless exactly one of them is given, and it is a share.
+    """
+
+    accuracy: float | None = None
+    """The largest share of the middle sections' gradient, summed over all layers, that may be lost."""
+    time: float | None = None
+    """The largest share of dense attention's pairs that may be computed, over all layers."""
+
+    def __post_init__(self) -> None:
+        if (self.accuracy is None) == (self.time is None):
+            raise UserError("--accuracy-budget and --time-budget exclude each other: give one of them")
+        for name in ("accuracy", "time"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"--{name}-budget is a share, from 0 to 1, not {share:g}")
+
+    def __str__(self) -> str:
+        return f"time budget {self.time:g}" if self.accuracy is None else f"accuracy budget {self.accuracy:g}"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Which layers are to have triangle attention, and what that costs."""
+
+    layers: tuple[int, ...]
+    lost: float
+    """The share of the middle sections' gradient that these layers hold."""
+    pairs: float
+    """The share of dense attention's pairs that is still computed."""
+
+
+def propose(middle: Sequence[float], kept: float, budget: Budget, rule: Rule) -> Proposal:
+    """The triangle layers under a budget: as many as an accuracy budget allows, as few as a time budget demands.
+
+    Args:
+        middle: each layer's mean gradient of the middle section, none of them negative.
+        kept: the share of a layer's causal pairs that triangle attention computes.
+        budget: what may be lost or spent.
+        rule: whether the layers are taken by rank or from a depth on.
+
+    Raises:
+        UserError: triangle attention in all layers still takes more than the time budget.
+        ValueError: the gradients are not finite, or negative, or all of them are zero.
+    """
+    count = len(middle)
+    if not all(math.isfinite(value) and value >= 0 for value in middle) or not any(middle):
+        raise ValueError("a proposal needs gradients that are finite, not negative, and not all zero")
+    # Of two layers that matter alike the deeper one comes first.
+    order = sorted(range(count), key=(lambda layer: (middle[layer], -layer)) if rule == "rank" else (lambda layer: -layer))
+    if budget.time is not None:
+        if budget.time < kept:
+            raise UserError(
+                f"--time-budget {budget.time:g} is less than the {kept:.3g} that triangle attention in "
+                f"all {counted(count, 'layer')} takes: give at least that, or shorten --n-local"
+            )
+        # A hair less than is asked for counts as it: shares such as 0.55 have no exact binary form.
+        taken = 0 if budget.time >= 1 else math.ceil(count * (1 - budget.time) / (1 - kept) - 1e-9)
+    else:
+        assert budget.accuracy is not None
+        limit, taken = budget.accuracy * (1 + 1e-12), 0
+        # Shares are compared, since a part of the smallest numbers would round to the whole.
+        while taken < count and _part(middle, order[: taken + 1]) <= limit:
+            taken += 1
+    layers = tuple(sorted(order[:taken]))
+    return Proposal(layers, _part(middle, layers), (count - taken + taken * kept) / count)
+
+
+def _part(middle: Sequence[float], layers: Iterable[int]) -> float:
+    """The share of all gradients that some layers hold."""
+    return math.fsum(middle[layer] for layer in layers) / math.fsum(middle)
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """Layers as ``--layers`` takes them: "5,7,10,15-35"; one alone is "7-7", and no layer "none"."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    if not runs:
+        return "none"
+    if len(runs) == 1:
+        return f"{runs[0][0]}-{runs[0][1]}"
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def whole_number(text: str) -> int | None:
+    """A number that a text of digits stands for; None for any other text, and for more digits than any number here has."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """The layers that a list names, of a model with ``count``; raises UserError for what is no such list."""
+    if text.strip() == "none":
+        return ()
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or not (last if dash else first).isdecimal():
+            raise UserError(
+                f"--layers {shortened(text)} is neither a list of layers, such as 5,7,10,15-35, nor {AUTO} nor a file of "
+                "probe results"
+            )
+        low, high = whole_number(first), whole_number(last or first)
+        if low is None or high is None or low > high or high >= count:
+            wrong = f"--layers {shortened(text)}: {shortened(part.strip())}"
+            raise UserError(f"{wrong} is not within the layers 0 to {count - 1} of this model")
+        found.update(range(low, high + 1))
+    return tuple(sorted(found))
+
+
+def random_layers(text: str, count: int) -> tuple[int, ...]:
+    """The layers of "random:4" or, with a seed other than 0, "random:4:7"; raises UserError for what is neither."""
+    given, _, seed = text.removeprefix(RANDOM).partition(":")
+    drawn = whole_number(seed or "0")
+    if not given.isdecimal() or drawn is None:
+        raise UserError(
+            f"--layers {shortened(text)} must say how many layers, and may name a seed of at most {MOST_DIGITS} digits: "
+            f"{RANDOM}4 or {RANDOM}4:7"
+        )
+    number = whole_number(given)
+    if number is None or number > count:
+        raise UserError(
+            f"--layers {shortened(text)} asks for {shortened(given)} of {counted(count, 'layer')}: ask for fewer"
+        )
+    return tuple(sorted(random.Random(drawn).sample(range(count), number)))
+
+
+def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "") -> tuple[tuple[int, ...], str]:
+    """The layers that a ``--layers`` stands for, and where they come from, in words: "given", "random", or which probe.
+
+    Args:
+        text: a list of layers, "auto" for the newest probe of the model under ``root``, a file of probe results, or
+            "random:4" for so many layers drawn by lot, against which a choice can be compared.
+        model: the model's name, as rows have it.
+        count: how many layers it has.
+        root: the folder of result files.
+        model_hash: what the model was made from, as rows have it; "" where that is not known. A probe of other contents
+            does not count, nor does for "auto" one that does not say.
+
+    Raises:
+        UserError: the text is neither, or there is no proposal for this model.
+    """
+    if text.startswith(RANDOM):
+        return random_layers(text, count), "random"
+    if text == AUTO:
+        named = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
+        rows = [row for row in named if model_hash in ("", row.model_hash)]
+        if not rows:
+            which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
+            raise UserError(f"--layers auto finds {which} under {root}: run tmbench probe --model {model} first")
+    elif text.endswith(".csv") or (not LIST.issuperset(text) and _is_file(text)):
+        named = _proposed(Path(text), model)
+        rows = [row for row in named if model_hash == "" or row.model_hash in ("", model_hash)]
+        if not rows:
+            which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
+            raise UserError(f"--layers {text} holds {which}: run tmbench probe --model {model} first")
+    else:
+        return parse_layers(text, count), "given"
+    # All rows of a proposal are written at once. Of two in one second the later one counts.
+    newest = max(reversed(rows), key=lambda row: row.time)
+    chosen = [row for row in rows if (row.time, row.probed) == (newest.time, newest.probed)]
+    layers = {row.layer: row.triangle for row in chosen}
+    if sorted(layer for layer in layers if layer is not None) != list(range(count)):
+        raise UserError(
+            f"--layers {text}: its newest probe of {model} is of {counted(len(layers), 'layer')}, but the model has "
+            f"{count}: run tmbench probe --model {model} again"
+        )
+    found = tuple(layer for layer in range(count) if layers[layer])
+    return found, f"probe of {newest.task} at {newest.length}, {newest.proposal}"
+
+
+def _is_file(text: str) -> bool:
+    """Whether there is such a file; what is too long for a path, or out of reach, is none."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
+
+
+def _proposed(path: Path, model: str) -> list[ProbeRow]:
+    """The rows of a file that say whether a layer of this model is to have triangle attention, oldest first."""
+    rows = [row for row in read(path, ProbeRow) if isinstance(row, ProbeRow)]
+    return [row for row in rows if row.status == OK and row.model == model and row.triangle is not None]

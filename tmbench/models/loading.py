@@ -1,0 +1,320 @@
+"""Models by name: the embedded ``tiny``, a preset, a Hugging Face id, or a checkpoint folder.
+
+With the weights of the checkpoint, with random ones, or with structured ones (see ``tmbench.models.structured``). A preset
+has no checkpoint, and a folder of its name comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from tmbench.errors import UserError
+from tmbench.methods.table import ModelShape
+from tmbench.models import fingerprint, structured
+from tmbench.models.attention_modules import windows
+from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
+from tmbench.models.geometry import Geometry, max_positions
+from tmbench.models.presets import preset_names, read_preset
+from tmbench.models.weights import check_loaded, check_planned
+from tmbench.results.files import readable
+from tmbench_kernels import Dense
+
+TINY = "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Weights = Literal["checkpoint", "random", "structured"]
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to measure, and what a result row says of it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where weights were drawn and the checkpoint has no tokenizer."""
+    weights: Weights
+    revision: str
+    """The commit of a Hub checkpoint, where transformers knows it."""
+    model_hash: str = ""
+    """What it was made from: see ``content_hash``."""
+    planned_for: torch.device | None = None
+    """The device of a run that is only planned: the model then has a geometry and no weights."""
+    notes: tuple[str, ...] = ()
+    """What was done on the user's behalf, a sentence each."""
+
+    @property
+    def device(self) -> torch.device:
+        place: torch.device = self.model.device
+        return self.planned_for or place
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of its attention."""
+        return Geometry.of(self.model)
+
+    @property
+    def shape(self) -> ModelShape:
+        """What plans are made for: known by the name that rows have, whatever the folder that it was loaded from."""
+        return replace(ModelShape.of(self.model), name=self.name, model_hash=self.model_hash)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def row_fields(self) -> dict[str, str]:
+        """The columns that a result row takes from here."""
+        named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
+        return {**named, "weights": self.weights, "dtype": self.dtype}
+
+    @property
+    def max_length(self) -> int | None:
+        """The most positions the model has, prompt and answer together; None where nothing limits them.
+
+        Weights that were drawn have learnt no positions: with rotary embeddings, which have no table, they read any length.
+        """
+        text = self.model.config.get_text_config()
+        if self.weights != "checkpoint" and getattr(text, "rope_parameters", None):
+            return None
+        return max_positions(self.model.config)
+
+    def check_length(self, length: int) -> None:
+        """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter."""
+        if self.max_length is not None and length > self.max_length:
+            raise UserError(
+                f"--length {length} is more than the {self.max_length} positions of {self.name}: "
+                f"give {self.max_length} or less, or another --model"
+            )
+        layer, window = min(windows(self.model).items(), key=lambda one: one[1], default=(0, None))
+        if window is not None and window < length:
+            raise UserError(
+                f"--length {length} reaches beyond the sliding window of {window} tokens in layer {layer} of {self.name}, "
+                f"which no method here can honour: give {window} or less, or another --model"
+            )
+
+    @property
+    def longest(self) -> int | None:
+        """The longest prompt and answer that the methods serve; None where nothing limits them."""
+        limits = [limit for limit in (self.max_length, *windows(self.model).values()) if limit is not None]
+        return min(limits, default=None)
+
+    def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory."""
+        shape = self.geometry
+        one = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
+        q = one.expand(1, shape.heads, length, shape.qk_head_dim)
+        k = one.expand(1, shape.kv_heads, length, shape.qk_head_dim)
+        return q, k, one.expand(1, shape.kv_heads, length, shape.v_head_dim)
+
+    def need_tokenizer(self, wish: str, remedy: str = "use another --model") -> PreTrainedTokenizerBase:
+        """The tokenizer, or a UserError that says what it was wanted for, and what to do."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer, which {wish} needs: {remedy}")
+        known, vocabulary = self.tokenizer.vocab_size, self.geometry.vocabulary
+        if known > vocabulary:
+            raise UserError(
+                f"the tokenizer of {self.name} has {known} tokens and the model {vocabulary}, so {wish} cannot use it: "
+                f"give the model its own, or {remedy}"
+            )
+        return self.tokenizer
+
+
+def model_path(name: str) -> str:
+    """Where a model of this name is loaded from: the package's folder for ``tiny``, the name itself otherwise."""
+    if name == TINY:
+        return str(Path(__file__).parent / TINY)
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device of that name; raises UserError where this machine has none, or no backend runs on its type."""
+    types = dict.fromkeys(place for backend in Dense.backends for place in backend.devices)
+    try:
+        device = torch.device(name)
+        if device.type not in types:
+            raise UserError(f"--device {name} has no backend of attention: choose from {', '.join(types)}")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used here ({reason}): try --device {default_device()}") from error
+    return device
+
+
+def check_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The torch type of that name; None means bfloat16 on a GPU and float32 elsewhere."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name} is unknown: choose from {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(
+    name: str = TINY,
+    *,
+    weights: Weights = "checkpoint",
+    device: str | None = None,
+    dtype: str | None = None,
+    plan_only: bool = False,
+) -> LoadedModel:
+    """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
+
+    Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
+    weights of a preset, and for a family that structured weights are not made for.
+    """
+    preset = is_preset(name)
+    if preset and weights == "checkpoint":
+        raise UserError(
+            f"--model {name} is a preset, a config without weights: add --weights random or --weights structured, or give "
+            f"the real checkpoint, {read_preset(name)['_name_or_path']} or a folder"
+        )
+    place = check_device(device or default_device())
+    kind = check_dtype(dtype, place)
+    path = model_path(name)
+    disable_progress_bar()
+    if not preset:
+        check_place(path if name == TINY else name, weights=weights == "checkpoint")
+    with loading(name):
+        config = load_config(name)
+        family = _family(name, config)
+        revision = str(getattr(config, "_commit_hash", None) or "")
+        if weights == "structured":
+            structured.check_family(config)
+        if plan_only:
+            model = _drawn(family, config, torch.device("meta"), kind)
+            folder = _folder(name, revision)
+            if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
+                check_planned(name, model, folder)
+        elif weights != "checkpoint":
+            model = _drawn(family, config, place, kind)
+        else:
+            model, info = family.from_pretrained(
+                path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+            check_loaded(name, model, info)
+            model = model.to(place)
+        if weights == "structured" and not plan_only:
+            structured.fill(model, RANDOM_SEED)
+    model.eval()
+    return LoadedModel(
+        name=name.rstrip("/"),
+        model=model,
+        tokenizer=None if preset else _tokenizer(name, required=weights == "checkpoint"),
+        weights=weights,
+        revision=revision,
+        model_hash=content_hash(name, weights, revision),
+        planned_for=place if plan_only else None,
+        notes=(f"{name} brings {NOT_RUN}: its family is transformers' own",) if hasattr(config, "auto_map") else (),
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone; raises UserError where there is none."""
+    check_has_tokenizer(name, "counting tokens")
+    check_place(model_path(name), weights=False, config=False)
+    tokenizer = _tokenizer(name, required=True)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def is_preset(name: str) -> bool:
+    """Whether this name stands for a preset's config."""
+    return name in preset_names() and not Path(name).is_dir()
+
+
+def check_has_tokenizer(name: str, wish: str) -> None:
+    """Raise UserError for a preset, which has no tokenizer; whether another model has one shows when it is loaded."""
+    if is_preset(name):
+        raise UserError(
+            f"--model {name} is a preset, a config without a tokenizer, which {wish} needs: give the real checkpoint, "
+            f"{read_preset(name)['_name_or_path']} or a folder"
+        )
+
+
+def load_config(name: str) -> Any:
+    """The config of a model of this name; a preset's is named after the model that it was published for."""
+    if not is_preset(name):
+        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
+    fields = read_preset(name)
+    config = AutoConfig.for_model(**fields)
+    config._name_or_path = fields["_name_or_path"]
+    return config
+
+
+def content_hash(name: str, weights: Weights, revision: str = "") -> str:
+    """A hash of what a model of this name is made from, config, tokenizer and weights: see ``tmbench.models.fingerprint``.
+
+    Nothing is loaded for it. Of a Hub checkpoint it covers the files that are on this machine, at a commit or the newest.
+    """
+    drawn = "" if weights == "checkpoint" else f"{weights} weights, seed {RANDOM_SEED}"
+    if is_preset(name):
+        return fingerprint.of_preset(read_preset(name), drawn)
+    folder = _folder(name, revision)
+    if folder is None:
+        return ""
+    with readable(folder):
+        return fingerprint.of_folder(folder, drawn)
+
+
+def _folder(name: str, revision: str) -> Path | None:
+    """Where the files of a model of this name are on this machine; None where they are not."""
+    place = Path(model_path(name))
+    return place if place.is_dir() else fingerprint.snapshot(name, revision)
+
+
+def _family(name: str, config: Any) -> Any:
+    """The class that builds a model of this config: a decoder, or one that reads images too, of which the text is used."""
+    for family in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in family._model_mapping:
+            return family
+    raise UserError(
+        f"--model {name} is of the family {config.model_type}, for which transformers has no model that continues a text: "
+        "give a decoder-only model"
+    )
+
+
+def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint's exact geometry with freshly drawn weights, made on the device itself; none on the meta device."""
+    torch.manual_seed(RANDOM_SEED)
+    with device:
+        return family.from_config(config, dtype=dtype)
+
+
+def _tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+    path = model_path(name)
+    if Path(path).is_dir() and not has_vocabulary(Path(path)):
+        if required:
+            raise UserError(f"--model {name} has no tokenizer files: add them, or use --weights random --prompt random")
+        return None
+    try:
+        with loading(name, "the tokenizer of "):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            # Of files that it does not know transformers makes an empty one, which turns any text into nothing.
+            if not tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]:
+                raise ValueError("it knows no word")
+    except UserError:
+        # Of an id of the Hub it cannot be told whether there is none.
+        if required or Path(path).is_dir():
+            raise
+        return None
+    # Prompts longer than a tokenizer's own limit are the point here; it would only print a warning.
+    tokenizer.model_max_length = 10**9
+    return tokenizer

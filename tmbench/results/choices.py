@@ -1,0 +1,64 @@
+"""The files of choices that ``tmbench agree`` keeps: what each method would have written at each place of dense's text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tmbench.results.files import read_lines
+from tmbench.results.rows import OK, AgreeRow
+from tmbench.results.sample_files import index_of, seconds_of
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One sample: a line of the JSONL file."""
+
+    index: int
+    chosen: tuple[int, ...]
+    """The method's likeliest token at each place."""
+    reference: tuple[int, ...]
+    """Dense's text, as long."""
+    seconds: float
+    """Of the prefill and of reading the text."""
+    backends: str = ""
+    """What ran, as "pattern:backend" joined by "+"."""
+    prompt_hash: str = ""
+    """A hash of the prompt's token ids; "" in files of older versions."""
+
+    @property
+    def agreement(self) -> float:
+        """The part of the places, 0 to 1, at which the method's choice is dense's."""
+        return sum(own == other for own, other in zip(self.chosen, self.reference, strict=True)) / len(self.reference)
+
+    @property
+    def divergence(self) -> int:
+        """How many tokens greedy decoding has in common with dense before the first that differs; all where none does."""
+        pairs = enumerate(zip(self.chosen, self.reference, strict=True))
+        return next((place for place, (own, other) in pairs if own != other), len(self.reference))
+
+
+def read_choices(path: Path) -> dict[int, Choices]:
+    """The choices of a JSONL file by sample, the newest of each; raises UserError for a file that tmbench did not write."""
+    found = read_lines(path, _choices, "a sample's choices", "move the file away")
+    return {one.index: one for one in found}
+
+
+def _choices(entry: Any) -> Choices:
+    own, other = (tuple(int(token) for token in entry[name]) for name in ("chosen", "reference"))
+    if not own or len(own) != len(other):
+        raise ValueError("as many choices as tokens of dense belong into a line")
+    about = (str(entry.get(name, "")) for name in ("backends", "prompt_hash"))
+    return Choices(index_of(entry), own, other, seconds_of(entry), *about)
+
+
+def choices_of(root: Path, row: Mapping[str, Any]) -> list[Choices]:
+    """The samples behind a row, given its columns by name; none where the file does not make its agreement."""
+    if row["status"] != OK or row["agreement"] is None:
+        return []
+    known = read_choices(root / row["device"] / AgreeRow.kind / row["choices"])
+    found = [known[number] for number in range(row["samples"]) if number in known]
+    makes_it = found and abs(sum(one.agreement for one in found) / len(found) - row["agreement"]) < 1e-9
+    return found if makes_it and len(found) == row["samples"] else []

@@ -1,0 +1,184 @@
+"""Result files: one CSV per device, command and method; every row complete in itself and written whole.
+
+``<root>/<device>/<kind>/<method>.csv``, the kind being ttft, ruler, agree, probe or loss. A row is appended by one write to
+a file opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves
+whole rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from
+before a column was added, or one that a spreadsheet saved with its columns in another order, is read by the names of its
+columns, and is written as this version writes it when a row is next appended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from tmbench.errors import UserError, shortened
+from tmbench.results.csv_text import OpenEndError, Table, header_text, line_text, read_table
+from tmbench.results.files import append_text, read_file, readable, replace_file, writable
+from tmbench.results.rows import SCHEMA_VERSION, Row, field_text
+
+
+class CorruptResultsError(UserError):
+    """A file in the results folder that tmbench did not write, or that was damaged since."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is not a results file of this version ({reason}): move it out of the results folder")
+
+
+class OpenEndResultsError(UserError):
+    """A file in the results folder whose last line may be whole or cut: tmbench neither reads nor deletes it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+
+
+class NewerResultsError(UserError):
+    """A file in the results folder whose rows have a newer schema than this version reads."""
+
+    def __init__(self, path: Path, number: int, version: int) -> None:
+        super().__init__(
+            f"{path} line {number} was written by a newer tmbench (schema_version {version}, where this one reads up to "
+            f"{SCHEMA_VERSION}): update tmbench, or move the file out of the results folder"
+        )
+
+
+def csv_path(root: Path, row: type[Row], device: str, method: str) -> Path:
+    return root / device / row.kind / f"{method}.csv"
+
+
+def append(root: Path, *rows: Row) -> Path:
+    """Append rows of one kind, device and method to their CSV, all of them or none.
+
+    Raises UserError where the folder cannot be written.
+    """
+    row = rows[0]
+    path = csv_path(root, type(row), row.device, row.method)
+    assert all(csv_path(root, type(other), other.device, other.method) == path for other in rows)
+    _append_rows(path, type(row), rows)
+    return path
+
+
+def prepare(root: Path, row: type[Row], device: str, method: str) -> None:
+    """Leave a method's CSV with the header of this version, so that what is measured next can be appended to it.
+
+    Raises UserError where the folder cannot be written, and CorruptResultsError for a file that is not ours.
+    """
+    _append_rows(csv_path(root, row, device, method), row, ())
+
+
+def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_text(path, header_text(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
+
+
+def read(path: Path, row: type[Row]) -> list[Row]:
+    """All rows of one CSV, oldest first.
+
+    Raises CorruptResultsError for anything that is not one of ours, UserError where the file system refuses.
+    """
+    with readable(path):
+        return _rows(path, row)
+
+
+def _rows(path: Path, row: type[Row]) -> list[Row]:
+    content = read_file(path)
+    try:
+        table = read_table(content, row.columns(), _tells_end)
+    except OpenEndError as error:
+        raise OpenEndResultsError(path, str(error)) from error
+    except ValueError as error:
+        raise CorruptResultsError(path, str(error)) from error
+    if not table.header:
+        return []
+    versions = _versions(path, table)
+    if not row.is_header(list(table.header)):
+        unknown = ", ".join(repr(name) for name in table.header if name not in row.columns())
+        raise CorruptResultsError(path, "its columns differ" + f": {shortened(unknown)} unknown" * bool(unknown))
+    rows: list[Row] = []
+    for (number, values), version in zip(table.lines, versions, strict=True):
+        if len(values) != len(table.header):
+            raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(table.header)}")
+        try:
+            rows.append(_READERS[version](row, dict(zip(table.header, values, strict=True))))
+        except ValueError as error:
+            raise CorruptResultsError(path, f"line {number}: {error}") from error
+    return rows
+
+
+def _versions(path: Path, table: Table) -> list[int]:
+    """The schema of each line, which says how its other columns are read; raises for one that there is no reader of."""
+    if "schema_version" not in table.header:
+        raise CorruptResultsError(path, "its columns differ: schema_version is missing")
+    column = table.header.index("schema_version")
+    versions = []
+    for number, values in table.lines:
+        try:
+            version = int(values[column]) if column < len(values) else SCHEMA_VERSION
+        except ValueError:
+            version = 0
+        if version > max(_READERS):
+            raise NewerResultsError(path, number, version)
+        if version not in _READERS:
+            raise CorruptResultsError(path, f"line {number}: schema_version is {shortened(values[column])!r}, which is none")
+        versions.append(version)
+    return versions
+
+
+def _tells_end(column: str, value: str) -> bool:
+    """Whether a value cannot be the beginning of a longer one: numbers can, the name of a file of samples cannot."""
+    return column in ("predictions", "choices") and value.endswith(".jsonl")
+
+
+def read_all(root: Path, row: type[Row]) -> list[Row]:
+    """The newest row of every key under a results folder, all devices and methods, in a stable order."""
+    newest: dict[tuple[Any, ...], Row] = {}
+    for path in csv_paths(root, row):
+        for entry in read(path, row):
+            newest[entry.key] = entry
+    return list(newest.values())
+
+
+def csv_paths(root: Path, row: type[Row]) -> list[Path]:
+    """The CSVs of one kind under a results folder, all devices and methods; raises UserError for a folder that is shut."""
+    return [path for device in _listed(root) for path in _listed(device / row.kind) if path.suffix == ".csv"]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, in order. A glob would pass over one that may not be read, and a report would lack a device."""
+    with readable(folder):
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[Any, ...], Row]:
+    """The newest row of every key in one method's CSV; empty where there is none yet."""
+    path = csv_path(root, row, device, method)
+    with readable(path):
+        try:
+            return {entry.key: entry for entry in _rows(path, row)}
+        except FileNotFoundError:
+            return {}
+
+
+def csv_text(kind: type[Row], rows: Sequence[Row]) -> str:
+    """What a file holds that has these rows."""
+    return header_text(kind.columns()) + "".join(map(_line_of, rows))
+
+
+def _upgrade(path: Path, row: type[Row]) -> None:
+    """Replace the file of an older version by one with all columns; raises CorruptResultsError for one that is not ours."""
+    rows = read(path, row)
+    replace_file(path, csv_text(row, rows))
+
+
+def _line_of(row: Row) -> str:
+    return line_text([field_text(value, name) for name, value in asdict(row).items()])
+
+
+_READERS: Final[Mapping[int, Callable[[type[Row], dict[str, str]], Row]]] = {1: lambda kind, texts: kind.parse(texts)}
+"""For each schema that a file may have, what makes a row of a line's texts by column."""

@@ -1,0 +1,109 @@
+"""Prompts of an exact number of tokens, for timing: data-dependent methods cost what their prompt makes them cost."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Iterable
+from functools import cache
+from itertools import count
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ruler_tasks import TASKS, Sources, encode_prompt, examples, minimum_length
+from tmbench.errors import UserError
+from tmbench.models.loading import LoadedModel
+
+KEPT_END = 256
+"""How many tokens of a long text's end always stay: the question must survive the cut."""
+
+
+def prompt_kinds() -> tuple[str, ...]:
+    """What ``--prompt`` takes: key-value retrieval, any RULER task, or random token ids."""
+    return ("kv", "random", *TASKS)
+
+
+def check_kind(kind: str, option: str = "--prompt") -> None:
+    """Raise UserError for a kind of prompt that there is none of; ``option`` is what it was given as."""
+    if kind not in prompt_kinds():
+        raise UserError(f"{option} {kind} is unknown: choose from {', '.join(prompt_kinds())}")
+
+
+def check_prompt(kind: str, loaded: LoadedModel, lengths: Iterable[int] = ()) -> None:
+    """Raise UserError for a kind of prompt that there is none of or this model cannot be given, or too short a length."""
+    check_kind(kind)
+    if kind == "random":
+        return
+    tokenizer = _tokenizer(kind, loaded)
+    if kind not in TASKS:
+        return
+    least = minimum_length(kind, tokenizer, sources=offline_sources())
+    for length in lengths:
+        if _asked(kind, length) < least:
+            enough = next(longer for longer in count(length) if _asked(kind, longer) >= least)
+            raise UserError(f"--length {length} is too short for --prompt {kind}, which needs {enough} tokens here")
+
+
+@cache
+def offline_sources() -> Sources:
+    """Generated texts stand in for essays and questions that are not on this machine: nothing is downloaded for a prompt."""
+    return Sources(offline=True)
+
+
+def _asked(kind: str, length: int) -> int:
+    """The length that a RULER example is asked for: it may fill a little less, so what is too much is cut."""
+    return length + length // 16 + TASKS[kind].tokens_to_generate + KEPT_END
+
+
+def _tokenizer(kind: str, loaded: LoadedModel) -> PreTrainedTokenizerBase:
+    return loaded.need_tokenizer(f"--prompt {kind}", "use --prompt random, or another --model")
+
+
+def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> Tensor:
+    """Token ids ``[1, length]`` on the model's device; the same for the same (kind, length, seed, tokenizer)."""
+    check_prompt(kind, loaded, [length])
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        return torch.randint(vocabulary, (1, length), generator=generator).to(loaded.device)
+    tokenizer = _tokenizer(kind, loaded)
+    if kind == "kv":
+        ids = encode_prompt(tokenizer, key_value_text(_pairs_for(length, tokenizer), seed))
+    else:
+        asked = _asked(kind, length)
+        example = next(iter(examples(kind, asked, [0], tokenizer=tokenizer, seed=seed, sources=offline_sources())))
+        ids = encode_prompt(tokenizer, example.prompt)
+    return torch.tensor([_cut_to(ids, length)], device=loaded.device)
+
+
+def key_value_text(pairs: int, seed: int | str) -> str:
+    """A JSON object of so many UUID pairs and a question for one of its values."""
+    return key_value(pairs, seed)[0]
+
+
+def key_value(pairs: int, seed: int | str) -> tuple[str, str]:
+    """A prompt as ``key_value_text`` makes it, and the value that it asks for."""
+    draw = random.Random(seed)
+    data = {str(uuid.UUID(int=draw.getrandbits(128))): str(uuid.UUID(int=draw.getrandbits(128))) for _ in range(pairs)}
+    asked = draw.choice(list(data))
+    text = f'Find a value in this JSON object.\n{json.dumps(data, indent=0)}\nThe value stored under "{asked}" is "'
+    return text, data[asked]
+
+
+def _pairs_for(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many pairs surely make so many tokens, with few to spare: what is cut may hold the answer."""
+    few, many = 1, 65
+    shorter, longer = (len(encode_prompt(tokenizer, key_value_text(pairs, seed=0))) for pairs in (few, many))
+    # Pairs differ by a few tokens: a thirty-second more than the mean asks for.
+    return length * (many - few) * 33 // ((longer - shorter) * 32) + 2
+
+
+def _cut_to(ids: list[int], length: int) -> list[int]:
+    """Exactly ``length`` of the ids: the start, a cut in the middle, and the end with its question."""
+    if len(ids) < length:
+        raise ValueError(f"the prompt has {len(ids)} tokens, fewer than the {length} it is for")
+    end = min(KEPT_END, length // 2)
+    return ids[: length - end] + ids[len(ids) - end :]

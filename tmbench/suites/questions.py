@@ -1,0 +1,113 @@
+"""Prompts whose answer is known, as token ids: what a probe differentiates, and what a loss is taken over.
+
+A RULER task asks what its generator knows; where several answers are right in any order, the first of the references counts
+as the next one. Prompt and answer are tokenised as one text, so the first answer token is the one that follows this prompt
+there. Tokens of white space before the answer, which some tokenizers split off, belong to the prompt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ruler_tasks import TASKS, encode_prompt, examples, load_wording, minimum_length
+from tmbench.errors import UserError
+from tmbench.models.loading import LoadedModel
+from tmbench.suites.prompts import check_kind, key_value, key_value_text, offline_sources
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and its answer."""
+
+    task: str
+    index: int
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """The ids that should follow, at least one."""
+    source: str
+    """What the prompt is made of."""
+
+
+def check_task(task: str, length: int, loaded: LoadedModel) -> None:
+    """Raise UserError for a task that this model cannot be asked or that there is none of, or a length too short for it."""
+    check_kind(task, "--task")
+    if task == "random":
+        if length < 2:
+            raise UserError(f"--length {length} is too short for {task}, which needs 2 tokens")
+        return
+    tokenizer = loaded.need_tokenizer(f"--task {task}", "use --task random, or another --model")
+    if task == "kv":
+        _key_value_ids(length, tokenizer, "0/0")
+    else:
+        least = minimum_length(task, tokenizer, sources=offline_sources())
+        if length < least:
+            raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+
+
+def longest_prompt(task: str, length: int) -> int:
+    """How many tokens of ``length`` a prompt of the task has at most, less its answer or the room for it."""
+    return length - (TASKS[task].tokens_to_generate if task in TASKS else 1)
+
+
+def wording_hash(task: str) -> str:
+    """What the wording of a task's prompts is known by; "" for those that are not RULER's."""
+    return load_wording().hash if task in TASKS else ""
+
+
+def questions(task: str, length: int, count: int, loaded: LoadedModel, seed: int) -> Iterator[Question]:
+    """The first questions of a task: prompt and answer, or the room that RULER leaves it, take at most ``length`` tokens.
+
+    Question 17 is the same whether 20 or 500 are asked for. Raises as ``check_task`` does.
+    """
+    check_task(task, length, loaded)
+    if task == "random":
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        for index in range(count):
+            ids = random.Random(f"{seed}/{index}").choices(range(vocabulary), k=length)
+            yield Question(task, index, tuple(ids[:-1]), (ids[-1],), "random")
+        return
+    tokenizer = loaded.need_tokenizer(f"--task {task}")
+    if task == "kv":
+        for index in range(count):
+            prompt, answer = _key_value_ids(length, tokenizer, f"{seed}/{index}")
+            yield Question(task, index, prompt, answer, "uuids")
+        return
+    for example in examples(task, length, range(count), tokenizer=tokenizer, seed=seed, sources=offline_sources()):
+        wanted = example.outputs if TASKS[task].metric == "all" else example.outputs[:1]
+        prompt, answer = split(example.prompt, " " + " ".join(wanted), tokenizer)
+        yield Question(task, example.index, prompt, answer, example.source)
+
+
+def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a prompt and of its answer within one text.
+
+    They part where the ids of the text and of the prompt alone do, and behind white space. Raises ValueError for an answer
+    that leaves no token of its own.
+    """
+    alone, whole = (encode_prompt(tokenizer, text) for text in (prompt, prompt + answer))
+    # Strictly fewer than all: what the answer's last token is merged with would leave nothing to predict.
+    at = next((n for n, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
+    while at < len(whole) and not str(tokenizer.decode([whole[at]])).strip():
+        at += 1
+    if not 0 < at < len(whole):
+        raise ValueError(f"the answer {answer!r} has no token of its own behind its prompt")
+    return tuple(whole[:at]), tuple(whole[at:])
+
+
+def _key_value_ids(length: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A key-value prompt with as many pairs as fit; raises UserError where not one does."""
+    few, many = 1, 65
+    shorter, longer = (len(encode_prompt(tokenizer, key_value_text(pairs, 0))) for pairs in (few, many))
+    pairs = max(1, (length - shorter) * (many - few) // (longer - shorter) + 2)
+    while pairs:
+        prompt, answer = split(*key_value(pairs, seed), tokenizer)
+        excess = len(prompt) + len(answer) - length
+        if excess <= 0:
+            return prompt, answer
+        pairs -= max(1, excess * (many - few) // (longer - shorter))
+        pairs = max(pairs, 0)
+    raise UserError(f"--length {length} is too short for kv: give at least {len(prompt) + len(answer)}")
