@@ -125,15 +125,18 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from tmbench import environment, files, floor, row_sets, ttft
+from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
 from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models.loading import LoadedModel
-from tmbench.results.rows import TtftRow, read_all
+from tmbench.measure import ttft
+from tmbench.results import environment, files, row_sets
+from tmbench.results.rows import TtftRow
+from tmbench.results.tables import read_all
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 torch.set_num_threads(1)
-floor.matrix_rate = lambda device, dtype: 1e11
+roofline.matrix_rate = lambda device, dtype: 1e11
 config = CONFIG_MAPPING["llama"](vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
 config.initializer_range = 0.2

@@ -18,6 +18,11 @@ from tmbench.results.row_limits import check_values
 
 SCHEMA_VERSION = 1
 """Rises when a column goes or changes its meaning. One that is added with a default leaves it: see ``Row.ADDED``."""
+PARAMETERS: Final = (
+    "starting_layer", "layers", "n_init", "n_local", "last_n", "patterns", "dense_backend",
+    "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
+)  # fmt: skip
+"""The columns that hold a method's parameters."""
 OK: Final = "ok"
 OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
@@ -69,8 +74,13 @@ class Row:
     threshold: float | None = None
     first_chunk: int | None = None
     alpha: float | None = None
+    prefill: str = "plain"
+    """How the model read its prompts: "plain", as transformers runs it; "eager", without work that the first token does not
+    need; "compiled", with compiled layers too."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
+    peak_memory_bytes: int | None = None
+    """Device memory at its peak, model included; empty on the CPU."""
     threads: int
     """CPU threads that torch used; 0 where the device is not the CPU."""
     device_name: str
@@ -88,11 +98,11 @@ class Row:
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
         "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads", "dense_backend",
-        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers", "model_hash",
+        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers", "model_hash", "prefill",
     )  # fmt: skip
     ADDED: ClassVar[tuple[str, ...]] = (
         "dense_backend", "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers",
-        "model_hash",
+        "model_hash", "prefill", "peak_memory_bytes",
     )  # fmt: skip
     """Columns that files of the first release lack; each has a default."""
 
@@ -104,6 +114,12 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.key_fields())
+
+    @property
+    def settings(self) -> dict[str, int | float | str]:
+        """The method's parameters that are set, by the names of the options; what a method does not read is not there."""
+        found = {name: getattr(self, name) for name in PARAMETERS}
+        return {name: value for name, value in found.items() if value not in (None, "")}
 
     @property
     def name_parts(self) -> tuple[str, ...]:
@@ -147,8 +163,8 @@ class TtftRow(Row):
     """One time to first token: a method on a prompt of one length. Times in seconds."""
 
     kind: ClassVar[str] = "ttft"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "prefill", "compile_s", "prompt_hash")
-    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prefill", "prompt_hash")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "compile_s", "prompt_hash")
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prompt_hash")
 
     prompt: str
     prompt_hash: str = ""
@@ -174,11 +190,6 @@ class TtftRow(Row):
     same_token_as_dense: bool | None = None
     logit_error: float | None = None
     """RMS of (logits - dense logits) over the RMS of the dense logits, last position; empty where dense did not run."""
-    peak_memory_bytes: int | None = None
-    """Device memory at its peak, model included; empty on the CPU."""
-    prefill: str = "plain"
-    """How the model ran: "plain", as transformers runs it; "eager", without work that the first token does not need;
-    "compiled", with compiled layers too."""
     compile_s: float | None = None
     """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
 
@@ -288,8 +299,6 @@ class ProbeRow(Row):
     answered: float | None = None
     """The part of the samples in which the true next token is the likeliest."""
     seconds_per_sample: float | None = None
-    peak_memory_bytes: int | None = None
-    """Device memory at its peak, model included; empty on the CPU."""
     triangle: bool | None = None
     """Whether the proposal gives the layer triangle attention; empty for single heads."""
     proposal: str = ""
