@@ -13,7 +13,7 @@ from optimizers import orthogonalised
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-TINY = Path(__file__).resolve().parents[2] / "tmbench" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "tmbench" / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")
