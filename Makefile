@@ -12,10 +12,10 @@ DEMO_RULER_LENGTH ?= 2K
 DEMO_SAMPLES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit figures lock clean
+.PHONY: help install demo test test-fast lint types unit figures dist lock clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## Make .venv from requirements.lock
 
@@ -37,12 +37,18 @@ demo: install  ## Time four methods, run the 13 RULER tasks and render the repor
 
 test: lint types unit  ## Lint, check the types, and run every test
 
-lint: install  ## Check style and formatting
+test-fast: install  ## Run the tests that take no more than a moment each
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+lint: install  ## Check style, formatting and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: install  ## Check the types
 	$(BIN)/mypy -p tmbench -p tmbench_kernels -p ruler_tasks
+	$(BIN)/mypy benchmarks
+	$(BIN)/mypy training
 
 unit: install  ## Run every test, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
@@ -54,10 +60,14 @@ figures: install  ## Render the pages and pictures in docs/ from what was measur
 	$(BIN)/python benchmarks/render.py benchmarks/dynamic_attention.csv docs/dynamic-attention.md
 	$(BIN)/python benchmarks/render.py benchmarks/interval_coverage.csv docs/interval-coverage.md
 
+dist: install  ## Build the wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \
 	  | sed -e '/^pip==/d' -e '/^nvidia-cuda-nvrtc==/d' -e 's/+cpu//' -e 's/^\(triton\|cuda-.*\)==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:  ## Remove .venv and the demo's results
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) build dist

@@ -189,7 +189,7 @@ def timed(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> list[float]:
 
 
 def _launches(attend: Attend, q: Tensor, k: Tensor, v: Tensor, count: int) -> list[float]:
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     events[0].record()
     for event in events[1:]:
         attend(q, k, v)

@@ -40,7 +40,7 @@ def attention_page(rows: pd.DataFrame) -> list[str]:
     failed = rows[(rows.note != "") & (rows.ms_median == "")]
     if len(failed):
         parts.append("## Not timed")
-        parts += [f"- {row.implementation}, {_tokens(row.length)}: {row.note}" for row in failed.itertuples()]
+        parts += [f"- {row.implementation}, {_tokens(str(row.length))}: {row.note}" for row in failed.itertuples()]
     return parts
 
 
@@ -51,7 +51,8 @@ def dynamic_page(rows: pd.DataFrame) -> list[str]:
     patterns, drawn = rows[~blocks].rename(columns={"backend": "implementation"}), rows[blocks]
     drawn = drawn.assign(pattern=drawn.parameters.map("{} of the blocks".format), implementation=drawn.backend)
     selected = patterns[patterns.select_ms != ""].drop_duplicates(["pattern", "length"]).assign(implementation="selection")
-    share = selected.assign(share=[f"{float(row.select_ms) / _fastest(patterns, row):.2f}" for row in selected.itertuples()])
+    shares = (float(str(row.select_ms)) / _fastest(patterns, row) for row in selected.itertuples())
+    share = selected.assign(share=[f"{part:.2f}" for part in shares])
     given = "; ".join(f"{row.pattern}: {row.parameters}" for row in selected.drop_duplicates("pattern").itertuples())
     return [
         "# Dynamic patterns, selection and attention",

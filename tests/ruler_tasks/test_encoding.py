@@ -1,4 +1,4 @@
-"""The ids of a prompt: what a tokenizer puts in front, once, then the text, then nothing, whatever it is wont to append."""
+"""The ids of a prompt: what a tokenizer puts in front, once, then the text, then nothing that it would append."""
 
 from __future__ import annotations
 

@@ -6,24 +6,37 @@ import errno
 import io
 import os
 import sys
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import typer
 from rich.text import Text
 
 from ruler_tasks.errors import RulerError
+from tmbench import __version__
 from tmbench.cli import agree, info, patterns, probe, report, ruler, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 
+VersionOption = Annotated[bool, typer.Option("--version", help="Print the version.")]
+
 app = typer.Typer(
     name="tmbench",
-    help="What an attention method costs and what it keeps when a language model reads a long prompt.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def top(version: VersionOption = False) -> None:
+    """What an attention method costs and what it keeps when a language model reads a long prompt."""
+    if version:
+        typer.echo(f"tmbench {__version__}")
+        raise typer.Exit
+
+
 app.command("ttft")(ttft.ttft)
 app.command("ruler")(ruler.ruler)
 app.command("ruler-data")(ruler.ruler_data)
