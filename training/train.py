@@ -25,6 +25,8 @@ from optimizers import Muon
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from writing import Writer
+
 REPORT = 50  # steps between lines of the log
 WARM_UP = 100  # steps
 FALL = 0.65  # the share of the time in which the learning rate falls to zero
@@ -35,7 +37,7 @@ def supply(seed: int, tokens: int, level: "Synchronized[int]", batches: "mp.Queu
     """A worker: batches of `tokens` tokens, at lengths up to the current level, for ever."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    writer = data.Writer(AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer)
+    writer = Writer(AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer)
     draw = random.Random(f"tmbench training {seed}")
     while True:
         length = data.choose_length(draw, level.value)

@@ -13,6 +13,8 @@ from optimizers import orthogonalised
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import writing
+
 TINY = Path(__file__).resolve().parents[2] / "tmbench" / "models" / "tiny"
 
 
@@ -23,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def writer(tokenizer):
-    return data.Writer(tokenizer.backend_tokenizer)
+    return writing.Writer(tokenizer.backend_tokenizer)
 
 
 @pytest.mark.parametrize("length", [128, 256, 512, 1024, 4096])
@@ -36,7 +38,7 @@ def test_rows_are_the_tokens_of_their_text(kind, length, tokenizer, writer):
         row = data.KINDS[kind](draw, writer, length)
         assert tokenizer.encode(tokenizer.decode(row.ids[1:])) == row.ids
         assert row.answers
-        assert all(row.ids[stop - 1] == data.EOS for _, stop in row.answers)
+        assert all(row.ids[stop - 1] == writing.EOS for _, stop in row.answers)
 
 
 @pytest.mark.parametrize("kind", data.KINDS)
