@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from bound_specs import Bound
 from tmbench.engine.attention import applied_plan
 from tmbench.errors import UserError
-from tmbench.measure import agree
-from tmbench.measure.agree import AgreeJob, follow, kept_choices, run
-from tmbench.measure.ruler import generate
+from tmbench.measure import agree, keeping
+from tmbench.measure.accuracy import generate
+from tmbench.measure.agree import AgreeSpec, follow
 from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.report.intervals import interval
 from tmbench.report.rendering import build
 from tmbench.results import environment
-from tmbench.results.choices import Choices, read_choices
+from tmbench.results.choices import Choices, kept_choices, read_choices
 from tmbench.results.rows import AgreeRow
 from tmbench.results.tables import read_all
 
@@ -38,10 +39,10 @@ def job(make_model, tokenizer, tmp_path):
         settings = Settings(n_init=2, n_local=8)
         plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in ("dense", "streaming")]
         values = {
-            "loaded": loaded, "plans": plans, "lengths": (96,), "environment": environment.current(torch.device("cpu")),
+            "plans": plans, "lengths": (96,), "environment": environment.current(torch.device("cpu")),
             "root": tmp_path, "prompt": "random", "samples": 3, "new_tokens": 12,
         }  # fmt: skip
-        return AgreeJob(**(values | changes))
+        return Bound(AgreeSpec, loaded, **(values | changes))
 
     return make
 
@@ -112,7 +113,7 @@ def test_agreement_and_divergence():
 
 def test_rows_and_their_files(job, texts):
     work = job()
-    assert sum(step.samples for step in run(work)) == 2 * 3
+    assert sum(step.work for step in work.steps()) == 2 * 3
     rows = rows_of(work.root)
     dense, other = rows["dense"], rows["streaming"]
     assert (dense.agreement, dense.divergence_median, dense.identical) == (1.0, 12, 1.0)
@@ -126,58 +127,58 @@ def test_rows_and_their_files(job, texts):
 
 
 def test_a_run_goes_on_where_it_stopped_and_more_samples_only_add(job, texts):
-    list(run(job(samples=2)))
+    job(samples=2).run()
     assert len(texts) == 4
-    list(run(job(samples=2)))
+    job(samples=2).run()
     assert len(texts) == 4
-    list(run(job(samples=3)))
+    job(samples=3).run()
     assert len(texts) == 6
     work = job(samples=3)
     path = kept_choices(work.root, rows_of(work.root)["streaming"]).path
     path.write_text(path.read_text()[:-10])
-    list(run(work))
+    work.run()
     assert [method for method, _ in texts[6:]] == ["streaming"], "a line that was cut is measured again"
-    list(run(job(samples=3, overwrite=True)))
+    job(samples=3, overwrite=True).run()
     assert len(texts) == 7 + 6
     assert len({row.key for row in read_all(work.root, AgreeRow)}) == 2
 
 
 def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts, monkeypatch):
     """The last choice is kept, its row is not: the next run makes the row of the newer choices and asks nothing."""
-    list(run(job()))
+    job().run()
     before = rows_of(job().root)["streaming"]
     monkeypatch.setattr(
         agree, "follow", lambda model, plan, ids, count, text=None, ran=None: list(text or range(1, count + 1))
     )
-    real = agree.append
+    real = keeping.append
 
     def append(root, row):
         if row.method != "dense":
             raise KeyboardInterrupt
         real(root, row)
 
-    monkeypatch.setattr(agree, "append", append)
+    monkeypatch.setattr(keeping, "append", append)
     with pytest.raises(KeyboardInterrupt):
-        list(run(job(overwrite=True)))
+        job(overwrite=True).run()
     assert rows_of(job().root)["streaming"] == before
-    monkeypatch.setattr(agree, "append", real)
+    monkeypatch.setattr(keeping, "append", real)
     monkeypatch.setattr(agree, "follow", None)
-    list(run(job()))
+    job().run()
     after = rows_of(job().root)["streaming"]
     assert (before.agreement, after.agreement) == (11 / 12, 1.0)
-    list(run(job()))
+    job().run()
     assert rows_of(job().root)["streaming"] == after
 
 
 def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
     work = job()
-    list(run(work))
+    work.run()
     dense, other = (kept_choices(work.root, rows_of(work.root)[name]).path for name in ("dense", "streaming"))
     entries = [json.loads(line) for line in dense.read_text().splitlines()]
     entries[1] |= {name: [7] * 12 for name in ("chosen", "reference")}
     dense.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     texts.clear()
-    list(run(work))
+    work.run()
     assert [method for method, _ in texts] == ["streaming"]
     assert read_choices(other)[1].reference == (7,) * 12
 
@@ -193,23 +194,23 @@ def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a
     monkeypatch.setattr(agree, "follow", fail)
     failing = "streaming"
     work = job()
-    list(run(work))
+    work.run()
     assert {name: row.status for name, row in rows_of(work.root).items()} == {"dense": "ok", "streaming": "out_of_memory"}
     failing = "dense"
     work = job(root=work.root / "other")
-    list(run(work))
+    work.run()
     rows = rows_of(work.root)
     assert rows["dense"].status == "out_of_memory"
     assert (rows["streaming"].status, rows["streaming"].error) == ("failed", "dense wrote no text to follow")
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(job):
-    job(lengths=(16,)).check_lengths()
+    job(lengths=(16,)).check()
     work = job(lengths=(505,))
     # Random weights read any length; those of a checkpoint do not.
-    work = replace(work, loaded=replace(work.loaded, weights="checkpoint"))
+    work.loaded = replace(work.loaded, weights="checkpoint")
     with pytest.raises(UserError, match="--length 505 and --new-tokens 12 are more than the 512 .*a length of 500 or less"):
-        work.check_lengths()
+        work.check()
 
 
 def test_the_first_plan_must_be_dense(job):
@@ -228,7 +229,7 @@ def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
     agreements = iter([12, 12, 12, 3, 6, 12])
     monkeypatch.setattr(agree, "follow", lambda *_, **__: [1] * (n := next(agreements)) + [2] * (12 - n))
     work = job()
-    list(run(work))
+    work.run()
     report = build(work.root)
     (group,) = report.agree
     row = next(row for row in group.rows if row["method"] == "streaming")
@@ -250,7 +251,7 @@ def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
 
 
 def test_more_samples_in_the_file_than_in_the_row_do_not_count(job, texts):
-    list(run(job(samples=2)))
+    job(samples=2).run()
     work = job(samples=2)
     path = kept_choices(work.root, rows_of(work.root)["streaming"]).path
     entry = json.loads(path.read_text().splitlines()[0]) | {"index": 2, "chosen": [0] * 12}
@@ -260,30 +261,30 @@ def test_more_samples_in_the_file_than_in_the_row_do_not_count(job, texts):
 
 def test_choices_behind_another_prompt_are_made_again(job, texts):
     work = job()
-    list(run(work))
+    work.run()
     for path in work.root.glob("*/agree/choices/*/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         lines[1]["prompt_hash"] = ""
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     texts.clear()
-    assert sum(step.measured for step in run(work)) == 2
-    asked = work.ids(96, 1).tolist()
+    assert sum(step.measured for step in work.steps()) == 2
+    asked = work.spec.ids(work.loaded, 96, 1).tolist()
     assert texts == [("dense", asked), ("streaming", asked)]
-    assert sum(step.measured for step in run(work)) == 0
+    assert sum(step.measured for step in work.steps()) == 0
 
 
 def test_rows_name_the_backends_that_ran(job, monkeypatch):
     """Not those that would run for the nominal length, and none where attention was not reached."""
     monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
     work = job(samples=1)
-    list(run(work))
+    work.run()
     expected = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}
     assert {name: row.backends for name, row in rows_of(work.root).items()} == expected
     for path in work.root.glob("*/agree/*.csv"):
         path.unlink()
-    list(run(work))
+    work.run()
     assert {name: row.backends for name, row in rows_of(work.root).items()} == expected, "from kept samples"
     other = job(samples=1, root=work.root / "failed")
     monkeypatch.setattr(agree, "Decoding", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
-    list(run(other))
+    other.run()
     assert {(row.status, row.backends) for row in rows_of(other.root).values()} == {("failed", "")}

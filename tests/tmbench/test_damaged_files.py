@@ -12,8 +12,8 @@ import pytest
 import made_rows
 from tmbench.errors import UserError
 from tmbench.measure.loss import LossSample
-from tmbench.measure.ruler import read_predictions
 from tmbench.results.choices import read_choices
+from tmbench.results.predictions import read_predictions
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
 from tmbench.results.sample_files import Kept
 from tmbench.results.sample_scores import read_samples
@@ -167,13 +167,13 @@ def test_damaged_choices_are_named(tmp_path, changes):
     "changes", [{"index": -1}, {"nll_first": float("nan")}, {"nll_first": "1"}, {"prompt_tokens": 1.5}, {"source": None}]
 )
 def test_damaged_losses_are_named(tmp_path, changes):
-    file = Kept(tmp_path, LOSS, "vt")
+    file = Kept(tmp_path, LOSS, "vt", LossSample)
     file.path.parent.mkdir(parents=True)
     file.path.write_text(line(LOSSES))
-    assert file.read(LossSample) == {0: LossSample(**LOSSES)}
+    assert file.read() == {0: LossSample(**LOSSES)}
     file.path.write_text(line(LOSSES) + line(LOSSES, **changes))
     with pytest.raises(UserError, match="line 2 is not a sample: move the file away, or use --overwrite"):
-        file.read(LossSample)
+        file.read()
 
 
 def test_of_two_lines_of_a_sample_the_later_one_counts(tmp_path):

@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 
-from ruler_tasks import Frame, Sources, load_wording
+from bound_specs import Bound
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.decode import generate
 from tmbench.engine.finite import check_logits
 from tmbench.engine.prefill import EAGER, PLAIN, kind_for
 from tmbench.errors import NotFiniteError, UserError
-from tmbench.measure import agree, loss, probe, ruler, search, sweep, ttft
+from tmbench.measure import agree, loss, probe, search, ttft
+from tmbench.measure.accuracy import AccuracySpec
+from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.methods.layers import Budget
 from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models import loading
@@ -22,6 +24,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import read_all
+from tmbench.suites.ruler import Ruler
 from tmbench_kernels import Sections
 
 REMEDY = "float16: .* use --dtype bfloat16 or --dtype float32"
@@ -59,36 +62,31 @@ class Jobs:
         self.plans = plans_of(loaded, "dense", "streaming")
         self.here = environment.current(torch.device("cpu"))
 
-    def timing(self, **changes):
-        values = {"prompt": "random", "repeats": 1, "warmup": 1, "prefill": PLAIN} | changes
-        return ttft.TtftJob(self.loaded, self.plans, (96,), self.here, self.root, **values)
+    def about(self, **more):
+        return {"environment": self.here, "root": self.root, "plans": self.plans, **more}
 
-    def asking(self):
-        return ruler.RulerJob(
-            self.loaded, self.loaded.tokenizer, self.plans, (1024,), ("vt",), 2, self.here, self.root,
-            load_wording(None), Sources(offline=True), Frame(),
-        )  # fmt: skip
-
-    def ttft(self):
-        return ttft.run(self.timing()), TtftRow
+    def ttft(self, **changes):
+        values = {"lengths": (96,), "prompt": "random", "repeats": 1, "warmup": 1, "prefill": PLAIN} | changes
+        return Bound(ttft.TtftSpec, self.loaded, **self.about(**values)), TtftRow
 
     def ttft_arranged(self):
-        return ttft.run(self.timing(prefill=EAGER)), TtftRow
+        return self.ttft(prefill=EAGER)
 
     def ruler(self):
-        return ruler.run(self.asking()), RulerRow
+        values = {"suite": Ruler(offline=True), "lengths": (1024,), "tasks": ("vt",), "samples": 2}
+        return Bound(AccuracySpec, self.loaded, **self.about(**values)), RulerRow
 
     def agree(self):
-        values = {"prompt": "random", "samples": 2, "new_tokens": 6}
-        return agree.run(agree.AgreeJob(self.loaded, self.plans, (96,), self.here, self.root, **values)), AgreeRow
+        values = {"lengths": (96,), "prompt": "random", "samples": 2, "new_tokens": 6}
+        return Bound(agree.AgreeSpec, self.loaded, **self.about(**values)), AgreeRow
 
     def loss(self):
-        return loss.run(loss.LossJob(self.loaded, self.plans, (96,), ("random",), 2, self.here, self.root)), LossRow
+        values = {"lengths": (96,), "tasks": ("random",), "samples": 2}
+        return Bound(loss.LossSpec, self.loaded, **self.about(**values)), LossRow
 
     def rows(self, name):
-        steps, kind = getattr(self, name)()
-        for _ in steps:
-            pass
+        work, kind = getattr(self, name)()
+        work.run()
         return {row.method: row for row in read_all(self.root, kind)}
 
 
@@ -137,20 +135,22 @@ def test_every_method_says_so(name, overflowing, prompt):
 
 def test_a_sweep_fails_as_its_parts_do(overflowing, tmp_path):
     jobs = Jobs(overflowing(), tmp_path)
-    work = sweep.SweepJob(METHODS["tri_mix"], [Settings(starting_layer=1)], jobs.timing(), jobs.asking(), (1024,))
-    for part, run in ((work.timing(1024), ttft.run), (work.asking(1024), ruler.run)):
-        rows = [step.row for step in run(part) if step.row is not None]
-        assert {row.status for row in rows} == {"failed"}
-        assert all("not finite in float16" in row.error for row in rows)
+    plans = swept_plans(METHODS["tri_mix"], [Settings(starting_layer=1)], jobs.loaded.shape, 1024)
+    halves = {"ttft": jobs.ttft()[0].spec, "accuracy": jobs.ruler()[0].spec}
+    work = Bound(SweepSpec, jobs.loaded, **halves, environment=jobs.here, root=tmp_path, plans={1024: plans})
+    rows = work.run()
+    assert [row.kind for row in rows] == ["ttft", "ttft", "ruler", "ruler"]
+    assert {row.status for row in rows} == {"failed"}
+    assert all("not finite in float16" in row.error for row in rows)
     assert len(read_all(tmp_path, TtftRow)) == len(read_all(tmp_path, RulerRow)) == 2
 
 
 def test_a_search_is_one_sentence_and_leaves_nothing_to_go_on_from(overflowing, tmp_path):
-    work = search.SearchJob(overflowing(), tmp_path / "found.json", 2600, "random")
+    work = search_of(overflowing(), tmp_path)
     with pytest.raises(
         UserError, match=f"small cannot be searched: the attention weights of layer 2 are not finite in {REMEDY}"
     ):
-        search.run(work)
+        work.run()
     assert not list(tmp_path.iterdir())
 
 
@@ -161,14 +161,19 @@ def test_a_search_looks_at_the_logits_too(overflowing, tmp_path):
         loaded.model.lm_head.weight *= 1e38
         loaded.model.lm_head.weight *= 1e3
     with pytest.raises(UserError, match=r"lm_head\.weight holds values that are no numbers, get the checkpoint anew"):
-        search.run(search.SearchJob(loaded, tmp_path / "found.json", 2600, "random"))
+        search_of(loaded, tmp_path).run()
     assert not list(tmp_path.iterdir())
+
+
+def search_of(loaded, root):
+    return Bound(search.SearchSpec, loaded, output=root / "found.json", length=2600, prompt="random")
 
 
 def probe_of(loaded, root):
     here = environment.current(torch.device("cpu"))
     settings = Settings(n_init=3, n_local=7, last_n=5)
-    return probe.ProbeJob(loaded, (40,), ("random",), 2, here, root, Budget(0.3), settings)
+    about = {"environment": here, "root": root, "lengths": (40,), "tasks": ("random",), "samples": 2}
+    return Bound(probe.ProbeSpec, loaded, **about, budget=Budget(0.3), settings=settings)
 
 
 def test_a_probe_of_logits_that_are_no_numbers_is_a_failed_row(overflowing, tmp_path):
@@ -176,7 +181,7 @@ def test_a_probe_of_logits_that_are_no_numbers_is_a_failed_row(overflowing, tmp_
     with torch.no_grad():
         loaded.model.model.norm.weight *= 1e38
         loaded.model.lm_head.weight *= 1e6
-    list(probe.run(probe_of(loaded, tmp_path)))
+    probe_of(loaded, tmp_path).run()
     (row,) = read_all(tmp_path, ProbeRow)
     assert row.status == "failed"
     assert "the logits of the prompt's last token are not finite in float32: the weights may be damaged" in row.error
@@ -192,7 +197,7 @@ def test_gradients_that_are_no_numbers_are_a_failed_row(make_model, tokenizer, t
     loaded = LoadedModel("small", model, tokenizer, "random", "")
     with pytest.raises(NotFiniteError, match=r"the gradients of layer \d are not finite in float32"):
         probe.gradients(model, torch.arange(3, 43)[None], 5, Sections(3, 7, 5))
-    list(probe.run(probe_of(loaded, tmp_path)))
+    probe_of(loaded, tmp_path).run()
     (row,) = read_all(tmp_path, ProbeRow)
     assert (row.status, row.triangle) == ("failed", None)
     assert not list(tmp_path.glob("*/*/*/*/*.jsonl"))

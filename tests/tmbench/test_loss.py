@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from tmbench.measure import loss
-from tmbench.measure.loss import LossJob, losses, run
+from bound_specs import Bound
+from tmbench.measure import keeping, loss
+from tmbench.measure.loss import LossSpec, losses
 from tmbench.methods.layers import layers_text
 from tmbench.methods.table import ModelShape, Settings, get_method
 from tmbench.models.loading import LoadedModel
@@ -84,17 +85,17 @@ def job(make_model, tmp_path):
     def make(**changes):
         plans = [plan_of(model, "tri_mix", layers=layers_text([0, 2]), **WINDOW), plan_of(model, "dense")]
         about = {"lengths": [40], "tasks": ["random"], "samples": 2, "plans": plans}
-        return LossJob(loaded=loaded, environment=here, root=tmp_path, **(about | changes))
+        return Bound(LossSpec, loaded, environment=here, root=tmp_path, **(about | changes))
 
     return make
 
 
-def rows_of(steps):
-    return {step.row.method: step.row for step in steps if step.row is not None}
+def rows_of(rows):
+    return {row.method: row for row in rows}
 
 
 def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
-    rows = rows_of(run(job()))
+    rows = rows_of(job().run())
     assert list(rows) == ["dense", "tri_mix"], "dense first, whatever was asked for"
     dense, tri_mix = rows["dense"], rows["tri_mix"]
     for name in ("nll_prompt", "nll_answer", "nll_first"):
@@ -105,77 +106,77 @@ def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
     assert (dense.samples, dense.prompt_tokens_mean, dense.answer_tokens_mean) == (2, 39, 1)
     assert {row.method: row for row in read_all(tmp_path, LossRow)} == rows
     lines = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv"))
-    assert rows_of(run(job(plans=job().plans[:1]))) == {"tri_mix": tri_mix}, "dense was read before"
+    assert rows_of(job(plans=job().plans[:1]).run()) == {"tri_mix": tri_mix}, "dense was read before"
     assert sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv")) == lines
-    alone = rows_of(run(job(plans=job().plans[:1], seed=7)))
+    alone = rows_of(job(plans=job().plans[:1], seed=7).run())
     assert alone["tri_mix"].nll_prompt_vs_dense is None
 
 
 def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
     sample, asked = loss._sample, []
 
-    def measure(job, plan, question):
+    def measure(spec, loaded, item, ran):
         if len(asked) == 3:
             raise KeyboardInterrupt
-        asked.append((plan.method, question.index))
-        return sample(job, plan, question)
+        asked.append((spec.plans[item.plan].method, item.index))
+        return sample(spec, loaded, item, ran)
 
     monkeypatch.setattr(loss, "_sample", measure)
     with pytest.raises(KeyboardInterrupt):
-        list(run(job()))
+        job().run()
     del asked[0]
-    rows = rows_of(run(job()))
+    rows = rows_of(job().run())
     assert asked == [("dense", 1), ("tri_mix", 0), ("tri_mix", 1)]
     lines = [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")]
     monkeypatch.setattr(loss, "_sample", sample)
-    assert rows_of(run(job())).keys() == rows.keys()
+    assert rows_of(job().run()).keys() == rows.keys()
     assert [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")] == lines == [2, 2]
 
 
 def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
     sample = loss._sample
 
-    def measure(job, plan, question):
-        if plan.method == "dense":
+    def measure(spec, loaded, item, ran):
+        if spec.plans[item.plan].method == "dense":
             raise MemoryError
-        return sample(job, plan, question)
+        return sample(spec, loaded, item, ran)
 
     monkeypatch.setattr(loss, "_sample", measure)
-    rows = rows_of(run(job()))
+    rows = rows_of(job().run())
     assert (rows["dense"].status, rows["dense"].nll_prompt) == ("out_of_memory", None)
     assert (rows["tri_mix"].status, rows["tri_mix"].nll_prompt_vs_dense) == ("ok", None)
 
 
 @pytest.mark.parametrize("name", ["prompt_hash", "answer_hash"])
 def test_what_was_read_of_another_prompt_or_answer_is_read_again(job, tmp_path, name):
-    list(run(job()))
+    job().run()
     for path in tmp_path.glob("*/loss/samples/*/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         lines[1] |= {name: "", "nll_prompt": 9.0}
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps = list(run(job()))
+    steps = job().steps()
     assert sum(step.measured for step in steps) == 2
-    assert all(row.nll_prompt < 9 for row in rows_of(steps).values())
-    assert sum(step.measured for step in run(job())) == 0
+    assert all(row.nll_prompt < 9 for row in rows_of(row for step in steps for row in step.rows).values())
+    assert sum(step.measured for step in job().steps()) == 0
 
 
 def test_an_overwrite_killed_behind_dense_leaves_no_difference_to_the_older_one(job, tmp_path, monkeypatch):
-    first = rows_of(run(job()))
-    sample, real = loss._sample, loss.append
+    first = rows_of(job().run())
+    sample, real = loss._sample, keeping.append
 
-    def shifted(job, plan, question):
-        one = sample(job, plan, question)
-        return replace(one, nll_prompt=one.nll_prompt + 1.0 * (plan.method == "dense"))
+    def shifted(spec, loaded, item, ran):
+        one = sample(spec, loaded, item, ran)
+        return replace(one, nll_prompt=one.nll_prompt + 1.0 * (spec.plans[item.plan].method == "dense"))
 
     def append(root, row):
         real(root, row)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loss, "_sample", shifted)
-    monkeypatch.setattr(loss, "append", append)
+    monkeypatch.setattr(keeping, "append", append)
     with pytest.raises(KeyboardInterrupt):
-        list(run(job(overwrite=True)))
-    monkeypatch.setattr(loss, "append", real)
-    again = rows_of(run(job()))
+        job(overwrite=True).run()
+    monkeypatch.setattr(keeping, "append", real)
+    again = rows_of(job().run())
     assert again["tri_mix"].nll_prompt_vs_dense == pytest.approx(first["tri_mix"].nll_prompt_vs_dense - 1.0)
     assert {row.method: row for row in read_all(tmp_path, LossRow)} == again

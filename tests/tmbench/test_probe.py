@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from bound_specs import Bound
 from tmbench import applied
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.measure import probe
-from tmbench.measure.probe import ProbeJob, gradients, run
+from tmbench.measure.probe import ProbeSpec, gradients
 from tmbench.methods.layers import Budget
 from tmbench.methods.table import Settings
 from tmbench.models.loading import LoadedModel
@@ -109,8 +110,9 @@ def test_signed_means_are_finite_differences(length, make_model, prompt, matrice
 
 
 def propose_for(model, ids, budget=0.0, rule="rank"):
-    job = ProbeJob(*[None] * 6, Budget(budget), rule=rule)
-    return probe.proposed(gradients(model, ids, TARGET, SMALL)[0].means.mean(1), 0.5, job).layers
+    about = dict.fromkeys(("model", "environment", "root", "lengths", "tasks", "samples"))
+    spec = ProbeSpec(**about, budget=Budget(budget), rule=rule)
+    return probe.proposed(gradients(model, ids, TARGET, SMALL)[0].means.mean(1), 0.5, spec).layers
 
 
 def last_logits(model, ids, layers):
@@ -203,18 +205,14 @@ def job(make_model, tmp_path):
     def make(**changes):
         about = {"lengths": [40], "tasks": ["random"], "samples": 2, "budget": Budget(0.3), "settings": Settings(n_init=3,
                  n_local=7, last_n=5)}  # fmt: skip
-        return ProbeJob(loaded=loaded, environment=here, root=tmp_path, **(about | changes))
+        return Bound(ProbeSpec, loaded, environment=here, root=tmp_path, **(about | changes))
 
     return make
 
 
-def rows_of(steps):
-    return [row for step in steps for row in step.rows]
-
-
 def test_rows_are_means_over_samples_and_heads(job, tmp_path):
     measured = job()
-    rows = rows_of(run(measured))
+    rows = measured.run()
     assert [(row.layer, row.head) for row in rows] == [(layer, head) for layer in range(4) for head in (None, *range(4))]
     assert read_all(tmp_path, ProbeRow) == rows
     asked = list(questions("random", 40, 2, measured.loaded, 42))
@@ -236,40 +234,40 @@ def test_a_killed_probe_goes_on_with_the_next_sample(job, tmp_path, monkeypatch)
     sample, asked = probe._sample, []
 
     def stop_at(last):
-        def measure(job, question):
+        def measure(spec, loaded, question):
             if question.index == last:
                 raise KeyboardInterrupt
             asked.append(question.index)
-            return sample(job, question)
+            return sample(spec, loaded, question)
 
         monkeypatch.setattr(probe, "_sample", measure)
 
     stop_at(1)
     with pytest.raises(KeyboardInterrupt):
-        list(run(job()))
+        job().run()
     assert read_all(tmp_path, ProbeRow) == []
     stop_at(None)
-    rows = rows_of(run(job()))
-    more = rows_of(run(job(samples=3)))
+    rows = job().run()
+    more = job(samples=3).run()
     assert asked == [0, 1, 2]
     assert {row.samples for row in more} == {3}
     lines = next(tmp_path.glob("*/probe/dense.csv")).read_text().count("\n")
-    rows_of(run(job(samples=3)))
+    job(samples=3).run()
     assert next(tmp_path.glob("*/probe/dense.csv")).read_text().count("\n") == lines, "nothing new, nothing written"
-    other = rows_of(run(job(samples=3, budget=Budget(0.0))))
+    other = job(samples=3, budget=Budget(0.0)).run()
     assert asked == [0, 1, 2]
     assert [row.triangle for row in other if row.head is None] == [False, False, False, True]
-    rows_of(run(job(overwrite=True)))
+    job(overwrite=True).run()
     assert asked == [0, 1, 2, 0, 1]
     assert len(rows) == 20
 
 
 def test_out_of_memory_is_a_row(job, tmp_path, monkeypatch):
-    def fail(job, question):
+    def fail(spec, loaded, question):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(probe, "_sample", fail)
-    rows = rows_of(run(job(lengths=[40, 50])))
+    rows = job(lengths=[40, 50]).run()
     assert [(row.length, row.status, row.layer) for row in rows] == [
         (40, "out_of_memory", None),
         (50, "out_of_memory", None),
@@ -290,21 +288,21 @@ def test_out_of_memory_is_a_row(job, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_probed_is_refused_before_anything_is_measured(changes, words, job, tmp_path):
     with pytest.raises(UserError, match=words):
-        list(run(job(**changes)))
+        job(**changes).run()
     assert not list(tmp_path.iterdir())
 
 
 def test_prompts_that_do_not_fill_their_length_are_refused_before_they_are_differentiated(job, tmp_path, monkeypatch):
     """A task's prompts may take less of a length than they might: whether they have a middle shows when they are made."""
-    monkeypatch.setattr(probe, "_sample", lambda job, question: pytest.fail("this one was measured"))
+    monkeypatch.setattr(probe, "_sample", lambda *given: pytest.fail("this one was measured"))
     asked = list(questions("random", 40, 2, job().loaded, 42))
     short = replace(asked[1], prompt=asked[1].prompt[:14])
     monkeypatch.setattr(probe, "questions", lambda *about: iter([asked[0], short]))
     with pytest.raises(UserError, match="--length 40 leaves no pair .* as a prompt has 14 tokens of it"):
-        list(run(job()))
+        job().run()
     short = replace(asked[1], prompt=asked[1].prompt[:20])
     with pytest.raises(UserError, match=r"--time-budget 0\.62 is less than the 0\.[78]"):
-        list(run(job(budget=Budget(time=0.62))))
+        job(budget=Budget(time=0.62)).run()
     assert not list(tmp_path.iterdir())
 
 
@@ -316,18 +314,18 @@ def test_half_precision_is_refused(job):
 
 
 def test_a_foreign_samples_file_is_named(job, tmp_path):
-    list(run(job()))
+    job().run()
     path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
     whole = json.loads(path.read_text().splitlines()[0])
     for content in (b"{}\n", b"\xff\n", json.dumps(whole | {"index": "x"}).encode() + b"\n"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="line 1 is not a sample: move the file away, or use --overwrite"):
-            list(run(job()))
+            job().run()
 
 
 def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
-    rows = rows_of(run(job()))
+    rows = job().run()
     first, second = tmp_path / "plots" / "a.png", tmp_path / "b.png"
     for path, derivative in ((first, "logits"), (second, "logits"), (Path(tmp_path / "c.png"), "probabilities")):
         draw(rows, derivative, path)
@@ -335,8 +333,8 @@ def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
 
 
 def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
-    rows = rows_of(run(job(derivative="probabilities")))
-    list(run(job(lengths=[50])))
+    rows = job(derivative="probabilities").run()
+    job(lengths=[50]).run()
     paths = draw_all(tmp_path, tmp_path / "all")
     assert paths == draw_all(tmp_path, tmp_path / "all")
     assert sorted((tmp_path / "all").iterdir()) == sorted(paths)
@@ -347,20 +345,20 @@ def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
 
 @pytest.mark.parametrize("change", [{"prompt_hash": ""}, {"target": -1}])
 def test_what_was_read_of_another_prompt_or_towards_another_token_is_read_again(job, tmp_path, change):
-    before = rows_of(run(job()))
+    before = job().run()
     path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1] |= {**change, "probability": 5.0}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps = list(run(job()))
+    steps = job().steps()
     assert sum(step.measured for step in steps) == 1
-    assert rows_of(steps)[0].probability_mean == before[0].probability_mean
-    assert sum(step.measured for step in run(job())) == 0
+    assert next(row for step in steps for row in step.rows).probability_mean == before[0].probability_mean
+    assert sum(step.measured for step in job().steps()) == 0
 
 
 def test_files_of_the_first_release_are_read_but_not_gone_on_from(job, tmp_path):
-    list(run(job()))
+    job().run()
     path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in one.items() if k != "prompt_hash"}) + "\n" for one in lines))
-    assert sum(step.measured for step in run(job())) == 2
+    assert sum(step.measured for step in job().steps()) == 2

@@ -129,7 +129,11 @@ from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
 from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models.loading import LoadedModel
-from tmbench.measure import ttft
+from tmbench.measure import keeping
+from tmbench.measure.executor import InProcess
+from tmbench.measure.loop import run
+from tmbench.measure.spec import ModelSource
+from tmbench.measure.ttft import TtftSpec
 from tmbench.results import environment, files, row_sets
 from tmbench.results.rows import TtftRow
 from tmbench.results.tables import read_all
@@ -148,13 +152,14 @@ plans = [METHODS[name].plan(ModelShape.of(model), Settings(n_init=2, n_local=16,
 
 def job(root):
     here = environment.current(torch.device("cpu"))
-    return ttft.TtftJob(loaded, plans, (96,), here, root, "random", 2, 1, 42, False, EAGER)
+    return TtftSpec(model=ModelSource.of(loaded), environment=here, root=root, plans=plans, lengths=(96,),
+        prompt="random", repeats=2, prefill=EAGER)
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def at_append(number, after):
-    real, calls = ttft.append, []
+    real, calls = keeping.append, []
     def append(root, row):
         calls.append(row)
         if len(calls) == number and not after:
@@ -162,7 +167,7 @@ def at_append(number, after):
         real(root, row)
         if len(calls) == number:
             die()
-    ttft.append = append
+    keeping.append = append
 
 def within_append(number):
     real, calls = os.pwrite, []
@@ -191,8 +196,7 @@ for name, (inject, *arguments) in points.items():
         if child == 0:
             if process == 1:
                 inject(*arguments)
-            for step in ttft.run(job(root)):
-                pass
+            run(job(root), InProcess(loaded))
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     rows = read_all(root, TtftRow)
@@ -202,7 +206,7 @@ for name, (inject, *arguments) in points.items():
         "rows": [[row.method, row.interleaved, row.logit_error is not None, row.same_token_as_dense is not None]
                  for row in rows],
         "left": [path.name for path in root.glob("*/ttft/*") if path.suffix != ".csv"],
-        "pending": {str(n): [plan.method for plan in plans] for n, plans in job(root).pending().items()},
+        "pending": {str(n): [plan.method for plan in plans] for n, plans in job(root).pending(loaded).items()},
     }
 print(json.dumps(outcome))
 """

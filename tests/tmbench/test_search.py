@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bound_specs import Bound
 from tmbench.engine.attention import applied
 from tmbench.errors import UserError
 from tmbench.measure import search
-from tmbench.measure.search import SearchJob, run
+from tmbench.measure.search import SearchSpec, partial_path
 from tmbench.models.loading import LoadedModel
 from tmbench.report.pattern_plot import draw
 from tmbench.suites.prompts import prompt_ids
@@ -37,8 +38,8 @@ def job(make_model, tmp_path, monkeypatch):
 
     def make(**changes):
         loaded = LoadedModel("small", make_model("qwen2"), None, "random", "")
-        values = {"loaded": loaded, "output": tmp_path / "found.json", "length": 400, "prompt": "random"}
-        return SearchJob(**(values | changes))
+        values = {"output": tmp_path / "found.json", "length": 400, "prompt": "random"}
+        return Bound(SearchSpec, loaded, **(values | changes))
 
     return make
 
@@ -46,11 +47,10 @@ def job(make_model, tmp_path, monkeypatch):
 def test_the_file_holds_each_heads_winner_and_what_it_keeps(job):
     """Against the masks of the candidates, on what a forward pass hands to each layer's attention."""
     work = job()
-    steps = []
-    found = run(work, lambda text, layers: steps.append(layers))
-    assert sum(steps) == pytest.approx(4), "the progress bar must end where it says"
+    found, steps = work.run_and_steps()
+    assert sum(step.work for step in steps) == pytest.approx(4), "the progress bar must end where it says"
     assert load_head_patterns(work.output, layers=4, heads=4) == [tuple(layer) for layer in found]
-    assert not work.partial.exists()
+    assert not partial_path(work.output).exists()
     seen = {}
     with torch.inference_mode(), applied(work.loaded.model, "dense") as session:
         session.observer = lambda layer, pattern, q, k, scale: seen.update({layer: (q, k, scale)})
@@ -69,10 +69,10 @@ def test_the_file_holds_each_heads_winner_and_what_it_keeps(job):
 
 
 def test_the_published_remapping_is_a_choice(job, tmp_path):
-    kept = run(job())
-    mapped = run(job(output=tmp_path / "mapped.json", remap=True))
+    kept = job().run()
+    mapped = job(output=tmp_path / "mapped.json", remap=True).run()
     assert any(head.type != "vertical_and_slash" for layer in kept for head in layer)
-    assert mapped == [[rule.published_remapping(head) for head in layer] for layer in kept]
+    assert mapped == [tuple(rule.published_remapping(head) for head in layer) for layer in kept]
     assert all(pattern.name == "vertical_slash" for pattern in load_patterns(tmp_path / "mapped.json", layers=4, heads=4))
 
 
@@ -89,26 +89,27 @@ def stopped_at(work, layer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(search, "kept_attention", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(work)
+            work.run()
 
 
 def test_an_interrupted_search_goes_on_and_measures_nothing_twice(job, tmp_path, monkeypatch):
-    whole = run(job(output=tmp_path / "whole.json"))
+    whole = job(output=tmp_path / "whole.json").run()
     work = job()
     stopped_at(work, 3, monkeypatch)
     assert work.loaded.model.config._attn_implementation == "sdpa"
     assert not work.output.exists()
-    assert work.partial.read_bytes().count(b"\n") == 1 + 3
+    assert partial_path(work.output).read_bytes().count(b"\n") == 1 + 3
     # A line that was being written when the process died.
-    work.partial.write_bytes(work.partial.read_bytes() + b'{"layer": 3, "kept": [[0.1, 0.')
+    partial_path(work.output).write_bytes(partial_path(work.output).read_bytes() + b'{"layer": 3, "kept": [[0.1, 0.')
     calls, real = [], search.kept_attention
     monkeypatch.setattr(search, "kept_attention", lambda *a, **kw: calls.append(0) or real(*a, **kw))
-    steps = []
-    assert run(job(), lambda text, layers: steps.append((text, layers))) == whole
+    found, steps = job().run_and_steps()
+    assert found == whole
     assert len(calls) == 2, "one layer of two key heads was left"
-    assert steps[0] == ("3 layers measured before", 3)
+    assert ("search: 3 layers measured before", 3) in [(step.text, step.work) for step in steps]
+    assert sum(step.work for step in steps) == pytest.approx(4)
     assert work.output.read_text() == (tmp_path / "whole.json").read_text()
-    assert not work.partial.exists()
+    assert not partial_path(work.output).exists()
 
 
 def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
@@ -116,22 +117,23 @@ def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(search, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="--output: .* cannot be written .No space left on device"):
-            run(work)
+            work.run()
     monkeypatch.setattr(search, "kept_attention", None)
-    assert job().finished(), "so that the command line says that nothing was measured"
-    assert len(run(job())) == 4
-    assert not job().finished()
+    found, steps = job().run_and_steps()
+    assert len(found) == 4
+    assert sum(step.measured for step in steps) == 0, "so that the command line says that nothing was measured"
+    assert not partial_path(job().output).exists()
 
 
 @pytest.mark.parametrize(("changes", "name"), [({"length": 420}, "length"), ({"seed": 7}, "seed")])
 def test_a_partial_file_of_another_search_is_kept_and_named(job, monkeypatch, changes, name):
     stopped_at(job(), 1, monkeypatch)
-    before = job().partial.read_text()
+    before = partial_path(job().output).read_text()
     with pytest.raises(UserError, match=f"of a search with another {name} .*--overwrite"):
-        run(job(**changes))
-    assert job().partial.read_text() == before
-    run(job(overwrite=True, **changes))
-    assert not job().partial.exists()
+        job(**changes).run()
+    assert partial_path(job().output).read_text() == before
+    job(overwrite=True, **changes).run()
+    assert not partial_path(job().output).exists()
 
 
 @pytest.mark.parametrize(
@@ -139,15 +141,15 @@ def test_a_partial_file_of_another_search_is_kept_and_named(job, monkeypatch, ch
     [b"hello\n", b'{"search": 3}\n', b"[1]\n", b'{"search": {}}\n{"layer": 0, "kept": [[1]]}\n', b'{"search": "\xff"}\n'],
 )
 def test_a_partial_file_that_is_none_is_named(job, content):
-    job().partial.write_bytes(content)
+    partial_path(job().output).write_bytes(content)
     with pytest.raises(UserError, match=r"found.json.partial line . is not of a search that was interrupted: .*--overwrite"):
-        run(job())
+        job().run()
 
 
 def test_a_folder_in_place_of_a_partial_file_is_named(job):
-    job().partial.mkdir()
+    partial_path(job().output).mkdir()
     with pytest.raises(UserError, match=r"found.json.partial cannot be read: Is a directory; .*another --output"):
-        run(job())
+        job().run()
 
 
 def test_an_output_that_may_not_be_looked_at_is_one_sentence(job, monkeypatch):
@@ -160,18 +162,18 @@ def test_an_output_that_may_not_be_looked_at_is_one_sentence(job, monkeypatch):
 
 
 def test_a_file_that_is_there_is_kept(job):
-    run(job())
+    job().run()
     before = job().output.read_text()
     with pytest.raises(UserError, match="found.json is there already: name another file, or add --overwrite"):
-        run(job(seed=3))
+        job(seed=3).run()
     assert job().output.read_text() == before
-    run(job(seed=3, overwrite=True))
+    job(seed=3, overwrite=True).run()
     assert job().output.read_text() != before
 
 
 def test_a_prompt_without_queries_that_count_is_refused(job):
     with pytest.raises(UserError, match="--length 100 leaves nothing to search: only queries from 100 on count"):
-        run(job(length=100))
+        job(length=100).run()
 
 
 def test_a_picture_of_few_kinds_and_of_many(tmp_path):
@@ -189,7 +191,7 @@ def test_a_picture_of_few_kinds_and_of_many(tmp_path):
 
 
 def test_the_searchs_figures_are_numbers_of_json(job):
-    run(job())
+    job().run()
     content = json.loads(job().output.read_text())
     assert [sorted(layer) for layer in content] == [["0", "1", "2", "3"]] * 4
     assert all(0 <= score <= 1 for layer in content for _, _, _, score in layer.values())
@@ -198,6 +200,6 @@ def test_the_searchs_figures_are_numbers_of_json(job):
 def test_a_search_of_other_weights_under_the_same_name_is_not_gone_on_with(job, monkeypatch):
     stopped_at(job(), 1, monkeypatch)
     work = job()
-    work = replace(work, loaded=replace(work.loaded, model_hash="0123456789ab"))
+    work.loaded = replace(work.loaded, model_hash="0123456789ab")
     with pytest.raises(UserError, match="of a search with another model_hash .*--overwrite"):
-        run(work)
+        work.run()

@@ -11,19 +11,20 @@ import time
 import pytest
 import torch
 
-from ruler_tasks import Frame, Sources, load_wording
-from tmbench.cli import sweep as cli
+from bound_specs import Bound
 from tmbench.errors import UserError
-from tmbench.measure import ruler, ttft
-from tmbench.measure.ruler import RulerJob
-from tmbench.measure.sweep import SweepJob, same_cost, swept_method, variants
-from tmbench.measure.ttft import TtftJob
+from tmbench.measure import keeping
+from tmbench.measure.accuracy import AccuracySpec
+from tmbench.measure.spec import ModelSource
+from tmbench.measure.sweep import SweepSpec, same_cost, swept_method, swept_plans, variants
+from tmbench.measure.ttft import TtftSpec
 from tmbench.methods.table import METHODS, Settings
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.tables import read_all
+from tmbench.suites.ruler import Ruler
 
 
 def test_every_combination_is_made_once():
@@ -82,14 +83,30 @@ def job(make_model, tmp_path):
     here = environment.current(torch.device("cpu"))
 
     def make(settings, **changes):
-        ruler = RulerJob(
-            loaded=loaded, tokenizer=tokenizer, plans=(), lengths=(), tasks=("vt",), samples=1, environment=here,
-            root=tmp_path, wording=load_wording(None), sources=Sources(offline=True), frame=Frame(),
-        )  # fmt: skip
-        timed = TtftJob(loaded, (), (), here, tmp_path, prompt="random", repeats=1)
-        return SweepJob(METHODS["tri_mix"], settings, timed, ruler, (200,), **changes)
+        common = {"environment": here, "root": tmp_path}
+        half = common | {"model": ModelSource.of(loaded), "plans": (), "lengths": ()}
+        return Bound(
+            SweepSpec,
+            loaded,
+            **common,
+            plans={200: swept_plans(METHODS["tri_mix"], settings, loaded.shape, 200, **changes)},
+            ttft=TtftSpec(**half, prompt="random", repeats=1),
+            accuracy=AccuracySpec(**half, suite=Ruler(offline=True), tasks=("vt",), samples=1),
+        )
 
     return make
+
+
+class Timed(Bound):
+    """The first half of a sweep alone."""
+
+    def __init__(self, work):
+        self.loaded, self.spec = work.loaded, work.timing(200)
+
+
+def timed(work):
+    """What of a sweep is to be timed."""
+    return Timed(work).pending_plans().get(200, [])
 
 
 def parameters(plans):
@@ -101,22 +118,22 @@ def test_plans_are_dense_the_variants_and_their_controls_each_once(job):
     work = job(settings, controls=True)
     control = same_cost(settings[1], 200)
     expected = [("dense", None, None), ("tri_mix", 16, 0), ("tri_mix", 16, 10), ("tri_mix", control.n_local, 0)]
-    assert parameters(work.plans(200)) == expected
+    assert parameters(work.plans[200]) == expected
     # A control that is a variant already is measured once.
-    assert parameters(job([*settings, control], controls=True).plans(200)) == expected
-    assert parameters(job(settings).plans(200)) == expected[:3]
-    assert work.asking(200).plans == work.plans(200)
+    assert parameters(job([*settings, control], controls=True).plans[200]) == expected
+    assert parameters(job(settings).plans[200]) == expected[:3]
+    assert work.asking(200).plans == work.plans[200]
 
 
 def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
     few, more = [Settings(n_local=16, last_n=0)], [Settings(n_local=16, last_n=last) for last in (0, 10)]
-    assert parameters(job(few).timing(200).plans) == [("dense", None, None), ("tri_mix", 16, 0)]
-    list(ttft.run(job(few).timing(200)))
-    assert job(few).timing(200) is None
-    assert parameters(job(more).timing(200).plans) == [("dense", None, None), ("tri_mix", 16, 10)]
-    list(ttft.run(job(more).timing(200)))
-    assert job(more).timing(200) is None
-    rows = read_all(job(more).ttft.root, TtftRow)
+    assert parameters(timed(job(few))) == [("dense", None, None), ("tri_mix", 16, 0)]
+    Timed(job(few)).run()
+    assert timed(job(few)) == []
+    assert parameters(timed(job(more))) == [("dense", None, None), ("tri_mix", 16, 10)]
+    Timed(job(more)).run()
+    assert timed(job(more)) == []
+    rows = read_all(job(more).root, TtftRow)
     assert sorted((row.method, row.n_local, row.last_n) for row in rows if row.method != "dense") == [
         ("tri_mix", 16, 0),
         ("tri_mix", 16, 10),
@@ -125,21 +142,22 @@ def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
 
 def test_times_that_a_killed_sweep_had_measured_are_appended_by_the_next(job, monkeypatch):
     work = job([Settings(n_local=16, last_n=last) for last in (0, 10)])
-    real, appended = ttft.append, []
+    monkeypatch.setattr(AccuracySpec, "parts", lambda spec, loaded: iter(()))
+    monkeypatch.setattr(AccuracySpec, "check", lambda spec, loaded: None)
+    real, appended = keeping.append, []
 
     def append(root, row):
         if appended:
             raise KeyboardInterrupt
         appended.append(real(root, row))
 
-    monkeypatch.setattr(ttft, "append", append)
+    monkeypatch.setattr(keeping, "append", append)
     with pytest.raises(KeyboardInterrupt):
-        list(ttft.run(work.timing(200)))
-    monkeypatch.setattr(ttft, "append", real)
-    assert work.timing(200) is None, "nothing is to be timed"
-    monkeypatch.setattr(ruler, "run", lambda asking: ())
-    assert not cli._measure(work)
-    rows = read_all(work.ttft.root, TtftRow)
+        work.run()
+    monkeypatch.setattr(keeping, "append", real)
+    assert timed(work) == [], "nothing is to be timed"
+    assert {row.status for row in work.run()} == {"ok"}
+    rows = read_all(work.root, TtftRow)
     assert len(rows) == 3
     assert all(row.logit_error is not None and row.interleaved == "dense tri_mix tri_mix" for row in rows)
 

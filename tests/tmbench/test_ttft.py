@@ -10,17 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bound_specs import Bound
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.first_token import first_token
 from tmbench.engine.prefill import EAGER, PLAIN, Prefill
 from tmbench.errors import UserError
-from tmbench.measure import ttft
-from tmbench.measure.ttft import TtftJob, run
+from tmbench.measure import keeping, ttft
+from tmbench.measure.ttft import TtftSpec
 from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results import environment, files
+from tmbench.results import environment, failures, files
 from tmbench.results.rows import TtftRow
 from tmbench.results.tables import CorruptResultsError, csv_path, read_all
 from tmbench.suites.prompts import prompt_ids
@@ -42,7 +43,8 @@ def job(make_model, tmp_path, monkeypatch):
         settings = Settings(n_init=2, n_local=16, last_n=8, dense_backend=dense_backend, **(parameters or {}))
         plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in names]
         values = {"prompt": "random", "repeats": 2, "prefill": EAGER} | changes
-        return TtftJob(loaded, plans, lengths, environment.current(torch.device("cpu")), tmp_path, **values)
+        about = {"environment": environment.current(torch.device("cpu")), "root": tmp_path, "plans": plans}
+        return Bound(TtftSpec, loaded, lengths=lengths, **(about | values))
 
     return make
 
@@ -71,8 +73,10 @@ def test_the_matrix_rate_is_a_rate():
 
 def test_rows_hold_what_was_measured(job):
     work = job()
-    total = work.work()
-    assert sum(step.work for step in run(work)) == pytest.approx(total), "the progress bar must end where it says"
+    steps = work.steps()
+    (total,) = (step.part.total for step in steps if step.part is not None)
+    assert total > 0
+    assert sum(step.work for step in steps) == pytest.approx(total), "the progress bar must end where it says"
     rows = rows_of(work)
     assert set(rows) == {(name, length) for name in NAMES for length in (96, 160)}
     for row in rows.values():
@@ -91,7 +95,7 @@ def test_rows_hold_what_was_measured(job):
 
 def test_coverage_and_flop_are_counted_from_the_definition(job):
     work = job(lengths=(96,))
-    list(run(work))
+    work.run()
     rows = rows_of(work)
     causal = 96 * 97 // 2
     triangle = sum(1 for i in range(96) for j in range(i + 1) if j < 2 or i - j < 16 or i >= 88)
@@ -113,7 +117,7 @@ def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_pat
     budgets.write_text(json.dumps([{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)}] * 4))
     model = make_model("llama")
     plan = METHODS["minference"].plan(ModelShape.of(model), Settings(patterns=budgets))
-    work = replace(job(names=(), lengths=(400,)), plans=[plan])
+    work = job(names=(), lengths=(400,), plans=[plan])
     counted = []
 
     def look(layer, pattern, q, k, scale):
@@ -122,7 +126,7 @@ def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_pat
     with torch.inference_mode(), applied_plan(work.loaded.model, plan) as session:
         session.observer = look
         work.loaded.model(prompt_ids("random", 400, work.loaded, work.seed))
-    list(run(work))
+    work.run()
     (row,) = rows_of(work).values()
     assert row.coverage == pytest.approx(sum(counted) / (4 * 4 * 400 * 401 / 2))
     assert 0.2 < row.coverage < 0.95
@@ -131,7 +135,7 @@ def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_pat
 def test_rows_of_block_sparse_methods(job):
     """With next to no mass to cover, XAttention keeps the first block and the own one, whatever the data: 2 of 3 at most."""
     names = ("dense", "flexprefill", "tri_mix_xattention", "flashprefill")
-    list(run(work := job(names=names, lengths=(300,), parameters={"threshold": 1e-9, "min_budget": 200})))
+    (work := job(names=names, lengths=(300,), parameters={"threshold": 1e-9, "min_budget": 200})).run()
     rows = rows_of(work)
     causal, sparse = 300 * 301 // 2, 300 * 301 // 2 - 44 * 128
     triangle = sum(1 for i in range(300) for j in range(i + 1) if j < 2 or i - j < 16 or i >= 292)
@@ -148,7 +152,7 @@ def test_rows_of_block_sparse_methods(job):
         "tri_mix_xattention": (None, None, None, 16, 1e-9, 0, None),
         "flashprefill": (None, None, None, None, None, None, 0.1),
     }
-    assert work.pending() == {}, "parameters survive being written and read"
+    assert work.pending_plans() == {}, "parameters survive being written and read"
 
 
 def test_how_the_model_ran_and_what_was_not_counted(job, monkeypatch):
@@ -156,12 +160,12 @@ def test_how_the_model_ran_and_what_was_not_counted(job, monkeypatch):
     passes = iter([5.0, 0.5, 0.25])
     real = ttft.first_token
     monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: replace(real(prefill, ids), seconds=next(passes)))
-    list(run(work))
+    work.run()
     (row,) = rows_of(work).values()
     assert row.prefill == EAGER
     assert row.compile_s == pytest.approx(4.75, abs=0.1), "the first warm-up against the fastest repeat"
-    assert job(names=("dense",), lengths=(96,)).pending() == {}
-    assert set(job(names=("dense",), lengths=(96,), prefill=PLAIN).pending()) == {96}, "another prefill, another row"
+    assert job(names=("dense",), lengths=(96,)).pending_plans() == {}
+    assert set(job(names=("dense",), lengths=(96,), prefill=PLAIN).pending_plans()) == {96}, "another prefill, another row"
 
 
 def test_the_rate_is_measured_after_every_turn(job, monkeypatch):
@@ -171,7 +175,7 @@ def test_the_rate_is_measured_after_every_turn(job, monkeypatch):
     monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: order.append("pass") or real(prefill, ids))
     monkeypatch.setattr(roofline, "matrix_rate", lambda *_: order.append("rate") or next(rates))
     work = job(names=("dense", "streaming"), repeats=3)
-    list(run(work))
+    work.run()
     assert order == 2 * (["pass"] * 2 + ["pass", "pass", "rate"] * 3)
     assert {(length, row.matrix_rate_flops) for (_, length), row in rows_of(work).items()} == {(96, 2e9), (160, 7e9)}
 
@@ -188,8 +192,8 @@ def test_memory_is_released_once_the_failed_pass_is_forgotten(job, monkeypatch):
         return seconds
 
     monkeypatch.setattr(ttft, "first_token", first)
-    monkeypatch.setattr(ttft, "release_memory", lambda: alive.extend(cache() is not None for cache in caches))
-    list(run(work))
+    monkeypatch.setattr(failures, "release_memory", lambda: alive.extend(cache() is not None for cache in caches))
+    work.run()
     assert alive == [False]
     assert all(cache() is None for cache in caches)
     assert {method: row.status for (method, _), row in rows_of(work).items()} == {
@@ -200,7 +204,7 @@ def test_memory_is_released_once_the_failed_pass_is_forgotten(job, monkeypatch):
 
 def test_fidelity_is_measured_against_dense(job):
     work = job(lengths=(96,))
-    list(run(work))
+    work.run()
     rows = rows_of(work)
     assert rows["dense", 96].logit_error == 0
     assert rows["minference", 96].logit_error == pytest.approx(0, abs=1e-4)
@@ -213,33 +217,33 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
     work = job(names=("dense", "tri_mix"), lengths=(96,))
     fail_for(monkeypatch, "tri_mix", RuntimeError("a kernel broke"))
-    list(run(work))
+    work.run()
     rows = rows_of(work)
     assert (rows["dense", 96].backends, rows["tri_mix", 96].backends) == ("dense:sdpa", "")
 
 
 def test_a_forced_backend_is_a_measurement_of_its_own(job):
-    list(run(job(names=("dense", "streaming"), lengths=(96,))))
+    job(names=("dense", "streaming"), lengths=(96,)).run()
     forced = job(names=("dense", "streaming"), lengths=(96,), dense_backend="sdpa")
-    assert [plan.method for plan in forced.pending()[96]] == ["dense"]
-    list(run(forced))
+    assert [plan.method for plan in forced.pending_plans()[96]] == ["dense"]
+    forced.run()
     rows = [row for row in read_all(forced.root, TtftRow) if row.method == "dense"]
     assert [(row.dense_backend, row.backends) for row in rows] == [("", "dense:sdpa"), ("sdpa", "dense:sdpa")]
 
 
 def test_without_dense_there_is_no_fidelity(job):
     work = job(names=("streaming",), lengths=(96,))
-    list(run(work))
+    work.run()
     assert rows_of(work)["streaming", 96].logit_error is None
 
 
 def test_rows_that_are_there_are_skipped(job):
-    list(run(job(lengths=(96,))))
-    assert job(lengths=(96,)).pending() == {}
-    assert set(job(lengths=(96, 160)).pending()) == {160}
-    assert set(job(lengths=(96,), repeats=3).pending()) == {96}, "more repeats are a new measurement"
-    assert set(job(lengths=(96,), overwrite=True).pending()) == {96}
-    assert job(lengths=(96,)).work() == 0
+    job(lengths=(96,)).run()
+    assert job(lengths=(96,)).pending_plans() == {}
+    assert set(job(lengths=(96, 160)).pending_plans()) == {160}
+    assert set(job(lengths=(96,), repeats=3).pending_plans()) == {96}, "more repeats are a new measurement"
+    assert set(job(lengths=(96,), overwrite=True).pending_plans()) == {96}
+    assert [step.part.total for step in job(lengths=(96,)).steps() if step.part is not None] == [0]
 
 
 def fail_for(monkeypatch, method, error):
@@ -264,13 +268,13 @@ def fail_for(monkeypatch, method, error):
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, monkeypatch, error, status):
     work = job(lengths=(96,))
     fail_for(monkeypatch, "tri_mix", error)
-    list(run(work))
+    work.run()
     rows = rows_of(work)
     assert rows["tri_mix", 96].status == status
     assert rows["tri_mix", 96].ttft_median_s is None
     assert "\n" not in rows["tri_mix", 96].error
     assert rows["streaming", 96].status == rows["dense", 96].status == "ok"
-    assert ("tri_mix" in [plan.method for plan in job(lengths=(96,)).pending().get(96, [])]) == (status == "failed")
+    assert ("tri_mix" in [plan.method for plan in job(lengths=(96,)).pending_plans().get(96, [])]) == (status == "failed")
 
 
 def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
@@ -284,7 +288,7 @@ def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
 
     monkeypatch.setattr(ttft, "first_token", first)
     with pytest.raises(KeyboardInterrupt):
-        list(run(work))
+        work.run()
     assert {length for _, length in rows_of(work)} == {96}
     assert work.loaded.model.config._attn_implementation == "sdpa"
 
@@ -304,7 +308,7 @@ def test_a_foreign_file_is_refused_before_anything_is_measured(job, passes):
     path.parent.mkdir(parents=True)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(CorruptResultsError, match="streaming.csv .*its columns differ"):
-        list(run(work))
+        work.run()
     assert path.read_text() == "a,b\n1,2\n"
     assert not passes
 
@@ -317,32 +321,32 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 
     monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(UserError, match="--output-dir: .*dense.csv cannot be written .Permission denied"):
-        list(run(work))
+        work.run()
     assert not passes
 
 
 def test_what_one_file_refuses_costs_the_other_methods_nothing(job, monkeypatch):
     work = job(names=("dense", "tri_mix", "streaming"), lengths=(96,))
-    real = ttft.append
+    real = keeping.append
 
     def append(root, row):
         if row.method == "dense":
             raise UserError("the disk went away")
         return real(root, row)
 
-    monkeypatch.setattr(ttft, "append", append)
+    monkeypatch.setattr(keeping, "append", append)
     with pytest.raises(UserError, match="the disk went away"):
-        list(run(work))
+        work.run()
     assert {method for method, _ in rows_of(work)} == {"tri_mix", "streaming"}
 
 
 def test_a_prompt_that_reads_otherwise_is_measured_anew(job, monkeypatch):
     work = job(names=("dense",), lengths=(96,))
-    list(run(work))
+    work.run()
     assert rows_of(work)["dense", 96].prompt_hash == of_ids(prompt_ids("random", 96, work.loaded, 42)[0].tolist())
-    assert not job(names=("dense",), lengths=(96,)).pending()
+    assert not job(names=("dense",), lengths=(96,)).pending_plans()
     monkeypatch.setattr(ttft, "prompt_ids", lambda kind, length, loaded, seed: torch.full((1, length), 7))
     again = job(names=("dense",), lengths=(96,))
-    assert again.pending()
-    list(run(again))
+    assert again.pending_plans()
+    again.run()
     assert len(read_all(work.root, TtftRow)) == 2

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say_failures, say_nothing_measured, table
+from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.screen import console, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.measure.agree import AgreeJob
+    from collections.abc import Sequence
+
     from tmbench.results.rows import AgreeRow
 
 TINY_LENGTHS = (4096,)
@@ -60,54 +62,31 @@ def agree(
     if len(settings) == 1:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
 
-    from tmbench.measure.agree import AgreeJob
+    from tmbench.measure.agree import AgreeSpec
+    from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
     from tmbench.results import environment
-    from tmbench.suites.prompts import check_kind, check_prompt
+    from tmbench.suites.prompts import check_kind
 
     check_kind(prompt)
     loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
-    check_prompt(prompt, loaded, lengths)
-    plans = sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense")
-    here = environment.current(loaded.device)
-    job = AgreeJob(loaded, plans, lengths, here, output_dir, prompt, samples, new_tokens, seed, overwrite)
-    job.check_lengths()
-    environment.write_record(output_dir, here)
-    rows = _measure(job)
-    if as_json:
-        print_rows(rows)
-    else:
-        _show(rows)
-    if any(row.status != "ok" for row in rows):
-        raise typer.Exit(1)
+    spec = AgreeSpec(
+        model=ModelSource.of(loaded),
+        environment=environment.current(loaded.device),
+        root=output_dir,
+        plans=sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense"),
+        lengths=lengths,
+        prompt=prompt,
+        samples=samples,
+        new_tokens=new_tokens,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    print_measured(measure(spec, loaded), _show, as_json=as_json)
 
 
-def _measure(job: AgreeJob) -> list[AgreeRow]:
-    """Measure what is missing; the newest rows of all that was asked for."""
-    from tmbench.measure.agree import run
-    from tmbench.results.rows import AgreeRow
-    from tmbench.results.tables import newest
-
-    measured = 0
-    with progress_bar() as bar:
-        shown = bar.add_task("agreement", total=len(job.lengths) * len(job.plans) * job.samples)
-        for step in run(job):
-            bar.update(shown, description=step.text or None, advance=step.samples)
-            measured += step.measured
-        bar.update(shown, description="agreement measured")
-    rows = [
-        newest(job.root, AgreeRow, job.environment.device, plan.method).get(job.row(plan, length).key)
-        for length in job.lengths
-        for plan in job.plans
-    ]
-    found = [row for row in rows if isinstance(row, AgreeRow)]
-    if not measured:
-        say_nothing_measured(len(found))
-    return found
-
-
-def _show(rows: list[AgreeRow]) -> None:
+def _show(rows: Sequence[AgreeRow]) -> None:
     figures = ("same token", "first difference, median", "never differs")
     for length in sorted({row.length for row in rows}):
         shown = table(

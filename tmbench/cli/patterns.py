@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, progress_bar, say, table
+from tmbench.cli.measuring import measure
+from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ def search(
 
     A search that is killed and started again goes on with the layer it was at.
     """
-    from tmbench.measure.search import SearchJob, check_output, run
+    from tmbench.measure.search import SearchSpec, check_output
+    from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
     from tmbench.models.attention_modules import attention_modules
-    from tmbench.suites.prompts import check_kind, check_prompt
+    from tmbench.suites.prompts import check_kind
 
     if prompt is not None:
         check_kind(prompt)
@@ -90,18 +92,22 @@ def search(
     wanted = TINY_LENGTH if model == "tiny" else LENGTH
     tokens = length or min(wanted, loaded.longest or wanted)
     loaded.check_length(tokens)
-    check_prompt(prompt, loaded, [tokens])
-    job = SearchJob(loaded, output, tokens, prompt, seed, remap, overwrite)
-    job.check()
-    before = not overwrite and job.finished()
-    with progress_bar() as bar:
-        shown = bar.add_task("search", total=job.shape.layers)
-        found = run(job, lambda text, layers: bar.update(shown, description=text, advance=layers))
-        bar.update(shown, description="search finished", completed=job.shape.layers)
+    spec = SearchSpec(
+        model=ModelSource.of(loaded),
+        output=output,
+        length=tokens,
+        prompt=prompt,
+        seed=seed,
+        remap=remap,
+        overwrite=overwrite,
+    )
+    found = measure(spec, loaded, _nothing)
     _show([dict(enumerate(layer)) for layer in found], str(output))
-    if before:
-        say("nothing was measured: all layers are there already; --overwrite searches again")
     say(f"wrote {output}: tmbench ttft --method minference --patterns {output} uses it")
+
+
+def _nothing(layers: int) -> None:
+    say("nothing was measured: all layers are there already; --overwrite searches again")
 
 
 @app.command()

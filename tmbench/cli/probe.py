@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
+from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods.table import DEFAULT_METHODS, Settings
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.measure.loss import LossJob
-    from tmbench.measure.probe import ProbeJob
+    from collections.abc import Sequence
+
+    from tmbench.measure.probe import ProbeSpec
     from tmbench.results.rows import LossRow, ProbeRow
 
 TINY_LENGTHS = (4096,)
@@ -120,8 +122,9 @@ def probe(
     settings = o.settings_for(methods, **o.deep_layers(layers), **window, patterns=patterns) if loss else {}
     sections = Settings(**window)
 
-    from tmbench.measure.loss import LossJob
-    from tmbench.measure.probe import ProbeJob
+    from tmbench.measure.loss import LossSpec
+    from tmbench.measure.probe import ProbeSpec
+    from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
     from tmbench.results import environment
     from tmbench.suites.prompts import check_kind
@@ -132,65 +135,48 @@ def probe(
 
     loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
-    here = environment.current(loaded.device)
     common: dict[str, Any] = {
-        "loaded": loaded,
+        "model": ModelSource.of(loaded),
         "lengths": lengths,
         "tasks": tasks,
         "samples": samples,
-        "environment": here,
+        "environment": environment.current(loaded.device),
         "root": output_dir,
         "seed": seed,
         "overwrite": overwrite,
     }
-    rows: Sequence[ProbeRow | LossRow]
     if loss:
-        losses = LossJob(**common, plans=o.plans_for(settings, loaded, lengths, output_dir))
-        losses.check()
-        environment.write_record(output_dir, here)
-        rows = _losses(losses, quiet=as_json)
-    else:
-        choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
-        job = ProbeJob(**common, budget=budget, settings=sections, **choice)
-        job.check()
-        environment.write_record(output_dir, here)
-        rows = _gradients(job, plot, quiet=as_json)
-    if as_json:
-        print_rows(rows)
-    if any(row.status != "ok" for row in rows):
-        raise typer.Exit(1)
+        losses = LossSpec(**common, plans=o.plans_for(settings, loaded, lengths, output_dir))
+        print_measured(measure(losses, loaded), _show_losses, as_json=as_json)
+        return
+    choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
+    spec = ProbeSpec(**common, budget=budget, settings=sections, **choice)
+    rows = measure(spec, loaded)
+    if plot is not None:
+        _draw(spec, plot, rows)
+    print_measured(rows, partial(_show_lengths, spec), as_json=as_json)
 
 
-def _gradients(job: ProbeJob, plot: Path | None, *, quiet: bool) -> list[ProbeRow]:
-    from tmbench.measure.probe import run
+def _draw(spec: ProbeSpec, plot: Path, rows: Sequence[ProbeRow]) -> None:
+    """A picture for each length that was probed."""
+    from tmbench.report.probe_plot import draw
     from tmbench.results.files import writable
 
-    rows: list[ProbeRow] = []
-    measured = 0
-    with progress_bar() as bar:
-        shown = bar.add_task("Probe", total=len(job.lengths) * len(job.tasks) * job.samples)
-        for step in run(job):
-            bar.update(shown, description=step.text or None, advance=step.samples)
-            rows += step.rows
-            measured += step.measured or any(row.status != "ok" for row in step.rows)
-        bar.update(shown, description="Probed")
-    if not measured:
-        say_nothing_measured(len(rows))
-    for length in job.lengths:
+    for length in spec.lengths:
         here = [row for row in rows if row.length == length]
-        if not quiet:
-            _show(here, job)
-        if plot is not None and here[0].status == "ok":
-            from tmbench.report.probe_plot import draw
-
-            path = plot if len(job.lengths) == 1 else plot.with_stem(f"{plot.stem}-{length}")
+        if here[0].status == "ok":
+            path = plot if len(spec.lengths) == 1 else plot.with_stem(f"{plot.stem}-{length}")
             with writable(path, "--plot"):
-                draw(here, job.derivative, path)
+                draw(here, spec.derivative, path)
             say(f"drew {path}")
-    return rows
 
 
-def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
+def _show_lengths(spec: ProbeSpec, rows: Sequence[ProbeRow]) -> None:
+    for length in spec.lengths:
+        _show([row for row in rows if row.length == length], spec)
+
+
+def _show(rows: list[ProbeRow], spec: ProbeSpec) -> None:
     """The layers of one length, and what each rule proposes under the budget."""
 
     first = rows[0]
@@ -202,20 +188,20 @@ def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
     shown = table(
         title, "layer", *(figures := ("streaming", "middle", "last", "share of middle")), "triangle", right=figures
     )
-    middle = [float(getattr(row, f"middle_{job.derivative}")) for row in layers]
+    middle = [float(getattr(row, f"middle_{spec.derivative}")) for row in layers]
     for row, own in zip(layers, middle, strict=True):
-        values = (getattr(row, f"{section}_{job.derivative}") for section in ("streaming", "middle", "last"))
+        values = (getattr(row, f"{section}_{spec.derivative}") for section in ("streaming", "middle", "last"))
         texts = ["" if value is None else f"{value:.3g}" for value in values]
         shown.add_row(str(row.layer), *texts, f"{own / sum(middle):.1%}", "yes" if row.triangle else "")
     console().print(shown)
-    title = f"Triangle layers under a{'n' * (job.budget.time is None)} {job.budget}"
+    title = f"Triangle layers under a{'n' * (spec.budget.time is None)} {spec.budget}"
     costs = ("middle lost", "pairs computed")
     shown = table(title, "rule", "--layers", *costs, "stored", right=costs)
     rules: tuple[Rule, ...] = ("rank", "depth")
     for rule in rules:
         assert first.kept_share is not None
-        found = propose(middle, first.kept_share, job.budget, rule)
-        stored = "yes, for --layers auto" if rule == job.rule else ""
+        found = propose(middle, first.kept_share, spec.budget, rule)
+        stored = "yes, for --layers auto" if rule == spec.rule else ""
         shown.add_row(rule, layers_text(found.layers), f"{found.lost:.1%}", f"{found.pairs:.1%}", stored)
     console().print(shown)
     assert first.answered is not None
@@ -224,26 +210,6 @@ def _show(rows: list[ProbeRow], job: ProbeJob) -> None:
         f"the model's likeliest next token is the true one in {first.answered:.0%} of the prompts (mean probability "
         f"{first.probability_mean:.2g}): what it does not know, a probe cannot tell how it finds"
     )
-
-
-def _losses(job: LossJob, *, quiet: bool) -> list[LossRow]:
-    from tmbench.measure.loss import run
-
-    rows = []
-    measured = 0
-    with progress_bar() as bar:
-        shown = bar.add_task("Loss", total=len(job.lengths) * len(job.tasks) * len(job.plans) * job.samples)
-        for step in run(job):
-            bar.update(shown, description=step.text or None, advance=step.samples)
-            measured += step.measured
-            if step.row is not None:
-                rows.append(step.row)
-        bar.update(shown, description="Losses measured")
-    if not measured:
-        say_nothing_measured(len(rows))
-    if not quiet:
-        _show_losses(rows)
-    return rows
 
 
 def _show_losses(rows: Sequence[LossRow]) -> None:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
+from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.screen import console, progress_bar, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from rich.progress import Progress, TaskID
     from transformers import PreTrainedTokenizerBase
 
-    from ruler_tasks import Example, SamplesAs, Sources, Wording
-    from tmbench.measure.ruler import RulerJob
+    from ruler_tasks import Example, SamplesAs
     from tmbench.results.rows import RulerRow
-    from tmbench.suites.chat import Chat
+    from tmbench.suites.ruler import Ruler
 
 TINY_LENGTHS = (4096,)
 LENGTHS = (131072,)
@@ -131,48 +131,31 @@ def ruler(
         making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
-    from tmbench.measure.ruler import RulerJob
+    from tmbench.measure.accuracy import AccuracySpec
+    from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
     from tmbench.results import environment
 
-    chat_kwargs = chat_kwargs_of(chat_template_kwargs, apply_chat_template)
     loading.check_has_tokenizer(model, "RULER")
-    texts = wording_for(wording)
-    sources = sources_for(tasks if data is None else [], data_dir, offline, samples_as)
+    chat = chat_text(chat_template_kwargs, apply_chat_template)
+    suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
     loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
-    tokenizer = loaded.need_tokenizer("RULER")
-    chat = chat_for(tokenizer, chat_kwargs)
-    here = environment.current(loaded.device)
-    job = RulerJob(
-        loaded=loaded,
-        tokenizer=tokenizer,
+    say_notes(suite, loaded.need_tokenizer("RULER"))
+    spec = AccuracySpec(
+        model=ModelSource.of(loaded),
+        environment=environment.current(loaded.device),
+        root=output_dir,
+        suite=suite,
         plans=o.plans_for(settings, loaded, lengths, output_dir),
         lengths=lengths,
         tasks=tasks,
         samples=samples,
-        environment=here,
-        root=output_dir,
-        wording=texts,
-        sources=sources,
-        frame=chat.frame,
-        chat_template=chat_kwargs is not None,
-        chat_template_kwargs=chat.kwargs,
         seed=seed,
-        data=data,
         overwrite=overwrite,
         save_samples=save_samples,
-        samples_as=samples_as,
     )
-    job.check_lengths()
-    environment.write_record(output_dir, here)
-    rows = _evaluate(job)
-    if as_json:
-        print_rows(rows)
-    else:
-        _show(rows)
-    if any(row.status != "ok" for row in rows):
-        raise typer.Exit(1)
+    print_measured(measure(spec, loaded), _show, as_json=as_json)
 
 
 def ruler_data(
@@ -192,35 +175,23 @@ def ruler_data(
     """Write RULER samples in the published format, <output>/<length>/data/<task>/validation.jsonl, and evaluate nothing."""
     tasks = tasks_for(task)
 
-    import ruler_tasks
-    from tmbench.measure.ruler import check_lengths
+    from ruler_tasks import write_dataset
     from tmbench.models import loading
 
-    chat_kwargs = chat_kwargs_of(chat_template_kwargs, apply_chat_template)
-    texts = wording_for(wording)
-    sources = sources_for(tasks, data_dir, offline, samples_as)
+    chat = chat_text(chat_template_kwargs, apply_chat_template)
+    suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat)
     tokenizer = loading.load_tokenizer(model)
-    frame = chat_for(tokenizer, chat_kwargs).frame
+    say_notes(suite, tokenizer)
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
-    check_lengths(tasks, lengths, tokenizer, texts, sources, frame, samples_as=samples_as, samples=samples, seed=seed)
+    suite.check(tasks, lengths, samples, seed, tokenizer)
     with progress_bar() as bar:
         shown = bar.add_task("RULER data", total=sum(lengths) * len(tasks) * samples)
         for tokens in lengths:
             for name in tasks:
                 bar.update(shown, description=f"{name} at {tokens}")
-                examples = ruler_tasks.examples(
-                    name,
-                    tokens,
-                    range(samples),
-                    tokenizer=tokenizer,
-                    seed=seed,
-                    wording=texts,
-                    sources=sources,
-                    frame=frame,
-                    samples_as=samples_as,
-                )
+                examples = suite.examples(name, tokens, samples, seed, tokenizer)
                 with o.naming("--output", DatasetError):
-                    ruler_tasks.write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
+                    write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
         bar.update(shown, description="RULER data written")
     console().print(f"{counted(len(lengths) * len(tasks), 'file')} under {output}", highlight=False)
 
@@ -235,53 +206,65 @@ def tasks_for(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names or TASKS))
 
 
-def wording_for(text: str | None) -> Wording:
-    """The wording of ``--wording``; raises UserError for one that cannot be found or used."""
-    from ruler_tasks import load_wording
-
-    with o.naming("--wording", WordingError):
-        return load_wording(text)
-
-
-def chat_kwargs_of(text: str | None, apply: bool) -> dict[str, Any] | None:
+def chat_text(kwargs: str | None, apply: bool) -> str | None:
     """The variables of ``--chat-template-kwargs``, which implies the template; None where no template is to be applied.
 
     Raises UserError for text that is no JSON object.
     """
     from tmbench.suites.chat import parse_kwargs
 
-    return parse_kwargs(text) if text is not None else {} if apply else None
+    if kwargs is not None:
+        parse_kwargs(kwargs)
+    return kwargs if kwargs is not None else "{}" if apply else None
 
 
-def chat_for(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None) -> Chat:
-    """What the model's chat template makes of a prompt with these variables, and say what must be known; None for none."""
-    from tmbench.suites.chat import Chat, take_apart
+def suite_for(
+    tasks: list[str],
+    wording: str | None,
+    data_dir: Path | None,
+    offline: bool,
+    samples_as: SamplesAs,
+    chat: str | None,
+    data: Path | None = None,
+) -> Ruler:
+    """RULER as the options say, its texts loaded before anything is measured; says what stands in for what is not there.
 
-    chat = Chat() if kwargs is None else take_apart(tokenizer, kwargs)
-    for note in chat.notes:
-        say(note)
-    return chat
-
-
-def sources_for(tasks: list[str], data_dir: Path | None, offline: bool, samples_as: SamplesAs = "tmbench") -> Sources:
-    """Load what the tasks read before anything is measured, and say what stands in for what could not be had."""
+    Raises UserError for a wording or a source that cannot be found or used.
+    """
     import logging
 
-    from ruler_tasks import TASKS, Sources
+    from ruler_tasks import TASKS
     from ruler_tasks.published import sentences_by
+    from tmbench.suites.ruler import Ruler
 
     # The notes are printed here; without a handler of its own the package would print them once more.
     logging.getLogger("ruler_tasks").addHandler(logging.NullHandler())
+    made = Ruler(
+        wording=wording,
+        data_dir=data_dir,
+        offline=offline,
+        samples_as=samples_as,
+        chat_template_kwargs=chat,
+        data=data,
+    )
+    needs = dict.fromkeys(need for task in tasks for need in TASKS[task].needs) if data is None else {}
+    with o.naming("--wording", WordingError):
+        _ = made.texts
     with o.naming("--data-dir", SourceError):
-        sources = Sources(data_dir, offline=offline)
-        for kind in dict.fromkeys(need for task in tasks for need in TASKS[task].needs):
-            getattr(sources, kind)()
-    for note in sources.notes:
+        for kind in needs:
+            getattr(made.sources, kind)()
+        notes = made.sources.notes
+    for note in notes:
         say(note)
-    essays = any("essays" in TASKS[task].needs for task in tasks)
-    if samples_as == "reference" and essays and (missing := sentences_by()[1]):
+    if samples_as == "reference" and "essays" in needs and (missing := sentences_by()[1]):
         say(missing)
-    return sources
+    return made
+
+
+def say_notes(suite: Ruler, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell what must be known of the model's chat template; raises UserError for one that cannot be used."""
+    for note in suite.chat(tokenizer).notes:
+        say(note)
 
 
 def _advance(bar: Progress, shown: TaskID, work: int, examples: Iterable[Example]) -> Iterator[Example]:
@@ -290,25 +273,7 @@ def _advance(bar: Progress, shown: TaskID, work: int, examples: Iterable[Example
         bar.update(shown, advance=work)
 
 
-def _evaluate(job: RulerJob) -> list[RulerRow]:
-    from tmbench.measure.ruler import run
-
-    rows = []
-    measured = 0
-    with progress_bar() as bar:
-        shown = bar.add_task("RULER", total=len(job.lengths) * len(job.tasks) * len(job.plans) * job.samples)
-        for step in run(job):
-            bar.update(shown, description=step.text or None, advance=step.samples)
-            measured += step.measured
-            if step.row is not None:
-                rows.append(step.row)
-        bar.update(shown, description="RULER evaluated")
-    if not measured:
-        say_nothing_measured(len(rows))
-    return rows
-
-
-def _show(rows: list[RulerRow]) -> None:
+def _show(rows: Sequence[RulerRow]) -> None:
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):
         shown = table(f"RULER at {counted(length, 'token')}", "task", *methods, right=tuple(methods))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
-from tmbench.cli.screen import console, progress_bar, say, say_failures, say_nothing_measured, table
+from tmbench.cli.measuring import measure
+from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.measure.sweep import SweepJob
-    from tmbench.results.rows import Row
+    from tmbench.measure.sweep import SweepSpec
+    from tmbench.models.loading import LoadedModel
 
 TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
@@ -82,9 +83,10 @@ def sweep(
     shows accuracy kept against time saved, and what each single change does.
     """
     from tmbench.engine.prefill import kind_wanted
-    from tmbench.measure.ruler import RulerJob
-    from tmbench.measure.sweep import SweepJob, swept_method, variants
-    from tmbench.measure.ttft import TtftJob
+    from tmbench.measure.accuracy import AccuracySpec
+    from tmbench.measure.spec import ModelSource
+    from tmbench.measure.sweep import SweepSpec, swept_method, swept_plans, variants
+    from tmbench.measure.ttft import TtftSpec
     from tmbench.models import loading
     from tmbench.results import environment
 
@@ -92,119 +94,77 @@ def sweep(
     where = [o.deep_layers([text]) | {"results": output_dir} for text in layers or ()]
     settings = variants(where, n_init or (), n_local or (), last_n or (), own)
     tasks = r.tasks_for(task)
-    chat_kwargs = r.chat_kwargs_of(chat_template_kwargs, apply_chat_template)
     loading.check_has_tokenizer(model, "RULER")
-    texts = r.wording_for(wording)
-    sources = r.sources_for(tasks, data_dir, offline, samples_as)
+    chat = r.chat_text(chat_template_kwargs, apply_chat_template)
+    suite = r.suite_for(tasks, wording, data_dir, offline, samples_as, chat)
     loaded = loading.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
-    tokenizer = loaded.need_tokenizer("RULER")
-    chat = r.chat_for(tokenizer, chat_kwargs)
-    here = environment.current(loaded.device)
+    r.say_notes(suite, loaded.need_tokenizer("RULER"))
+    common: dict[str, Any] = {
+        "model": ModelSource.of(loaded),
+        "environment": environment.current(loaded.device),
+        "root": output_dir,
+        "seed": seed,
+    }
+    half = common | {"plans": (), "lengths": ()}
     prefill = kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
-    job = SweepJob(
-        method=chosen,
-        settings=settings,
-        ttft=TtftJob(loaded, (), lengths, here, output_dir, repeats=repeats, seed=seed, prefill=prefill),
-        ruler=RulerJob(
-            loaded=loaded,
-            tokenizer=tokenizer,
-            plans=(),
-            lengths=lengths,
-            tasks=tasks,
-            samples=samples,
-            environment=here,
-            root=output_dir,
-            wording=texts,
-            sources=sources,
-            frame=chat.frame,
-            chat_template=chat_kwargs is not None,
-            chat_template_kwargs=chat.kwargs,
-            seed=seed,
-            samples_as=samples_as,
-        ),
-        lengths=lengths,
-        controls=same_cost,
+    spec = SweepSpec(
+        **common,
+        plans={tokens: swept_plans(chosen, settings, loaded.shape, tokens, controls=same_cost) for tokens in lengths},
+        ttft=TtftSpec(**half, repeats=repeats, prefill=prefill),
+        accuracy=AccuracySpec(**half, suite=suite, tasks=tasks, samples=samples),
     )
-    job.ruler.check_lengths()
-    for tokens in lengths:
-        if len(job.plans(tokens)) < 3:
-            raise UserError(
-                "a sweep needs at least two variants: give --layers, --n-init, --n-local or --last-n several times"
-            )
-    deep = job.plans(lengths[0])[1]
-    if deep.starting_layer_source == "half the depth":
+    spec.check(loaded)
+    if any(len(plans) < 3 for plans in spec.plans.values()):
+        raise UserError("a sweep needs at least two variants: give --layers, --n-init, --n-local or --last-n several times")
+    if spec.plans[lengths[0]][1].starting_layer_source == "half the depth":
         say(f"no starting layer is published for {loaded.name}, so triangle attention starts at half its depth")
     if dry_run:
-        _show_plan(job)
+        _show_plan(spec, loaded)
         return
-    environment.write_record(output_dir, here)
-    failed = _measure(job)
-    _show(job)
+    rows = measure(spec, loaded, _nothing)
+    failed = [row for row in rows if row.status != "ok"]
+    _show(spec, loaded)
     say_failures(failed)
     if failed:
         raise typer.Exit(1)
 
 
-def _measure(job: SweepJob) -> list[Row]:
-    """Measure what is missing, length by length, times first; the rows that were made and have no figures."""
-    from tmbench.measure import ruler, ttft
-    from tmbench.results.row_sets import finish
-    from tmbench.results.rows import TtftRow
-
-    finish(job.ttft.root, TtftRow, job.ttft.environment.device)
-    rows: list[Row] = []
-    measured = asked = 0
-    with progress_bar() as bar:
-        for length in job.lengths:
-            timing, asking = job.timing(length), job.asking(length)
-            shown = bar.add_task(f"times at {length}", total=timing.work() if timing else 0)
-            for step in ttft.run(timing) if timing else ():
-                bar.update(shown, description=step.text or None, advance=step.work)
-                rows += [step.row] if step.row is not None else []
-                measured += 1
-            bar.update(shown, description=f"timed at {length}")
-            shown = bar.add_task(f"RULER at {length}", total=len(asking.tasks) * len(asking.plans) * asking.samples)
-            for answer in ruler.run(asking):
-                bar.update(shown, description=answer.text or None, advance=answer.samples)
-                rows += [answer.row] if answer.row is not None else []
-                measured += answer.measured
-            bar.update(shown, description=f"asked at {length}")
-            asked += len(asking.plans) * (1 + len(asking.tasks))
-    if not measured:
-        say_nothing_measured(asked, "tmbench ttft and tmbench ruler measure again with --overwrite")
-    return [row for row in rows if row.status != "ok"]
+def _nothing(rows: int) -> None:
+    say_nothing_measured(rows, "tmbench ttft and tmbench ruler measure again with --overwrite")
 
 
-def _show_plan(job: SweepJob) -> None:
-    for length in job.lengths:
-        timing = job.timing(length)
-        pending = [] if timing is None else timing.plans
-        dense = job.plans(length)[0]
+def _show_plan(spec: SweepSpec, loaded: LoadedModel) -> None:
+    for length, plans in spec.plans.items():
+        pending = spec.timing(length).pending(loaded).get(length, [])
+        flop = [spec.ttft.expected_flop(loaded, plan, length) for plan in plans]
         shown = table(f"A sweep at {length} tokens", "method", "parameters", "operations", "time", right=("operations",))
-        for plan in job.plans(length):
-            part = job.ttft.expected_flop(plan, length) / job.ttft.expected_flop(dense, length)
+        for plan, own in zip(plans, flop, strict=True):
             parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
-            shown.add_row(plan.method, parameters, f"{part:.1%}", "to measure" if plan in pending else "measured before")
+            state = "to measure" if plan in pending else "measured before"
+            shown.add_row(plan.method, parameters, f"{own / flop[0]:.1%}", state)
         console().print(shown)
-        asked = f"{counted(len(job.ruler.tasks), 'task')} of {counted(job.ruler.samples, 'sample')} each"
+        asked = f"{counted(len(spec.accuracy.tasks), 'task')} of {counted(spec.accuracy.samples, 'sample')} each"
         console().print(f"and {asked}; samples that were answered before are not asked again", highlight=False)
 
 
-def _show(job: SweepJob) -> None:
+def _show(spec: SweepSpec, loaded: LoadedModel) -> None:
     """What of the report is about this sweep."""
     from tmbench.report.groups import interval_text
     from tmbench.report.rendering import build
     from tmbench.report.tradeoff import saved_text
+    from tmbench.suites.ruler import Ruler
 
-    loaded, here = job.ttft.loaded, job.ttft.environment
-    about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": job.ttft.seed}
-    about |= {"prefill": job.ttft.prefill, "wording": job.ruler.wording.name}
-    about |= {"chat_template": job.ruler.chat_template, "chat_template_kwargs": job.ruler.chat_template_kwargs}
+    here, suite = spec.environment, spec.accuracy.suite
+    assert isinstance(suite, Ruler)
+    chat = suite.chat(loaded.need_tokenizer("RULER"))
+    about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": spec.seed}
+    about |= {"prefill": spec.ttft.prefill, "wording": suite.texts.name}
+    about |= {"chat_template": suite.chat_template_kwargs is not None, "chat_template_kwargs": chat.kwargs}
     found = [
         group
-        for group in build(job.ttft.root).trade_offs
-        if group.setting["length"] in job.lengths and all(group.setting[name] == value for name, value in about.items())
+        for group in build(spec.root).trade_offs
+        if group.setting["length"] in spec.plans and all(group.setting[name] == value for name, value in about.items())
     ]
     for group in found:
         shown = table(f"Against dense at {group.setting['length']} tokens", "method", "time saved", "points", "in words")

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures, say_nothing_measured, table
+from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from tmbench.measure.ttft import TtftJob
+    from collections.abc import Sequence
+
+    from tmbench.measure.ttft import TtftSpec
+    from tmbench.models.loading import LoadedModel
     from tmbench.results.rows import TtftRow
 
 TINY_LENGTHS = (2048, 4096, 8192, 16384)
@@ -70,75 +74,50 @@ def ttft(
     )
 
     from tmbench.engine.prefill import kind_wanted
-    from tmbench.measure.ttft import TtftJob
+    from tmbench.measure.spec import ModelSource
+    from tmbench.measure.ttft import TtftSpec
     from tmbench.models import loading
     from tmbench.results import environment
-    from tmbench.suites.prompts import check_kind, check_prompt
+    from tmbench.suites.prompts import check_kind
 
     if prompt is not None:
         check_kind(prompt)
     loaded = loading.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
-    prompt = prompt or ("kv" if loaded.tokenizer is not None else "random")
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
-    check_prompt(prompt, loaded, lengths)
-    here = environment.current(loaded.device)
-    plans = o.plans_for(settings, loaded, lengths, output_dir)
-    prefill = kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
-    job = TtftJob(loaded, plans, lengths, here, output_dir, prompt, repeats, warmup, seed, overwrite, prefill)
+    spec = TtftSpec(
+        model=ModelSource.of(loaded),
+        environment=environment.current(loaded.device),
+        root=output_dir,
+        plans=o.plans_for(settings, loaded, lengths, output_dir),
+        lengths=lengths,
+        prompt=prompt or ("kv" if loaded.tokenizer is not None else "random"),
+        repeats=repeats,
+        warmup=warmup,
+        seed=seed,
+        overwrite=overwrite,
+        prefill=kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run),
+    )
     if dry_run:
-        _show_plan(job)
+        spec.check(loaded)
+        _show_plan(spec, loaded)
         return
-    environment.write_record(output_dir, here)
-    pending = job.pending()
-    _measure(job)
-    rows = _rows(job)
-    if not pending:
-        say_nothing_measured(len(rows))
-    if as_json:
-        print_rows(rows)
-    else:
-        _show(rows)
-    if any(row.status != "ok" for row in rows):
-        raise typer.Exit(1)
+    order = [plan.method for plan in spec.plans]
+    rows = sorted(measure(spec, loaded), key=lambda row: (row.length, order.index(row.method)))
+    print_measured(rows, _show, as_json=as_json)
 
 
-def _measure(job: TtftJob) -> None:
-    from tmbench.measure.ttft import run
-
-    with progress_bar() as bar:
-        task = bar.add_task("TTFT", total=job.work())
-        for step in run(job):
-            bar.update(task, description=step.text or None, advance=step.work)
-        bar.update(task, description="TTFT measured")
-
-
-def _rows(job: TtftJob) -> list[TtftRow]:
-    """The newest rows of what was asked for, by length, in the order of the methods."""
-    from tmbench.results.rows import TtftRow
-    from tmbench.results.tables import newest
-
-    rows = []
-    for plan in job.plans:
-        have = newest(job.root, TtftRow, job.environment.device, plan.method)
-        for length in job.lengths:
-            row = have.get(job.key(plan, length))
-            if isinstance(row, TtftRow):
-                rows.append(row)
-    return sorted(rows, key=lambda row: row.length)
-
-
-def _show_plan(job: TtftJob) -> None:
-    pending = job.pending()
-    shown = table(f"{job.loaded.name} on {job.environment.device}", "tokens", "method", "parameters", "state")
-    for length in job.lengths:
-        for plan in job.plans:
+def _show_plan(spec: TtftSpec, loaded: LoadedModel) -> None:
+    pending = spec.pending(loaded)
+    shown = table(f"{loaded.name} on {spec.environment.device}", "tokens", "method", "parameters", "state")
+    for length in spec.lengths:
+        for plan in spec.plans:
             parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
             state = "to measure" if plan in pending.get(length, []) else "measured before"
             shown.add_row(str(length), plan.method, parameters, state)
     console().print(shown)
 
 
-def _show(rows: list[TtftRow]) -> None:
+def _show(rows: Sequence[TtftRow]) -> None:
     from tmbench.report.groups import NOT_IN_TURNS
     from tmbench.report.time_intervals import in_turns
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,103 +24,126 @@ from transformers import PreTrainedModel
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.decode import Decoding, end_tokens
 from tmbench.errors import UserError
+from tmbench.measure.executor import Worker
+from tmbench.measure.keeping import RowTarget
+from tmbench.measure.spec import Item, ItemSpec, Part, Place, RowSpec, Step
 from tmbench.methods.table import Plan, backends_name
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results.choices import Choices, choices_of, read_choices
-from tmbench.results.environment import Environment
-from tmbench.results.failures import describe, release_memory, status_of
-from tmbench.results.rows import FAILED, OK, AgreeRow, Status, now
-from tmbench.results.sample_files import Kept, is_of, measured_before
-from tmbench.results.tables import append, newest
-from tmbench.suites.prompts import prompt_ids
+from tmbench.results.choices import Choices, choices_of, kept_choices
+from tmbench.results.rows import AgreeRow, now
+from tmbench.suites.prompts import check_prompt, prompt_ids
 
 
-@dataclass(frozen=True)
-class AgreeJob:
+@dataclass(frozen=True, kw_only=True)
+class AgreeItem(Item):
+    """One prompt, and dense's text behind it, read by one method."""
+
+    plan: int
+    """Which of the spec's."""
+    length: int
+    prompt_hash: str
+    text: tuple[int, ...] | None
+    """Dense's text; None has the method write its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreeSpec(RowSpec[AgreeRow], ItemSpec[AgreeRow]):
     """What one ``tmbench agree`` measures."""
 
-    loaded: LoadedModel
     plans: Sequence[Plan]
     """Dense is the first: the others are held against its text."""
     lengths: Sequence[int]
-    environment: Environment
-    root: Path
     prompt: str = "kv"
     samples: int = 10
     new_tokens: int = 256
-    seed: int = 42
-    overwrite: bool = False
-    hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
-    """Of the prompts, by kind, length and seed, as they are made."""
 
     def __post_init__(self) -> None:
         if self.plans[0].method != "dense":
             raise ValueError("the first plan must be dense, whose text the other methods follow")
 
-    def check_lengths(self) -> None:
-        """Raise UserError for a prompt that leaves no room for the new tokens."""
-        limit = self.loaded.longest
+    def check(self, loaded: LoadedModel) -> None:
+        """Raise UserError for a prompt that cannot be made, or that leaves no room for the new tokens."""
+        check_prompt(self.prompt, loaded, self.lengths)
+        limit = loaded.longest
         for length in self.lengths:
             if limit is not None and length + self.new_tokens > limit:
                 raise UserError(
                     f"--length {length} and --new-tokens {self.new_tokens} are more than the {limit} positions of "
-                    f"{self.loaded.name}: give a length of {max(limit - self.new_tokens, 1)} or less, or fewer new tokens"
+                    f"{loaded.name}: give a length of {max(limit - self.new_tokens, 1)} or less, or fewer new tokens"
                 )
 
-    def row(self, plan: Plan, length: int) -> AgreeRow:
-        """A row as far as it is known before it is measured."""
-        known: dict[str, Any] = {
-            **self.environment.row_fields(),
-            **self.loaded.row_fields(),
-            **plan.row_fields(),
-            "length": length,
-            "seed": self.seed,
-            "prompt": self.prompt,
-            "prompt_hash": self.prompt_hash(length, 0),
-            "samples": self.samples,
-            "new_tokens": self.new_tokens,
-        }
-        return AgreeRow(time=now(), **known)
-
-    def prompt_hash(self, length: int, number: int) -> str:
-        """A hash of the token ids of a sample's prompt."""
-        about = self.prompt, length, self.seed + number
-        if about not in self.hashes:
-            self.hashes[about] = of_ids(self.ids(length, number)[0].tolist())
-        return self.hashes[about]
-
-    def ids(self, length: int, number: int) -> Tensor:
+    def ids(self, loaded: LoadedModel, length: int, number: int) -> Tensor:
         """A sample's prompt, ``[1, length]`` on the model's device."""
-        return prompt_ids(self.prompt, length, self.loaded, self.seed + number)
+        return prompt_ids(self.prompt, length, loaded, self.seed + number)
+
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[AgreeRow]]:
+        """One part; at each length dense writes in a first round what the others follow in a second."""
+        total = len(self.lengths) * len(self.plans) * self.samples
+        yield Part(self, "agreement", "agreement measured", total, self._rounds(loaded))
+
+    def _rounds(self, loaded: LoadedModel) -> Iterator[Step[AgreeRow] | Sequence[RowTarget[AgreeRow, Choices]]]:
+        for length in self.lengths:
+            hashes = [of_ids(self.ids(loaded, length, number)[0].tolist()) for number in range(self.samples)]
+            known = {**self.common(loaded), "length": length, "prompt": self.prompt, "prompt_hash": hashes[0]}
+            known |= {"samples": self.samples, "new_tokens": self.new_tokens}
+            dense = self._target(0, known, hashes, None)
+            yield [dense]
+            yield [self._target(number, known, hashes, dense.samples) for number in range(1, len(self.plans))]
+
+    def _target(
+        self, number: int, known: dict[str, Any], hashes: Sequence[str], texts: Mapping[Place, Choices] | None
+    ) -> RowTarget[AgreeRow, Choices]:
+        """One method's row; ``texts`` are dense's samples, None for dense itself."""
+        fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
+        row = AgreeRow(**fields, time=now())
+        title = f"{row.method} at {row.length}"
+        items = []
+        for index, prompt_hash in enumerate(hashes):
+            wrote = None if texts is None else texts.get(("", index))
+            item = AgreeItem(
+                title=f"{title}, sample {index + 1} of {self.samples}",
+                index=index,
+                obstacle="" if texts is None or wrote is not None else "dense wrote no text to follow",
+                plan=number,
+                length=row.length,
+                prompt_hash=prompt_hash,
+                text=None if wrote is None else wrote.chosen,
+            )
+            items.append(item)
+        file = kept_choices(self.root, row)
+        return RowTarget(
+            title,
+            items,
+            {"": file},
+            root=self.root,
+            rows=[row],
+            make=partial(self._rows, file.name),
+            stands=lambda have: bool(choices_of(self.root, asdict(have))),
+            belongs=_belongs,
+        )
+
+    def _rows(self, file: str, rows: Sequence[AgreeRow], found: Sequence[Choices]) -> list[AgreeRow]:
+        (row,) = rows
+        return [
+            replace(
+                row,
+                agreement=statistics.mean(one.agreement for one in found),
+                divergence_median=statistics.median(one.divergence for one in found),
+                identical=sum(one.divergence == self.new_tokens for one in found) / len(found),
+                seconds_per_sample=statistics.mean(one.seconds for one in found),
+                choices=file,
+            )
+        ]
+
+    def measure(self, item: AgreeItem, worker: Worker) -> None:
+        """Have one method choose along one text."""
+        worker.keep(_choose(self, worker.loaded, item, worker.ran))
 
 
-@dataclass(frozen=True)
-class Step:
-    """One sample done, or one begun: what to show, how many samples it was, and the row where one was finished."""
-
-    text: str
-    samples: int = 0
-    row: AgreeRow | None = None
-    measured: int = 0
-    """How many samples were read now, and not before."""
-
-
-def run(job: AgreeJob) -> Iterator[Step]:
-    """Let every plan answer, dense first, and append each row as it is finished.
-
-    Raises UserError for a model or a folder that cannot be used; a method that fails becomes a row.
-    """
-    for length in job.lengths:
-        texts: dict[int, Choices] | None = None
-        for plan in job.plans:
-            found = yield from _measure(job, plan, length, texts)
-            texts = found if texts is None else texts
-
-
-def kept_choices(root: Path, row: AgreeRow) -> Kept:
-    """The file of what was chosen in a row's samples."""
-    return Kept(root, row, row.prompt, "choices")
+def _belongs(item: AgreeItem, kept: Choices) -> bool:
+    """Choices along another text of dense, for instance of another version of torch, say nothing of this one."""
+    return kept.prompt_hash == item.prompt_hash and (item.text is None or kept.reference == item.text)
 
 
 @torch.inference_mode()
@@ -158,72 +181,15 @@ def follow(
             decoding.read(chosen[-1:] if text is None else [text[len(chosen) - 1]])
 
 
-def _measure(
-    job: AgreeJob, plan: Plan, length: int, texts: Mapping[int, Choices] | None
-) -> Generator[Step, None, dict[int, Choices]]:
-    """One row; ``texts`` are dense's by sample, None for dense itself. Returns what was chosen, by sample."""
-    row = job.row(plan, length)
-    file = kept_choices(job.root, row)
-    have = newest(job.root, AgreeRow, row.device, row.method).get(row.key)
-    if job.overwrite:
-        file.clear()
-    kept = read_choices(file.path)
-    known = {n: one for n, one in kept.items() if n < job.samples and one.prompt_hash == job.prompt_hash(length, n)}
-    if texts is not None:
-        # Made behind another text of dense, for instance by another version of torch: these choices say nothing of this one.
-        known = {n: one for n, one in known.items() if n not in texts or one.reference == texts[n].chosen}
-    wanted = range(job.samples)
-    done_before = isinstance(have, AgreeRow) and not job.overwrite and measured_before(have, known, wanted)
-    whole = isinstance(have, AgreeRow) and (have.status != OK or choices_of(job.root, asdict(have)))
-    if isinstance(have, AgreeRow) and done_before and whole and is_of(have, [one.seconds for one in kept.values()]):
-        yield Step(f"{plan.method} at {length}: measured before", samples=job.samples)
-        return known
-    status: Status = OK
-    error = ""
-    ran: set[str] = set()
-    for number in wanted:
-        if texts is not None and number not in texts:
-            status, error = FAILED, "dense wrote no text to follow"
-        fresh = number not in known and status == OK
-        if fresh:
-            yield Step(f"{plan.method} at {length}, sample {number + 1} of {job.samples}")
-            try:
-                known[number] = _choose(job, plan, length, number, texts, ran)
-            except Exception as problem:
-                status, error = status_of(problem), describe(problem)
-                release_memory()
-            else:
-                file.add(known[number])
-        yield Step("", samples=1, measured=int(fresh))
-    measured: dict[str, Any] = {}
-    if status == OK:
-        found = [known[number] for number in wanted]
-        measured = {
-            "agreement": statistics.mean(one.agreement for one in found),
-            "divergence_median": statistics.median(one.divergence for one in found),
-            "identical": sum(one.divergence == job.new_tokens for one in found) / len(found),
-            "seconds_per_sample": statistics.mean(one.seconds for one in found),
-            "choices": file.name,
-        }
-    ran.update(*(known[number].backends.split("+") for number in wanted if number in known))
-    finished = replace(row, time=now(), status=status, error=error, backends=backends_name(ran), **measured)
-    append(job.root, finished)
-    yield Step("", row=finished)
-    return known
-
-
-def _choose(
-    job: AgreeJob, plan: Plan, length: int, number: int, texts: Mapping[int, Choices] | None, ran: set[str]
-) -> Choices:
+def _choose(spec: AgreeSpec, loaded: LoadedModel, item: AgreeItem, ran: set[str]) -> Choices:
     """One sample's choices; ``ran`` is given what ran, which is there of a failure too."""
-    ids = job.ids(length, number)
+    ids = spec.ids(loaded, item.length, item.index)
     own: set[str] = set()
-    text = None if texts is None else texts[number].chosen
     start = time.perf_counter()
     try:
-        chosen = follow(job.loaded.model, plan, ids, job.new_tokens, text, ran=own)
+        chosen = follow(loaded.model, spec.plans[item.plan], ids, spec.new_tokens, item.text, ran=own)
     finally:
         ran |= own
     seconds = time.perf_counter() - start
-    reference = tuple(chosen) if text is None else text
-    return Choices(number, tuple(chosen), reference, seconds, backends_name(own), job.prompt_hash(length, number))
+    reference = tuple(chosen) if item.text is None else item.text
+    return Choices(item.index, tuple(chosen), reference, seconds, backends_name(own), item.prompt_hash)

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ from tmbench.engine.attention import applied_plan
 from tmbench.engine.decode import Decoding
 from tmbench.engine.finite import check_logits
 from tmbench.errors import UnsupportedModelError
+from tmbench.measure.executor import Worker
+from tmbench.measure.keeping import RowTarget
+from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.table import METHODS, Plan, Settings, backends_name
-from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results.environment import Environment
-from tmbench.results.failures import describe, release_memory, status_of
-from tmbench.results.rows import FAILED, OK, LossRow, Status, now
+from tmbench.results.rows import LossRow, now
 from tmbench.results.sample_files import Kept
-from tmbench.results.tables import append, newest
 from tmbench.results.words import counted
 from tmbench.suites.questions import Question, check_task, questions, wording_hash
 
@@ -60,77 +59,120 @@ class LossSample:
     answer_hash: str = ""
 
 
-@dataclass(frozen=True)
-class LossJob:
+@dataclass(frozen=True, kw_only=True)
+class LossItem(Item):
+    """One prompt and its answer, read by one method."""
+
+    plan: int
+    """Which of the spec's."""
+    question: Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
     """What one ``tmbench probe --loss`` measures."""
 
-    loaded: LoadedModel
     plans: Sequence[Plan]
     lengths: Sequence[int]
     tasks: Sequence[str]
     samples: int
-    environment: Environment
-    root: Path
-    seed: int = 42
-    overwrite: bool = False
+    """Of each task."""
 
-    def row(self, plan: Plan, task: str, length: int) -> LossRow:
-        """A row without figures."""
-        known: dict[str, Any] = {**self.environment.row_fields(), **self.loaded.row_fields(), **plan.row_fields()}
-        return LossRow(
-            **known,
-            length=length,
-            seed=self.seed,
-            task=task,
-            samples=self.samples,
-            wording_hash=wording_hash(task),
-            source="",
-            time=now(),
-        )
-
-    def check(self) -> None:
+    def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model or a length does not do."""
-        _base(self.loaded.model)
+        _base(loaded.model)
         for length in self.lengths:
             for task in self.tasks:
-                check_task(task, length, self.loaded)
+                check_task(task, length, loaded)
+
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[LossRow]]:
+        """One part, task by task: dense comes in a first round, as the others' rows are held against its samples."""
+        total = len(self.lengths) * len(self.tasks) * len(self.plans) * self.samples
+        yield Part(self, "Loss", "Losses measured", total, self._rounds(loaded))
+
+    def _rounds(self, loaded: LoadedModel) -> Iterator[Step[LossRow] | Sequence[RowTarget[LossRow, LossSample]]]:
+        own = [number for number, plan in enumerate(self.plans) if plan.method == "dense"]
+        others = [number for number, plan in enumerate(self.plans) if plan.method != "dense"]
+        for length in self.lengths:
+            for task in self.tasks:
+                yield Step(f"{task} at {length}: preparing {counted(self.samples, 'prompt')}")
+                asked = list(questions(task, length, self.samples, loaded, self.seed))
+                known = {**self.common(loaded), "length": length, "task": task, "samples": self.samples}
+                known |= {"wording_hash": wording_hash(task), "source": ""}
+                if own:
+                    targets = [self._target(number, known, asked, {}) for number in own]
+                    yield targets
+                    dense = {index: sample for (_, index), sample in targets[-1].samples.items()}
+                else:
+                    # Its samples of an earlier run do: a row keeps what it is held against.
+                    dense = self._file(_row(METHODS["dense"].plan(loaded.shape, Settings()), known)).read()
+                yield [self._target(number, known, asked, dense) for number in others]
+
+    def _file(self, row: LossRow) -> Kept[LossSample]:
+        return Kept(self.root, row, row.task, LossSample)
+
+    def _target(
+        self, number: int, known: Mapping[str, Any], asked: Sequence[Question], dense: Mapping[int, LossSample]
+    ) -> RowTarget[LossRow, LossSample]:
+        row = _row(self.plans[number], known)
+        title = f"{row.method} on {row.task} at {row.length}"
+        items = [
+            LossItem(
+                title=f"{title}, sample {question.index + 1} of {len(asked)}",
+                index=question.index,
+                plan=number,
+                question=question,
+            )
+            for question in asked
+        ]
+        file = self._file(row)
+        return RowTarget(
+            title,
+            items,
+            {"": file},
+            root=self.root,
+            rows=[row],
+            make=partial(_rows, file.name, dense),
+            belongs=_belongs,
+        )
+
+    def measure(self, item: LossItem, worker: Worker) -> None:
+        """Have one method read one prompt and its answer."""
+        worker.keep(_sample(self, worker.loaded, item, worker.ran))
 
 
-@dataclass(frozen=True)
-class Step:
-    """One sample done, or about to be: what to show, how many it was, and the row where one was finished."""
-
-    text: str
-    samples: int = 0
-    row: LossRow | None = None
-    measured: int = 0
-    """How many samples were read now, and not before."""
+def _row(plan: Plan, known: Mapping[str, Any]) -> LossRow:
+    fields: dict[str, Any] = {**known, **plan.row_fields()}
+    return LossRow(**fields, time=now())
 
 
-def run(job: LossJob) -> Iterator[Step]:
-    """Measure task by task; within one dense comes first, and all methods read the same samples.
-
-    Raises UserError for a model, a length or a folder that cannot be used; a method that fails on a task becomes a row.
-    """
-    job.check()
-    plans = sorted(job.plans, key=lambda plan: plan.method != "dense")
-    for length in job.lengths:
-        for task in job.tasks:
-            yield Step(f"{task} at {length}: preparing {counted(job.samples, 'prompt')}")
-            asked = list(questions(task, length, job.samples, job.loaded, job.seed))
-            # Without dense among the methods its samples of an earlier run do: a row keeps what it is held against.
-            dense: Mapping[int, LossSample] = _kept_dense(job, task, length) if plans[0].method != "dense" else {}
-            for plan in plans:
-                known: dict[int, LossSample] = {}
-                yield from _measure(job, plan, task, length, asked, known, dense)
-                if plan.method == "dense":
-                    dense = known
+def _belongs(item: LossItem, kept: LossSample) -> bool:
+    """What was read of another prompt or another answer says nothing of this sample."""
+    return (kept.prompt_hash, kept.answer_hash) == (item.question.prompt_hash, item.question.answer_hash)
 
 
-def _kept_dense(job: LossJob, task: str, length: int) -> dict[int, LossSample]:
-    """What dense attention has read of a task before."""
-    plan = METHODS["dense"].plan(job.loaded.shape, Settings())
-    return Kept(job.root, job.row(plan, task, length), task).read(LossSample)
+def _rows(
+    file: str, dense: Mapping[int, LossSample], rows: Sequence[LossRow], samples: Sequence[LossSample]
+) -> list[LossRow]:
+    """The means, and how far they are from dense's over the same samples, where it has read them all."""
+    (row,) = rows
+    figures: dict[str, Any] = {}
+    for name in ("nll_prompt", "nll_answer", "nll_first"):
+        figures[name] = statistics.mean(getattr(sample, name) for sample in samples)
+        if row.method != "dense" and all(sample.index in dense for sample in samples):
+            apart = [getattr(sample, name) - getattr(dense[sample.index], name) for sample in samples]
+            figures[f"{name}_vs_dense"] = statistics.mean(apart)
+    return [
+        replace(
+            row,
+            sample_files=file,
+            source="+".join(dict.fromkeys(sample.source for sample in samples)),
+            prompt_tokens_mean=statistics.mean(sample.prompt_tokens for sample in samples),
+            answer_tokens_mean=statistics.mean(sample.answer_tokens for sample in samples),
+            seconds_per_sample=statistics.mean(sample.seconds for sample in samples),
+            **figures,
+        )
+    ]
 
 
 @torch.inference_mode()
@@ -202,64 +244,12 @@ def _base(model: PreTrainedModel) -> Any:
     return base
 
 
-def _measure(
-    job: LossJob,
-    plan: Plan,
-    task: str,
-    length: int,
-    asked: Sequence[Question],
-    known: dict[int, LossSample],
-    dense: Mapping[int, LossSample],
-) -> Iterator[Step]:
-    """One method on one task; fills ``known`` with its samples by number."""
-    row = job.row(plan, task, length)
-    file = Kept(job.root, row, task)
-    kept = (file.clear() if job.overwrite else file).read(LossSample)
-    hashes = {question.index: (of_ids(question.prompt), of_ids(question.answer)) for question in asked}
-    # What was read of another prompt or another answer says nothing of this sample.
-    known |= {n: one for n, one in kept.items() if hashes.get(n) == (one.prompt_hash, one.answer_hash)}
-    status: Status = OK
-    error = ""
-    for question in asked:
-        fresh = question.index not in known and status == OK
-        if fresh:
-            yield Step(f"{plan.method} on {task} at {length}, sample {question.index + 1} of {len(asked)}")
-            try:
-                known[question.index] = _sample(job, plan, question)
-            except Exception as problem:
-                status, error = status_of(problem), describe(problem)
-                release_memory()
-            else:
-                file.add(known[question.index])
-        yield Step("", samples=1, measured=int(fresh))
-    figures: dict[str, Any] = {}
-    if status == OK:
-        samples = [known[question.index] for question in asked]
-        figures = {
-            "sample_files": file.name,
-            "source": "+".join(dict.fromkeys(sample.source for sample in samples)),
-            "backends": backends_name(part for sample in samples for part in sample.backends.split("+")),
-            "prompt_tokens_mean": statistics.mean(sample.prompt_tokens for sample in samples),
-            "answer_tokens_mean": statistics.mean(sample.answer_tokens for sample in samples),
-            "seconds_per_sample": statistics.mean(sample.seconds for sample in samples),
-        }
-        for name in ("nll_prompt", "nll_answer", "nll_first"):
-            figures[name] = statistics.mean(getattr(sample, name) for sample in samples)
-            if plan.method != "dense" and all(sample.index in dense for sample in samples):
-                apart = [getattr(sample, name) - getattr(dense[sample.index], name) for sample in samples]
-                figures[f"{name}_vs_dense"] = statistics.mean(apart)
-    finished = replace(row, time=now(), status=status, error=error, **figures)
-    have = newest(job.root, LossRow, row.device, row.method).get(row.key)
-    about: dict[str, Any] = {name: getattr(have, name, None) for name in ("time", "commit", "dirty", "environment")}
-    if have is None or have.status == FAILED or replace(finished, **about) != have:
-        append(job.root, finished)
-    yield Step("", row=finished)
-
-
-def _sample(job: LossJob, plan: Plan, question: Question) -> LossSample:
-    ids = torch.tensor([question.prompt], device=job.loaded.device)
+def _sample(spec: LossSpec, loaded: LoadedModel, item: LossItem, ran: set[str]) -> LossSample:
+    question = item.question
+    ids = torch.tensor([question.prompt], device=loaded.device)
     start = time.perf_counter()
-    of_prompt, of_answer, backends = losses(job.loaded.model, plan, ids, question.answer)
+    of_prompt, of_answer, backends = losses(loaded.model, spec.plans[item.plan], ids, question.answer)
+    ran.update(backends.split("+"))
     return LossSample(
         index=question.index,
         nll_prompt=float(of_prompt.double().mean()),
@@ -270,8 +260,8 @@ def _sample(job: LossJob, plan: Plan, question: Question) -> LossSample:
         source=question.source,
         backends=backends,
         seconds=time.perf_counter() - start,
-        prompt_hash=of_ids(question.prompt),
-        answer_hash=of_ids(question.answer),
+        prompt_hash=question.prompt_hash,
+        answer_hash=question.answer_hash,
     )
 
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,16 +34,16 @@ from tmbench.engine.calls import keep_last
 from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.first_token import synchronize
 from tmbench.errors import UserError
+from tmbench.measure.executor import Worker
+from tmbench.measure.keeping import RowTarget
+from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.layers import Budget, Proposal, Rule, propose
 from tmbench.methods.table import Plan, Settings, backends_name
 from tmbench.models.attention_modules import attention_modules, parents
-from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results.environment import Environment
-from tmbench.results.failures import describe, release_memory, status_of
-from tmbench.results.rows import OK, ProbeRow, now
+from tmbench.results.failures import Failure, attempt, release_memory
+from tmbench.results.rows import ProbeRow, now
 from tmbench.results.sample_files import Kept
-from tmbench.results.tables import append, newest
 from tmbench.results.words import counted
 from tmbench.suites.questions import Question, check_task, longest_prompt, questions, wording_hash
 from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections
@@ -88,40 +87,42 @@ class ProbeSample:
     """A hash of the prompt's token ids; "" in files of older versions."""
 
 
-@dataclass(frozen=True)
-class ProbeJob:
+@dataclass(frozen=True, kw_only=True)
+class ProbeItem(Item):
+    """One prompt, and the token that should follow it."""
+
+    question: Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
     """What one ``tmbench probe`` measures, and how it proposes layers."""
 
-    loaded: LoadedModel
     lengths: Sequence[int]
     tasks: Sequence[str]
     samples: int
     """Of each task."""
-    environment: Environment
-    root: Path
     budget: Budget
     settings: Settings = field(default_factory=Settings)
     """Only ``n_init``, ``n_local`` and ``last_n`` are read: where the sections are."""
     derivative: Derivative = "logits"
     rule: Rule = "rank"
-    seed: int = 42
-    overwrite: bool = False
 
     @property
     def sections(self) -> Sections:
         return Sections(self.settings.n_init, self.settings.n_local, self.settings.last_n)
 
-    def check(self) -> None:
+    def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
-        attention_modules(self.loaded.model)
-        if self.loaded.model.dtype == torch.float16:
+        attention_modules(loaded.model)
+        if loaded.model.dtype == torch.float16:
             raise UserError("--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32")
         for length in self.lengths:
             for task in self.tasks:
-                check_task(task, length, self.loaded)
-            self.check_prompts(length, [longest_prompt(task, length) for task in self.tasks])
+                check_task(task, length, loaded)
+            self.check_prompts(loaded, length, [longest_prompt(task, length) for task in self.tasks])
 
-    def check_prompts(self, length: int, tokens: Sequence[int]) -> None:
+    def check_prompts(self, loaded: LoadedModel, length: int, tokens: Sequence[int]) -> None:
         """Raise UserError if one of a length's prompts, of so many tokens, has no middle, or the budget cannot be met."""
         if self.sections.pairs(min(tokens))[SECTIONS.index("middle")] == 0:
             raise UserError(
@@ -131,24 +132,22 @@ class ProbeJob:
                 "of it: give a longer one, or a smaller --n-local"
             )
         # A budget that cannot be met is refused now and not after the measurement.
-        propose([1.0] * self.loaded.shape.layers, statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
+        propose([1.0] * loaded.shape.layers, statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
 
     def kept_share(self, length: int) -> float:
         """The part of the causal pairs that is not in the middle section."""
         pairs = self.sections.pairs(length)
         return 1 - pairs[SECTIONS.index("middle")] / sum(pairs)
 
-    def row(self, task: str, length: int) -> ProbeRow:
+    def row(self, loaded: LoadedModel, task: str, length: int) -> ProbeRow:
         """A row without figures."""
-        known: dict[str, Any] = {**self.environment.row_fields(), **self.loaded.row_fields()}
         return ProbeRow(
-            **known,
+            **self.common(loaded),
             method=METHOD,
             n_init=self.settings.n_init,
             n_local=self.settings.n_local,
             last_n=self.settings.last_n,
             length=length,
-            seed=self.seed,
             task=task,
             samples=self.samples,
             wording_hash="+".join(filter(None, dict.fromkeys(wording_hash(part) for part in task.split("+")))),
@@ -161,71 +160,68 @@ class ProbeJob:
         """The tasks as rows name them."""
         return "+".join(self.tasks)
 
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[ProbeRow]]:
+        """One part, length by length; each makes a row for every head and every layer's mean."""
+        total = len(self.lengths) * len(self.tasks) * self.samples
+        yield Part(self, "Probe", "Probed", total, self._rounds(loaded))
 
-@dataclass(frozen=True)
-class Step:
-    """One sample done, or about to be: what to show, how many it was, and the rows where they are finished."""
+    def _rounds(self, loaded: LoadedModel) -> Iterator[Step[ProbeRow] | Sequence[RowTarget[ProbeRow, ProbeSample]]]:
+        for length in self.lengths:
+            asked: list[Question] = []
+            failure: Failure | None = None
+            for task in self.tasks:
+                yield Step(f"{task} at {length}: preparing {counted(self.samples, 'prompt')}")
+                made = attempt(partial(self._asked, loaded, task, length))
+                if isinstance(made, Failure):
+                    failure = made
+                else:
+                    asked += made
+            if failure is None:
+                self.check_prompts(loaded, length, [len(one.prompt) for one in asked])
+            yield [self._target(loaded, length, asked, failure)]
 
-    text: str
-    samples: int = 0
-    rows: tuple[ProbeRow, ...] = ()
-    """Of one length: each layer's mean, then its heads."""
-    measured: int = 0
-    """How many samples were read now, and not before."""
+    def _asked(self, loaded: LoadedModel, task: str, length: int) -> list[Question]:
+        return list(questions(task, length, self.samples, loaded, self.seed))
 
+    def _target(
+        self, loaded: LoadedModel, length: int, asked: Sequence[Question], failure: Failure | None
+    ) -> RowTarget[ProbeRow, ProbeSample]:
+        """All rows of a length; its samples lie in a file for each task."""
+        files = {task: Kept(self.root, self.row(loaded, task, length), task, ProbeSample) for task in self.tasks}
+        items = [
+            ProbeItem(
+                title=f"{question.task} at {length}, sample {question.index + 1} of {self.samples}",
+                index=question.index,
+                file=question.task,
+                question=question,
+            )
+            for question in asked
+        ]
+        row = replace(self.row(loaded, self.task, length), sample_files="+".join(file.name for file in files.values()))
+        return RowTarget(
+            f"{self.task} at {length}",
+            items if failure is None else (),
+            files,
+            root=self.root,
+            rows=[row],
+            make=partial(_rows, self),
+            belongs=_belongs,
+            failure=failure,
+            # A proposal that is asked for again counts as the newest: it is what --layers auto takes.
+            latest=lambda row: (row.status, row.model, row.model_hash),
+        )
 
-def run(job: ProbeJob) -> Iterator[Step]:
-    """Probe length by length, and append the rows of each: a row for every head and every layer's mean.
-
-    Raises UserError for a model, a length or a folder that cannot be used; a probe that runs out of memory becomes a row.
-    """
-    job.check()
-    for length in job.lengths:
-        row = job.row(job.task, length)
-        files = {task: Kept(job.root, job.row(task, length), task) for task in job.tasks}
-        done: list[ProbeSample] = []
+    def measure(self, item: ProbeItem, worker: Worker) -> None:
+        """Differentiate one prompt's answer."""
         try:
-            known: dict[str, dict[int, ProbeSample]] = {}
-            asked: dict[str, list[Question]] = {}
-            tokens: list[int] = []
-            for task, file in files.items():
-                kept = {} if job.overwrite else file.read(ProbeSample)
-                yield Step(f"{task} at {length}: preparing {counted(job.samples, 'prompt')}")
-                every = list(questions(task, length, job.samples, job.loaded, job.seed))
-                # What was read of another prompt or towards another token says nothing of this sample.
-                known[task] = {one.index: kept[one.index] for one in every if _is_of(kept.get(one.index), one)}
-                asked[task] = [one for one in every if one.index not in known[task]]
-                tokens += [len(one.prompt) for one in every]
-            job.check_prompts(length, tokens)
-            for task, file in files.items():
-                if job.overwrite:
-                    file.clear()
-                if before := job.samples - len(asked[task]):
-                    yield Step(f"{task} at {length}: {before} measured before", samples=before)
-                for question in asked[task]:
-                    yield Step(f"{task} at {length}, sample {question.index + 1} of {job.samples}")
-                    known[task][question.index] = _sample(job, question)
-                    file.add(known[task][question.index])
-                    yield Step("", samples=1, measured=1)
-                done += [known[task][index] for index in range(job.samples)]
-            rows = _rows(job, replace(row, sample_files="+".join(file.name for file in files.values())), done)
-        except Exception as error:
-            status, text = status_of(error), describe(error)
-            failed = replace(row, time=now(), status=status, error=text)
-            append(job.root, failed)
-            yield Step("", rows=(failed,))
-            continue
+            worker.keep(_sample(self, worker.loaded, item.question))
         finally:
             release_memory()
-        if not _known(job.root, rows):
-            append(job.root, *rows)
-        yield Step("", rows=tuple(rows))
 
 
-def _is_of(sample: ProbeSample | None, question: Question) -> bool:
-    """Whether a kept sample is of this question."""
-    asked = of_ids(question.prompt), question.answer[0]
-    return sample is not None and (sample.prompt_hash, sample.target) == asked
+def _belongs(item: ProbeItem, kept: ProbeSample) -> bool:
+    """What was read of another prompt or towards another token says nothing of this sample."""
+    return (kept.prompt_hash, kept.target) == (item.question.prompt_hash, item.question.answer[0])
 
 
 def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sections) -> tuple[Gradients, str]:
@@ -302,14 +298,14 @@ def _replace(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -
     module.forward = forward
 
 
-def _sample(job: ProbeJob, question: Question) -> ProbeSample:
-    ids = torch.tensor([question.prompt], device=job.loaded.device)
+def _sample(spec: ProbeSpec, loaded: LoadedModel, question: Question) -> ProbeSample:
+    ids = torch.tensor([question.prompt], device=loaded.device)
     cuda = ids.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(ids.device)
     synchronize(ids.device)
     start = time.perf_counter()
-    found, backends = gradients(job.loaded.model, ids, question.answer[0], job.sections)
+    found, backends = gradients(loaded.model, ids, question.answer[0], spec.sections)
     seconds = time.perf_counter() - start
     means: list[Any] = found.means.tolist()
     return ProbeSample(
@@ -318,14 +314,14 @@ def _sample(job: ProbeJob, question: Question) -> ProbeSample:
         target=question.answer[0],
         probability=found.probability,
         likeliest=found.likeliest,
-        kept_share=job.kept_share(ids.shape[1]),
+        kept_share=spec.kept_share(ids.shape[1]),
         source=question.source,
         backends=backends,
         seconds=seconds,
         peak_memory=torch.cuda.max_memory_allocated(ids.device) if cuda else None,
         # Six digits are more than bfloat16 has, and a third of the file.
         means=[[[[_short(x) for x in section] for section in head] for head in layer] for layer in means],
-        prompt_hash=of_ids(question.prompt),
+        prompt_hash=question.prompt_hash,
     )
 
 
@@ -334,18 +330,17 @@ def _short(value: float) -> float | None:
     return None if value != value else float(f"{value:.6g}")
 
 
-def _rows(job: ProbeJob, row: ProbeRow, samples: Sequence[ProbeSample]) -> list[ProbeRow]:
+def _rows(spec: ProbeSpec, known: Sequence[ProbeRow], samples: Sequence[ProbeSample]) -> list[ProbeRow]:
     """Each layer's mean and its heads, over all samples, with the proposal in the layers' rows."""
+    (row,) = known
     means = torch.tensor([[[[[torch.nan if x is None else x for x in section] for section in head] for head in layer]
                            for layer in sample.means] for sample in samples], dtype=torch.float64).mean(0)  # fmt: skip
     by_layer = means.mean(1)
     kept = statistics.mean(sample.kept_share for sample in samples)
-    proposal = proposed(by_layer, kept, job)
+    proposal = proposed(by_layer, kept, spec)
     peaks = [sample.peak_memory for sample in samples if sample.peak_memory is not None]
     common = replace(
         row,
-        time=now(),
-        backends=backends_name(part for sample in samples for part in sample.backends.split("+")),
         source="+".join(dict.fromkeys(sample.source for sample in samples)),
         kept_share=kept,
         prompt_tokens_mean=statistics.mean(sample.prompt_tokens for sample in samples),
@@ -358,7 +353,7 @@ def _rows(job: ProbeJob, row: ProbeRow, samples: Sequence[ProbeSample]) -> list[
     for layer in range(len(means)):
         said: dict[str, Any] = {
             "triangle": layer in proposal.layers,
-            "proposal": f"{job.rule}, {job.budget}, {job.derivative}",
+            "proposal": f"{spec.rule}, {spec.budget}, {spec.derivative}",
             "lost_share": proposal.lost,
             "pairs_share": proposal.pairs,
         }
@@ -367,10 +362,10 @@ def _rows(job: ProbeJob, row: ProbeRow, samples: Sequence[ProbeSample]) -> list[
     return rows
 
 
-def proposed(by_layer: Tensor, kept: float, job: ProbeJob) -> Proposal:
+def proposed(by_layer: Tensor, kept: float, spec: ProbeSpec) -> Proposal:
     """The proposal for layers' means ``[layers, sections, measures]``; raises ValueError where they are not finite."""
-    middle = by_layer[:, SECTIONS.index("middle"), MEASURES.index(job.derivative)]
-    return propose([float(value) for value in middle], kept, job.budget, job.rule)
+    middle = by_layer[:, SECTIONS.index("middle"), MEASURES.index(spec.derivative)]
+    return propose([float(value) for value in middle], kept, spec.budget, spec.rule)
 
 
 def _figures(means: Tensor) -> dict[str, Any]:
@@ -380,16 +375,3 @@ def _figures(means: Tensor) -> dict[str, Any]:
         for section, values in zip(SECTIONS, means.tolist(), strict=True)
         for measure, value in zip(MEASURES, values, strict=True)
     }
-
-
-def _known(root: Path, rows: Sequence[ProbeRow]) -> bool:
-    """Whether the newest rows say the same as these: a proposal that is asked for again is not written again."""
-    have = newest(root, ProbeRow, rows[0].device, rows[0].method)
-    newer = (OK, rows[0].model, rows[0].model_hash)
-    latest = max((row.time for row in have.values() if (row.status, row.model, row.model_hash) == newer), default="")
-    for row in rows:
-        before = have.get(row.key)
-        about: dict[str, Any] = {name: getattr(before, name, None) for name in ("time", "commit", "dirty", "environment")}
-        if not isinstance(before, ProbeRow) or before.time != latest or replace(row, **about) != before:
-            return False
-    return True

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,69 +24,112 @@ from tmbench.engine.attention import applied_plan
 from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.prefill import Prefill
 from tmbench.errors import NotFiniteError, UserError
-from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.measure.executor import Worker
+from tmbench.measure.keeping import Target
+from tmbench.measure.spec import Item, ItemSpec, Part, Place
+from tmbench.methods.table import METHODS, Settings
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.files import append_line, read_lines, replace_file, writable
-from tmbench.results.words import counted
-from tmbench.suites.prompts import prompt_ids
+from tmbench.results.rows import OUT_OF_MEMORY
+from tmbench.suites.prompts import check_prompt, prompt_ids
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference.search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
 
 OPTION = "--output"
 """What names the file that is written."""
-Advance = Callable[[str, float], None]
-"""Told what is being done, and how many layers' worth of it are done since the last call."""
 
 
 @dataclass(frozen=True)
-class SearchJob:
-    """What one ``tmbench patterns search`` does."""
+class LayerFigures:
+    """One layer's sample: how much attention each candidate keeps, by head."""
 
-    loaded: LoadedModel
+    index: int
+    """The layer, from 0."""
+    kept: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchItem(Item):
+    """The whole search, as one prefill passes all layers; of those that were weighed before it keeps nothing."""
+
+    tells: ClassVar[bool] = True
+
+    layers: tuple[int, ...]
+    """Those that are to be weighed."""
+
+    @property
+    def work(self) -> float:
+        return len(self.layers)
+
+    @property
+    def places(self) -> Sequence[Place]:
+        return [(self.file, layer) for layer in self.layers]
+
+    def without(self, kept: Container[Place]) -> SearchItem | None:
+        left = tuple(layer for layer in self.layers if (self.file, layer) not in kept)
+        return replace(self, layers=left) if left else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
+    """What one ``tmbench patterns search`` does; it hands over the pattern of each head, layer by layer."""
+
     output: Path
     length: int
     prompt: str = "kv"
     seed: int = 42
     remap: bool = False
     """Whether streaming and block-sparse winners are written as vertical-slash heads, as the published files have them."""
-    overwrite: bool = False
 
-    @property
-    def partial(self) -> Path:
-        """Where finished layers are kept while the search runs."""
-        return self.output.with_name(self.output.name + ".partial")
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.loaded.shape
-
-    def identity(self) -> dict[str, Any]:
-        """What the figures of a layer depend on: a search goes on only from those of the same."""
-        return {
-            **self.loaded.row_fields(),
-            "layers": self.shape.layers,
-            "heads": self.shape.heads,
-            "length": self.length,
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "prompt_hash": of_ids(prompt_ids(self.prompt, self.length, self.loaded, self.seed)[0].tolist()),
-            "first_row": FIRST_ROW,
-            "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
-        }
-
-    def check(self) -> None:
+    def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for a length that leaves nothing to weigh, and for a file that is there already."""
         if self.length <= FIRST_ROW:
             raise UserError(
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
         check_output(self.output, overwrite=self.overwrite)
+        check_prompt(self.prompt, loaded, [self.length])
 
-    def finished(self) -> bool:
-        """Whether an earlier run has measured all layers and only the file is to be written; raises as ``run`` does."""
-        return self.partial.exists() and len(_read_partial(self)) == self.shape.layers
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[tuple[HeadPattern, ...]]]:
+        """One part of one target; the unit of work is a layer."""
+        yield Part(self, "search", "search finished", loaded.shape.layers, [[_HeadPatterns(self, loaded)]])
+
+    def measure(self, item: SearchItem, worker: Worker) -> None:
+        """Read the prompt, weigh the heads of the item's layers while it is being read, and hand over each when it is done.
+
+        Raises UserError for a model whose logits or attention are not finite.
+        """
+        loaded = worker.loaded
+        model, layers = loaded.model, loaded.shape.layers
+        ids = prompt_ids(self.prompt, self.length, loaded, self.seed)
+
+        def look(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
+            if layer not in item.layers:
+                return
+            kv_heads = k.shape[1]
+            text = f"layer {layer + 1} of {layers}"
+            worker.step(text)
+            groups = q[0].unflatten(0, (kv_heads, -1))  # type: ignore[no-untyped-call]
+            figures: list[list[float]] = []
+            for keys, queries in zip(k[0], groups, strict=True):
+                figures += kept_attention(
+                    queries,
+                    keys,
+                    scale=default_scale(q, scale),
+                    advance=lambda part: worker.step(text, part / kv_heads),
+                ).tolist()
+            if not all(math.isfinite(figure) for head in figures for figure in head):
+                raise not_finite(f"the attention weights of layer {layer}", model)
+            worker.keep(LayerFigures(layer, tuple(map(tuple, figures))))
+
+        plan = METHODS["dense"].plan(loaded.shape, Settings())
+        with torch.inference_mode(), applied_plan(model, plan) as session:
+            session.observer = look
+            logits = Prefill(model)(ids)
+            session.check_complete()
+        check_logits(logits, model, "of the prompt's last token")
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -100,95 +143,92 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output {path} is there already: name another file, or add --overwrite to search again")
 
 
-def run(job: SearchJob, advance: Advance = lambda text, layers: None) -> list[list[HeadPattern]]:
-    """Search, or go on searching, and write the file: for each layer the pattern of each head.
+class _HeadPatterns(Target[tuple[HeadPattern, ...], LayerFigures]):
+    """The file that is written: what wins for each head, once all layers are weighed."""
 
-    Raises UserError for what ``SearchJob.check`` refuses, a partial file of another search, a folder that cannot be
-    written to, in all of which what was measured before stays, and a model whose logits or attention are not finite.
-    """
-    job.check()
-    if job.overwrite:
-        with writable(job.partial, OPTION):
-            job.partial.unlink(missing_ok=True)
-    kept = _read_partial(job)
-    advance(f"{counted(len(kept), 'layer')} measured before" if kept else "reading the prompt", float(len(kept)))
-    if len(kept) < job.shape.layers:
-        _measure(job, kept, advance)
-    found = [[best_pattern(head) for head in kept[layer]] for layer in range(job.shape.layers)]
-    if job.remap:
-        found = [[published_remapping(head) for head in layer] for layer in found]
-    with writable(job.output, OPTION):
-        replace_file(job.output, head_patterns_json(found))
-        job.partial.unlink(missing_ok=True)
-    return found
+    unit = "layer"
 
+    def __init__(self, spec: SearchSpec, loaded: LoadedModel) -> None:
+        self._spec = spec
+        self._name = loaded.name
+        self._partial = _Partial(spec, loaded)
+        every = SearchItem(title="reading the prompt", layers=tuple(range(loaded.shape.layers)))
+        super().__init__("search", [every], {"": self._partial})
 
-def _measure(job: SearchJob, kept: dict[int, list[list[float]]], advance: Advance) -> None:
-    """Read the prompt; weigh the heads of every layer that is not among ``kept``, and put them there."""
-    model = job.loaded.model
-    plan = METHODS["dense"].plan(job.shape, Settings())
-    ids = prompt_ids(job.prompt, job.length, job.loaded, job.seed)
-    if not kept:
-        _append(job, {"search": job.identity()})
-
-    def look(layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
-        if layer in kept:
-            return
-        kv_heads = k.shape[1]
-        text = f"layer {layer + 1} of {job.shape.layers}"
-        advance(text, 0.0)
-        groups = q[0].unflatten(0, (kv_heads, -1))  # type: ignore[no-untyped-call]
-        figures: list[list[float]] = []
-        for keys, queries in zip(k[0], groups, strict=True):
-            figures += kept_attention(
-                queries,
-                keys,
-                scale=default_scale(q, scale),
-                advance=lambda part: advance(text, part / kv_heads),
-            ).tolist()
-        if not all(math.isfinite(figure) for head in figures for figure in head):
-            raise not_finite(f"the attention weights of layer {layer}", model)
-        _append(job, {"layer": layer, "kept": figures})
-        kept[layer] = figures
-
-    try:
-        with torch.inference_mode(), applied_plan(model, plan) as session:
-            session.observer = look
-            logits = Prefill(model)(ids)
-            session.check_complete()
-        check_logits(logits, model, "of the prompt's last token")
-    except NotFiniteError as error:
-        # What was kept was measured in a type that does not do for this model: nothing can go on from it.
-        with writable(job.partial, OPTION):
-            job.partial.unlink(missing_ok=True)
-        raise UserError(f"{job.loaded.name} cannot be searched: {error}") from error
+    def finish(self) -> Sequence[tuple[HeadPattern, ...]]:
+        """Write the file; raises UserError where the model cannot be searched, RuntimeError where the search broke."""
+        if self.failure is not None:
+            kind, _, reason = self.failure.error.partition(": ")
+            if kind == NotFiniteError.__name__:
+                # What was kept was measured in a type that does not do for this model: nothing can go on from it.
+                self._partial.clear()
+            elif self.failure.status != OUT_OF_MEMORY:
+                raise RuntimeError(self.failure.error)
+            raise UserError(f"{self._name} cannot be searched: {reason}")
+        choose = published_remapping if self._spec.remap else lambda head: head
+        found = [tuple(choose(best_pattern(head)) for head in layer.kept) for layer in self.in_order()]
+        with writable(self._spec.output, OPTION):
+            replace_file(self._spec.output, head_patterns_json(found))
+        self._partial.clear()
+        return found
 
 
-def _append(job: SearchJob, entry: dict[str, Any]) -> None:
-    append_line(job.partial, json.dumps(entry), OPTION)
+class _Partial:
+    """Where layers are kept while the search runs: a line that says which search it is, and one for each layer."""
+
+    def __init__(self, spec: SearchSpec, loaded: LoadedModel) -> None:
+        self.path = partial_path(spec.output)
+        self._heads = loaded.shape.heads
+        self._begun = False
+        ids = prompt_ids(spec.prompt, spec.length, loaded, spec.seed)[0].tolist()
+        # What the figures of a layer depend on: a search goes on only from those of the same.
+        self._search: dict[str, Any] = {
+            **loaded.row_fields(),
+            "layers": loaded.shape.layers,
+            "heads": loaded.shape.heads,
+            "length": spec.length,
+            "prompt": spec.prompt,
+            "seed": spec.seed,
+            "prompt_hash": of_ids(ids),
+            "first_row": FIRST_ROW,
+            "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
+        }
+
+    def clear(self) -> None:
+        with writable(self.path, OPTION):
+            self.path.unlink(missing_ok=True)
+        self._begun = False
+
+    def add(self, sample: LayerFigures, **more: Any) -> None:
+        if not self._begun:
+            append_line(self.path, json.dumps({"search": self._search}), OPTION)
+            self._begun = True
+        append_line(self.path, json.dumps({"layer": sample.index, "kept": sample.kept, **more}), OPTION)
+
+    def read(self) -> dict[int, LayerFigures]:
+        """The layers that an earlier run of this search has finished; raises UserError for another's file."""
+        remedy = "add --overwrite to begin anew, or name another --output"
+        before: dict[str, Any] = {}
+        kept: dict[int, LayerFigures] = {}
+
+        def take(entry: Any) -> None:
+            if not before:
+                before.update(entry["search"])
+                return
+            figures = tuple(tuple(float(figure) for figure in head) for head in entry["kept"])
+            if [len(head) for head in figures] != [len(CANDIDATES)] * self._heads:
+                raise ValueError("a layer of another shape")
+            kept[int(entry["layer"])] = LayerFigures(int(entry["layer"]), figures)
+
+        self._begun = bool(read_lines(self.path, take, "of a search that was interrupted", remedy))
+        differing = [name for name, value in self._search.items() if self._begun and before.get(name) != value]
+        if differing:
+            name = differing[0]
+            found = before.get(name, "not recorded")
+            raise UserError(f"{self.path} is of a search with another {name} ({found}, not {self._search[name]}): {remedy}")
+        return kept
 
 
-def _read_partial(job: SearchJob) -> dict[int, list[list[float]]]:
-    """The layers that an earlier run of this search has finished; raises UserError for another's file."""
-    remedy = "add --overwrite to begin anew, or name another --output"
-    before: dict[str, Any] = {}
-    kept: dict[int, list[list[float]]] = {}
-
-    def take(entry: Any) -> None:
-        if not before:
-            before.update(entry["search"])
-            return
-        figures = [[float(figure) for figure in head] for head in entry["kept"]]
-        if [len(head) for head in figures] != [len(CANDIDATES)] * job.shape.heads:
-            raise ValueError("a layer of another shape")
-        kept[int(entry["layer"])] = figures
-
-    if not read_lines(job.partial, take, "of a search that was interrupted", remedy):
-        return {}
-    wanted = job.identity()
-    differing = [name for name, value in wanted.items() if before.get(name) != value]
-    if differing:
-        name = differing[0]
-        found = before.get(name, "not recorded")
-        raise UserError(f"{job.partial} is of a search with another {name} ({found}, not {wanted[name]}): {remedy}")
-    return kept
+def partial_path(output: Path) -> Path:
+    """Where a search keeps what it has until its file is written."""
+    return output.with_name(output.name + ".partial")

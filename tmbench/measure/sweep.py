@@ -7,7 +7,7 @@ deep is one axis, ``where``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 from tmbench.errors import UserError
-from tmbench.measure.ruler import RulerJob
-from tmbench.measure.ttft import TtftJob
-from tmbench.methods.table import METHODS, Method, Plan, Settings, parse_method
+from tmbench.measure.accuracy import AccuracySpec
+from tmbench.measure.spec import Part, RowSpec
+from tmbench.measure.ttft import TtftSpec
+from tmbench.methods.table import METHODS, Method, ModelShape, Plan, Settings, parse_method
+from tmbench.models.loading import LoadedModel
+from tmbench.results.rows import Row
 from tmbench_kernels import Triangle
 
 
@@ -75,34 +78,47 @@ def same_cost(settings: Settings, length: int) -> Settings | None:
     return replace(settings, n_local=nearest, last_n=0) if nearest > settings.n_local else None
 
 
-@dataclass(frozen=True)
-class SweepJob:
-    """What one ``tmbench sweep`` measures; the two jobs say how, and their plans and lengths are set here."""
+def swept_plans(
+    method: Method, settings: Sequence[Settings], shape: ModelShape, length: int, *, controls: bool = False
+) -> list[Plan]:
+    """Dense and every variant at this length, each once; raises UserError for settings that do not fit the model.
 
-    method: Method
-    settings: Sequence[Settings]
-    ttft: TtftJob
-    ruler: RulerJob
-    lengths: Sequence[int]
-    controls: bool = False
-    """Whether each variant is also measured without last queries at the same cost."""
+    With ``controls`` each variant is also there without last queries at the same cost.
+    """
+    added = [control for one in settings if controls and (control := same_cost(one, length))]
+    made = [METHODS["dense"].plan(shape, Settings())]
+    made += [method.plan(shape, one) for one in [*settings, *added]]
+    once = {(plan.method, *sorted(plan.parameters.items())): plan for plan in reversed(made)}
+    return list(reversed(once.values()))
 
-    def plans(self, length: int) -> list[Plan]:
-        """Dense and every variant at this length, each once; raises UserError for settings that do not fit the model."""
-        shape = self.ttft.loaded.shape
-        controls = [control for one in self.settings if self.controls and (control := same_cost(one, length))]
-        made = [METHODS["dense"].plan(shape, Settings())]
-        made += [self.method.plan(shape, one) for one in [*self.settings, *controls]]
-        once = {(plan.method, *sorted(plan.parameters.items())): plan for plan in reversed(made)}
-        return list(reversed(once.values()))
 
-    def timing(self, length: int) -> TtftJob | None:
-        """What is still to be timed at this length, in turns with dense, which is timed anew; None where nothing is."""
-        whole = replace(self.ttft, plans=self.plans(length), lengths=(length,))
-        pending = [plan for plan in whole.pending().get(length, []) if plan.method != "dense"]
-        dense = [plan for plan in whole.plans if plan.method == "dense"]
-        return replace(whole, plans=[*dense, *pending], overwrite=True) if pending else None
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec(RowSpec[Row]):
+    """What one ``tmbench sweep`` measures: at each length two halves, times and answers."""
 
-    def asking(self, length: int) -> RulerJob:
-        """The questions at this length: samples that were answered before are not asked again."""
-        return replace(self.ruler, plans=self.plans(length), lengths=(length,))
+    plans: Mapping[int, Sequence[Plan]]
+    """By length: dense and every variant."""
+    ttft: TtftSpec
+    """How they are timed; its plans and lengths do not count, nor do those of ``accuracy``."""
+    accuracy: AccuracySpec
+
+    def timing(self, length: int) -> TtftSpec:
+        """What is timed at this length: dense anew, in turns with what has not been timed yet."""
+        return replace(self.ttft, plans=self.plans[length], lengths=(length,), beside_dense=True)
+
+    def asking(self, length: int) -> AccuracySpec:
+        """What is asked at this length."""
+        return replace(self.accuracy, plans=self.plans[length], lengths=(length,))
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Raise UserError where one of the halves cannot be measured at one of the lengths."""
+        for half in (self.ttft, self.accuracy):
+            replace(half, lengths=tuple(self.plans)).check(loaded)
+
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[Any]]:
+        """The two halves of each length, times first."""
+        for length in self.plans:
+            for times in self.timing(length).parts(loaded):
+                yield replace(times, title=f"times at {length}", finished=f"timed at {length}")
+            for answers in self.asking(length).parts(loaded):
+                yield replace(answers, title=f"{answers.title} at {length}", finished=f"asked at {length}")

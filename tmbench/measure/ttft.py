@@ -1,17 +1,18 @@
 """Time to first token: every method of a run at one length, warmed up there, then measured in turns.
 
 Methods are interleaved (A B C A B C) because a GPU slows down as it warms up and a CPU shares its cores: what changes over
-time then changes all of them. Median, minimum, maximum and every repeat are kept.
+time then changes all of them. Median, minimum, maximum and every repeat are kept. An item is one length with its methods, as
+nothing may come between their passes.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,103 +23,179 @@ from tmbench.engine.density import PairCounter, causal_pairs
 from tmbench.engine.finite import check_logits
 from tmbench.engine.first_token import FirstToken, first_token
 from tmbench.engine.prefill import PLAIN, Kind, arranged
-from tmbench.errors import UserError
+from tmbench.measure.executor import Worker
+from tmbench.measure.keeping import RowTarget, timed_before
+from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.table import Plan, backends_name
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results.environment import Environment
-from tmbench.results.failures import describe, release_memory, status_of
-from tmbench.results.row_sets import finish, kept_together, known
-from tmbench.results.rows import FAILED, OK, Status, TtftRow, now
-from tmbench.results.tables import append, prepare
-from tmbench.suites.prompts import prompt_ids
+from tmbench.results.failures import Failure, attempt
+from tmbench.results.row_sets import finish
+from tmbench.results.rows import TtftRow, now
+from tmbench.suites.prompts import check_prompt, prompt_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class TtftItem(Item):
+    """One length, and the methods that are interleaved there."""
+
+    tells: ClassVar[bool] = True
+
+    length: int
+    plans: tuple[int, ...]
+    """Which of the spec's."""
 
 
 @dataclass(frozen=True)
-class TtftJob:
+class Timing:
+    """One method's passes; of one that failed no more than why, and what ran."""
+
+    failure: Failure | None
+    backends: str
+    """What ran, as "pattern:backend" joined by "+"."""
+    seconds: tuple[float, ...] = ()
+    """Of the timed passes, in order."""
+    warmup_s: float | None = None
+    """Of the first warm-up, less what counting took."""
+    coverage: float | None = None
+    flop: float = 0.0
+    token: int | None = None
+    same_token: bool | None = None
+    """As dense's; None where dense did not run."""
+    logit_error: float | None = None
+    peak_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """What one item yields."""
+
+    index: int
+    rate: float
+    """Operations per second of large matrix products, measured after every turn: the median; 0 where nothing ran."""
+    timings: tuple[Timing, ...]
+    """By method, in the item's order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     """What one ``tmbench ttft`` measures."""
 
-    loaded: LoadedModel
     plans: Sequence[Plan]
     lengths: Sequence[int]
-    environment: Environment
-    root: Path
     prompt: str = "kv"
     repeats: int = 3
     warmup: int = 1
-    seed: int = 42
-    overwrite: bool = False
     prefill: Kind = PLAIN
-    """How the model runs; ``fast.kind_for`` says what it can do."""
-    hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
-    """Of the prompts, by kind, seed and length, as they are made."""
+    """How the model runs; ``engine.prefill.kind_for`` says what it can do."""
+    beside_dense: bool = False
+    """Whether dense is measured anew beside whatever else is to be measured, and never alone."""
 
-    def identity(self, plan: Plan, length: int) -> dict[str, Any]:
-        """The columns of a row that are known before it is measured."""
-        return {
-            **self.environment.row_fields(),
-            **self.loaded.row_fields(),
-            **plan.row_fields(),
-            "length": length,
-            "seed": self.seed,
-            "prompt": self.prompt,
-            "prompt_hash": self.prompt_hash(length),
-            "repeats": self.repeats,
-            "warmup": self.warmup,
-            "prefill": self.prefill,
-        }
+    def check(self, loaded: LoadedModel) -> None:
+        """Raise UserError for a prompt that cannot be made, or a length too short for it."""
+        check_prompt(self.prompt, loaded, self.lengths)
 
-    def prompt_hash(self, length: int) -> str:
-        """A hash of the prompt's token ids."""
-        about = self.prompt, self.seed, length
-        if about not in self.hashes:
-            self.hashes[about] = of_ids(prompt_ids(self.prompt, length, self.loaded, self.seed)[0].tolist())
-        return self.hashes[about]
-
-    def key(self, plan: Plan, length: int) -> tuple[Any, ...]:
-        """The key of the row that this plan makes at this length."""
-        return TtftRow(time="", interleaved="", **self.identity(plan, length)).key
-
-    def pending(self) -> dict[int, list[Plan]]:
-        """What is still to be measured at each length: a row with as many repeats is not measured again."""
-        todo: dict[int, list[Plan]] = {length: [] for length in self.lengths}
+    def rows(self, loaded: LoadedModel, length: int) -> list[TtftRow]:
+        """The row of each plan, as far as it is known before it is measured."""
+        prompt_hash = of_ids(prompt_ids(self.prompt, length, loaded, self.seed)[0].tolist())
+        found = []
         for plan in self.plans:
-            have = {} if self.overwrite else known(self.root, TtftRow, self.environment.device, plan.method)
-            for length in self.lengths:
-                row = have.get(self.key(plan, length))
-                done = isinstance(row, TtftRow) and row.status != FAILED and row.repeats >= self.repeats
-                if not done:
-                    todo[length].append(plan)
-        return {length: plans for length, plans in todo.items() if plans}
+            fields: dict[str, Any] = {**self.common(loaded), **plan.row_fields()}
+            row = TtftRow(
+                **fields,
+                time=now(),
+                length=length,
+                prompt=self.prompt,
+                prompt_hash=prompt_hash,
+                repeats=self.repeats,
+                warmup=self.warmup,
+                prefill=self.prefill,
+                interleaved="",
+            )
+            found.append(row)
+        return found
 
-    def work(self) -> float:
-        """How much there is to do, in the unit of ``Step.work``."""
+    def pending(self, loaded: LoadedModel) -> dict[int, list[Plan]]:
+        """What is still to be measured at each length: a row with as many repeats is not measured again."""
+        todo = {length: self._todo(self.rows(loaded, length))[0] for length in self.lengths}
+        return {length: [self.plans[number] for number in missing] for length, missing in todo.items() if missing}
+
+    def _todo(self, rows: Sequence[TtftRow]) -> tuple[list[int], list[TtftRow]]:
+        """Of each plan's row at a length: the plans that are to be measured, by number, and the rows of all others."""
+        have = [None if self.overwrite else timed_before(self.root, row) for row in rows]
+        missing = [number for number, row in enumerate(have) if row is None]
+        if self.beside_dense:
+            others = {number for number in missing if rows[number].method != "dense"}
+            missing = [n for n, row in enumerate(rows) if others and (n in others or row.method == "dense")]
+        return missing, [row for number, row in enumerate(have) if row is not None and number not in missing]
+
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[TtftRow]]:
+        """One part, shortest length first.
+
+        What was measured in turns stays together: what a run that died has not appended of it is appended first.
+        """
+        self.prepare()
+        finish(self.root, TtftRow, self.environment.device)
+        rows = {length: self.rows(loaded, length) for length in sorted(self.lengths)}
+        todo = {length: self._todo(own) for length, own in rows.items()}
         passes = self.warmup + self.repeats
-        return sum(passes * self.expected_flop(plan, n) for n, plans in self.pending().items() for plan in plans)
+        work = [
+            passes * self.expected_flop(loaded, self.plans[number], length)
+            for length, (missing, _) in todo.items()
+            for number in missing
+        ]
+        yield Part(self, "TTFT", "TTFT measured", sum(work), self._rounds(rows, todo))
 
-    def expected_flop(self, plan: Plan, length: int) -> float:
+    def _rounds(
+        self, rows: Mapping[int, Sequence[TtftRow]], todo: Mapping[int, tuple[Sequence[int], Sequence[TtftRow]]]
+    ) -> Iterator[Step[TtftRow] | Sequence[RowTarget[TtftRow, Interleaved]]]:
+        for length, (missing, there) in todo.items():
+            yield Step(rows=tuple(there))
+            if missing:
+                yield [self._target(length, missing, [rows[length][number] for number in missing])]
+
+    def _target(self, length: int, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
+        turns = " ".join(row.method for row in rows)
+        title = f"{turns} at {length}"
+        item = TtftItem(title=title, length=length, plans=tuple(missing))
+        known = [replace(row, interleaved=turns) for row in rows]
+        return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
+
+    def expected_flop(self, loaded: LoadedModel, plan: Plan, length: int) -> float:
         """Operations of one prefill, before it is known what a dynamic pattern keeps."""
-        heads = self.loaded.geometry.heads
+        heads = loaded.geometry.heads
         shape = torch.empty(1, heads, length, 1, device="meta")
         pairs = [
             heads * causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns
         ]
-        return self.needed_flop(pairs, length)
+        return needed_flop(loaded, pairs, length)
 
-    def needed_flop(self, pairs: Sequence[int], length: int) -> float:
-        """Operations of one prefill whose layers' patterns keep so many pairs."""
-        geometry = self.loaded.geometry
-        needed = roofline.needed_pairs(pairs, geometry.heads, length)
-        return roofline.linear_flop(self.loaded.model, length) + roofline.attention_flop(needed, geometry)
+    def measure(self, item: TtftItem, worker: Worker) -> None:
+        """Warm all methods up, then time them in turns."""
+        loaded = worker.loaded
+        ids = prompt_ids(self.prompt, item.length, loaded, self.seed)
+        trials = [_Trial(self.plans[number]) for number in item.plans]
+        work = [self.expected_flop(loaded, trial.plan, item.length) for trial in trials]
+        rates = []
+        for turn in range(self.warmup + self.repeats):
+            phase = "warm-up" if turn < self.warmup else f"repeat {turn - self.warmup + 1} of {self.repeats}"
+            for trial, flop in zip(trials, work, strict=True):
+                worker.step(f"{trial.plan.method} at {item.length}, {phase}")
+                if trial.failure is None:
+                    _pass(self, loaded, trial, ids, timed=turn >= self.warmup, first=turn == 0)
+                worker.step(work=flop)
+            if turn >= self.warmup and any(trial.failure is None for trial in trials):
+                rates.append(roofline.matrix_rate(loaded.device, loaded.model.dtype))
+        dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
+        timings = tuple(_timing(loaded, item.length, trial, dense) for trial in trials)
+        worker.keep(Interleaved(item.index, statistics.median(rates or [0.0]), timings))
 
 
-@dataclass(frozen=True)
-class Step:
-    """One pass done: how much of the work it was, what comes next, and the row where one was finished."""
-
-    text: str
-    work: float = 0.0
-    row: TtftRow | None = None
+def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int) -> float:
+    """Operations of one prefill whose layers' patterns keep so many pairs."""
+    geometry = loaded.geometry
+    needed = roofline.needed_pairs(pairs, geometry.heads, length)
+    return roofline.linear_flop(loaded.model, length) + roofline.attention_flop(needed, geometry)
 
 
 @dataclass
@@ -126,8 +203,7 @@ class _Trial:
     """One method at one length while it is being measured."""
 
     plan: Plan
-    status: Status = OK
-    error: str = ""
+    failure: Failure | None = None
     seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
     counter: PairCounter = field(default_factory=PairCounter)
@@ -139,64 +215,11 @@ class _Trial:
     peak_memory: int | None = None
 
 
-def run(job: TtftJob) -> Iterator[Step]:
-    """Measure whatever is pending, shortest length first, and append the rows of each as it is finished.
-
-    What was measured in turns stays together: what a run that died has not appended of it, the next one appends.
-
-    Raises UserError for a model or a folder that cannot be used; a method that runs out of memory or fails becomes a row.
-    """
-    finish(job.root, TtftRow, job.environment.device)
-    pending = job.pending()
-    if not pending:
-        return
-    for length in sorted(pending):
-        yield from _measure_length(job, length, pending[length])
-
-
-def _measure_length(job: TtftJob, length: int, plans: Sequence[Plan]) -> Iterator[Step]:
-    for plan in plans:
-        prepare(job.root, TtftRow, job.environment.device, plan.method)
-    ids = prompt_ids(job.prompt, length, job.loaded, job.seed)
-    trials = [_Trial(plan) for plan in plans]
-    rates = []
-    for turn in range(job.warmup + job.repeats):
-        for trial in trials:
-            work = job.expected_flop(trial.plan, length)
-            phase = "warm-up" if turn < job.warmup else f"repeat {turn - job.warmup + 1} of {job.repeats}"
-            yield Step(f"{trial.plan.method} at {length}, {phase}")
-            if trial.status == OK:
-                _pass(job, trial, ids, timed=turn >= job.warmup, first=turn == 0)
-            yield Step("", work)
-        if turn >= job.warmup and any(trial.status == OK for trial in trials):
-            rates.append(roofline.matrix_rate(job.loaded.device, job.loaded.model.dtype))
-    dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.status == OK), None)
-    refused: list[UserError] = []
-    rows = [_row(job, length, trial, statistics.median(rates or [0.0]), trials, dense) for trial in trials]
-    with kept_together(job.root, rows):
-        for row in rows:
-            try:
-                append(job.root, row)
-            except UserError as error:
-                # The others' measurements are finished too, and their files may take them.
-                refused.append(error)
-            else:
-                yield Step("", row=row)
-        if refused:
-            raise refused[0]
-
-
-def _pass(job: TtftJob, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
+def _pass(spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
     """One prefill. The first one, a warm-up, also counts the pairs that each layer's pattern keeps."""
-    done = None
-    try:
-        done = _prefill(job, trial, ids, count=first)
-    except Exception as error:
-        trial.status = status_of(error)
-        trial.error = describe(error)
-    if done is None:
-        # Only now: the traceback of a caught error holds on to what the failed pass had allocated.
-        release_memory()
+    done = attempt(partial(_prefill, spec, loaded, trial, ids, count=first))
+    if isinstance(done, Failure):
+        trial.failure = done
         return
     token, peak = done
     if timed:
@@ -208,10 +231,12 @@ def _pass(job: TtftJob, trial: _Trial, ids: Tensor, *, timed: bool, first: bool)
         trial.warmup_s = token.seconds - trial.counter.seconds
 
 
-def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[FirstToken, int | None]:
+def _prefill(
+    spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool
+) -> tuple[FirstToken, int | None]:
     """The first token, and the peak of the device's memory; the cache is let go."""
-    model, cuda = job.loaded.model, ids.device.type == "cuda"
-    with applied_plan(model, trial.plan) as session, arranged(model, session, job.prefill) as prefill:
+    model, cuda = loaded.model, ids.device.type == "cuda"
+    with applied_plan(model, trial.plan) as session, arranged(model, session, spec.prefill) as prefill:
         session.observer = trial.counter if count else None
         if cuda:
             torch.cuda.reset_peak_memory_stats(ids.device)
@@ -224,36 +249,51 @@ def _prefill(job: TtftJob, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[
     return token, torch.cuda.max_memory_allocated(ids.device) if cuda else None
 
 
-def _row(job: TtftJob, length: int, trial: _Trial, rate: float, trials: Sequence[_Trial], dense: _Trial | None) -> TtftRow:
-    measured: dict[str, Any] = {}
-    if trial.status == OK and trial.first is not None:
-        flop = job.needed_flop([trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))], length)
-        median = statistics.median(trial.seconds)
-        measured = {
-            "ttft_median_s": median,
-            "ttft_min_s": min(trial.seconds),
-            "ttft_max_s": max(trial.seconds),
-            "samples_s": " ".join(f"{seconds:.6f}" for seconds in trial.seconds),
-            "coverage": trial.counter.coverage,
-            "flop": flop,
-            "floor_s": flop / rate,
-            "ttft_over_floor": median * rate / flop,
-            "first_token": trial.first.token,
-            "peak_memory_bytes": trial.peak_memory,
-            "compile_s": None if trial.warmup_s is None else max(0.0, trial.warmup_s - min(trial.seconds)),
-        }
-        if dense is not None and dense.first is not None:
-            measured["same_token_as_dense"] = trial.first.token == dense.first.token
-            measured["logit_error"] = _relative_rms(trial.first.logits, dense.first.logits)
-    return TtftRow(
-        **job.identity(trial.plan, length),
-        **measured,
-        time=now(),
-        status=trial.status,
-        error=trial.error,
-        backends=backends_name(trial.backends),
-        interleaved=" ".join(other.plan.method for other in trials),
-        matrix_rate_flops=rate or None,
+def _timing(loaded: LoadedModel, length: int, trial: _Trial, dense: _Trial | None) -> Timing:
+    """What is told of a method, as plain data."""
+    first, backends = trial.first, backends_name(trial.backends)
+    if trial.failure is not None or first is None:
+        return Timing(trial.failure, backends)
+    reference = None if dense is None else dense.first
+    return Timing(
+        None,
+        backends,
+        seconds=tuple(trial.seconds),
+        warmup_s=trial.warmup_s,
+        coverage=trial.counter.coverage,
+        flop=needed_flop(loaded, [trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))], length),
+        token=first.token,
+        same_token=None if reference is None else first.token == reference.token,
+        logit_error=None if reference is None else _relative_rms(first.logits, reference.logits),
+        peak_memory=trial.peak_memory,
+    )
+
+
+def _rows(rows: Sequence[TtftRow], samples: Sequence[Interleaved]) -> list[TtftRow]:
+    (sample,) = samples
+    return [_row(row, timing, sample.rate) for row, timing in zip(rows, sample.timings, strict=True)]
+
+
+def _row(row: TtftRow, timing: Timing, rate: float) -> TtftRow:
+    row = replace(row, backends=timing.backends, matrix_rate_flops=rate or None)
+    if timing.failure is not None:
+        return replace(row, status=timing.failure.status, error=timing.failure.error)
+    median = statistics.median(timing.seconds)
+    return replace(
+        row,
+        ttft_median_s=median,
+        ttft_min_s=min(timing.seconds),
+        ttft_max_s=max(timing.seconds),
+        samples_s=" ".join(f"{seconds:.6f}" for seconds in timing.seconds),
+        coverage=timing.coverage,
+        flop=timing.flop,
+        floor_s=timing.flop / rate,
+        ttft_over_floor=median * rate / timing.flop,
+        first_token=timing.token,
+        same_token_as_dense=timing.same_token,
+        logit_error=timing.logit_error,
+        peak_memory_bytes=timing.peak_memory,
+        compile_s=None if timing.warmup_s is None else max(0.0, timing.warmup_s - min(timing.seconds)),
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from tmbench.results.files import read_lines
 from tmbench.results.rows import OK, AgreeRow
-from tmbench.results.sample_files import index_of, seconds_of
+from tmbench.results.sample_files import Kept, read_samples_of
 
 
 @dataclass(frozen=True)
 class Choices:
     """One sample: a line of the JSONL file."""
+
+    what: ClassVar[str] = "a sample's choices"
+    remedy: ClassVar[str] = "move the file away"
 
     index: int
     chosen: tuple[int, ...]
@@ -28,6 +30,10 @@ class Choices:
     prompt_hash: str = ""
     """A hash of the prompt's token ids; "" in files of older versions."""
 
+    def __post_init__(self) -> None:
+        if not self.chosen or len(self.chosen) != len(self.reference):
+            raise ValueError("as many choices as tokens of dense belong into a line")
+
     @property
     def agreement(self) -> float:
         """The part of the places, 0 to 1, at which the method's choice is dense's."""
@@ -40,18 +46,14 @@ class Choices:
         return next((place for place, (own, other) in pairs if own != other), len(self.reference))
 
 
+def kept_choices(root: Path, row: AgreeRow) -> Kept[Choices]:
+    """The file of what was chosen in a row's samples."""
+    return Kept(root, row, row.prompt, Choices, "choices")
+
+
 def read_choices(path: Path) -> dict[int, Choices]:
     """The choices of a JSONL file by sample, the newest of each; raises UserError for a file that tmbench did not write."""
-    found = read_lines(path, _choices, "a sample's choices", "move the file away")
-    return {one.index: one for one in found}
-
-
-def _choices(entry: Any) -> Choices:
-    own, other = (tuple(int(token) for token in entry[name]) for name in ("chosen", "reference"))
-    if not own or len(own) != len(other):
-        raise ValueError("as many choices as tokens of dense belong into a line")
-    about = (str(entry.get(name, "")) for name in ("backends", "prompt_hash"))
-    return Choices(index_of(entry), own, other, seconds_of(entry), *about)
+    return read_samples_of(path, Choices)
 
 
 def choices_of(root: Path, row: Mapping[str, Any]) -> list[Choices]:

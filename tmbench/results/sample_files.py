@@ -3,50 +3,108 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Container, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from tmbench.results.files import append_line, read_lines, writable
-from tmbench.results.rows import FAILED, OK, AgreeRow, Row, RulerRow
+from tmbench.results.rows import Row
 from tmbench.results.tables import csv_path
 
 
 class Sample(Protocol):
-    """A frozen dataclass with the number of the sample in ``index``; lists in it come back as lists."""
+    """A frozen dataclass of what was measured of one sample: numbers, texts, lists, and tuples of numbers or texts.
+
+    Two attributes of the class are optional: ``what``, by which messages call it, and ``remedy``, what to do about a file
+    that holds another thing.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def index(self) -> int: ...
 
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def backends(self) -> str: ...
+
 
 S = TypeVar("S", bound=Sample)
 
 
-def measured_before(row: RulerRow | AgreeRow, known: Container[int], wanted: Sequence[int]) -> bool:
-    """Whether a row needs nothing new to answer for these samples, of which those in ``known`` are kept.
+class Kept(Generic[S]):
+    """The file of one row's samples; its name holds a hash of everything that was measured.
 
-    A killed ``--overwrite`` leaves the older row without the samples that it was made of.
+    Args:
+        task: what the samples are of.
+        kind: the dataclass of a sample.
+        folder: what the samples are called.
     """
-    if row.status == FAILED or row.samples < len(wanted):
-        return False
-    return row.status != OK or all(index in known for index in wanted)
+
+    def __init__(self, root: Path, row: Row, task: str, kind: type[S], folder: str = "samples") -> None:
+        self._folder = csv_path(root, type(row), row.device, row.method).parent
+        self._kind = kind
+        self.path = self._folder / folder / row.method / f"{task}-{row.length}-{row.digest}.jsonl"
+
+    @property
+    def name(self) -> str:
+        """The path as a row beside it gives it."""
+        return str(self.path.relative_to(self._folder))
+
+    def clear(self) -> None:
+        """Take the file away; raises UserError where the folder does not let it go."""
+        with writable(self.path):
+            self.path.unlink(missing_ok=True)
+
+    def read(self) -> dict[int, S]:
+        """The samples by their number; raises UserError for a file that tmbench did not write."""
+        return read_samples_of(self.path, self._kind)
+
+    def add(self, sample: Any, **more: Any) -> None:
+        """Append a sample, with whatever else its line is to say, whole or not at all."""
+        append_line(self.path, json.dumps(asdict(sample) | more, ensure_ascii=False))
 
 
-def is_of(row: RulerRow | AgreeRow, seconds: Sequence[float]) -> bool:
-    """Whether a row is of the samples that are kept, the first of which took so many seconds each.
+def read_samples_of(path: Path, kind: type[S]) -> dict[int, S]:
+    """The samples of a JSONL file by their number, of two lines the later one; raises UserError for a file that is not ours.
 
-    An ``--overwrite`` that is killed before its row leaves the older row beside newer samples; a row is made of those again.
+    Lines of older versions lack what has a default.
     """
-    if row.status != OK or row.seconds_per_sample is None:
-        return True
-    own = seconds[: row.samples]
-    return len(own) == row.samples and math.isclose(statistics.mean(own), row.seconds_per_sample, rel_tol=1e-9)
+    what = getattr(kind, "what", "a sample")
+    remedy = getattr(kind, "remedy", "move the file away, or use --overwrite")
+    return {sample.index: sample for sample in read_lines(path, _parser(kind), what, remedy)}
+
+
+def _parser(kind: type[S]) -> Callable[[Any], S]:
+    hints = get_type_hints(kind)
+    given = kind.__dataclass_fields__.items()
+
+    def parse(entry: Any) -> S:
+        index_of(entry)
+        seconds_of(entry)
+        named = [name for name, about in given if name in entry or about.default is MISSING]
+        return kind(**{name: _value(entry[name], hints[name], name) for name in named})
+
+    return parse
+
+
+def _value(value: Any, hint: Any, name: str) -> Any:
+    """A field's value, made from that of JSON; raises ValueError for one of another type. Lists are not looked into."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    origins = [get_origin(kind) or kind for kind in kinds]
+    if type(value) is list and tuple in origins:
+        (of, *_) = get_args(kinds[origins.index(tuple)])
+        if all(type(one) is of for one in value):
+            return tuple(value)
+    elif type(value) in origins:
+        return value
+    elif type(value) is int and float in origins:
+        return float(value)
+    raise ValueError(f"{name} is of another type")
 
 
 def index_of(entry: Any) -> int:
@@ -71,54 +129,3 @@ def seconds_of(entry: Any) -> float:
     if type(seconds) not in (int, float) or seconds < 0:
         raise ValueError("seconds are 0 or more")
     return float(seconds)
-
-
-class Kept:
-    """The file of one row's samples; its name holds a hash of everything that was measured.
-
-    Args:
-        task: what the samples are of.
-        folder: what they are called.
-    """
-
-    def __init__(self, root: Path, row: Row, task: str, folder: str = "samples") -> None:
-        self._folder = csv_path(root, type(row), row.device, row.method).parent
-        self.path = self._folder / folder / row.method / f"{task}-{row.length}-{row.digest}.jsonl"
-
-    @property
-    def name(self) -> str:
-        """The path as a row beside it gives it."""
-        return str(self.path.relative_to(self._folder))
-
-    def clear(self) -> Self:
-        """Take the file away; raises UserError where the folder does not let it go."""
-        with writable(self.path):
-            self.path.unlink(missing_ok=True)
-        return self
-
-    def read(self, kind: type[S]) -> dict[int, S]:
-        """The samples by their number; raises UserError for a file that tmbench did not write."""
-
-        hints = get_type_hints(kind)
-
-        def parse(entry: Any) -> tuple[int, S]:
-            # Files of older versions lack what has a default.
-            given = kind.__dataclass_fields__.items()
-            fields = {name: entry[name] for name, about in given if name in entry or about.default is MISSING}
-            for name, value in fields.items():
-                if not _fits(value, hints[name]):
-                    raise ValueError(f"{name} is of another type")
-            seconds_of(entry)
-            return index_of(entry), kind(**fields)
-
-        return dict(read_lines(self.path, parse, "a sample", "move the file away, or use --overwrite"))
-
-    def add(self, sample: Any, **more: Any) -> None:
-        """Append a sample, with whatever else its line is to say, whole or not at all."""
-        append_line(self.path, json.dumps(asdict(sample) | more, ensure_ascii=False))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can be that of a field; what is in a list is not looked at."""
-    kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
-    return type(value) in kinds or (float in kinds and type(value) is int)

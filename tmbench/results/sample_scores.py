@@ -36,8 +36,8 @@ class Samples:
         return self.references[index] == other.references[index] and ("" in (own, others) or own == others)
 
 
-def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
-    """The samples behind a row of RULER, given its columns by name; without any where the file does not make its score.
+def read_samples(root: Path, row: Mapping[str, Any], kind: str = RulerRow.kind) -> Samples:
+    """The samples behind a score, given its row's columns by name; without any where the file does not make the score.
 
     Raises UserError for a file that tmbench did not write.
     """
@@ -45,7 +45,7 @@ def read_samples(root: Path, row: Mapping[str, Any]) -> Samples:
         return Samples(missing="not measured")
     if not row["predictions"]:
         return Samples(missing="its row names no file of predictions")
-    path = root / row["device"] / RulerRow.kind / row["predictions"]
+    path = root / row["device"] / kind / row["predictions"]
     scores: dict[int, float] = {}
     references: dict[int, tuple[str, ...]] = {}
     prompts: dict[int, str] = {}

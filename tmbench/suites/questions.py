@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from ruler_tasks import TASKS, encode_prompt, examples, load_wording, minimum_length
 from tmbench.errors import UserError
+from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.suites.prompts import check_kind, key_value, key_value_text, offline_sources
 
@@ -30,6 +32,16 @@ class Question:
     """The ids that should follow, at least one."""
     source: str
     """What the prompt is made of."""
+
+    @cached_property
+    def prompt_hash(self) -> str:
+        """A hash of the prompt's ids."""
+        return of_ids(self.prompt)
+
+    @cached_property
+    def answer_hash(self) -> str:
+        """A hash of the answer's ids."""
+        return of_ids(self.answer)
 
 
 def check_task(task: str, length: int, loaded: LoadedModel) -> None:

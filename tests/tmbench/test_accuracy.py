@@ -12,18 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from ruler_tasks import TASKS, Example, Frame, Sources, load_wording, write_dataset
+from bound_specs import Bound
+from ruler_tasks import TASKS, Example, encode_prompt, write_dataset
 from tmbench.engine.attention import applied
 from tmbench.errors import UserError
-from tmbench.measure import ruler
-from tmbench.measure.ruler import RulerJob, generate, kept_predictions, read_predictions, run
+from tmbench.measure import accuracy, keeping
+from tmbench.measure.accuracy import AccuracySpec, generate
 from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
 from tmbench.models import loading
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
+from tmbench.results.predictions import Prediction, kept_predictions, read_predictions
 from tmbench.results.rows import RulerRow
 from tmbench.results.tables import read_all
+from tmbench.suites.ruler import Ruler
 from tmbench_kernels import VerticalSlash
 
 
@@ -39,11 +42,10 @@ def job(make_model, tokenizer, tmp_path):
         loaded = LoadedModel("small", model, tokenizer, "random", "")
         plans = [METHODS[name].plan(ModelShape.of(model), Settings()) for name in ("dense", "streaming")]
         values = {
-            "loaded": loaded, "tokenizer": tokenizer, "plans": plans, "lengths": (1024,), "samples": 3,
-            "tasks": ("niah_single_1", "vt"), "environment": environment.current(torch.device("cpu")), "root": tmp_path,
-            "wording": load_wording(None), "sources": Sources(offline=True), "frame": Frame(),
+            "plans": plans, "lengths": (1024,), "samples": 3, "tasks": ("niah_single_1", "vt"),
+            "environment": environment.current(torch.device("cpu")), "root": tmp_path, "suite": Ruler(offline=True),
         }  # fmt: skip
-        return RulerJob(**(values | changes))
+        return Bound(AccuracySpec, loaded, **(values | changes))
 
     return make
 
@@ -53,17 +55,24 @@ def answers(monkeypatch):
     """Stands in for generation: answers with the right reference for dense, with nothing for any other method."""
     asked = []
 
-    def answer(job, plan, example, ran, *, count):
-        asked.append((plan.method, example.task, example.index, example.prompt))
-        text = " ".join(example.outputs) if plan.method == "dense" else " "
-        score = TASKS[example.task].score(text, example.outputs)
-        coverage = {"dense": 1.0, "streaming": 0.25}[plan.method] if count else None
-        backends = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}[plan.method]
+    def answer(spec, loaded, item, ran):
+        method, sample = spec.plans[item.plan].method, item.sample
+        asked.append((method, item.task, sample.index, sample.prompt))
+        text = " ".join(sample.references) if method == "dense" else " "
+        score = TASKS[item.task].score(text, sample.references)
+        coverage = {"dense": 1.0, "streaming": 0.25}[method] if item.count else None
+        backends = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}[method]
         ran.add(backends)
-        return ruler.Prediction(example.index, text, example.outputs, score, 400, 5, 0.5, coverage, backends)
+        about = (400, 5, 0.5, coverage, backends, sample.prompt_hash)
+        return Prediction(sample.index, text, sample.references, score, *about)
 
-    monkeypatch.setattr(ruler, "_answer", answer)
+    monkeypatch.setattr(accuracy, "_answer", answer)
     return asked
+
+
+def samples_of(work, task, length):
+    """The samples that every method is asked."""
+    return work.suite.samples(task, length, work.samples, work.seed, work.loaded.tokenizer)
 
 
 def rows_of(root):
@@ -72,7 +81,7 @@ def rows_of(root):
 
 def test_all_methods_answer_the_same_samples(job, answers):
     work = job()
-    assert sum(step.samples for step in run(work)) == 2 * 2 * 3
+    assert sum(step.work for step in work.steps()) == 2 * 2 * 3
     rows = rows_of(work.root)
     assert set(rows) == {(method, task, 1024) for method in ("dense", "streaming") for task in ("niah_single_1", "vt")}
     dense, other = rows["dense", "vt", 1024], rows["streaming", "vt", 1024]
@@ -90,18 +99,16 @@ def test_all_methods_answer_the_same_samples(job, answers):
 
 
 def test_answers_of_control_characters_are_null(job, answers, monkeypatch):
-    real = ruler._answer
-    monkeypatch.setattr(
-        ruler, "_answer", lambda *a, count: replace(real(*a, count=count), prediction=["\x00\x07", "7", " "][a[2].index])
-    )
+    real = accuracy._answer
+    monkeypatch.setattr(accuracy, "_answer", lambda *a: replace(real(*a), prediction=["\x00\x07", "7", " "][a[2].index]))
     work = job(tasks=("vt",))
-    list(run(work))
+    work.run()
     assert [row.nulls for row in rows_of(work.root).values()] == [2, 2]
 
 
 def test_how_often_the_words_of_cwe_repeat_is_kept_with_each_prediction(job, answers):
     work = job(tasks=("cwe", "vt"), lengths=(2048,))
-    list(run(work))
+    work.run()
     for row in rows_of(work.root).values():
         path = kept_predictions(work.root, row).path
         found = [json.loads(line).get("parameters") for line in path.read_text().splitlines()]
@@ -113,7 +120,7 @@ def test_cwe_of_tiny_at_4k_is_of_two_kinds_and_each_sample_says_which(job, token
     """As docs/accuracy.md and the model's card have it: many small tokens leave some samples no room for 30 repeats."""
     work = job(tasks=("cwe",), samples=10)
     kinds = {}
-    for example in work.examples("cwe", 4096):
+    for example in work.suite.examples("cwe", 4096, 10, 42, tokenizer):
         counts = Counter(re.findall(r"\d+\. (\S+)", example.input.rpartition("Here is a numbered list")[2]))
         kinds[example.index] = {counts[word] for word in example.outputs}
         assert kinds[example.index] == {example.parameters["freq_cw"]}
@@ -132,7 +139,7 @@ def test_files_of_predictions_keep_the_names_that_they_have_in_older_results():
 
 def test_predictions_are_kept_and_scored_from_the_file(job, answers):
     work = job(save_samples=True, tasks=("vt",))
-    list(run(work))
+    work.run()
     row = rows_of(work.root)["dense", "vt", 1024]
     path = work.root / row.device / "ruler" / row.predictions
     assert path == kept_predictions(work.root, row).path
@@ -143,89 +150,87 @@ def test_predictions_are_kept_and_scored_from_the_file(job, answers):
 
 
 def test_more_samples_only_add(job, answers):
-    list(run(job(samples=2)))
+    job(samples=2).run()
     before = len(answers)
     work = job(samples=3)
-    list(run(work))
+    work.run()
     assert [entry[2] for entry in answers[before:]] == [2] * 4
     assert rows_of(work.root)["dense", "vt", 1024].samples == 3
-    list(run(job(samples=2)))
+    job(samples=2).run()
     assert len(answers) == before + 4, "fewer samples than there are need nothing new"
-    list(run(job(samples=3, overwrite=True)))
+    job(samples=3, overwrite=True).run()
     assert len(answers) == before + 4 + 12
 
 
 def test_a_run_again_hands_over_the_rows_that_were_there(job, answers):
     work = job()
-    first = [step.row for step in run(work) if step.row is not None]
+    first = work.run()
     before = len(answers)
-    assert [step.row for step in run(work) if step.row is not None] == first
+    assert work.run() == first
     assert len(answers) == before
 
 
 def answered_wrongly(monkeypatch):
     """Let every sample be answered anew, with nothing and in another time."""
-    real = ruler._answer
+    real = accuracy._answer
 
-    def answer(job, plan, example, ran, *, count):
-        return replace(real(job, plan, example, ran, count=count), prediction="", score=0.0, seconds=0.25)
+    def answer(*given):
+        return replace(real(*given), prediction="", score=0.0, seconds=0.25)
 
-    monkeypatch.setattr(ruler, "_answer", answer)
+    monkeypatch.setattr(accuracy, "_answer", answer)
 
 
 @pytest.mark.parametrize("samples", [2, 3])
 def test_an_overwrite_killed_before_its_row_leaves_no_older_score(job, answers, monkeypatch, samples):
     """The last answer is kept, its row is not: the next run makes the row of the newer answers and asks nothing."""
-    list(run(job(tasks=("vt",))))
+    job(tasks=("vt",)).run()
     answered_wrongly(monkeypatch)
-    real = ruler.append
-    monkeypatch.setattr(ruler, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = keeping.append
+    monkeypatch.setattr(keeping, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        list(run(job(tasks=("vt",), samples=samples, overwrite=True)))
-    monkeypatch.setattr(ruler, "append", real)
+        job(tasks=("vt",), samples=samples, overwrite=True).run()
+    monkeypatch.setattr(keeping, "append", real)
     assert rows_of(job().root)["dense", "vt", 1024].score == 100.0
     answers.clear()
-    rows = {step.row.method: step.row for step in run(job(tasks=("vt",), samples=samples)) if step.row is not None}
+    rows = {row.method: row for row in job(tasks=("vt",), samples=samples).run()}
     assert answers == []
     assert (rows["dense"].score, rows["dense"].samples, rows["dense"].seconds_per_sample) == (0.0, samples, 0.25)
     assert rows_of(job().root)["dense", "vt", 1024] == rows["dense"]
-    assert [step.row for step in run(job(tasks=("vt",), samples=samples)) if step.row] == [*rows.values()], (
-        "and no more rows"
-    )
+    assert job(tasks=("vt",), samples=samples).run() == [*rows.values()], "and no more rows"
 
 
 def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypatch):
-    list(run(job(tasks=("vt",))))
+    job(tasks=("vt",)).run()
     path = kept_predictions(job().root, rows_of(job().root)["dense", "vt", 1024]).path
-    real = ruler._answer
-    monkeypatch.setattr(ruler, "_answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = accuracy._answer
+    monkeypatch.setattr(accuracy, "_answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        list(run(job(tasks=("vt",), overwrite=True)))
+        job(tasks=("vt",), overwrite=True).run()
     assert not path.exists()
-    monkeypatch.setattr(ruler, "_answer", real)
+    monkeypatch.setattr(accuracy, "_answer", real)
     answers.clear()
-    rows = [step.row for step in run(job(tasks=("vt",))) if step.row is not None]
+    rows = job(tasks=("vt",)).run()
     assert [entry[0] for entry in answers] == ["dense"] * 3
     assert sorted(read_predictions(path)) == [0, 1, 2]
     assert [row.score for row in rows] == [100.0, 0.0]
 
 
 def test_a_row_without_memory_has_no_predictions_and_is_not_asked_again(job, answers, monkeypatch):
-    real = ruler._answer
+    real = accuracy._answer
 
-    def fail(*arguments, count):
+    def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ruler, "_answer", fail)
-    first = [step.row for step in run(job(tasks=("vt",))) if step.row is not None]
-    monkeypatch.setattr(ruler, "_answer", real)
-    assert [step.row for step in run(job(tasks=("vt",))) if step.row is not None] == first
+    monkeypatch.setattr(accuracy, "_answer", fail)
+    first = job(tasks=("vt",)).run()
+    monkeypatch.setattr(accuracy, "_answer", real)
+    assert job(tasks=("vt",)).run() == first
     assert not answers
 
 
 def test_coverage_is_that_of_the_first_sample(job, answers):
     work = job(tasks=("vt",))
-    list(run(work))
+    work.run()
     rows = rows_of(work.root)
     assert {method: row.coverage for (method, _, _), row in rows.items()} == {"dense": 1.0, "streaming": 0.25}
     kept = read_predictions(kept_predictions(work.root, rows["dense", "vt", 1024]).path)
@@ -234,36 +239,36 @@ def test_coverage_is_that_of_the_first_sample(job, answers):
 
 def test_predictions_of_the_first_release_have_no_coverage(job, answers):
     work = job(tasks=("vt",))
-    list(run(work))
+    work.run()
     for path in work.root.glob("*/ruler/predictions/*/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "coverage"}) + "\n" for line in lines))
     for path in work.root.glob("*/ruler/*.csv"):
         path.unlink()
     answers.clear()
-    list(run(work))
+    work.run()
     assert not answers
     assert {(row.score, row.coverage) for row in rows_of(work.root).values()} == {(100.0, None), (0.0, None)}
 
 
 def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch):
     whole = job(root=job().root / "whole")
-    list(run(whole))
+    whole.run()
     work = job(root=job().root / "cut")
-    real, left = ruler._answer, [8]
+    real, left = accuracy._answer, [8]
 
-    def stop(*arguments, count):
+    def stop(*arguments):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return real(*arguments, count=count)
+        return real(*arguments)
 
-    monkeypatch.setattr(ruler, "_answer", stop)
+    monkeypatch.setattr(accuracy, "_answer", stop)
     with pytest.raises(KeyboardInterrupt):
-        list(run(work))
-    monkeypatch.setattr(ruler, "_answer", real)
+        work.run()
+    monkeypatch.setattr(accuracy, "_answer", real)
     answers.clear()
-    list(run(work))
+    work.run()
     assert len(answers) == 12 - 7
     assert {key: replace(row, time="") for key, row in rows_of(work.root).items()} == {
         key: replace(row, time="") for key, row in rows_of(whole.root).items()
@@ -272,12 +277,12 @@ def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch
 
 def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job, answers):
     work = job(tasks=("vt",))
-    list(run(work))
+    work.run()
     before = rows_of(work.root)
     for path in work.root.glob("*/ruler/*.csv"):
         path.unlink()
     answers.clear()
-    list(run(work))
+    work.run()
     assert not answers
     assert {key: replace(row, time="") for key, row in rows_of(work.root).items()} == {
         key: replace(row, time="") for key, row in before.items()
@@ -286,16 +291,16 @@ def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job
 
 
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
-    real = ruler._answer
+    real = accuracy._answer
 
-    def fail(job, plan, example, ran, *, count):
-        if plan.method == "dense" and example.task == "vt" and example.index == 1:
+    def fail(spec, loaded, item, ran):
+        if spec.plans[item.plan].method == "dense" and item.task == "vt" and item.index == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(job, plan, example, ran, count=count)
+        return real(spec, loaded, item, ran)
 
-    monkeypatch.setattr(ruler, "_answer", fail)
+    monkeypatch.setattr(accuracy, "_answer", fail)
     work = job()
-    list(run(work))
+    work.run()
     rows = rows_of(work.root)
     assert (rows["dense", "vt", 1024].status, rows["dense", "vt", 1024].score) == ("out_of_memory", None)
     assert rows["streaming", "vt", 1024].status == rows["dense", "niah_single_1", 1024].status == "ok"
@@ -303,17 +308,17 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
 
 def test_real_answers_decode_what_the_model_generates(job):
     work = job(samples=1, tasks=("vt",), plans=[METHODS["dense"].plan(ModelShape("", 4, 4), Settings())])
-    list(run(work))
+    work.run()
     row = rows_of(work.root)["dense", "vt", 1024]
     prediction = read_predictions(kept_predictions(work.root, row).path)[0]
-    example = work.examples("vt", 1024)[0]
-    ids = torch.tensor([work.tokenizer(example.prompt)["input_ids"]])
+    example = samples_of(work, "vt", 1024)[0]
+    ids = torch.tensor([work.loaded.tokenizer(example.prompt)["input_ids"]])
     # Under the same method: random weights leave near ties, which another kernel's rounding would turn.
     with applied(work.loaded.model, "dense"):
         new = work.loaded.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)[
             0, ids.shape[1] :
         ]
-    assert prediction.prediction == work.tokenizer.decode(new, skip_special_tokens=True)
+    assert prediction.prediction == work.loaded.tokenizer.decode(new, skip_special_tokens=True)
     assert prediction.new_tokens == len(new) <= 30
     assert row.backends == "dense:sdpa"
     assert ids.shape[1] + 30 <= 1024
@@ -332,16 +337,16 @@ def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, m
         mask = pattern.mask(q, k, scale=scale)
         kept, causal = kept + int(mask.sum()), causal + int(torch.ones_like(mask).tril().sum())
 
-    example = work.examples("vt", 1024)[0]
+    example = samples_of(work, "vt", 1024)[0]
     with torch.inference_mode(), applied(work.loaded.model, "minference", patterns=budgets) as session:
         session.observer = look
-        work.loaded.model(torch.tensor([work.tokenizer(example.prompt)["input_ids"]]))
+        work.loaded.model(torch.tensor([work.loaded.tokenizer(example.prompt)["input_ids"]]))
     pairs = VerticalSlash.pairs
     monkeypatch.setattr(VerticalSlash, "pairs", lambda *a, **kw: time.sleep(5) or pairs(*a, **kw))
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     clock, real = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
-    list(run(work))
+    work.run()
     row = rows_of(work.root)["minference", "vt", 1024]
     assert clock[0] == 4 * 5, "one sample of two is counted"
     assert row.seconds_per_sample < 5
@@ -371,17 +376,17 @@ def test_a_file_that_is_no_prediction_is_named(tmp_path, index):
 def test_prepared_data_take_the_place_of_our_own(job, answers, tmp_path):
     samples = [Example("vt", number, f"Question {number}?", " Answer:", ("ABC",), 900, 30, "noise") for number in range(5)]
     write_dataset(tmp_path / "data", samples)
-    work = job(data=tmp_path / "data", tasks=("vt",), samples=4)
-    list(run(work))
+    work = job(suite=Ruler(data=tmp_path / "data"), tasks=("vt",), samples=4)
+    work.run()
     row = rows_of(work.root)["dense", "vt", 1024]
     assert (row.samples, row.wording, row.score) == (4, "prepared", 100.0)
     assert answers[0][-1] == "Question 0? Answer:"
 
 
 def test_a_length_too_short_for_a_task_is_refused_before_anything_runs(job):
-    job().check_lengths()
+    job().check()
     with pytest.raises(ValueError, match="--length 64 is too short for niah_single_1, which needs"):
-        job(lengths=(1024, 64)).check_lengths()
+        job(lengths=(1024, 64)).check()
 
 
 def edit_kept(root, **changes):
@@ -392,29 +397,29 @@ def edit_kept(root, **changes):
 
 
 @pytest.mark.parametrize("changes", [{"prompt_hash": ""}, {"prompt_hash": "0" * 12}, {"outputs": ["another"]}])
-def test_what_was_answered_to_another_prompt_or_scored_by_other_references_is_asked_again(job, answers, changes):
+def test_what_was_answered_to_another_prompt_or_scored_by_other_references_is_asked_again(job, answers, changes, tokenizer):
     work = job(tasks=("vt",))
-    list(run(work))
+    work.run()
     edit_kept(work.root, **changes)
     answers.clear()
     more = job(tasks=("vt",), samples=4)
-    list(run(more))
+    more.run()
     assert [entry[2] for entry in answers] == [0, 1, 2, 3] * 2, "those of two kinds are never in one score"
     path = kept_predictions(more.root, rows_of(more.root)["dense", "vt", 1024]).path
     hashes = {index: one.prompt_hash for index, one in read_predictions(path).items()}
-    assert hashes == {example.index: of_ids(more.prompt(example)) for example in more.examples("vt", 1024)}
+    assert hashes == {one.index: of_ids(encode_prompt(tokenizer, one.prompt)) for one in samples_of(more, "vt", 1024)}
     answers.clear()
-    list(run(more))
+    more.run()
     assert not answers
 
 
 def test_a_row_that_its_samples_do_not_make_is_made_anew(job, answers):
     """As a run leaves it that was killed between other answers and their row."""
     work = job(tasks=("vt",))
-    list(run(work))
+    work.run()
     edit_kept(work.root, score=0.0, prediction="")
     answers.clear()
-    list(run(job(tasks=("vt",), samples=2)))
+    job(tasks=("vt",), samples=2).run()
     assert not answers
     assert rows_of(work.root)["dense", "vt", 1024].score == 0.0
 
@@ -423,30 +428,30 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     """Not those that would run for the nominal length, and none where attention was not reached."""
     monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
     work = job(samples=1, tasks=("vt",))
-    list(run(work))
+    work.run()
     rows = rows_of(work.root)
     expected = {"dense": "dense:sdpa", "streaming": "triangle:torch-banded"}
     assert {method: row.backends for (method, _, _), row in rows.items()} == expected
     for path in work.root.glob("*/ruler/*.csv"):
         path.unlink()
-    list(run(work))
+    work.run()
     assert {method: row.backends for (method, _, _), row in rows_of(work.root).items()} == expected, "from kept samples"
     other = job(samples=1, tasks=("vt",), root=work.root / "failed", plans=work.plans[:1])
-    monkeypatch.setattr(ruler, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
-    list(run(other))
+    monkeypatch.setattr(accuracy, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
+    other.run()
     assert [(row.status, row.backends) for row in rows_of(other.root).values()] == [("failed", "")]
 
 
 def test_a_failure_behind_attention_still_names_what_ran(job, monkeypatch):
-    real = ruler.generate
+    real = accuracy.generate
 
     def fail(*arguments):
         real(*arguments)
         raise RuntimeError("behind attention")
 
-    monkeypatch.setattr(ruler, "generate", fail)
+    monkeypatch.setattr(accuracy, "generate", fail)
     work = job(samples=1, tasks=("vt",))
-    list(run(work))
+    work.run()
     assert {(row.status, row.backends) for row in rows_of(work.root).values()} == {
         ("failed", "dense:sdpa"),
         ("failed", "triangle:torch-banded"),

@@ -1,0 +1,165 @@
+"""Accuracy on a suite's tasks: all methods answer the same samples; each prediction is kept as it is made.
+
+Predictions go to a JSONL file beside the CSV, one line per sample, so that a killed run continues with the next sample and a
+larger ``--samples`` only adds to what is there. A CSV row is the score over one file's first samples.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tmbench.engine import decode
+from tmbench.engine.attention import applied_plan
+from tmbench.engine.density import PairCounter
+from tmbench.measure.executor import Worker
+from tmbench.measure.keeping import RowTarget
+from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
+from tmbench.methods.table import Plan, backends_name
+from tmbench.models.loading import LoadedModel
+from tmbench.results.predictions import Prediction, kept_predictions
+from tmbench.results.rows import RulerRow, now
+from tmbench.results.sample_scores import read_samples
+from tmbench.results.words import counted
+from tmbench.suites.suite import Sample, Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyItem(Item):
+    """One sample asked of one method."""
+
+    plan: int
+    """Which of the spec's."""
+    task: str
+    sample: Sample
+    count: bool
+    """Whether the pairs that attention computes are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
+    """What one ``tmbench ruler`` measures, or another suite's command."""
+
+    suite: Suite
+    plans: Sequence[Plan]
+    lengths: Sequence[int]
+    tasks: Sequence[str]
+    samples: int
+    save_samples: bool = False
+    """Whether each prompt is kept with its prediction."""
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Raise UserError for a length too short for a task, and for samples that cannot be had."""
+        self.suite.check(self.tasks, self.lengths, self.samples, self.seed, loaded.need_tokenizer(self.suite.title))
+
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[RulerRow]]:
+        """One part, task by task: every method has answered a task before the next one begins."""
+        name = self.suite.title
+        total = len(self.lengths) * len(self.tasks) * len(self.plans) * self.samples
+        yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded))
+
+    def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[RowTarget[RulerRow, Prediction]]]:
+        tokenizer = loaded.need_tokenizer(self.suite.title)
+        for length in self.lengths:
+            for task in self.tasks:
+                yield Step(f"{task} at {length}: preparing {counted(self.samples, 'sample')}")
+                samples = self.suite.samples(task, length, self.samples, self.seed, tokenizer)
+                known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
+                known |= {"length": length, "task": task, "samples": len(samples)}
+                yield [self._target(number, samples, known) for number in range(len(self.plans))]
+
+    def _target(self, number: int, samples: Sequence[Sample], known: dict[str, Any]) -> RowTarget[RulerRow, Prediction]:
+        fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
+        row = self.suite.row(**fields, time=now())
+        title = f"{row.method} on {row.task} at {row.length}"
+        items = [
+            AccuracyItem(
+                title=f"{title}, sample {place} of {len(samples)}",
+                index=sample.index,
+                plan=number,
+                task=row.task,
+                sample=sample,
+                count=place == 1,
+            )
+            for place, sample in enumerate(samples, start=1)
+        ]
+        file = kept_predictions(self.root, row)
+        return RowTarget(
+            title,
+            items,
+            {"": file},
+            root=self.root,
+            rows=[row],
+            make=partial(self._rows, file.name),
+            stands=lambda have: not read_samples(self.root, asdict(have), have.kind).missing,
+            belongs=_belongs,
+            more=self._more,
+        )
+
+    def _more(self, item: AccuracyItem) -> dict[str, Any]:
+        chosen: dict[str, Any] = {"parameters": dict(item.sample.parameters)} if item.sample.parameters else {}
+        return chosen | ({"prompt": item.sample.prompt} if self.save_samples else {})
+
+    def _rows(self, file: str, rows: Sequence[RulerRow], predictions: Sequence[Prediction]) -> list[RulerRow]:
+        (row,) = rows
+        answers = [prediction.prediction for prediction in predictions]
+        return [
+            replace(
+                row,
+                **self.suite.figures(row.task, answers, [prediction.outputs for prediction in predictions]),
+                prompt_tokens_mean=statistics.mean(prediction.prompt_tokens for prediction in predictions),
+                seconds_per_sample=statistics.mean(prediction.seconds for prediction in predictions),
+                coverage=predictions[0].coverage,
+                predictions=file,
+            )
+        ]
+
+    def measure(self, item: AccuracyItem, worker: Worker) -> None:
+        """Have one method answer one sample."""
+        worker.keep(_answer(self, worker.loaded, item, worker.ran))
+
+
+def _belongs(item: AccuracyItem, kept: Prediction) -> bool:
+    """What was answered to another prompt, or scored by other references, says nothing of this sample."""
+    return (kept.prompt_hash, kept.outputs) == (item.sample.prompt_hash, item.sample.references)
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> list[int]:
+    """Greedy decoding of ``ids`` ``[1, length]``: the new ids, at most so many, ending at the model's own end token."""
+    return [int(token) for token in decode.generate(model, ids, max_new_tokens)[0]]
+
+
+def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: set[str]) -> Prediction:
+    """One sample's answer; ``ran`` is given what ran, which is there of a failure too."""
+    sample = item.sample
+    ids = torch.tensor([sample.ids], device=loaded.device)
+    counter = PairCounter()
+    start = time.perf_counter()
+    with applied_plan(loaded.model, spec.plans[item.plan]) as session:
+        session.observer = counter if item.count else None
+        try:
+            new = generate(loaded.model, ids, sample.max_new_tokens)
+        finally:
+            ran |= session.backends
+    seconds = time.perf_counter() - start - counter.seconds
+    session.check_complete()
+    text = str(loaded.need_tokenizer(spec.suite.title).decode(new, skip_special_tokens=True))
+    return Prediction(
+        index=sample.index,
+        prediction=text,
+        outputs=sample.references,
+        score=spec.suite.score(item.task, text, sample.references),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(new),
+        seconds=seconds,
+        coverage=counter.coverage,
+        backends=backends_name(session.backends),
+        prompt_hash=sample.prompt_hash,
+    )

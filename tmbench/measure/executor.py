@@ -1,0 +1,96 @@
+"""Who measures items: this process, the first of the executors. Whatever passes between it and the loop is plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from tmbench.measure.spec import Item, ItemSpec, ModelSource, Spec
+from tmbench.methods.table import backends_name
+from tmbench.models.loading import LoadedModel
+from tmbench.results.failures import Failure, attempt
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker says of an item: that it gets on, that it has a sample, or that it has ended."""
+
+    number: int
+    """Of the item, as the loop gave it out."""
+    text: str = ""
+    work: float = 0.0
+    sample: Any = None
+    ended: bool = False
+    failure: Failure | None = None
+    """Of an item that ended: why it has not all of its samples."""
+    backends: str = ""
+    """Of an item that ended: what ran, also where it failed, as "pattern:backend" joined by "+"."""
+
+
+Tell = Callable[[Message], None]
+Job = tuple[int, Item]
+"""An item, and its number in the run of a round."""
+
+
+class Executor(Protocol):
+    """Has items measured, here or elsewhere; what was measured counts once it was told.
+
+    ``run`` takes the next job only when a worker is free for it, since a target that has failed gives out none. It takes
+    jobs and tells messages in the thread that called it.
+    """
+
+    def open(self, spec: Spec[Any]) -> LoadedModel:
+        """The spec's model as the loop needs it: its tokenizer and its geometry; weights may be elsewhere."""
+
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
+        """Have every job measured, and return when the last one has ended; raises UserError as ``ItemSpec.measure``."""
+
+
+class InProcess:
+    """Measures one item after the other in this process, with the model that a command has loaded, or loading it."""
+
+    def __init__(self, loaded: LoadedModel | None = None) -> None:
+        self._loaded = loaded
+
+    def open(self, spec: Spec[Any]) -> LoadedModel:
+        """The spec's model, loaded once; raises ValueError for a spec of another model than the one that is here."""
+        if self._loaded is None:
+            self._loaded = spec.model.load()
+        if ModelSource.of(self._loaded) != spec.model:
+            raise ValueError(f"this executor holds {ModelSource.of(self._loaded)}, not {spec.model}")
+        return self._loaded
+
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
+        """Measure every job; each is taken when the one before has ended."""
+        loaded = self.open(spec)
+        for number, item in jobs:
+            work(spec, number, item, loaded, tell)
+
+
+@dataclass
+class Worker:
+    """Where one item is measured: the model on its device, and a way to tell of it."""
+
+    loaded: LoadedModel
+    number: int
+    tell: Tell
+    ran: set[str] = field(default_factory=set)
+    """What has run, as "pattern:backend"; a measurement adds to it, also where it fails."""
+
+    def step(self, text: str = "", work: float = 0.0) -> None:
+        """Say what is being done, and how much was done since the last step."""
+        self.tell(Message(self.number, text, work))
+
+    def keep(self, sample: Any) -> None:
+        """Hand over a sample: from here on it is kept, whatever happens to this worker."""
+        self.tell(Message(self.number, sample=sample))
+
+
+def work(spec: ItemSpec[Any], number: int, item: Item, loaded: LoadedModel, tell: Tell) -> None:
+    """Measure one item and tell of it: what every executor does where its models are."""
+    worker = Worker(loaded, number, tell)
+    worker.step(item.title)
+    failure = attempt(partial(spec.measure, item, worker))
+    tell(Message(number, ended=True, failure=failure, backends=backends_name(worker.ran)))

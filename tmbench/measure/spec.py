@@ -1,0 +1,158 @@
+"""What a measurement is: a spec that pickles, items as the unit of work, and steps that tell how it gets on.
+
+A spec holds names, numbers, paths, texts and plans: no model, tokenizer or open file. Its plans say which methods run on
+which layers, so nothing is left to decide where an item is measured. An item is as much as one worker does at a time, and
+yields samples, dataclasses of plain data. How samples are kept and become rows is in ``tmbench.measure.keeping``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from tmbench.models import loading
+from tmbench.models.loading import LoadedModel, Weights
+from tmbench.results import environment
+from tmbench.results.environment import Environment
+
+if TYPE_CHECKING:
+    from tmbench.measure.executor import Worker
+    from tmbench.measure.keeping import Target
+
+R = TypeVar("R")
+"""What a measurement hands over, one for each thing that was kept: rows, with few exceptions."""
+Place = tuple[str, int]
+"""Where a sample is kept: which of its target's files, and its number there."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to load, and how."""
+
+    name: str
+    weights: Weights
+    device: str
+    dtype: str
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> ModelSource:
+        """What loads the same model once more."""
+        return cls(loaded.name, loaded.weights, str(loaded.device), loaded.dtype)
+
+    def load(self) -> LoadedModel:
+        """The model on its device; raises as ``tmbench.models.loading.load``."""
+        return loading.load(self.name, weights=self.weights, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """The unit of work, which pickles: what one worker measures at a time."""
+
+    tells: ClassVar[bool] = False
+    """Whether its worker tells bit by bit how much is done, which else counts when it ends."""
+
+    title: str
+    """What to show while it is measured."""
+    index: int = 0
+    """The number of its sample."""
+    file: str = ""
+    """Which of its target's files keeps its sample."""
+    obstacle: str = ""
+    """Why it cannot be measured, which makes its target fail; "" where it can."""
+
+    @property
+    def work(self) -> float:
+        """How much of the run it is, in the unit of ``Part.total``; 0 where only its worker knows."""
+        return 0.0 if self.tells else 1.0
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """Where its samples are kept."""
+        return ((self.file, self.index),)
+
+    def without(self, kept: Container[Place]) -> Item | None:
+        """What is left of it where these samples are kept; None where nothing is."""
+        return None if all(place in kept for place in self.places) else self
+
+
+@dataclass(frozen=True)
+class Part(Generic[R]):
+    """A stretch of a run: rounds of targets, whose items one spec measures."""
+
+    spec: ItemSpec[R]
+    title: str
+    finished: str
+    """What to show when it is done."""
+    total: float
+    """How much work it is."""
+    rounds: Iterable[Step[R] | Sequence[Target[R, Any]]]
+    """A round is made once the one before has ended: it may read that one's samples. Steps say what is being prepared."""
+
+
+@dataclass(frozen=True)
+class Step(Generic[R]):
+    """How a run gets on."""
+
+    text: str = ""
+    """What is being done; "" where that has not changed."""
+    work: float = 0.0
+    """How much was done since the last step, in the unit of the part's total."""
+    rows: tuple[R, ...] = ()
+    """What was kept: made now, or there before."""
+    measured: int = 0
+    """How many items were measured now, and not before."""
+    part: Part[R] | None = None
+    """The part that begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec(ABC, Generic[R]):
+    """What is measured, as far as it pickles. Subclasses are frozen dataclasses."""
+
+    model: ModelSource
+    overwrite: bool = False
+    """Whether what is there already is measured again."""
+
+    @abstractmethod
+    def check(self, loaded: LoadedModel) -> None:
+        """Raise UserError for what cannot be measured, before anything is."""
+
+    def prepare(self) -> None:
+        """Have there what samples and rows will refer to; called before every round."""
+
+    @abstractmethod
+    def parts(self, loaded: LoadedModel) -> Iterator[Part[R]]:
+        """What there is to do. ``loaded`` needs no weights: its tokenizer and geometry are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSpec(Spec[R]):
+    """A spec that measures items of its own; one without, such as a sweep, has parts of other specs."""
+
+    @abstractmethod
+    def measure(self, item: Any, worker: Worker) -> None:
+        """Measure one item where the model is: ``worker`` has it, and is given samples and steps.
+
+        Whatever is raised becomes the item's failure, but for UserError, which ends the run.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec(Spec[R]):
+    """A spec that makes rows."""
+
+    environment: Environment
+    root: Path
+    """The results folder."""
+    seed: int = 42
+
+    def prepare(self) -> None:
+        """Keep the environment beside the rows that will name it; raises UserError for a folder that does not take it."""
+        environment.write_record(self.root, self.environment)
+
+    def common(self, loaded: LoadedModel) -> dict[str, Any]:
+        """The columns that all rows of the run have in common."""
+        return {**self.environment.row_fields(), **loaded.row_fields(), "seed": self.seed}

@@ -1,0 +1,197 @@
+"""RULER as a suite: its thirteen tasks, drawn by tmbench's rules or the reference's, or read where they were prepared.
+
+Hsieh et al. 2024, arXiv 2404.06654. Tasks, wordings and scores are those of ``ruler_tasks``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+import ruler_tasks
+from ruler_tasks import (
+    TASKS,
+    DatasetError,
+    Example,
+    Frame,
+    RulerError,
+    SamplesAs,
+    Sources,
+    Wording,
+    count_nulls,
+    encode_prompt,
+    load_wording,
+)
+from ruler_tasks.dataset import dataset_path
+from tmbench.errors import UserError
+from tmbench.results.files import readable
+from tmbench.results.rows import RulerRow, short_hash
+from tmbench.suites.chat import Chat, parse_kwargs, take_apart
+from tmbench.suites.suite import Sample, Suite
+
+QUESTIONS = ("squad", "hotpotqa")
+"""The sources that hold questions, each of which the reference asks once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruler(Suite):
+    """RULER's tasks. Where ``data`` is given, the other fields are not read: prepared samples are asked as they are."""
+
+    wording: str | None = None
+    """Whose sentences the prompts are made of, as ``ruler_tasks.load_wording`` takes it; None for tmbench's own."""
+    data_dir: Path | None = None
+    """A folder of essays and questions in their published files."""
+    offline: bool = False
+    """Whether nothing is downloaded: generated texts stand in for what is not here."""
+    samples_as: SamplesAs = "tmbench"
+    """Whose rules samples are drawn by."""
+    chat_template_kwargs: str | None = None
+    """The variables of the model's chat template, as JSON; None asks without a template."""
+    data: Path | None = None
+    """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
+
+    name: ClassVar[str] = "ruler"
+    title: ClassVar[str] = "RULER"
+    row: ClassVar[type[RulerRow]] = RulerRow
+    tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
+
+    @cached_property
+    def texts(self) -> Wording:
+        """The sentences; raises ruler_tasks.WordingError where they cannot be found or used."""
+        return load_wording(self.wording)
+
+    @cached_property
+    def sources(self) -> Sources:
+        """Essays and questions, loaded when first asked for; raises ruler_tasks.SourceError for a folder that is none."""
+        return Sources(self.data_dir, offline=self.offline)
+
+    def chat(self, tokenizer: PreTrainedTokenizerBase) -> Chat:
+        """What the model's chat template makes of a prompt; raises UserError where it cannot be used."""
+        if self.chat_template_kwargs is None:
+            return Chat()
+        return take_apart(tokenizer, parse_kwargs(self.chat_template_kwargs))
+
+    def check(
+        self, tasks: Iterable[str], lengths: Sequence[int], count: int, seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Raise UserError for a length too short for a task, prompt and answer together, and for ``data`` of no use.
+
+        Samples drawn as the reference draws them may also be more than there are questions, or of too large a seed.
+        """
+        frame = self.chat(tokenizer).frame
+        for task in tasks:
+            if self.data is not None:
+                for length in lengths:
+                    self._prepared(task, length, count)
+            elif self.samples_as == "reference":
+                self._check_reference(task, lengths, count, seed, tokenizer, frame)
+            else:
+                least = ruler_tasks.minimum_length(task, tokenizer, self.texts, frame, sources=self.sources)
+                for length in lengths:
+                    if length < least:
+                        raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
+
+    def _check_reference(
+        self,
+        task: str,
+        lengths: Sequence[int],
+        count: int,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase,
+        frame: Frame,
+    ) -> None:
+        for kind in set(QUESTIONS).intersection(TASKS[task].needs):
+            asked = getattr(self.sources, kind)()
+            if count > len(asked.questions):
+                raise UserError(
+                    f"--samples {count} is more than the {len(asked.questions)} questions of {asked.source}, "
+                    f"each of which {task} asks once under --samples-as reference"
+                )
+        for length in lengths:
+            try:
+                # The first sample shows it. What the search for a size finds is kept, and not searched again.
+                self._drawn(task, length, (), seed, tokenizer, frame)
+            except RulerError as error:
+                raise UserError(f"--samples-as reference: {error}") from error
+
+    def _prepared(self, task: str, length: int, count: int) -> list[Example]:
+        assert self.data is not None
+        try:
+            return ruler_tasks.read_dataset(self.data, task, length, limit=count)
+        except DatasetError as error:
+            raise UserError(f"--data: {error}") from error
+
+    def examples(
+        self, task: str, length: int, count: int, seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterable[Example]:
+        """The samples of a task as ``ruler_tasks`` has them; raises UserError for prepared ones that cannot be used."""
+        if self.data is not None:
+            return self._prepared(task, length, count)
+        return self._drawn(task, length, range(count), seed, tokenizer, self.chat(tokenizer).frame)
+
+    def _drawn(
+        self,
+        task: str,
+        length: int,
+        indices: Iterable[int],
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase,
+        frame: Frame,
+    ) -> Iterator[Example]:
+        making: dict[str, Any] = {"wording": self.texts, "sources": self.sources, "samples_as": self.samples_as}
+        return ruler_tasks.examples(task, length, indices, tokenizer=tokenizer, seed=seed, frame=frame, **making)
+
+    def samples(self, task: str, length: int, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
+        """The first samples, each with the ids that the model reads."""
+        special = self.chat(tokenizer).frame.add_special_tokens
+        return [
+            Sample(
+                example.index,
+                example.prompt,
+                tuple(encode_prompt(tokenizer, example.prompt, add_special_tokens=special)),
+                example.outputs,
+                example.max_new_tokens,
+                example.source,
+                dict(example.parameters),
+            )
+            for example in self.examples(task, length, count, seed, tokenizer)
+        ]
+
+    def score(self, task: str, answer: str, references: Sequence[str]) -> float:
+        """The share of the references that the answer holds, or whether it holds any, as the task counts."""
+        return TASKS[task].score(answer, references)
+
+    def figures(self, task: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """The score as RULER rounds it, and how many answers are empty as RULER counts them."""
+        return {"score": ruler_tasks.score(task, answers, references), "nulls": count_nulls(answers)}
+
+    def provenance(
+        self, task: str, length: int, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
+        """Wording, texts, template, and whose rules the samples were drawn by."""
+        prepared = self.data is not None
+        return {
+            "wording": "prepared" if prepared else self.texts.name,
+            "wording_hash": short_hash(*(sample.prompt for sample in samples[:1])) if prepared else self.texts.hash,
+            "source": samples[0].source,
+            "data_hash": self._data_hash(task, length, samples[0]),
+            "chat_template": self.chat_template_kwargs is not None,
+            "samples_as": "tmbench" if prepared else self.samples_as,
+            "chat_template_kwargs": self.chat(tokenizer).kwargs,
+        }
+
+    def _data_hash(self, task: str, length: int, first: Sample) -> str:
+        """What the samples are made of, whatever their number: the texts or the file, whole, and how the first one reads."""
+        if self.data is not None:
+            path = dataset_path(self.data, task, length)
+            with readable(path):
+                data = [hashlib.sha256(path.read_bytes()).hexdigest()]
+        else:
+            data = [getattr(self.sources, need)().content_hash for need in TASKS[task].needs]
+        return short_hash(*data, first.prompt, *first.references)
