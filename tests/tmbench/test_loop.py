@@ -1,0 +1,211 @@
+"""The loop and its executors: specs and items pickle, and whoever measures the items, the same rows come of them."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import asdict, replace
+from itertools import islice
+
+import pytest
+import torch
+
+from tmbench.engine import roofline
+from tmbench.engine.prefill import EAGER
+from tmbench.measure.accuracy import AccuracySpec
+from tmbench.measure.agree import AgreeSpec
+from tmbench.measure.executor import InProcess, work
+from tmbench.measure.loop import run
+from tmbench.measure.loss import LossSpec
+from tmbench.measure.probe import ProbeSpec
+from tmbench.measure.search import SearchSpec
+from tmbench.measure.spec import ModelSource
+from tmbench.measure.sweep import SweepSpec, swept_plans
+from tmbench.measure.ttft import TtftSpec
+from tmbench.methods.layers import Budget
+from tmbench.methods.table import METHODS, Settings
+from tmbench.models import loading
+from tmbench.models.loading import LoadedModel
+from tmbench.results import environment
+from tmbench.results.tables import csv_paths
+from tmbench.suites.ruler import Ruler
+
+WINDOW = Settings(n_init=3, n_local=7, last_n=5)
+TIMES = {
+    "time",
+    "seconds_per_sample",
+    "ttft_median_s",
+    "ttft_min_s",
+    "ttft_max_s",
+    "samples_s",
+    "ttft_over_floor",
+    "compile_s",
+}
+"""The columns in which two measurements of the same differ."""
+KINDS = ("ttft", "accuracy", "agree", "loss", "probe", "sweep", "search")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return loading.load_tokenizer("tiny")
+
+
+@pytest.fixture
+def loaded(make_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(roofline, "matrix_rate", lambda device, dtype: 1e11)
+    model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
+    return LoadedModel("small", model, tokenizer, "random", "")
+
+
+@pytest.fixture
+def specs(loaded):
+    """``specs(kind, root)``: a small spec of each measurement."""
+
+    def make(kind, root):
+        source = {"model": ModelSource.of(loaded)}
+        about = source | {"environment": environment.current(torch.device("cpu")), "root": root}
+        plans = [METHODS[name].plan(loaded.shape, WINDOW) for name in ("dense", "streaming", "minference")]
+        ttft = TtftSpec(**about, plans=plans, lengths=(64, 48), prompt="random", repeats=1, prefill=EAGER)
+        accuracy = AccuracySpec(
+            **about, plans=plans, lengths=(600,), suite=Ruler(offline=True), tasks=("niah_single_1", "vt"), samples=2
+        )
+        if kind == "sweep":
+            swept = swept_plans(METHODS["tri_mix"], [WINDOW, replace(WINDOW, last_n=0)], loaded.shape, 600)
+            return SweepSpec(**about, plans={600: swept}, ttft=ttft, accuracy=replace(accuracy, tasks=("vt",), samples=1))
+        if kind == "search":
+            return SearchSpec(**source, output=root / "found.json", length=2600, prompt="random")
+        asked = about | {"lengths": (40,), "tasks": ("random", "kv"), "samples": 2}
+        return {
+            "ttft": ttft,
+            "accuracy": accuracy,
+            "agree": AgreeSpec(**about, plans=plans, lengths=(64,), prompt="random", samples=3, new_tokens=4),
+            "loss": LossSpec(**(asked | {"lengths": (200,)}), plans=plans),
+            "probe": ProbeSpec(**(asked | {"lengths": (200,)}), budget=Budget(0.3), settings=WINDOW),
+        }[kind]
+
+    return make
+
+
+class Elsewhere(InProcess):
+    """As several workers elsewhere would: all that passes is pickled, and the last job of those at work ends first."""
+
+    def __init__(self, loaded, workers=3):
+        super().__init__(loaded)
+        self.workers = workers
+        self.measured = []
+
+    def run(self, spec, jobs, tell):
+        loaded, sent = self.open(spec), pickle.dumps(spec)
+        while batch := [pickle.dumps(job) for job in islice(jobs, self.workers)]:
+            for number, item in map(pickle.loads, reversed(batch)):
+                self.measured.append(item)
+                work(pickle.loads(sent), number, item, loaded, lambda told: tell(pickle.loads(pickle.dumps(told))))
+
+
+def without_times(result):
+    """All of a result that two measurements agree in."""
+    values = asdict(result) if hasattr(result, "key") else {"found": result}
+    return {name: value for name, value in values.items() if name not in TIMES}
+
+
+def by_row(results):
+    return sorted((without_times(one) for one in results), key=repr)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spec_and_its_items_pickle_and_make_the_same_rows_elsewhere(kind, specs, loaded, tmp_path):
+    here = run(specs(kind, tmp_path / "here"), InProcess(loaded))
+    spec = specs(kind, tmp_path / "there")
+    assert len(pickle.dumps(spec)) < 10_000, "names and numbers"
+    executor = Elsewhere(loaded)
+    there = run(pickle.loads(pickle.dumps(spec)), executor)
+    assert executor.measured
+    assert by_row(there) == by_row(here)
+    assert len(here) == {"ttft": 6, "accuracy": 6, "agree": 3, "loss": 6, "probe": 20, "sweep": 6, "search": 4}[kind]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "search"])
+def test_what_is_handed_over_is_what_was_kept_and_a_second_run_measures_nothing(kind, specs, loaded, tmp_path):
+    spec, steps = specs(kind, tmp_path), []
+    first = run(spec, InProcess(loaded))
+    size = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    executor = Elsewhere(loaded)
+    second = run(spec, executor, steps.append)
+    assert executor.measured == []
+    assert sum(step.measured for step in steps) == 0
+    assert {row.key: row for row in second} == {row.key: row for row in first}
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == size
+    assert sum(len(csv_paths(tmp_path, row)) for row in {type(row) for row in first}) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_progress_ends_where_it_said(kind, specs, loaded, tmp_path):
+    for _ in range(1 if kind == "search" else 2):
+        steps = []
+        run(specs(kind, tmp_path), InProcess(loaded), steps.append)
+        total = sum(step.part.total for step in steps if step.part is not None)
+        assert sum(step.work for step in steps) == pytest.approx(total)
+
+
+class Failing(Elsewhere):
+    """One item of a target fails while others of it are at work."""
+
+    def __init__(self, loaded, failing):
+        super().__init__(loaded)
+        self.failing = failing
+
+    def run(self, spec, jobs, tell):
+        real = type(spec).measure
+
+        def measure(spec, item, worker):
+            if item.title in self.failing:
+                worker.ran.add("dense:half")
+                raise MemoryError("no more")
+            real(spec, item, worker)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(spec), "measure", measure)
+            super().run(spec, jobs, tell)
+
+
+def test_an_item_that_fails_beside_others_makes_one_row_say_so_and_keeps_what_the_others_found(specs, loaded, tmp_path):
+    spec = replace(specs("accuracy", tmp_path), tasks=("vt",), samples=5)
+    executor = Failing(loaded, {"streaming on vt at 600, sample 2 of 5"})
+    rows = run(spec, executor)
+    assert [(row.method, row.status) for row in rows] == [
+        ("dense", "ok"),
+        ("streaming", "out_of_memory"),
+        ("minference", "ok"),
+    ]
+    failed = rows[1]
+    assert failed.error == "MemoryError: no more"
+    assert failed.backends == "dense:half+triangle:torch-banded"
+    assert failed.score is None
+    asked = [item.index for item in executor.measured if item.plan == 1]
+    assert len(asked) < 5, "what comes behind a failure is not measured any more"
+    (file,) = tmp_path.glob("*/ruler/predictions/streaming/*.jsonl")
+    assert file.read_bytes().count(b"\n") == len(asked) - 1
+
+
+def test_a_method_waits_for_the_text_of_dense(specs, loaded, tmp_path):
+    """Two rounds: whatever an executor does at once, no method follows a text that is not there."""
+    executor = Elsewhere(loaded, workers=100)
+    run(specs("agree", tmp_path), executor)
+    texts = [item.text for item in executor.measured]
+    assert [text is None for text in texts] == [True] * 3 + [False] * 6
+
+
+def test_an_executor_refuses_another_model(specs, loaded, tmp_path):
+    spec = specs("ttft", tmp_path)
+    with pytest.raises(ValueError, match="this executor holds .*'small'.*, not .*'other'"):
+        run(replace(spec, model=replace(spec.model, name="other")), InProcess(loaded))
+
+
+def test_an_executor_without_a_model_loads_that_of_the_spec(tmp_path):
+    source = ModelSource("tiny", "checkpoint", "cpu", "float32")
+    executor = InProcess()
+    here = environment.current(torch.device("cpu"))
+    plan = METHODS["dense"].plan(loading.load("tiny", device="cpu", plan_only=True).shape, Settings())
+    spec = AgreeSpec(model=source, environment=here, root=tmp_path, plans=[plan], lengths=(64,), samples=1, new_tokens=2)
+    (row,) = run(spec, executor)
+    assert (row.model, row.weights, row.status, row.dtype) == ("tiny", "checkpoint", "ok", "float32")
+    assert executor.open(spec) is executor.open(spec)
