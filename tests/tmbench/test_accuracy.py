@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import under_plan
 from bound_specs import Bound
 from ruler_tasks import TASKS, Example, encode_prompt, write_dataset
 from tmbench.engine.attention import applied
+from tmbench.engine.prefill import EAGER, PLAIN
+from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import accuracy, keeping
-from tmbench.measure.accuracy import AccuracySpec, generate
+from tmbench.measure.accuracy import AccuracySpec
 from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
 from tmbench.models import loading
 from tmbench.models.fingerprint import of_ids
@@ -357,10 +360,12 @@ def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, m
 def test_generation_ends_at_the_models_end_token(make_model, prompt):
     model, ids = make_model("llama"), prompt(20)
     model.generation_config.eos_token_id = None
-    with applied(model, "dense"):
-        free = generate(model, ids, 8)
+    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    for kind in (PLAIN, EAGER):
+        model.generation_config.eos_token_id = None
+        free = under_plan.generate(model, plan, ids, 8, kind)
         model.generation_config.eos_token_id = free[3]
-        assert generate(model, ids, 8) == free[: free.index(free[3]) + 1]
+        assert under_plan.generate(model, plan, ids, 8, kind) == free[: free.index(free[3]) + 1]
     assert len(free) == 8
 
 
@@ -437,19 +442,19 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     work.run()
     assert {method: row.backends for (method, _, _), row in rows_of(work.root).items()} == expected, "from kept samples"
     other = job(samples=1, tasks=("vt",), root=work.root / "failed", plans=work.plans[:1])
-    monkeypatch.setattr(accuracy, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
+    monkeypatch.setattr(Session, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
     other.run()
     assert [(row.status, row.backends) for row in rows_of(other.root).values()] == [("failed", "")]
 
 
 def test_a_failure_behind_attention_still_names_what_ran(job, monkeypatch):
-    real = accuracy.generate
+    real = Session.generate
 
     def fail(*arguments):
         real(*arguments)
         raise RuntimeError("behind attention")
 
-    monkeypatch.setattr(accuracy, "generate", fail)
+    monkeypatch.setattr(Session, "generate", fail)
     work = job(samples=1, tasks=("vt",))
     work.run()
     assert {(row.status, row.backends) for row in rows_of(work.root).values()} == {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import under_plan
 from bound_specs import Bound
-from tmbench.engine.attention import applied_plan
+from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import agree, keeping
-from tmbench.measure.accuracy import generate
-from tmbench.measure.agree import AgreeSpec, follow
+from tmbench.measure.agree import AgreeSpec
 from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
@@ -52,8 +52,8 @@ def texts(monkeypatch):
     """Stands in for decoding: dense writes 1 to 12; another method agrees up to place 4, at place 4 not, and then again."""
     asked = []
 
-    def answer(model, plan, ids, count, text=None, *, ran=None):
-        asked.append((plan.method, ids.tolist()))
+    def answer(session, ids, count, text=None):
+        asked.append((session.applied.plan.method, ids.tolist()))
         own = list(range(1, count + 1))
         return own if text is None else [token if place != 4 else 99 for place, token in enumerate(text)]
 
@@ -71,13 +71,10 @@ def test_choices_are_greedy_decoding_up_to_the_first_that_differs(make_model, pr
     model.generation_config.eos_token_id = None
     settings = Settings(starting_layer=1, n_init=1, n_local=4, last_n=0)
     dense, plan = (METHODS[name].plan(ModelShape.of(model), settings) for name in ("dense", method))
-    free = []
-    for one in (dense, plan):
-        with applied_plan(model, one):
-            free.append(generate(model, ids, 24))
-    text = follow(model, dense, ids, 24)
+    free = [under_plan.generate(model, one, ids, 24) for one in (dense, plan)]
+    text = under_plan.follow(model, dense, ids, 24)
     assert text == free[0]
-    chosen = follow(model, plan, ids, 24, text)
+    chosen = under_plan.follow(model, plan, ids, 24, text)
     divergence = Choices(0, tuple(chosen), tuple(text), 0.0).divergence
     assert chosen[: divergence + 1] == free[1][: divergence + 1]
     assert divergence == 24 if method == "dense" else divergence < 24, "a window of four keys must change this model's text"
@@ -90,7 +87,7 @@ def test_choices_along_a_text_are_those_of_one_pass_over_all_of_it(make_model, p
     text = prompt(10)[0].tolist()
     with torch.inference_mode():
         whole = model(torch.cat([ids, torch.tensor([text])], dim=1)).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
-    assert follow(model, plan, ids, 10, text) == whole.tolist()
+    assert under_plan.follow(model, plan, ids, 10, text) == whole.tolist()
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -98,9 +95,9 @@ def test_end_tokens_are_never_chosen(make_model, prompt, several):
     model, ids = make_model("llama"), prompt(30)
     model.generation_config.eos_token_id = None
     plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
-    end = follow(model, plan, ids, 8)[0]
+    end = under_plan.follow(model, plan, ids, 8)[0]
     model.generation_config.eos_token_id = [end, 5] if several else end
-    chosen = follow(model, plan, ids, 8)
+    chosen = under_plan.follow(model, plan, ids, 8)
     assert len(chosen) == 8
     assert end not in chosen
 
@@ -147,9 +144,7 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts
     """The last choice is kept, its row is not: the next run makes the row of the newer choices and asks nothing."""
     job().run()
     before = rows_of(job().root)["streaming"]
-    monkeypatch.setattr(
-        agree, "follow", lambda model, plan, ids, count, text=None, ran=None: list(text or range(1, count + 1))
-    )
+    monkeypatch.setattr(agree, "follow", lambda session, ids, count, text=None: list(text or range(1, count + 1)))
     real = keeping.append
 
     def append(root, row):
@@ -186,10 +181,10 @@ def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
     real = agree.follow
 
-    def fail(model, plan, ids, count, text=None, *, ran=None):
-        if plan.method == failing:
+    def fail(session, ids, count, text=None):
+        if session.applied.plan.method == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, plan, ids, count, text)
+        return real(session, ids, count, text)
 
     monkeypatch.setattr(agree, "follow", fail)
     failing = "streaming"
@@ -285,6 +280,6 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     work.run()
     assert {name: row.backends for name, row in rows_of(work.root).items()} == expected, "from kept samples"
     other = job(samples=1, root=work.root / "failed")
-    monkeypatch.setattr(agree, "Decoding", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
+    monkeypatch.setattr(Session, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
     other.run()
     assert {(row.status, row.backends) for row in rows_of(other.root).values()} == {("failed", "")}

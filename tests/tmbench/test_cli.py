@@ -103,9 +103,8 @@ def test_json_has_no_number_that_is_not_finite(capsys):
 
 
 def test_compilation_is_a_choice(tmbench, monkeypatch):
-    from tmbench.engine import prefill
 
-    monkeypatch.setattr(prefill, "BACKEND", "eager")
+    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", "eager")
     monkeypatch.setenv("CXX", "c++")
     for option in ("--compile", "--no-compile"):
         assert tmbench(*FAST_TTFT, "--method", "dense", option)[0] == 0

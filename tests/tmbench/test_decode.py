@@ -7,12 +7,12 @@ import torch
 from transformers import GenerationConfig
 
 import tmbench
+import under_plan
 from tmbench.engine.attention import applied
 from tmbench.engine.calls import cache_name, cache_of
 from tmbench.engine.decode import Decoding, end_tokens, generate
+from tmbench.engine.prefill import Prefill
 from tmbench.errors import UnsupportedModelError, UserError
-from tmbench.measure.agree import follow
-from tmbench.measure.loss import losses
 from tmbench.measure.probe import gradients
 from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models.loading import load
@@ -133,8 +133,8 @@ def test_a_config_without_a_cache_changes_no_figure_and_adds_no_prefill(family, 
     monkeypatch.setattr(pattern, "attend", lambda self, *a, **kw: prefills.append(a[0].shape[2]) or attend(self, *a, **kw))
 
     def figures():
-        chosen = follow(model, plan, ids, 9)
-        of_prompt, of_answer, _ = losses(model, plan, ids, chosen[:5])
+        chosen = under_plan.follow(model, plan, ids, 9)
+        of_prompt, of_answer, _ = under_plan.losses(model, plan, ids, chosen[:5])
         probed, _ = gradients(model, ids, chosen[0], Sections(2, 9, 4))
         return chosen, of_prompt.tolist(), of_answer.tolist(), probed.means.nan_to_num().tolist()
 
@@ -166,7 +166,7 @@ def test_end_tokens_outside_of_the_vocabulary_stand_for_none(given, ends, make_m
     model = make_model("llama")
     model.generation_config.eos_token_id = given
     assert end_tokens(model) == ends
-    assert len(follow(model, plan_of(model, "dense"), prompt(20), 3)) == 3
+    assert len(under_plan.follow(model, plan_of(model, "dense"), prompt(20), 3)) == 3
 
 
 def test_inputs_are_ids_or_what_a_tokenizer_returns(make_model, prompt):
@@ -208,7 +208,8 @@ def test_a_text_across_the_length_at_which_longrope_changes_is_refused(make_mode
     model = make_model("phi3", **changes)
     model.generation_config.eos_token_id = None
     with torch.inference_mode():
-        decoding = Decoding(model, prompt(30))
+        prefill = Prefill(model)
+        decoding = Decoding(model, prompt(30), prefill(prompt(30)), prefill.cache)
         for token in (5, 6):
             decoding.read([token])
         assert decoding.length == 32

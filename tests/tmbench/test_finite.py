@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
+import under_plan
 from bound_specs import Bound
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.decode import generate
 from tmbench.engine.finite import check_logits
-from tmbench.engine.prefill import EAGER, PLAIN, kind_for
+from tmbench.engine.prefill import EAGER, PLAIN
+from tmbench.engine.prefill_kind import kind_for
 from tmbench.errors import NotFiniteError, UserError
 from tmbench.measure import agree, loss, probe, search, ttft
 from tmbench.measure.accuracy import AccuracySpec
@@ -245,17 +247,17 @@ def test_every_step_of_decoding_is_looked_at(change, place, overflowing, prompt,
         generate(loaded.model, prompt(40), 6)
     loaded, plan = fresh()
     with pytest.raises(NotFiniteError, match=f"the logits of {word} are"):
-        agree.follow(loaded.model, plan, prompt(40), 6)
+        under_plan.follow(loaded.model, plan, prompt(40), 6)
     loaded, plan = fresh()
     with pytest.raises(NotFiniteError, match=f"the logits of {word} are"):
-        loss.losses(loaded.model, plan, prompt(40), [5, 6, 7, 8, 9])
+        under_plan.losses(loaded.model, plan, prompt(40), [5, 6, 7, 8, 9])
 
 
 def test_the_losses_of_a_prompt_are_looked_at(overflowing, prompt, spoiled):
     loaded = overflowing(torch.float32)
     spoiled(loaded.model, 2, fill(math.nan))
     with pytest.raises(NotFiniteError, match="the logits of the prompt's tokens are not finite"):
-        loss.losses(loaded.model, plans_of(loaded, "dense")[0], prompt(40), [5, 6])
+        under_plan.losses(loaded.model, plans_of(loaded, "dense")[0], prompt(40), [5, 6])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -296,7 +298,7 @@ def test_a_loss_that_a_mask_makes_infinite_is_no_figure(overflowing, prompt):
     loaded = overflowing(torch.float32)
     loaded.model.lm_head.register_forward_hook(lambda module, given, out: fill(-math.inf, 5, 6)(out.clone()))
     with pytest.raises(RuntimeError, match="masks a token that the text has"):
-        loss.losses(loaded.model, plans_of(loaded, "dense")[0], prompt(40), [7, 5])
+        under_plan.losses(loaded.model, plans_of(loaded, "dense")[0], prompt(40), [7, 5])
 
 
 @pytest.mark.parametrize(

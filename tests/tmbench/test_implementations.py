@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from tmbench.engine import implementations
 from tmbench.engine.attention import applied, applied_plan
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, arranged
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.table import METHODS, ModelShape, Settings
 
@@ -77,13 +77,13 @@ def test_each_part_gets_its_own_attention_back(parts, fails, llava, prompt):
 
 @pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
 def test_fast_prefills_leave_the_other_parts_alone(kind, llava, prompt, monkeypatch):
-    monkeypatch.setattr("tmbench.engine.prefill.BACKEND", "eager")
+    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", "eager")
     llava.set_attn_implementation(PARTS[0])
     before = names(llava)
     plan = METHODS["streaming"].plan(ModelShape.of(llava), Settings(**STREAMING))
     with torch.inference_mode(), applied_plan(llava, plan) as session:
         inside = names(llava)
-        with arranged(llava, session, kind) as prefill:
+        with prepared(llava, session, kind) as prefill:
             prefill(prompt(30))
             assert names(llava)[0][2] == "eager"
         assert names(llava) == inside

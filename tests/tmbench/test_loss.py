@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+import under_plan
 from bound_specs import Bound
 from tmbench.measure import keeping, loss
-from tmbench.measure.loss import LossSpec, losses
+from tmbench.measure.loss import LossSpec
 from tmbench.methods.layers import layers_text
 from tmbench.methods.table import ModelShape, Settings, get_method
 from tmbench.models.loading import LoadedModel
@@ -46,7 +47,7 @@ def test_dense_losses_are_the_plain_models(family, changes, chunk, make_model, p
     """Granite divides its logits behind the head: the model's own forward must make them."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * 97)
     model, ids = make_model(family, **changes), prompt(40)
-    of_prompt, of_answer, backends = losses(model, plan_of(model, "dense"), ids, ANSWER)
+    of_prompt, of_answer, backends = under_plan.losses(model, plan_of(model, "dense"), ids, ANSWER)
     expected = whole(model, ids, ANSWER)
     torch.testing.assert_close((of_prompt, of_answer), expected, rtol=1e-4, atol=1e-4)
     assert backends == "dense:sdpa"
@@ -60,7 +61,7 @@ def test_a_methods_losses_are_those_under_its_mask(make_model, prompt):
     x = torch.empty(1, 4, 41, 16)
     mask[:41, :41] = Triangle(**WINDOW).mask(x, x)[0, 0]
     plan = plan_of(model, "tri_mix", starting_layer=0, **WINDOW)
-    of_prompt, of_answer, _ = losses(model, plan, ids, ANSWER)
+    of_prompt, of_answer, _ = under_plan.losses(model, plan, ids, ANSWER)
     expected = whole(model, ids, ANSWER, mask[None, None])
     torch.testing.assert_close((of_prompt, of_answer), expected, rtol=1e-4, atol=1e-4)
     dense = whole(model, ids, ANSWER)
@@ -73,7 +74,7 @@ def test_what_the_model_generates_it_finds_likely(make_model, prompt):
     config = GenerationConfig(do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
     own = model.generate(ids, generation_config=config)[0, 30:].tolist()
     plan = plan_of(model, "dense")
-    assert (losses(model, plan, ids, own)[1] < torch.log(torch.tensor(97.0))).all()
+    assert (under_plan.losses(model, plan, ids, own)[1] < torch.log(torch.tensor(97.0))).all()
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from tmbench.engine import roofline
-from tmbench.engine.attention import Running, applied_plan
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, _tensors, arranged, compiles, kind_for, kind_wanted
+from tmbench.engine.attention import applied_plan
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, prepared, tensors_of
+from tmbench.engine.prefill_kind import compiles, kind_for, kind_wanted
+from tmbench.engine.prefill_state import PrefillState
 from tmbench.errors import UserError
 from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models.geometry import Geometry
@@ -47,20 +49,20 @@ def graphs(monkeypatch):
         seen.append(graph)
         return graph
 
-    monkeypatch.setattr("tmbench.engine.prefill.BACKEND", backend)
+    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", backend)
     return seen
 
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr("tmbench.engine.prefill.CHUNK", 16)
+    monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)
 
 
 def read(model, ids, kind, method="tri_mix"):
     """(last logits, cache) of one prefill."""
     plan = METHODS[method].plan(ModelShape.of(model), WINDOW)
-    with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
-        logits = prefill(ids)
+    with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
+        (logits,) = prefill(ids)
         session.check_complete()
         return logits, prefill.cache
 
@@ -86,7 +88,7 @@ def test_logits_cache_and_the_next_step_are_the_plain_models(family, method, mak
         for kind in (EAGER, COMPILED) if family == "llama" or method == "tri_mix" else (EAGER,):
             got, cache = read(model, ids, kind, method)
             same(got, expected)
-            for kept, wanted in zip(_tensors(cache), _tensors(plain), strict=True):
+            for kept, wanted in zip(tensors_of(cache), tensors_of(plain), strict=True):
                 same(kept, wanted)
             same(model(token, past_key_values=cache, use_cache=True).logits, following)
 
@@ -146,7 +148,7 @@ def test_giving_up_is_an_error(make_model, prompt, graphs):
     for layer in model.model.layers:
         layer.input_layernorm.__class__ = type("OwnNorm", (type(layer.input_layernorm),), {})
     before = state(model)
-    with pytest.raises(RuntimeError, match="gave up on LlamaDecoderLayer, --no-compile"):
+    with pytest.raises(RuntimeError, match="gave up on LlamaDecoderLayer, --no-compile or TORCHDYNAMO_DISABLE=1"):
         read(model, prompt(40), COMPILED)
     assert state(model) == before
 
@@ -167,11 +169,10 @@ def test_the_model_is_restored(kind, make_model, prompt, graphs):
                 raise RuntimeError("stop")
 
         session.observer = fail
-        with pytest.raises(RuntimeError, match="stop"), arranged(model, session, kind) as prefill:
+        with pytest.raises(RuntimeError, match="stop"), prepared(model, session, kind) as prefill:
             prefill(prompt(20))
         assert prefill.cache is None
-        assert session.cache is None
-        assert session.running == Running()
+        assert session.prefill == PrefillState()
         assert state(model) == inside
     assert state(model) == before
     assert model.config._attn_implementation == "sdpa"
@@ -181,7 +182,7 @@ def test_the_model_is_restored(kind, make_model, prompt, graphs):
 def test_decoding_inside_of_the_block_is_refused(kind, make_model, prompt, graphs):
     model = make_model("llama")
     plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
-    with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+    with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
         prefill(prompt(20))
         with pytest.raises(RuntimeError, match="decode after the with block"):
             model(prompt(1), past_key_values=prefill.cache)
@@ -197,7 +198,7 @@ def test_the_cache_of_a_pass_is_let_go_before_the_next(kind, make_model, prompt,
     try:
         # The first pass compiles.
         caches = [weakref.ref(read(model, prompt(20), kind)[1])]
-        with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+        with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
             session.observer = lambda *_: gone.append(caches[-1]() is None)
             for _ in range(2):
                 prefill(prompt(20))
@@ -215,10 +216,10 @@ def test_a_module_of_the_last_layer_may_serve_another_too(shared, kind, make_mod
     last.set_submodule(shared, first.get_submodule(shared))
     expected, plain = read(model, prompt(40), PLAIN)
     plan = METHODS["tri_mix"].plan(ModelShape.of(model), WINDOW)
-    with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, kind) as prefill:
+    with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
         for _ in range(2):
-            same(prefill(prompt(40)), expected)
-            for kept, wanted in zip(_tensors(prefill.cache), _tensors(plain), strict=True):
+            same(prefill(prompt(40))[0], expected)
+            for kept, wanted in zip(tensors_of(prefill.cache), tensors_of(plain), strict=True):
                 same(kept, wanted)
 
 
@@ -228,7 +229,7 @@ def test_the_last_layer_has_the_queries_that_a_dynamic_pattern_chooses_by(kind, 
     plan = METHODS["xattention"].plan(ModelShape.of(model), replace(WINDOW, threshold=0.2))
     found = []
     for each in (PLAIN, kind):
-        with torch.inference_mode(), applied_plan(model, plan) as session, arranged(model, session, each) as prefill:
+        with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, each) as prefill:
             found.append(prefill(ids))
     same(found[1], found[0])
 
@@ -237,7 +238,7 @@ def test_the_last_layer_has_the_queries_that_a_dynamic_pattern_chooses_by(kind, 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mistral"])
 def test_the_cache_holds_keys_and_values_and_no_more(family, kind, make_model, prompt, graphs):
     _, cache = read(make_model(family, **FAMILIES[family]), prompt(40), kind)
-    for kept in _tensors(cache):
+    for kept in tensors_of(cache):
         assert kept.untyped_storage().nbytes() == kept.nbytes, "phi3's are views of a product that has queries as well"
 
 
@@ -289,7 +290,7 @@ def test_somebody_elses_wrapper_is_left_in_place(make_model):
 def test_a_prefill_without_a_method_is_plain(make_model, prompt):
     model, ids = make_model("llama"), prompt(30)
     with torch.inference_mode():
-        same(Prefill(model)(ids), model(ids).logits[0, -1])
+        same(Prefill(model)(ids), model(ids).logits[:, -1])
 
 
 def test_where_to_compile(monkeypatch):
@@ -306,6 +307,11 @@ def test_where_to_compile(monkeypatch):
     assert not compiles(cpu, False)
     with pytest.raises(UserError, match="--compile needs a compiler.*--no-compile"):
         compiles(cpu, True)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert not compiles(cuda, None)
+    with pytest.raises(UserError, match="--compile does not go with TORCHDYNAMO_DISABLE"):
+        compiles(cuda, True)
 
 
 @pytest.mark.slow
@@ -322,7 +328,7 @@ def test_compiled_for_good(family, make_model, prompt):
         caches.append((cache, plain))
     # After all passes: what a graph has given away belongs to it no more.
     for cache, plain in caches:
-        for kept, wanted in zip(_tensors(cache), _tensors(plain), strict=True):
+        for kept, wanted in zip(tensors_of(cache), tensors_of(plain), strict=True):
             same(kept, wanted, 1e-4)
 
 
@@ -353,11 +359,11 @@ def test_two_models_at_once(make_model, prompt, graphs):
         torch.inference_mode(),
         applied_plan(first, plan) as one,
         applied_plan(second, plan) as two,
-        arranged(first, one, COMPILED) as a,
-        arranged(second, two, COMPILED) as b,
+        prepared(first, one, COMPILED) as a,
+        prepared(second, two, COMPILED) as b,
     ):
         for prefill, wanted in zip((a, b, a), (*expected, expected[0]), strict=True):
-            same(prefill(ids), wanted)
+            same(prefill(ids)[0], wanted)
 
 
 CPU = torch.device("cpu")
@@ -373,7 +379,7 @@ def test_compiling_that_was_asked_for_and_cannot_be_had_is_refused(make_model, m
             kind_wanted(model, CPU, True)
         assert [kind_wanted(model, CPU, wish) for wish in (False, None)] == [PLAIN, PLAIN]
     differs = make_model("llama")
-    monkeypatch.setattr("tmbench.engine.prefill._agree", lambda got, expected: False)
+    monkeypatch.setattr("tmbench.engine.prefill_kind._agree", lambda got, expected: False)
     with pytest.raises(
         UserError, match=r"^--compile: LlamaForCausalLM cannot be compiled here, as it answers a short prompt"
     ):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bound_specs import Bound
+from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import accuracy
 from tmbench.measure.accuracy import AccuracySpec
@@ -78,14 +79,14 @@ def job(make_model, tmp_path):
 
 
 def test_another_suite_is_measured_kept_and_gone_on_with(job, tmp_path, monkeypatch):
-    real = accuracy.generate
+    real = Session.generate
 
-    def generate(model, ids, count):
+    def generate(session, ids, count):
         """The model reads the prompt, and 44 is what it is taken to answer, which is right for one sample of four."""
-        real(model, ids, count)
-        return work.loaded.tokenizer(" 44", add_special_tokens=False)["input_ids"]
+        real(session, ids, count)
+        return torch.tensor([work.loaded.tokenizer(" 44", add_special_tokens=False)["input_ids"]])
 
-    monkeypatch.setattr(accuracy, "generate", generate)
+    monkeypatch.setattr(Session, "generate", generate)
     work = job()
     rows = work.run()
     assert [(row.method, row.task, row.score, row.samples) for row in rows] == [

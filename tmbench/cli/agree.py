@@ -62,6 +62,7 @@ def agree(
     if len(settings) == 1:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
 
+    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.agree import AgreeSpec
     from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
@@ -81,6 +82,7 @@ def agree(
         samples=samples,
         new_tokens=new_tokens,
         seed=seed,
+        prefill=kind_wanted(loaded.model, loaded.device, None),
         overwrite=overwrite,
     )
     print_measured(measure(spec, loaded), _show, as_json=as_json)

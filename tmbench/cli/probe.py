@@ -122,6 +122,7 @@ def probe(
     settings = o.settings_for(methods, **o.deep_layers(layers), **window, patterns=patterns) if loss else {}
     sections = Settings(**window)
 
+    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.loss import LossSpec
     from tmbench.measure.probe import ProbeSpec
     from tmbench.measure.spec import ModelSource
@@ -146,6 +147,7 @@ def probe(
         "overwrite": overwrite,
     }
     if loss:
+        common |= {"prefill": kind_wanted(loaded.model, loaded.device, None)}
         losses = LossSpec(**common, plans=o.plans_for(settings, loaded, lengths, output_dir))
         print_measured(measure(losses, loaded), _show_losses, as_json=as_json)
         return

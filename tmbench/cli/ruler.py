@@ -131,6 +131,7 @@ def ruler(
         making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
+    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.accuracy import AccuracySpec
     from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
@@ -152,6 +153,7 @@ def ruler(
         tasks=tasks,
         samples=samples,
         seed=seed,
+        prefill=kind_wanted(loaded.model, loaded.device, None),
         overwrite=overwrite,
         save_samples=save_samples,
     )

@@ -82,7 +82,7 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
-    from tmbench.engine.prefill import kind_wanted
+    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.accuracy import AccuracySpec
     from tmbench.measure.spec import ModelSource
     from tmbench.measure.sweep import SweepSpec, swept_method, swept_plans, variants
@@ -105,13 +105,13 @@ def sweep(
         "environment": environment.current(loaded.device),
         "root": output_dir,
         "seed": seed,
+        "prefill": kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run),
     }
     half = common | {"plans": (), "lengths": ()}
-    prefill = kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run)
     spec = SweepSpec(
         **common,
         plans={tokens: swept_plans(chosen, settings, loaded.shape, tokens, controls=same_cost) for tokens in lengths},
-        ttft=TtftSpec(**half, repeats=repeats, prefill=prefill),
+        ttft=TtftSpec(**half, repeats=repeats),
         accuracy=AccuracySpec(**half, suite=suite, tasks=tasks, samples=samples),
     )
     spec.check(loaded)

@@ -73,7 +73,7 @@ def ttft(
         dense_backend=dense_backend,
     )
 
-    from tmbench.engine.prefill import kind_wanted
+    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.spec import ModelSource
     from tmbench.measure.ttft import TtftSpec
     from tmbench.models import loading

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
 from tmbench.engine.implementations import Implementations
+from tmbench.engine.prefill_state import LayerPass, PrefillState
 from tmbench.engine.rereading import Rereading
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.table import ModelShape, Plan, Settings, get_method
@@ -45,26 +46,6 @@ Observer = Callable[[int, Pattern, Tensor, Tensor, float | None], None]
 
 
 @dataclass
-class Running:
-    """What a layer of a fast prefill and its attention tell each other.
-
-    Apart from ``Applied``: of an object that compiled code writes to, torch keeps all that it holds, for instance a cache.
-    """
-
-    last_row: bool = False
-    """Whether this is the last layer, of which only the last query's output is wanted."""
-    narrow_queries: bool = False
-    """Whether it needs that query alone from the start, its pattern choosing nothing by the others."""
-    attended: bool = False
-    """Whether the last layer's attention is done."""
-    kept: tuple[Tensor, Tensor] | None = None
-    """Keys and values that a compiled layer has given to attention, on their way into the cache.
-
-    Where one projection makes queries as well, all of its product stays until the layer ends and ``fill`` copies its part.
-    """
-
-
-@dataclass
 class Applied:
     """A method at work on a model, as ``applied`` yields it."""
 
@@ -79,10 +60,8 @@ class Applied:
     """The backends that have run, as "pattern:backend"."""
     modules: tuple[Any, ...] = ()
     """The model's attention modules, in layer order."""
-    cache: Any | None = None
-    """Set for the time of a fast prefill: where the keys and values go that attention is given."""
-    running: Running = field(default_factory=Running)
-    """Of the layer at work in a fast prefill."""
+    prefill: PrefillState = field(default_factory=PrefillState)
+    """Of the prefills that ``tmbench.engine.prefill`` makes ready."""
     implementations: Implementations | None = None
     """What the model's parts run instead of their own attention."""
 
@@ -212,13 +191,13 @@ def _attention(
             f"{type(module).__name__} shares its config with a model under tmbench.applied: give each model its own config"
         )
     _refuse_features(module, key, kwargs)
-    if query.shape[2] == 1 and slot.session.cache is None:
+    prefill = slot.session.prefill
+    if query.shape[2] == 1 and not prefill.active:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
     _refuse_calls(module, query, attention_mask, kwargs)
-    if slot.session.cache is not None:
-        fill(slot.session.cache, slot.layer, key, value)
-    return _done(slot.session.running, attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
+    prefill.keep(slot.layer, key, value)
+    return prefill.layer.yielded(attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
 
 
 def _traced_attention(
@@ -227,20 +206,12 @@ def _traced_attention(
     """The prefill of any layer, for tracing: nothing read here may differ between layers that share one graph."""
     _refuse_features(module, key, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
-    running: Running = getattr(module, PLACE).session.running
-    operator = operators.last_row if running.last_row else operators.attention
+    layer: LayerPass = getattr(module, PLACE).session.prefill.layer
+    operator = operators.last_row if layer.last_row else operators.attention
     out = operator(query, key, value, kwargs.get("scaling"))
     # What leaves a graph is not overwritten by its next call, and need not be copied. With CUDA graphs it would be.
-    running.kept = key, value
-    return _done(running, out, query.shape[2]), None
-
-
-def _done(running: Running, out: Tensor, queries: int) -> Tensor:
-    """Note that attention is done; the last row stands for all that the model expects, ``[batch, queries, heads, dim]``."""
-    if not running.last_row:
-        return out
-    running.attended = True
-    return out.expand(-1, queries, -1, -1)
+    layer.kept = key, value
+    return layer.yielded(out, query.shape[2]), None
 
 
 def _refuse_features(module: Any, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -284,28 +255,9 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
     session.calls += 1
     session.layers.add(slot.layer)
     session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
-    attend_by = slot.pattern.last_row if session.running.last_row else slot.pattern.attend
+    attend_by = slot.pattern.last_row if session.prefill.layer.last_row else slot.pattern.attend
     # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
     return attend_by(query, key, value, scale=scale).transpose(1, 2).contiguous()
-
-
-def fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
-    """Leave a prompt's keys and values ``[batch, kv_heads, length, dim]`` in a layer of an empty cache.
-
-    They are kept as they are, unless they are parts of something larger, which would stay in memory with them.
-    """
-    kept: Any = cache.layers[layer] if layer < len(cache.layers) else None
-    if type(kept) is DynamicLayer and kept.get_seq_length() == 0:
-        # Such a layer appends by concatenation, which copies keys at an eighth of the speed of a plain copy.
-        cache.update(key[:, :, :0], value[:, :, :0], layer)
-        kept.keys, kept.values = _alone(key), _alone(value)
-    else:
-        cache.update(key, value, layer)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is all of its storage, else a copy."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _mask(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.calls import cache_name, cache_of, keep_last, rope_switch
+from tmbench.engine.calls import cache_name, rope_switch
 from tmbench.engine.finite import check_logits
+from tmbench.engine.prefill import Prefill
 from tmbench.errors import UnsupportedModelError, UserError
 
 
@@ -25,20 +26,24 @@ class Decoding:
     Raises NotFiniteError where logits are not finite, and UnsupportedModelError for a model that returns no cache.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
-        """Read a prompt ``[batch, length]``, which lies on the model's device and is not padded."""
+    def __init__(self, model: PreTrainedModel, ids: Tensor, logits: Tensor, cache: Any) -> None:
+        """Go on after a prefill.
+
+        Args:
+            ids: the prompt, ``[batch, length]``, on the model's device and not padded.
+            logits: ``[batch, vocabulary]`` of its last token, as ``Prefill`` returns them.
+            cache: what the prefill left there.
+        """
         self.model = model
         self.prompt = ids
         self.length = ids.shape[1]
         """Tokens read so far, prompt included."""
-        # Explicit, since a config may say otherwise.
-        output = model(input_ids=ids, use_cache=True, return_dict=True, **keep_last(model))
-        self.cache: Any = cache_of(output)
+        self.cache = cache
         if self.cache is None or int(self.cache.get_seq_length()) != self.length:
             raise UnsupportedModelError(
                 f"{type(model).__name__} returns no cache of the prompt's keys and values: nothing can be decoded after it"
             )
-        self.logits = self._last(output, "of the prompt's last token")
+        self.logits = self._checked(logits, "of the prompt's last token")
         """Of the next token, float32 ``[batch, vocabulary]``."""
 
     def read(self, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -52,11 +57,10 @@ class Decoding:
         known = {cache_name(self.model): self.cache}
         output = self.model(input_ids=following, use_cache=True, return_dict=True, **known)
         self.length += 1
-        self.logits = self._last(output, f"of new token {self.length - self.prompt.shape[1] + 1}")
+        self.logits = self._checked(output.logits[:, -1], f"of new token {self.length - self.prompt.shape[1] + 1}")
         return self.logits
 
-    def _last(self, output: Any, place: str) -> Tensor:
-        logits: Tensor = output.logits[:, -1]
+    def _checked(self, logits: Tensor, place: str) -> Tensor:
         check_logits(logits, self.model, place)
         return logits.float()
 
@@ -84,8 +88,14 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor
         raise UnsupportedModelError(
             f"{type(model).__name__} has no head that yields tokens: load it as a causal language model"
         )
-    decoding = Decoding(model, _ids(inputs).to(model.device))
-    logits = decoding.logits
+    ids = _ids(inputs).to(model.device)
+    prefill = Prefill(model)
+    return greedy(Decoding(model, ids, prefill(ids), prefill.cache), max_new_tokens)
+
+
+def greedy(decoding: Decoding, max_new_tokens: int) -> Tensor:
+    """The likeliest tokens after a prompt, ``[batch, new]``: until every sequence has ended, at most so many."""
+    model, logits = decoding.model, decoding.logits
     ends = torch.tensor(end_tokens(model), device=logits.device, dtype=torch.long)
     pad = _pad_token(model)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)

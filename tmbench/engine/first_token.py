@@ -36,6 +36,6 @@ def first_token(prefill: Callable[[Tensor], Tensor], ids: Tensor) -> FirstToken:
     synchronize(ids.device)
     start = time.perf_counter()
     logits = prefill(ids)
-    token = int(logits.argmax())
+    token = int(logits[0].argmax())
     seconds = time.perf_counter() - start
-    return FirstToken(token, logits.float().cpu(), seconds)
+    return FirstToken(token, logits[0].float().cpu(), seconds)

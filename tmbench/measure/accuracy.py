@@ -14,11 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from tmbench.engine import decode
-from tmbench.engine.attention import applied_plan
 from tmbench.engine.density import PairCounter
+from tmbench.engine.session import compile_ahead, running
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
@@ -26,6 +24,7 @@ from tmbench.methods.table import Plan, backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.predictions import Prediction, kept_predictions
 from tmbench.results.rows import RulerRow, now
+from tmbench.results.sample_files import highest
 from tmbench.results.sample_scores import read_samples
 from tmbench.results.words import counted
 from tmbench.suites.suite import Sample, Suite
@@ -118,6 +117,7 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
                 seconds_per_sample=statistics.mean(prediction.seconds for prediction in predictions),
                 coverage=predictions[0].coverage,
                 predictions=file,
+                peak_memory_bytes=highest(prediction.peak_memory for prediction in predictions),
             )
         ]
 
@@ -131,25 +131,22 @@ def _belongs(item: AccuracyItem, kept: Prediction) -> bool:
     return (kept.prompt_hash, kept.outputs) == (item.sample.prompt_hash, item.sample.references)
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> list[int]:
-    """Greedy decoding of ``ids`` ``[1, length]``: the new ids, at most so many, ending at the model's own end token."""
-    return [int(token) for token in decode.generate(model, ids, max_new_tokens)[0]]
-
-
+@torch.inference_mode()
 def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: set[str]) -> Prediction:
     """One sample's answer; ``ran`` is given what ran, which is there of a failure too."""
     sample = item.sample
     ids = torch.tensor([sample.ids], device=loaded.device)
-    counter = PairCounter()
+    counter, plan = PairCounter(), spec.plans[item.plan]
+    compile_ahead(loaded.model, plan, spec.prefill, ids)
     start = time.perf_counter()
-    with applied_plan(loaded.model, spec.plans[item.plan]) as session:
-        session.observer = counter if item.count else None
+    with running(loaded.model, plan, spec.prefill) as session:
+        session.applied.observer = counter if item.count else None
         try:
-            new = generate(loaded.model, ids, sample.max_new_tokens)
+            new = session.generate(ids, sample.max_new_tokens)[0].tolist()
         finally:
-            ran |= session.backends
+            ran |= session.applied.backends
+        peak = session.peak.bytes
     seconds = time.perf_counter() - start - counter.seconds
-    session.check_complete()
     text = str(loaded.need_tokenizer(spec.suite.title).decode(new, skip_special_tokens=True))
     return Prediction(
         index=sample.index,
@@ -160,6 +157,7 @@ def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: se
         new_tokens=len(new),
         seconds=seconds,
         coverage=counter.coverage,
-        backends=backends_name(session.backends),
+        backends=backends_name(session.applied.backends),
         prompt_hash=sample.prompt_hash,
+        peak_memory=peak,
     )

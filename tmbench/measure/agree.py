@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tmbench.engine.attention import applied_plan
-from tmbench.engine.decode import Decoding, end_tokens
+from tmbench.engine.decode import end_tokens
+from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
@@ -32,6 +31,7 @@ from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
+from tmbench.results.sample_files import highest
 from tmbench.suites.prompts import check_prompt, prompt_ids
 
 
@@ -133,6 +133,7 @@ class AgreeSpec(RowSpec[AgreeRow], ItemSpec[AgreeRow]):
                 identical=sum(one.divergence == self.new_tokens for one in found) / len(found),
                 seconds_per_sample=statistics.mean(one.seconds for one in found),
                 choices=file,
+                peak_memory_bytes=highest(one.peak_memory for one in found),
             )
         ]
 
@@ -147,49 +148,38 @@ def _belongs(item: AgreeItem, kept: Choices) -> bool:
 
 
 @torch.inference_mode()
-def follow(
-    model: PreTrainedModel,
-    plan: Plan,
-    ids: Tensor,
-    count: int,
-    text: Sequence[int] | None = None,
-    ran: set[str] | None = None,
-) -> list[int]:
+def follow(session: Session, ids: Tensor, count: int, text: Sequence[int] | None = None) -> list[int]:
     """The likeliest token, the model's end tokens aside, at each of ``count`` places behind a prompt.
 
     Args:
         ids: the prompt, ``[1, length]``, on the model's device; it is read with the plan's patterns.
         text: ``count`` tokens that are read one by one behind the prompt, with dense attention over the full cache; None
             reads the choices themselves, which is greedy decoding.
-        ran: is given what ran, as "pattern:backend", also where this fails.
     """
-    ends = end_tokens(model)
+    ends = end_tokens(session.model)
     chosen: list[int] = []
-    with applied_plan(model, plan) as session:
-        try:
-            decoding = Decoding(model, ids)
-        finally:
-            if ran is not None:
-                ran |= session.backends
-        session.check_complete()
-        while True:
-            logits = decoding.logits[0]
-            logits[ends] = -torch.inf
-            chosen.append(int(logits.argmax()))
-            if len(chosen) == count:
-                return chosen
-            decoding.read(chosen[-1:] if text is None else [text[len(chosen) - 1]])
+    decoding = session.read(ids)
+    while True:
+        logits = decoding.logits[0]
+        logits[ends] = -torch.inf
+        chosen.append(int(logits.argmax()))
+        if len(chosen) == count:
+            return chosen
+        decoding.read(chosen[-1:] if text is None else [text[len(chosen) - 1]])
 
 
 def _choose(spec: AgreeSpec, loaded: LoadedModel, item: AgreeItem, ran: set[str]) -> Choices:
     """One sample's choices; ``ran`` is given what ran, which is there of a failure too."""
-    ids = spec.ids(loaded, item.length, item.index)
-    own: set[str] = set()
+    ids, plan = spec.ids(loaded, item.length, item.index), spec.plans[item.plan]
+    compile_ahead(loaded.model, plan, spec.prefill, ids)
     start = time.perf_counter()
-    try:
-        chosen = follow(loaded.model, spec.plans[item.plan], ids, spec.new_tokens, item.text, ran=own)
-    finally:
-        ran |= own
+    with running(loaded.model, plan, spec.prefill) as session:
+        try:
+            chosen = follow(session, ids, spec.new_tokens, item.text)
+        finally:
+            ran |= session.applied.backends
+        peak = session.peak.bytes
     seconds = time.perf_counter() - start
     reference = tuple(chosen) if item.text is None else item.text
-    return Choices(item.index, tuple(chosen), reference, seconds, backends_name(own), item.prompt_hash)
+    backends = backends_name(session.applied.backends)
+    return Choices(item.index, tuple(chosen), reference, seconds, backends, item.prompt_hash, peak)

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.attention import applied_plan
-from tmbench.engine.decode import Decoding
 from tmbench.engine.finite import check_logits
+from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UnsupportedModelError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
@@ -33,7 +32,7 @@ from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.table import METHODS, Plan, Settings, backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.rows import LossRow, now
-from tmbench.results.sample_files import Kept
+from tmbench.results.sample_files import Kept, highest
 from tmbench.results.words import counted
 from tmbench.suites.questions import Question, check_task, questions, wording_hash
 
@@ -57,6 +56,8 @@ class LossSample:
     prompt_hash: str = ""
     """A hash of the prompt's token ids, and of the answer's; "" in files of older versions."""
     answer_hash: str = ""
+    peak_memory: int | None = None
+    """Device memory at its peak in bytes, model included; None on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,7 @@ def _rows(
         replace(
             row,
             sample_files=file,
+            peak_memory_bytes=highest(sample.peak_memory for sample in samples),
             source="+".join(dict.fromkeys(sample.source for sample in samples)),
             prompt_tokens_mean=statistics.mean(sample.prompt_tokens for sample in samples),
             answer_tokens_mean=statistics.mean(sample.answer_tokens for sample in samples),
@@ -176,12 +178,11 @@ def _rows(
 
 
 @torch.inference_mode()
-def losses(model: PreTrainedModel, plan: Plan, ids: Tensor, answer: Sequence[int]) -> tuple[Tensor, Tensor, str]:
-    """The negative log-likelihood of every token, in nats, and what ran, as "pattern:backend" joined by "+".
+def losses(session: Session, ids: Tensor, answer: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of every token, in nats.
 
     Args:
-        model: any model that methods can be applied to.
-        plan: the method that reads the prompt.
+        session: the model, and the method that reads the prompt.
         ids: the prompt, ``[1, length]`` on the model's device, at least two tokens.
         answer: the ids that follow it, at least one.
 
@@ -193,21 +194,17 @@ def losses(model: PreTrainedModel, plan: Plan, ids: Tensor, answer: Sequence[int
         NotFiniteError: logits that are not finite.
     """
     hidden: list[Any] = []
-    base = _base(model)
-    hook = base.register_forward_hook(lambda module, given, out: hidden.append(out))
+    hook = _base(session.model).register_forward_hook(lambda module, given, out: hidden.append(out))
     try:
-        with applied_plan(model, plan) as session:
-            decoding = Decoding(model, ids)
-            hook.remove()
-            session.check_complete()
-            following = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
+        decoding = session.read(ids, every_position=True)
     finally:
         hook.remove()
+    following = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
     of_answer = F.cross_entropy(torch.stack(following), torch.tensor(answer, device=ids.device), reduction="none")
-    of_prompt = _prompt_losses(model, hidden[0].last_hidden_state, ids)
+    of_prompt = _prompt_losses(session.model, hidden[0].last_hidden_state, ids)
     if not (of_prompt.isfinite().all() and of_answer.isfinite().all()):
         raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another --task")
-    return of_prompt.cpu(), of_answer.cpu(), backends_name(session.backends)
+    return of_prompt.cpu(), of_answer.cpu()
 
 
 def _prompt_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -247,9 +244,15 @@ def _base(model: PreTrainedModel) -> Any:
 def _sample(spec: LossSpec, loaded: LoadedModel, item: LossItem, ran: set[str]) -> LossSample:
     question = item.question
     ids = torch.tensor([question.prompt], device=loaded.device)
+    plan = spec.plans[item.plan]
+    compile_ahead(loaded.model, plan, spec.prefill, ids, every_position=True)
     start = time.perf_counter()
-    of_prompt, of_answer, backends = losses(loaded.model, spec.plans[item.plan], ids, question.answer)
-    ran.update(backends.split("+"))
+    with running(loaded.model, plan, spec.prefill) as session:
+        try:
+            of_prompt, of_answer = losses(session, ids, question.answer)
+        finally:
+            ran |= session.applied.backends
+        peak = session.peak.bytes
     return LossSample(
         index=question.index,
         nll_prompt=float(of_prompt.double().mean()),
@@ -258,7 +261,8 @@ def _sample(spec: LossSpec, loaded: LoadedModel, item: LossItem, ran: set[str]) 
         prompt_tokens=ids.shape[1],
         answer_tokens=len(question.answer),
         source=question.source,
-        backends=backends,
+        backends=backends_name(session.applied.backends),
+        peak_memory=peak,
         seconds=time.perf_counter() - start,
         prompt_hash=question.prompt_hash,
         answer_hash=question.answer_hash,

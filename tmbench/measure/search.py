@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tmbench.engine.attention import applied_plan
 from tmbench.engine.finite import check_logits, not_finite
-from tmbench.engine.prefill import Prefill
+from tmbench.engine.prefill import PLAIN
+from tmbench.engine.session import running
 from tmbench.errors import NotFiniteError, UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import Target
@@ -125,10 +125,11 @@ class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
             worker.keep(LayerFigures(layer, tuple(map(tuple, figures))))
 
         plan = METHODS["dense"].plan(loaded.shape, Settings())
-        with torch.inference_mode(), applied_plan(model, plan) as session:
-            session.observer = look
-            logits = Prefill(model)(ids)
-            session.check_complete()
+        # Plainly: of a last layer on its last position it would see one query.
+        with torch.inference_mode(), running(model, plan, PLAIN) as session, session.prefill() as prefill:
+            session.applied.observer = look
+            logits = prefill(ids)
+            session.applied.check_complete()
         check_logits(logits, model, "of the prompt's last token")
 
 

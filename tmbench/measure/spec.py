@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel, Weights
 from tmbench.results import environment
@@ -148,6 +149,8 @@ class RowSpec(Spec[R]):
     root: Path
     """The results folder."""
     seed: int = 42
+    prefill: Kind = PLAIN
+    """How the model reads prompts; ``tmbench.engine.prefill_kind`` says what it can do."""
 
     def prepare(self) -> None:
         """Keep the environment beside the rows that will name it; raises UserError for a folder that does not take it."""
@@ -155,4 +158,4 @@ class RowSpec(Spec[R]):
 
     def common(self, loaded: LoadedModel) -> dict[str, Any]:
         """The columns that all rows of the run have in common."""
-        return {**self.environment.row_fields(), **loaded.row_fields(), "seed": self.seed}
+        return {**self.environment.row_fields(), **loaded.row_fields(), "seed": self.seed, "prefill": self.prefill}

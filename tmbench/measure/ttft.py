@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from tmbench.engine import roofline
-from tmbench.engine.attention import applied_plan
 from tmbench.engine.density import PairCounter, causal_pairs
 from tmbench.engine.finite import check_logits
 from tmbench.engine.first_token import FirstToken, first_token
-from tmbench.engine.prefill import PLAIN, Kind, arranged
+from tmbench.engine.session import running
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget, timed_before
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
@@ -86,8 +85,6 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     prompt: str = "kv"
     repeats: int = 3
     warmup: int = 1
-    prefill: Kind = PLAIN
-    """How the model runs; ``engine.prefill.kind_for`` says what it can do."""
     beside_dense: bool = False
     """Whether dense is measured anew beside whatever else is to be measured, and never alone."""
 
@@ -109,7 +106,6 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 prompt_hash=prompt_hash,
                 repeats=self.repeats,
                 warmup=self.warmup,
-                prefill=self.prefill,
                 interleaved="",
             )
             found.append(row)
@@ -235,18 +231,16 @@ def _prefill(
     spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool
 ) -> tuple[FirstToken, int | None]:
     """The first token, and the peak of the device's memory; the cache is let go."""
-    model, cuda = loaded.model, ids.device.type == "cuda"
-    with applied_plan(model, trial.plan) as session, arranged(model, session, spec.prefill) as prefill:
-        session.observer = trial.counter if count else None
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(ids.device)
+    with running(loaded.model, trial.plan, spec.prefill) as session, session.prefill() as prefill:
+        session.applied.observer = trial.counter if count else None
         try:
             token = first_token(prefill, ids)
         finally:
-            trial.backends |= session.backends
-        session.check_complete()
-    check_logits(token.logits, model, "of the prompt's last token")
-    return token, torch.cuda.max_memory_allocated(ids.device) if cuda else None
+            trial.backends |= session.applied.backends
+        session.applied.check_complete()
+        peak = session.peak.bytes
+    check_logits(token.logits, loaded.model, "of the prompt's last token")
+    return token, peak
 
 
 def _timing(loaded: LoadedModel, length: int, trial: _Trial, dense: _Trial | None) -> Timing:

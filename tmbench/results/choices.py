@@ -29,6 +29,8 @@ class Choices:
     """What ran, as "pattern:backend" joined by "+"."""
     prompt_hash: str = ""
     """A hash of the prompt's token ids; "" in files of older versions."""
+    peak_memory: int | None = None
+    """Device memory at its peak in bytes, model included; None on the CPU."""
 
     def __post_init__(self) -> None:
         if not self.chosen or len(self.chosen) != len(self.reference):

@@ -31,6 +31,8 @@ class Prediction:
     """What ran, as "pattern:backend" joined by "+"."""
     prompt_hash: str = ""
     """A hash of the prompt's token ids; "" in files of older versions."""
+    peak_memory: int | None = None
+    """Device memory at its peak in bytes, model included; None on the CPU."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from types import UnionType
@@ -34,6 +34,13 @@ class Sample(Protocol):
 
 
 S = TypeVar("S", bound=Sample)
+
+
+def highest(peaks: Iterable[int | None]) -> int | None:
+    """The highest of samples' peaks of memory; None where one is not known."""
+    found = list(peaks)
+    known = [peak for peak in found if peak is not None]
+    return max(known) if known and len(known) == len(found) else None
 
 
 class Kept(Generic[S]):

@@ -1,0 +1,121 @@
+"""Measurements on one engine: what is read in any kind of prefill is answered, followed and lost alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import under_plan
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
+from tmbench.engine.prefill_state import PrefillState
+from tmbench.engine.session import compile_ahead, running
+from tmbench.errors import NotFiniteError
+from tmbench.methods.table import METHODS, ModelShape, Settings
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"head_dim": 64},
+    "phi3": {"sliding_window": None},
+    "gemma": {},
+    "olmo2": {"num_key_value_heads": 4},
+    "gpt_neox": {"num_key_value_heads": 4},
+}
+WINDOW = Settings(n_init=2, n_local=9, last_n=5)
+KINDS = (EAGER, COMPILED)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """Run as traced, which needs no C++ compiler; the graphs that were made."""
+    seen = []
+
+    def backend(graph, examples):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", backend)
+    monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)
+    return seen
+
+
+def plan_of(model, name="tri_mix"):
+    return METHODS[name].plan(ModelShape.of(model), WINDOW)
+
+
+@pytest.mark.parametrize("method", ["tri_mix", "minference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_choices_and_losses_are_those_of_a_plain_prefill(family, method, make_model, prompt):
+    model, ids = make_model(family, **FAMILIES[family]), prompt(53)
+    model.generation_config.eos_token_id = None
+    plan, text = plan_of(model, method), [5, 6, 7, 8, 9, 10]
+    answer = under_plan.generate(model, plan, ids, 12)
+    choices = under_plan.follow(model, plan, ids, 6, text)
+    of_prompt, of_answer, _ = under_plan.losses(model, plan, ids, text)
+    for kind in KINDS:
+        assert under_plan.generate(model, plan, ids, 12, kind) == answer
+        assert under_plan.follow(model, plan, ids, 6, text, kind=kind) == choices
+        got = under_plan.losses(model, plan, ids, text, kind=kind)
+        torch.testing.assert_close(got[0], of_prompt, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[1], of_answer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_sample_leaves_model_and_session_as_before(kind, make_model, prompt):
+    model, ids = make_model("llama"), prompt(40)
+    plan = plan_of(model)
+    expected = under_plan.generate(model, plan, ids, 6, kind)
+    before = [(name, dict(vars(module))) for name, module in model.named_modules()]
+
+    def fail(layer, *rest):
+        if layer == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with torch.inference_mode(), running(model, plan, kind) as session:
+        session.applied.observer = fail
+        with pytest.raises(torch.OutOfMemoryError):
+            session.read(ids)
+        assert session.applied.prefill == PrefillState()
+        session.applied.observer = None
+        assert session.generate(ids, 6)[0].tolist() == expected
+    assert [(name, dict(vars(module))) for name, module in model.named_modules()] == before
+    weight = model.lm_head.weight.data
+    kept = weight.clone()
+    weight.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="the logits of the prompt's last token"):
+        under_plan.generate(model, plan, ids, 6, kind)
+    weight.copy_(kept)
+    assert under_plan.generate(model, plan, ids, 6, kind) == expected
+
+
+@pytest.mark.parametrize("kind", [PLAIN, EAGER])
+def test_what_the_last_layer_and_the_mlps_see(kind, make_model, prompt):
+    """What makes up the memory: an answer's prompt is read as TTFT's is, and losses need the last layer whole."""
+    model = make_model("llama")
+    seen: dict[str, list[int]] = {"mlp": [], "last": []}
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen["mlp"].append(args[0].shape[1]))
+    attention = model.model.layers[-1].self_attn
+    attention.o_proj.register_forward_hook(lambda _, args, out: seen["last"].append(out.stride(1)))
+    width = model.config.hidden_size
+    under_plan.generate(model, plan_of(model), prompt(40), 1, kind)
+    assert max(seen["mlp"]) == (14 if kind == EAGER else 40)
+    assert seen["last"] == [0 if kind == EAGER else width], "one position, seen at all of them"
+    seen["mlp"].clear()
+    seen["last"].clear()
+    under_plan.losses(model, plan_of(model), prompt(40), [5], kind=kind)
+    assert max(seen["mlp"]) == (14 if kind == EAGER else 40)
+    assert seen["last"] == [width]
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again(graphs, make_model, prompt):
+    model = make_model("llama")
+    for method, every in (("tri_mix", False), ("minference", False), ("dense", True)):
+        for _ in range(2):
+            compile_ahead(model, plan_of(model, method), COMPILED, prompt(40), every_position=every)
+        made = len(graphs)
+        assert made, "something was compiled"
+        with torch.inference_mode(), running(model, plan_of(model, method), COMPILED) as session:
+            session.read(prompt(61), every_position=every)
+        assert len(graphs) == made
+    compile_ahead(other := make_model("llama"), plan_of(other), EAGER, prompt(40))
+    assert len(graphs) == made

@@ -1,0 +1,52 @@
+"""An MLP over chunks of tokens, so that what is between its two products takes a bounded part of the memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 16384
+"""The fewest tokens of a long prompt that an MLP works on at a time."""
+MLP_SHARE = 0.1
+"""The part of a GPU's memory that an MLP's intermediate tensors may take: larger chunks spare copies of what they yield."""
+
+
+def forward_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module's class does, whatever stands in front of it."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
+    """The MLP over ``[batch, length, hidden]``, in chunks of tokens where it treats tokens one by one."""
+    if not _is_plain(mlp):
+        run = forward_of
+    elif x.shape[1] > (chunk := _chunk(mlp, x)):
+        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # Of even size: a remainder of a few tokens would read all the weights once more.
+        size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / chunk))
+        for start in range(0, x.shape[1], size):
+            part = slice(start, start + size)
+            whole[:, part] = run(mlp, x[:, part])
+        return whole
+    out: Tensor = run(mlp, x)
+    return out.contiguous()
+
+
+def _chunk(mlp: nn.Module, x: Tensor) -> int:
+    """Tokens at a time. A gated MLP holds three tensors of its inner width."""
+    if x.device.type != "cuda":
+        return CHUNK
+    width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=x.shape[-1])
+    room = MLP_SHARE * torch.cuda.get_device_properties(x.device).total_memory
+    return max(CHUNK, int(room // (3 * width * x.element_size() * x.shape[0])))
+
+
+def _is_plain(mlp: nn.Module) -> bool:
+    """Whether an MLP is made of linear layers and activations alone; experts and their routers are not."""
+    if next(mlp.parameters(recurse=False), None) is not None:
+        return False
+    return all(isinstance(part, nn.Linear) or next(part.parameters(), None) is None for part in mlp.children())

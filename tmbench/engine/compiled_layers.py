@@ -1,0 +1,118 @@
+"""The functions that run a model's decoder layers and MLPs, compiled or not, and one layer's run with them.
+
+Compiled, the norms, rotary embeddings and residuals of all layers but the last share one graph. Attention and MLP are
+operators in it (see ``operators``), and keys and values leave it for the cache: a graph that held a cache or a layer's index
+would be compiled again for every layer.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import PreTrainedModel
+
+from tmbench.engine import operators
+from tmbench.engine.attention import Slot
+from tmbench.engine.chunked_mlp import forward_of
+
+if TYPE_CHECKING:
+    from tmbench.engine.last_position import LastPosition
+
+BACKEND: str | Callable[..., Any] = "inductor"
+"""What torch.compile hands its graphs to."""
+
+
+def _forward_last(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer, of which only the last position is wanted."""
+    out = forward_of(layer, *args, **kwargs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{type(layer).__name__} returns {type(out).__name__}, not hidden states")
+    return out[:, -1:]
+
+
+def _operator_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """As ``forward_of``, for tracing: the operator finds its MLP by the region."""
+    return operators.mlp(x)
+
+
+@dataclass(frozen=True)
+class Runners:
+    """The functions that run a model's modules: these, or compiled ones."""
+
+    layer: Callable[..., Any] = forward_of
+    mlp: Callable[..., Any] = forward_of
+    """In chunks of tokens."""
+    last_layer: Callable[..., Any] = _forward_last
+    last_layer_dynamic: Callable[..., Any] = _forward_last
+    """Under a dynamic pattern, which needs more queries: apart, as torch keeps no more than eight graphs of a function."""
+    last_mlp: Callable[..., Any] = forward_of
+    """Inside of the last layer."""
+    narrowed: dict[nn.Module, LastPosition] = field(default_factory=dict)
+    """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
+    ahead: set[tuple[bool, bool]] = field(default_factory=set)
+    """What was compiled before it was timed: see ``session.compile_ahead``."""
+
+
+_COMPILED: WeakKeyDictionary[PreTrainedModel, Runners] = WeakKeyDictionary()
+
+
+def compiled(model: PreTrainedModel) -> Runners:
+    """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
+    if model not in _COMPILED:
+        _COMPILED[model] = Runners(
+            layer=_compile_own(forward_of),
+            mlp=_compile_own(forward_of),
+            last_layer=_compile_own(_forward_last),
+            last_layer_dynamic=_compile_own(_forward_last),
+            last_mlp=_operator_mlp,
+        )
+    return _COMPILED[model]
+
+
+def _compile_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled copy of a function.
+
+    torch keeps its graphs with the code object, and at most eight for each: with a copy of its own, no model uses up
+    another's, and graphs go when their model does.
+    ``fullgraph`` makes torch raise where it would otherwise quietly run a layer uncompiled.
+    """
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, backend=BACKEND)
+    return compiled
+
+
+def run_layer(
+    slot: Slot,
+    region: operators.Region,
+    run: Callable[..., Any],
+    layer: nn.Module,
+    last_row: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """One layer, of which the last row alone may be wanted; what its graph gave to attention goes into the cache."""
+    state = slot.session.prefill
+    if not state.active:
+        raise RuntimeError("the model is prepared for prefills: decode after the with block")
+    state.layer.begin(last_row=last_row, dynamic=slot.pattern.dynamic)
+    try:
+        with operators.entered(region):
+            out = run(layer, *args, **kwargs)
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        raise RuntimeError(
+            f"torch.compile gave up on {type(layer).__name__}, --no-compile or TORCHDYNAMO_DISABLE=1 measures without it: "
+            f"{error}"
+        ) from error
+    finally:
+        kept = state.layer.end()
+    if kept is not None:
+        state.keep(slot.layer, *kept)
+    return out

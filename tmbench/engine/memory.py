@@ -1,0 +1,19 @@
+"""A device's memory at its peak."""
+
+from __future__ import annotations
+
+import torch
+
+
+class PeakMemory:
+    """Counts from when it is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def bytes(self) -> int | None:
+        """The most that torch has held since, the model included; None on a CPU."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None

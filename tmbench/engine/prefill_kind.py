@@ -1,0 +1,131 @@
+"""How a model's prompts can be read: as transformers does it, without needless work, or with compiled layers too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from tmbench.engine.attention import applied_plan
+from tmbench.engine.calls import cache_name
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, decoder_layers, prepared, tensors_of
+from tmbench.errors import UserError
+from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.models.attention_modules import attention_modules
+from tmbench.models.geometry import Geometry
+from tmbench.results.failures import describe
+
+PROBE_LENGTH = 48
+AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Relative RMS difference up to which the probe's prefills count as equal; 0.1 in 16 bits, where noise alone makes 0.01."""
+
+
+def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
+    """How this model can be prefilled: "plain" unless a short prompt gives the same logits and the same cache both ways.
+
+    Raises UnsupportedModelError for a model that no method can be applied to.
+    """
+    if _obstacle(model):
+        return PLAIN
+    return COMPILED if compiled else EAGER
+
+
+def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | None, *, planned: bool = False) -> Kind:
+    """As ``kind_for`` on this device, where the user asked to compile or not to, or None for neither.
+
+    Args:
+        planned: whether the model has no weights yet, so that it is not known whether its prefills then differ.
+
+    Raises:
+        UserError: compilation is asked for and cannot be had.
+    """
+    wish = compiles(device, compiled)
+    obstacle = _planned_obstacle(model) if planned else _obstacle(model)
+    if compiled and obstacle:
+        raise UserError(f"--compile: {type(model).__name__} cannot be compiled here, {obstacle}: leave the option out")
+    if obstacle:
+        return PLAIN
+    return COMPILED if wish else EAGER
+
+
+def _layers_obstacle(model: PreTrainedModel) -> str:
+    if decoder_layers(model, attention_modules(model)) is not None:
+        return ""
+    return "as its layers are not built of an attention and an MLP that can be run apart, or have been wrapped"
+
+
+def _obstacle(model: PreTrainedModel) -> str:
+    """Why a model has to be run as transformers runs it; empty where it need not."""
+    modules = attention_modules(model)
+    if found := _layers_obstacle(model):
+        return found
+    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        with torch.inference_mode(), applied_plan(model, plan) as session:
+            both = []
+            for kind in (PLAIN, EAGER):
+                with prepared(model, session, kind) as prefill:
+                    both.append([prefill(ids), *tensors_of(prefill.cache)])
+            once_each = session.calls == 2 * len(modules)
+    except UserError:
+        raise
+    except Exception as error:
+        # A model that fails both ways fails in its measurement, which says how.
+        return f"as a short prompt failed ({describe(error)})"
+    expected, got = both
+    if not once_each or len(got) != len(expected) or not all(map(_agree, got, expected)):
+        return "as it answers a short prompt otherwise, or fills its cache otherwise, than transformers has it"
+    return ""
+
+
+def _planned_obstacle(model: PreTrainedModel) -> str:
+    """As ``_obstacle``, of a model on the meta device: what shows without weights."""
+    own_cache = "" if _keeps_what_attends(model) else "as it caches something else than the keys and values of its attention"
+    return _layers_obstacle(model) or own_cache
+
+
+@torch.no_grad()
+def _keeps_what_attends(model: PreTrainedModel) -> bool:
+    """Whether a model on the meta device caches the keys and values that its attention is given, by their sizes.
+
+    Under multi-head latent attention some models cache what keys and values are made from.
+    """
+    cache, shape = DynamicCache(config=model.config.get_text_config()), Geometry.of(model)
+    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.device)
+    # Not all that a model does can be done without data, for instance choosing experts: its first layer tells.
+    with suppress(Exception):
+        model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
+    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    sizes = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in filled}
+    return sizes <= {(shape.kv_heads, shape.qk_head_dim, shape.v_head_dim)}
+
+
+def compiles(device: torch.device, wish: bool | None) -> bool:
+    """Whether to compile on this device; None means on a GPU where a C compiler is there, which torch.compile needs.
+
+    Raises UserError where compilation is asked for and no compiler is there, or torch.compile is switched off.
+    """
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        if wish:
+            raise UserError("--compile does not go with TORCHDYNAMO_DISABLE=1, which switches it off: leave one of them out")
+        return False
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "cc", "gcc", "clang")
+    compiler = os.environ.get(names[0]) or next(filter(shutil.which, names[1:]), None)
+    if wish and compiler is None:
+        raise UserError(f"--compile needs a compiler, {' or '.join(names[1:])}: install one, or use --no-compile")
+    return compiler is not None and device.type == "cuda" if wish is None else wish
+
+
+def _agree(got: Tensor, expected: Tensor) -> bool:
+    masked = expected == -torch.inf
+    if got.shape != expected.shape or not torch.equal(got == -torch.inf, masked):
+        return False
+    got, expected = got[~masked], expected[~masked]
+    error = (got.float() - expected.float()).square().mean().sqrt()
+    size = expected.float().square().mean().sqrt()
+    return bool(error <= AGREEMENT.get(expected.dtype, 0.1) * size)

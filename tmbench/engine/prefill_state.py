@@ -1,0 +1,103 @@
+"""What a prefill of tmbench's own and the attention inside of it tell each other: kept here, and nowhere else.
+
+Attention calls; it keeps nothing. What traced code writes to is an object of its own, ``LayerPass``: torch keeps all that
+such an object holds, so a cache must not hang on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicLayer
+
+
+@dataclass
+class LayerPass:
+    """One decoder layer while it reads a prompt. The prefill begins and ends it, attention reports to it."""
+
+    last_row: bool = False
+    """Whether of this layer only the last query's output is wanted."""
+    narrow_queries: bool = False
+    """Whether it needs that query alone from the start, its pattern choosing nothing by the others."""
+    attended: bool = False
+    """Whether attention is done in a layer of which only the last row is wanted."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """Keys and values that a compiled layer has given to attention, on their way into the cache.
+
+    Where one projection makes queries as well, all of its product stays until the layer ends and ``fill`` copies its part.
+    """
+
+    def begin(self, *, last_row: bool, dynamic: bool) -> None:
+        """Begin a layer, of which the last row alone may be wanted; a dynamic pattern needs several of its queries."""
+        self.last_row = last_row
+        self.narrow_queries = last_row and not dynamic
+
+    def end(self) -> tuple[Tensor, Tensor] | None:
+        """End the layer, however it ended; returns what is to go into the cache."""
+        kept = self.kept
+        self.last_row = self.narrow_queries = self.attended = False
+        self.kept = None
+        return kept
+
+    def is_narrow(self, *, queries: bool) -> bool:
+        """Whether a module that runs now works on the last position alone; ``queries`` says that it yields queries."""
+        return self.attended or (queries and self.narrow_queries)
+
+    def yielded(self, out: Tensor, queries: int) -> Tensor:
+        """What attention hands to its module: the last row stands for all, ``[batch, queries, heads, dim]``."""
+        if not self.last_row:
+            return out
+        self.attended = True
+        return out.expand(-1, queries, -1, -1)
+
+
+@dataclass
+class PrefillState:
+    """The state of a session's prefills."""
+
+    layer: LayerPass = field(default_factory=LayerPass)
+    """The layer at work."""
+    cache: Any | None = None
+    """Where keys and values go; None outside of such a prefill."""
+
+    @contextmanager
+    def filling(self, cache: Cache) -> Iterator[None]:
+        """Inside, the keys and values that attention is given go into ``cache``."""
+        self.cache = cache
+        try:
+            yield
+        finally:
+            self.cache = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a prompt is being read so, and not decoded after."""
+        return self.cache is not None
+
+    def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put a layer's keys and values into the cache, where there is one to be filled."""
+        if self.cache is not None:
+            fill(self.cache, layer, key, value)
+
+
+def fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
+    """Leave a prompt's keys and values ``[batch, kv_heads, length, dim]`` in a layer of an empty cache.
+
+    They are kept as they are, unless they are parts of something larger, which would stay in memory with them.
+    """
+    kept: Any = cache.layers[layer] if layer < len(cache.layers) else None
+    if type(kept) is DynamicLayer and kept.get_seq_length() == 0:
+        # Such a layer appends by concatenation, which copies keys at an eighth of the speed of a plain copy.
+        cache.update(key[:, :, :0], value[:, :, :0], layer)
+        kept.keys, kept.values = _alone(key), _alone(value)
+    else:
+        cache.update(key, value, layer)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is all of its storage, else a copy."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,0 +1,81 @@
+"""A model under a plan: the one way in which measurements read prompts and decode answers.
+
+A prompt is read by the plan's patterns, in the same kind of prefill whose time ``tmbench ttft`` quotes. What follows is
+decoded from that prefill's own cache, densely, by the model as transformers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tmbench.engine.attention import Applied, applied_plan
+from tmbench.engine.compiled_layers import compiled
+from tmbench.engine.decode import Decoding, greedy
+from tmbench.engine.memory import PeakMemory
+from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
+from tmbench.methods.table import Plan
+
+
+@dataclass(frozen=True)
+class Session:
+    """What ``running`` yields, for one prompt. Use it inside of ``torch.inference_mode``."""
+
+    model: PreTrainedModel
+    applied: Applied
+    """What ran: the backends, and whether every layer went through its pattern."""
+    kind: Kind
+    peak: PeakMemory
+    """Of the device, since the session began."""
+
+    @contextmanager
+    def prefill(self, *, every_position: bool = False) -> Iterator[Prefill]:
+        """Inside, the model reads prompts and nothing else: see ``tmbench.engine.prefill.prepared``."""
+        with prepared(self.model, self.applied, self.kind, every_position=every_position) as prefill:
+            yield prefill
+
+    def read(self, ids: Tensor, *, every_position: bool = False) -> Decoding:
+        """Read a prompt ``[batch, length]``, to decode after it.
+
+        Raises NotFiniteError for logits that are not finite, and RuntimeError where a layer was not read by its pattern.
+        """
+        with self.prefill(every_position=every_position) as prefill:
+            logits = prefill(ids)
+        self.applied.check_complete()
+        cache, prefill.cache = prefill.cache, None
+        return Decoding(self.model, ids, logits, cache)
+
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``."""
+        return greedy(self.read(ids), max_new_tokens)
+
+
+@contextmanager
+def running(model: PreTrainedModel, plan: Plan, kind: Kind) -> Iterator[Session]:
+    """Run a model under a plan, its prompts read in this kind of prefill; the model is as before afterwards.
+
+    Raises UnsupportedModelError as ``tmbench.applied``.
+    """
+    with applied_plan(model, plan) as applied:
+        yield Session(model, applied, kind, PeakMemory(model.device))
+
+
+@torch.inference_mode()
+def compile_ahead(model: PreTrainedModel, plan: Plan, kind: Kind, ids: Tensor, *, every_position: bool = False) -> None:
+    """Let torch compile what such prefills need, once, so that no sample's time has it; a failure shows in the sample.
+
+    ``ids`` is the first prompt to be measured: what torch compiles, it tunes for the length that it meets first.
+    """
+    if kind != COMPILED:
+        return
+    about = plan.patterns[-1].dynamic, every_position
+    done = compiled(model).ahead
+    if about not in done:
+        done.add(about)
+        with suppress(RuntimeError), running(model, plan, kind) as session:
+            session.read(ids, every_position=every_position)
