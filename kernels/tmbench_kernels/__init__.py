@@ -1,39 +1,16 @@
-"""Attention on tensors: one module per pattern, each with its definition and its backends."""
+"""Attention on tensors: one folder per pattern, each with its definition and its backends.
 
-from tmbench_kernels.block_sparse import BlockSparse
-from tmbench_kernels.block_sparse.lists import BlockLists
-from tmbench_kernels.block_topk import BlockTopK
-from tmbench_kernels.dense import Dense
-from tmbench_kernels.flash_prefill import FlashPrefill
-from tmbench_kernels.flex_prefill import FlexPrefill
-from tmbench_kernels.minference import MInferenceHeads, load_patterns
-from tmbench_kernels.minference.head_patterns import HeadPattern, head_patterns_json, load_head_patterns, read_head_patterns
-from tmbench_kernels.pattern import Backend, Pattern
-from tmbench_kernels.section_gradients import MEASURES, SECTIONS, DenseProbe, Sections
-from tmbench_kernels.triangle import Triangle
-from tmbench_kernels.vertical_slash import VerticalSlash
-from tmbench_kernels.xattention import XAttention
+Torch is imported when something of it is first used, so that a command line can read declarations without it.
+"""
 
-__all__ = [
-    "MEASURES",
-    "SECTIONS",
-    "Backend",
-    "BlockLists",
-    "BlockSparse",
-    "BlockTopK",
-    "Dense",
-    "DenseProbe",
-    "FlashPrefill",
-    "FlexPrefill",
-    "HeadPattern",
-    "MInferenceHeads",
-    "Pattern",
-    "Sections",
-    "Triangle",
-    "VerticalSlash",
-    "XAttention",
-    "head_patterns_json",
-    "load_head_patterns",
-    "load_patterns",
-    "read_head_patterns",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tmbench_kernels.exports import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {__name__} has no attribute {name}")
+        return getattr(import_module(f"{__name__}.exports"), name)

@@ -8,11 +8,13 @@ with ``heads`` a multiple of ``kv_heads``, any strides, fp32, fp16 or bf16. Grou
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from tmbench_kernels.parameters import Declared
 
 
 def _nothing(*_: Any) -> str:
@@ -43,8 +45,11 @@ class Backend:
         return self.missing() or self.refuses(pattern, q, k, v)
 
 
-class Pattern(abc.ABC):
-    """Which (query, key) pairs one layer computes. Subclasses are frozen dataclasses of the paper's parameters."""
+class Pattern(Declared):
+    """Which (query, key) pairs one layer computes. Subclasses are frozen dataclasses of the paper's parameters.
+
+    Those that a method has are declared in them by ``tmbench_kernels.parameter``.
+    """
 
     name: ClassVar[str]
     dynamic: ClassVar[bool] = False
@@ -59,6 +64,10 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """How many (query, key) pairs the pattern computes on these tensors, summed over batch and heads."""
+
+    def per_layer(self, layers: int, heads: int) -> Sequence[Pattern]:
+        """The pattern itself, for every layer."""
+        return [self] * layers
 
     @property
     def candidates(self) -> tuple[Backend, ...]:

@@ -178,7 +178,9 @@ def test_a_forced_backend_is_used_or_an_error(install, gpu, forced, changes, rea
 
 
 def test_a_name_that_there_is_none_of():
-    with pytest.raises(ValueError, match="no backend flash-attn-5: choose from flash-attn-4, flash-attn-3, cudnn"):
+    with pytest.raises(
+        ValueError, match="dense_backend flash-attn-5 is unknown: choose from flash-attn-4, flash-attn-3, cudnn"
+    ):
         Dense("flash-attn-5")
 
 

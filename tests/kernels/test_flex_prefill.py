@@ -165,7 +165,7 @@ def test_ties_among_what_pooled_queries_ask_for_go_to_the_earlier_block(gamma, l
         ({"gamma": 1.01}, "gamma must be above 0 and at most 1, not 1.01"),
         ({"gamma": float("nan")}, "gamma must be"),
         ({"tau": -0.1}, "tau must be between 0 and 1"),
-        ({"min_budget": 0}, "min_budget must be at least 1, not 0"),
+        ({"min_budget": 0}, "min_budget must be 1 or more, not 0"),
         ({"min_budget": 300, "max_budget": 200}, "max_budget must be at least min_budget, 300, not 200"),
     ],
 )

@@ -116,5 +116,5 @@ def test_shapes_that_do_not_fit_are_refused():
         section_gradients.section_gradients(q, k, v, grad_out[:, :, 1:], SMALL)
     with pytest.raises(ValueError, match="cannot share"):
         section_gradients.section_gradients(q[:, :3], k, v, grad_out[:, :3], SMALL)
-    with pytest.raises(ValueError, match="n_local must not be negative"):
+    with pytest.raises(ValueError, match="n_local must be 0 or more, not -1"):
         Sections(8, -1, 128)

@@ -69,7 +69,7 @@ def test_queries_without_keys_give_zeros(make_qkv):
 
 @pytest.mark.parametrize("field", ["n_init", "n_local", "last_n"])
 def test_negative_sizes_are_refused_by_name(field):
-    with pytest.raises(ValueError, match=f"{field} must not be negative"):
+    with pytest.raises(ValueError, match=f"^{field} must be 0 or more, not -1"):
         Triangle(**{field: -1})
 
 

@@ -111,13 +111,13 @@ def test_ties_go_to_the_earlier_block():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stride": 0}, "stride must divide 128, but it is 0"),
-        ({"stride": 24}, "stride must divide 128, but it is 24"),
+        ({"stride": 0}, "stride must divide 128, so that blocks hold whole strides, but it is 0"),
+        ({"stride": 24}, "stride must divide 128, so that blocks hold whole strides, but it is 24"),
         ({"stride": 256}, "stride must divide"),
         ({"threshold": 0}, "threshold must be above 0"),
         ({"threshold": 1.5}, "threshold must be above 0 and at most 1, not 1.5"),
-        ({"first_chunk": 100}, "first_chunk must be a multiple of 128, but it is 100"),
-        ({"first_chunk": -128}, "first_chunk must be a multiple of 128"),
+        ({"first_chunk": 100}, "first_chunk must be 0 or a multiple of 128, not 100"),
+        ({"first_chunk": -128}, "first_chunk must be 0 or a multiple of 128, not -128"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(values, message):

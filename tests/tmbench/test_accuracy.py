@@ -14,6 +14,7 @@ import torch
 
 import under_plan
 from bound_specs import Bound
+from plans import plan_of
 from ruler_tasks import TASKS, Example, encode_prompt, write_dataset
 from tmbench.engine.attention import applied
 from tmbench.engine.prefill import EAGER, PLAIN
@@ -21,7 +22,7 @@ from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import accuracy, keeping
 from tmbench.measure.accuracy import AccuracySpec
-from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
+from tmbench.methods.plan import ModelShape, Plan
 from tmbench.models import loading
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
@@ -43,7 +44,7 @@ def job(make_model, tokenizer, tmp_path):
     def make(**changes):
         model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
         loaded = LoadedModel("small", model, tokenizer, "random", "")
-        plans = [METHODS[name].plan(ModelShape.of(model), Settings()) for name in ("dense", "streaming")]
+        plans = [plan_of(model, name) for name in ("dense", "streaming")]
         values = {
             "plans": plans, "lengths": (1024,), "samples": 3, "tasks": ("niah_single_1", "vt"),
             "environment": environment.current(torch.device("cpu")), "root": tmp_path, "suite": Ruler(offline=True),
@@ -137,7 +138,7 @@ def test_files_of_predictions_keep_the_names_that_they_have_in_older_results():
     assert rows
     for row in rows:
         assert kept_predictions(root, row).path == root / row.device / "ruler" / row.predictions
-        assert kept_predictions(root, replace(row, dense_backend="sdpa")).path != kept_predictions(root, row).path
+        assert kept_predictions(root, replace(row, parameters="dense_backend=sdpa")).path != kept_predictions(root, row).path
 
 
 def test_predictions_are_kept_and_scored_from_the_file(job, answers):
@@ -310,7 +311,7 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
 
 
 def test_real_answers_decode_what_the_model_generates(job):
-    work = job(samples=1, tasks=("vt",), plans=[METHODS["dense"].plan(ModelShape("", 4, 4), Settings())])
+    work = job(samples=1, tasks=("vt",), plans=[plan_of(ModelShape("", 4, 4), "dense")])
     work.run()
     row = rows_of(work.root)["dense", "vt", 1024]
     prediction = read_predictions(kept_predictions(work.root, row).path)[0]
@@ -331,7 +332,7 @@ def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, m
     """The pairs of a dynamic pattern are those of its definition, and the time that counting takes is taken off."""
     budgets = tmp_path / "budgets.json"
     budgets.write_text(json.dumps([{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)}] * 4))
-    plan = METHODS["minference"].plan(ModelShape("", 4, 4), Settings(patterns=budgets))
+    plan = plan_of(ModelShape("", 4, 4), "minference", patterns=budgets)
     work = job(samples=2, tasks=("vt",), plans=[plan])
     kept, causal = 0, 0
 
@@ -360,7 +361,7 @@ def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, m
 def test_generation_ends_at_the_models_end_token(make_model, prompt):
     model, ids = make_model("llama"), prompt(20)
     model.generation_config.eos_token_id = None
-    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    plan = plan_of(model, "dense")
     for kind in (PLAIN, EAGER):
         model.generation_config.eos_token_id = None
         free = under_plan.generate(model, plan, ids, 8, kind)

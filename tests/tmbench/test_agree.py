@@ -11,11 +11,12 @@ import torch
 
 import under_plan
 from bound_specs import Bound
+from plans import plan_of
 from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import agree, keeping
 from tmbench.measure.agree import AgreeSpec
-from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
+from tmbench.methods.plan import Plan
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.report.intervals import interval
@@ -36,8 +37,7 @@ def job(make_model, tokenizer, tmp_path):
     def make(**changes):
         model = make_model("llama", vocab_size=len(tokenizer))
         loaded = LoadedModel("small", model, tokenizer, "random", "")
-        settings = Settings(n_init=2, n_local=8)
-        plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in ("dense", "streaming")]
+        plans = [plan_of(model, name, n_init=2, n_local=8) for name in ("dense", "streaming")]
         values = {
             "plans": plans, "lengths": (96,), "environment": environment.current(torch.device("cpu")),
             "root": tmp_path, "prompt": "random", "samples": 3, "new_tokens": 12,
@@ -69,8 +69,8 @@ def rows_of(root):
 def test_choices_are_greedy_decoding_up_to_the_first_that_differs(make_model, prompt, method):
     model, ids = make_model("llama"), prompt(60)
     model.generation_config.eos_token_id = None
-    settings = Settings(starting_layer=1, n_init=1, n_local=4, last_n=0)
-    dense, plan = (METHODS[name].plan(ModelShape.of(model), settings) for name in ("dense", method))
+    settings = {"starting_layer": 1, "n_init": 1, "n_local": 4, "last_n": 0}
+    dense, plan = (plan_of(model, name, **settings) for name in ("dense", method))
     free = [under_plan.generate(model, one, ids, 24) for one in (dense, plan)]
     text = under_plan.follow(model, dense, ids, 24)
     assert text == free[0]
@@ -83,7 +83,7 @@ def test_choices_are_greedy_decoding_up_to_the_first_that_differs(make_model, pr
 def test_choices_along_a_text_are_those_of_one_pass_over_all_of_it(make_model, prompt):
     model, ids = make_model("llama"), prompt(40)
     model.generation_config.eos_token_id = None
-    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    plan = plan_of(model, "dense")
     text = prompt(10)[0].tolist()
     with torch.inference_mode():
         whole = model(torch.cat([ids, torch.tensor([text])], dim=1)).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
@@ -94,7 +94,7 @@ def test_choices_along_a_text_are_those_of_one_pass_over_all_of_it(make_model, p
 def test_end_tokens_are_never_chosen(make_model, prompt, several):
     model, ids = make_model("llama"), prompt(30)
     model.generation_config.eos_token_id = None
-    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    plan = plan_of(model, "dense")
     end = under_plan.follow(model, plan, ids, 8)[0]
     model.generation_config.eos_token_id = [end, 5] if several else end
     chosen = under_plan.follow(model, plan, ids, 8)

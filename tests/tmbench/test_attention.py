@@ -286,9 +286,10 @@ def test_bad_parameters_name_the_option(make_model):
         ({"starting_layer": -1}, "--starting-layer"),
         ({"n_local": -1}, "--n-local must be 0 or more"),
         ({"n_init": 0, "n_local": 0}, "both 0"),
-        ({"gamma": 0}, "gamma must be above 0"),
     ):
         with pytest.raises(UserError, match=message), applied(model, "tri_mix", **changes):
             pass
+    with pytest.raises(UserError, match="gamma must be above 0"), applied(model, "tri_mix_flexprefill", gamma=0):
+        pass
     with pytest.raises(UserError, match="choose from dense, tri_mix"), applied(model, "trimix"):
         pass

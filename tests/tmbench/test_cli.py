@@ -50,7 +50,8 @@ def test_no_command_has_25_options():
     assert max(map(len, shown.values())) < 25
     # What the help leaves out is named here one by one, and works as it does where it is shown.
     unlisted = {f"{name} --{o.name}" for name, command in every.items() for o in command.params if o.hidden}
-    assert unlisted == {"ruler --weights", "ruler --dense_backend"}
+    layered = ("agree", "probe", "ruler", "sweep", "ttft")
+    assert unlisted == {"ruler --weights", "ruler --dense_backend", *(f"{name} --starting_layer" for name in layered)}
     assert {"weights", "dense_backend"} <= {option.name for option in shown["ttft"]}
 
 
@@ -59,7 +60,7 @@ def test_ttft_to_report(tmbench, tmp_path):
     assert code == 0
     rows = json.loads(out)
     assert [(row["method"], row["length"], row["status"]) for row in rows] == [("dense", 256, "ok"), ("tri_mix", 256, "ok")]
-    assert rows[1]["starting_layer"] == 4
+    assert rows[1]["parameters"] == "layers=4- n_init=8 n_local=32 last_n=128"
     assert "tri_mix: no starting layer is published for tiny" in err
     assert len(read_all(Path("results"), TtftRow)) == 2
     environment = json.loads(next(Path("results").glob("*/environments/*.json")).read_text())
@@ -241,10 +242,10 @@ def test_a_dense_backend_can_be_forced(tmbench):
     for forced in ((), ("--dense-backend", "sdpa")):
         assert tmbench(*FAST_TTFT, "--method", "dense", *forced)[0] == 0
     rows = read_all(Path("results"), TtftRow)
-    assert [(row.dense_backend, row.backends) for row in rows] == [("", "dense:sdpa"), ("sdpa", "dense:sdpa")]
+    assert [(row.parameters, row.backends) for row in rows] == [("", "dense:sdpa"), ("dense_backend=sdpa", "dense:sdpa")]
     common = ("--task", "niah_single_1", "--length", "1K", "--samples", "1", "--offline", "--device", "cpu")
     assert tmbench("ruler", *common, "--method", "dense", "--dense-backend", "sdpa")[0] == 0
-    assert [row.dense_backend for row in read_all(Path("results"), RulerRow)] == ["sdpa"]
+    assert [row.parameters for row in read_all(Path("results"), RulerRow)] == ["dense_backend=sdpa"]
 
 
 def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
@@ -259,10 +260,11 @@ def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
     assert tmbench("ruler", *common, "--method", texts[1], "--n-local", "64")[0] == 0
     rows = {row.method: row for row in read_all(Path("results"), TtftRow)}
     flex, flash = rows["flexprefill"], rows["flashprefill"]
-    assert (flex.gamma, flex.tau, flex.min_budget, flex.alpha, flex.n_local) == (0.9, 0.2, 256, None, None)
-    assert (flash.alpha, flash.gamma, flash.backends) == (0.1, None, "flash_prefill:torch-blocks")
+    assert flex.parameters == "gamma=0.9 tau=0.2 min_budget=256"
+    assert (flash.parameters, flash.backends) == ("alpha=0.1", "flash_prefill:torch-blocks")
     for mixed in (rows["tri_mix_xattention"], *read_all(Path("results"), RulerRow)):
-        assert (mixed.stride, mixed.threshold, mixed.first_chunk, mixed.n_local) == (16, 0.8, 256, 64)
+        expected = {"stride": 16, "threshold": 0.8, "first_chunk": 256, "n_local": 64}
+        assert dict(mixed.settings) == expected | {"layers": "4-", "n_init": 8, "last_n": 128}
 
 
 def test_agree_to_report(tmbench):
@@ -301,9 +303,11 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     for layers in ("auto", str(path), ",".join(f"{layer}-{layer}" for layer in proposed)):
         code, out, err = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", layers, "--overwrite", "--json")
         assert code == 0, err
-        assert layers[:1].isdecimal() or "tri_mix: triangle attention in layers" in err
+        said = " ".join(err.split())
+        assert layers[:1].isdecimal() or "by the probe of vt at 700, rank, accuracy budget 0.2, logits" in said
+        assert layers[:1].isdecimal() or "that probe is of 700 tokens, and this run of 256" in said
         row = json.loads(out)[0]
-        chosen.append((row["layers"], row["starting_layer"]))
+        chosen.append(row["parameters"])
     assert len(set(chosen)) == 1
     assert len({row.key for row in read_all(Path("results"), TtftRow)}) == 1
 
@@ -312,7 +316,7 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     layers = [row["layer"] for row in json.loads(out) if row["triangle"]]
     assert layers == list(range(8 - len(layers), 8))
     code, out, _ = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", "auto", "--json")
-    assert json.loads(out)[0]["starting_layer"] == 8 - len(layers)
+    assert f"layers={8 - len(layers)}- " in json.loads(out)[0]["parameters"]
     sweep = ("sweep", "--device", "cpu", "--offline", "--length", "1K", "--task", "vt", "--dry-run")
     code, out, err = tmbench(*sweep, "--layers", "auto", "--layers", "random:5")
     assert code == 0, err
@@ -329,7 +333,7 @@ def test_losses_of_methods(tmbench):
     code, out, err = tmbench("probe", "--loss", *methods, "--length", "700", "--samples", "1", "--device", "cpu", "--json")
     assert code == 0, err
     dense, tri_mix = json.loads(out)
-    assert tri_mix["layers"] == "2,5-7"
+    assert tri_mix["parameters"].startswith("layers=2,5-7 ")
     assert tri_mix["nll_prompt_vs_dense"] == pytest.approx(tri_mix["nll_prompt"] - dense["nll_prompt"], abs=1e-6)
     code, out, _ = tmbench("probe", "--loss", *methods, "--length", "700", "--samples", "1", "--device", "cpu")
     assert code == 0

@@ -171,8 +171,9 @@ def test_budgets_of_an_edited_file_are_others(tmbench, ckpt):
         Path("budgets.json").write_text(json.dumps(layers))
         code, out, err = tmbench(*minference)
         assert (code, nothing_measured(err)) == (0, False), err
-        hashes.append(json.loads(out)[0]["patterns"])
+        hashes.append(json.loads(out)[0]["parameters"])
     assert len(set(hashes)) == 2
+    assert all(text.startswith("patterns=budgets:") for text in hashes)
     assert len(read_all(Path("results"), TtftRow)) == 2
 
 

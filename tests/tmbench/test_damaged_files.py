@@ -72,7 +72,11 @@ def test_what_may_be_measured_is_read(tmp_path, row):
         (TTFT, "ttft_median_s", "0.1", "ttft_min_s is 0.25, more than ttft_median_s, 0.1"),
         (TTFT, "ttft_max_s", "0.1", "ttft_median_s is 0.3, more than ttft_max_s, 0.1"),
         (TTFT, "threads", "-1", "threads is -1, less than 0"),
-        (TTFT, "starting_layer", "-2", "starting_layer is -2, less than 0"),
+        (TTFT, "parameters", "n_init", "parameters is 'n_init', which is no list of them"),
+        (TTFT, "parameters", "n_init=8  last_n=2", "parameters is 'n_init=8  last_n=2', which is no list of them"),
+        (TTFT, "parameters", "n_init=8 n_init=9", "parameters is 'n_init=8 n_init=9', which is no list of them"),
+        (TTFT, "parameters", 'patterns="a', "parameters is 'patterns=\"a', which is no list of them"),
+        (TTFT, "schema_version", "1", "schema_version is 1, where its columns are of 2"),
         (AGREE, "agreement", "1.5", "agreement is 1.5, more than 1"),
         (AGREE, "divergence_median", "9", "divergence_median is 9, more than new_tokens, 8"),
         (PROBE, "lost_share", "2", "lost_share is 2.0, more than 1"),
@@ -97,11 +101,11 @@ def test_a_damaged_row_is_named_with_its_line_and_column(tmp_path, row, column, 
 def test_a_row_of_a_newer_schema_is_named_and_left_alone(tmp_path, column):
     append(tmp_path, RULER)
     path = append(tmp_path, replace(RULER, seed=7))
-    rewrite(path, "schema_version", "2")
+    rewrite(path, "schema_version", "3")
     if column:
-        path.write_text(path.read_text().replace("schema_version,", f"schema_version,{column},").replace("\n2,", "\n2,10,"))
+        path.write_text(path.read_text().replace("schema_version,", f"schema_version,{column},").replace("\n3,", "\n3,10,"))
     before = path.read_bytes()
-    words = r"dense\.csv line 3 was written by a newer tmbench \(schema_version 2, .* up to 1\): update tmbench, or move"
+    words = r"dense\.csv line 3 was written by a newer tmbench \(schema_version 3, .* up to 2\): update tmbench, or move"
     with pytest.raises(NewerResultsError, match=words):
         read_all(tmp_path, RulerRow)
     with pytest.raises(NewerResultsError, match=words):

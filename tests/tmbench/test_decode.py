@@ -8,13 +8,13 @@ from transformers import GenerationConfig
 
 import tmbench
 import under_plan
+from plans import plan_of
 from tmbench.engine.attention import applied
 from tmbench.engine.calls import cache_name, cache_of
 from tmbench.engine.decode import Decoding, end_tokens, generate
 from tmbench.engine.prefill import Prefill
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.measure.probe import gradients
-from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models.loading import load
 from tmbench_kernels import Sections
 
@@ -116,10 +116,6 @@ def test_the_keys_do_steer_transformers_own(make_model, prompt):
     assert model.generate(ids, generation_config=config)[:, 40:].tolist() == expected
     model.generation_config.repetition_penalty = STEERING["repetition_penalty"]
     assert model.generate(ids, generation_config=config)[:, 40:].tolist() != expected
-
-
-def plan_of(model, name, **settings):
-    return METHODS[name].plan(ModelShape.of(model), Settings(**settings))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])

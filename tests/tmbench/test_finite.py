@@ -9,6 +9,7 @@ import torch
 
 import under_plan
 from bound_specs import Bound
+from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.decode import generate
@@ -20,14 +21,15 @@ from tmbench.measure import agree, loss, probe, search, ttft
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.methods.layers import Budget
-from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.methods.spec import MethodSpec
+from tmbench.methods.table import METHODS
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import read_all
 from tmbench.suites.ruler import Ruler
-from tmbench_kernels import Sections
+from tmbench_kernels import Sections, Triangle
 
 REMEDY = "float16: .* use --dtype bfloat16 or --dtype float32"
 
@@ -53,7 +55,7 @@ def overflowing(make_model, tokenizer):
 
 
 def plans_of(loaded, *names):
-    return [METHODS[name].plan(ModelShape.of(loaded.model), Settings(n_init=2, n_local=16)) for name in names]
+    return [plan_of(loaded.model, name, n_init=2, n_local=16) for name in names]
 
 
 class Jobs:
@@ -137,7 +139,8 @@ def test_every_method_says_so(name, overflowing, prompt):
 
 def test_a_sweep_fails_as_its_parts_do(overflowing, tmp_path):
     jobs = Jobs(overflowing(), tmp_path)
-    plans = swept_plans(METHODS["tri_mix"], [Settings(starting_layer=1)], jobs.loaded.shape, 1024)
+    variant = MethodSpec.of("tri_mix").with_layers(jobs.loaded.shape, starting_layer=1)
+    plans = swept_plans([variant], jobs.loaded.shape, 1024)
     halves = {"ttft": jobs.ttft()[0].spec, "accuracy": jobs.ruler()[0].spec}
     work = Bound(SweepSpec, jobs.loaded, **halves, environment=jobs.here, root=tmp_path, plans={1024: plans})
     rows = work.run()
@@ -173,9 +176,8 @@ def search_of(loaded, root):
 
 def probe_of(loaded, root):
     here = environment.current(torch.device("cpu"))
-    settings = Settings(n_init=3, n_local=7, last_n=5)
     about = {"environment": here, "root": root, "lengths": (40,), "tasks": ("random",), "samples": 2}
-    return Bound(probe.ProbeSpec, loaded, **about, budget=Budget(0.3), settings=settings)
+    return Bound(probe.ProbeSpec, loaded, **about, budget=Budget(0.3), window=Triangle(3, 7, 5))
 
 
 def test_a_probe_of_logits_that_are_no_numbers_is_a_failed_row(overflowing, tmp_path):

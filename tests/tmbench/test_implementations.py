@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from plans import plan_of
 from tmbench.engine import implementations
 from tmbench.engine.attention import applied, applied_plan
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared
 from tmbench.errors import UnsupportedModelError
-from tmbench.methods.table import METHODS, ModelShape, Settings
 
 STREAMING = {"n_init": 2, "n_local": 9}
 
@@ -80,7 +80,7 @@ def test_fast_prefills_leave_the_other_parts_alone(kind, llava, prompt, monkeypa
     monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", "eager")
     llava.set_attn_implementation(PARTS[0])
     before = names(llava)
-    plan = METHODS["streaming"].plan(ModelShape.of(llava), Settings(**STREAMING))
+    plan = plan_of(llava, "streaming", **STREAMING)
     with torch.inference_mode(), applied_plan(llava, plan) as session:
         inside = names(llava)
         with prepared(llava, session, kind) as prefill:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from plans import plan_of
 from tmbench.errors import UserError
-from tmbench.methods.layers import ACCURACY_BUDGET, Budget, layers_text, parse_layers, propose, resolve
-from tmbench.methods.table import ModelShape, Settings, get_method
+from tmbench.methods import layers as layers_module
+from tmbench.methods.layers import ACCURACY_BUDGET, Budget, chosen_layers, layers_text, parse_layers, propose
+from tmbench.methods.plan import ModelShape
+from tmbench.methods.table import METHODS
 from tmbench.results.rows import ProbeRow
 from tmbench.results.tables import append
 from tmbench_kernels import Dense, Triangle
@@ -28,23 +33,35 @@ ROW = ProbeRow(
 )  # fmt: skip
 
 
+def resolve(text, model, count, root):
+    """(layers, source) of a text."""
+    return layers_module.resolve(text, ModelShape(model, count, 4), root)[:2]
+
+
 @given(st.sets(st.integers(0, 40)))
 def test_a_list_of_layers_is_what_its_text_says(layers):
-    assert parse_layers(layers_text(layers), 41) == tuple(sorted(layers))
+    assert parse_layers(layers_text(layers, 41), 41) == tuple(sorted(layers))
 
 
 def test_texts_of_layers():
-    assert layers_text([35, 5, 7, 10, *range(15, 35)]) == "5,7,10,15-35"
-    assert (layers_text([]), layers_text([7]), layers_text([1, 2])) == ("none", "7-7", "1-2")
+    assert layers_text([35, 5, 7, 10, *range(15, 35)], 40) == "5,7,10,15-35"
+    assert [layers_text(layers, 8) for layers in ([], [6], [1, 2], [7], [5, 6, 7], range(8))] == [
+        "8-", "6", "1-2", "7-", "5-", "0-",
+    ]  # fmt: skip
     assert parse_layers(" 5, 7 ,2-3", 8) == (2, 3, 5, 7)
+    assert parse_layers("6-", 8) == parse_layers("6-7", 8) == parse_layers("6,7", 8) == (6, 7)
+    assert parse_layers("6", 8) == (6,)
+    assert parse_layers("1,6-", 8) == (1, 6, 7)
+    assert parse_layers("8-", 8) == parse_layers("none", 8) == ()
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("5,,7", "5,,7 is neither a list of layers, such as 5,7,10,15-35, nor auto nor a file"),
+        ("5,,7", "5,,7 is neither a list of layers, such as 16- or 5,7,10-15, nor auto nor a file"),
         ("deep", "deep is neither a list"),
-        ("3-", "3- is neither a list"),
+        ("9-", "9- is not within the layers 0 to 7"),
+        ("8", "8 is not within the layers 0 to 7"),
         ("-3", "-3 is neither a list"),
         ("1,7-9", "7-9 is not within the layers 0 to 7"),
         ("5-3", "5-3 is not within"),
@@ -57,10 +74,10 @@ def test_what_is_no_list_is_refused(text, words):
 
 def test_a_list_is_no_file_however_long_it_is(tmp_path, monkeypatch):
     every_other = tuple(range(0, 252, 2))
-    assert len(layers_text(every_other)) > 255, "no name of a file is as long"
-    assert resolve(layers_text(every_other), "a/model", 252, tmp_path) == (every_other, "given")
+    assert len(layers_text(every_other, 252)) > 255, "no name of a file is as long"
+    assert resolve(layers_text(every_other, 252), "a/model", 252, tmp_path) == (every_other, "given")
     with pytest.raises(UserError, match="x is neither a list"):
-        resolve(layers_text(every_other) + ",x", "a/model", 252, tmp_path)
+        resolve(layers_text(every_other, 252) + ",x", "a/model", 252, tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "5,7").write_text("")
     assert resolve("5,7", "a/model", 8, tmp_path) == ((5, 7), "given")
@@ -166,8 +183,8 @@ def test_what_holds_no_proposal_is_refused_with_the_remedy(tmp_path):
 SHAPE = ModelShape("a/model", layers=8, heads=4)
 
 
-def plan(**settings):
-    return get_method("tri_mix").plan(SHAPE, Settings(**settings))
+def plan(**given):
+    return plan_of(SHAPE, "tri_mix", **given)
 
 
 def test_a_plan_has_the_deep_pattern_in_exactly_these_layers():
@@ -176,8 +193,8 @@ def test_a_plan_has_the_deep_pattern_in_exactly_these_layers():
         Triangle if layer in (1, 5, 6) else Dense for layer in range(8)
     ]  # fmt: skip
     assert made.parameters == {"layers": "1,5-6", "n_init": 8, "n_local": 512, "last_n": 128}
-    assert made.starting_layer_source == "given"
-    mixed = get_method("tri_mix_minference").plan(SHAPE, Settings(layers="0-2"))
+    assert made.layers_source == "given"
+    mixed = plan_of(SHAPE, "tri_mix_minference", layers="0-2")
     assert [pattern.name for pattern in mixed.patterns] == ["triangle"] * 3 + ["vertical_slash"] * 5
 
 
@@ -185,24 +202,40 @@ def test_the_same_layers_are_the_same_measurement():
     assert plan(layers="5-7") == plan(starting_layer=5)
     assert plan(layers="none") == plan(starting_layer=8)
     assert plan(layers="0-7") == plan(starting_layer=0)
-    assert plan(layers="7-7") == plan(starting_layer=7)
+    assert plan(layers="7-7") == plan(layers="7") == plan(starting_layer=7)
+    for start in (0, 5, 8):
+        assert plan(layers=f"{start}-") == plan(starting_layer=start) == plan(starting_layer=str(start))
+    assert plan(layers="5").parameters["layers"] == "5"
 
 
 def test_a_plan_names_the_probe_that_it_follows(tmp_path):
     store(tmp_path, {1, 5})
-    made = plan(layers="auto", results=tmp_path)
+    chosen = chosen_layers(SHAPE, "auto", root=tmp_path)
+    made = METHODS["tri_mix"].plan(SHAPE, layers=chosen)
     assert made.parameters["layers"] == "1,5"
-    assert made.starting_layer_source.startswith("probe of vt at 4096")
+    assert made.layers_source == "probe of vt at 4096, rank, accuracy budget 0.1, logits"
+    assert chosen.probed == 4096
+
+
+def test_a_plan_reads_no_files(tmp_path, monkeypatch):
+    """Layers are chosen before: a plan of them is the same wherever it is made."""
+    store(tmp_path, {1, 5})
+    chosen = chosen_layers(SHAPE, "auto", root=tmp_path)
+    monkeypatch.setattr(builtins, "open", None)
+    monkeypatch.setattr(Path, "read_bytes", None)
+    for method in METHODS.values():
+        method.plan(SHAPE, layers=chosen if method.deep else None)
 
 
 def test_one_choice_of_layers_is_enough():
     with pytest.raises(UserError, match="--starting-layer 3 and --layers 2,5 both say where .*: give one"):
-        Settings(starting_layer=3, layers="2,5")
-    with pytest.raises(UserError, match="--layers 7 may mean one layer or all from there on: write 7-7 for one"):
-        Settings(layers="7")
+        plan(starting_layer=3, layers="2,5")
+    for text in ("auto", "5,7", "16-", ""):
+        with pytest.raises(UserError, match=f"--starting-layer {text} is not the number of a layer: --layers takes other"):
+            plan(starting_layer=text)
 
 
-def test_layers_drawn_by_lot(tmp_path):
+def test_layers_drawn_at_random(tmp_path):
     drawn = resolve("random:4", "tiny", 8, tmp_path)
     assert drawn == resolve("random:4:0", "tiny", 8, tmp_path)
     assert drawn[1] == "random"

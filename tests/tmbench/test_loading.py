@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tmbench.errors import UserError
-from tmbench.methods.table import ModelShape, Settings, starting_layer
+from tmbench.methods.plan import ModelShape, default_layers
 from tmbench.models import loading
 from tmbench.models.attention_modules import attention_modules
 from tmbench.models.loading import LoadedModel
@@ -115,7 +115,7 @@ def test_presets_are_the_published_configurations(name, parameters, layers, head
     assert config.rope_parameters == rope
     assert loaded.max_length is None
     assert len(attention_modules(model)) == layers
-    assert starting_layer(ModelShape.of(model), Settings()) == (start, "published")
+    assert default_layers(ModelShape.of(model))[:2] == (tuple(range(start, layers)), "published")
 
 
 def test_a_preset_has_neither_weights_nor_tokenizer():

@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
+from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
 from tmbench.measure.accuracy import AccuracySpec
@@ -22,14 +23,15 @@ from tmbench.measure.spec import ModelSource
 from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.measure.ttft import TtftSpec
 from tmbench.methods.layers import Budget
-from tmbench.methods.table import METHODS, Settings
+from tmbench.methods.spec import MethodSpec
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.tables import csv_paths
 from tmbench.suites.ruler import Ruler
+from tmbench_kernels import Triangle
 
-WINDOW = Settings(n_init=3, n_local=7, last_n=5)
+WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
 TIMES = {
     "time",
     "seconds_per_sample",
@@ -63,13 +65,14 @@ def specs(loaded):
     def make(kind, root):
         source = {"model": ModelSource.of(loaded)}
         about = source | {"environment": environment.current(torch.device("cpu")), "root": root}
-        plans = [METHODS[name].plan(loaded.shape, WINDOW) for name in ("dense", "streaming", "minference")]
+        plans = [plan_of(loaded.shape, name, **WINDOW) for name in ("dense", "streaming", "minference")]
         ttft = TtftSpec(**about, plans=plans, lengths=(64, 48), prompt="random", repeats=1, prefill=EAGER)
         accuracy = AccuracySpec(
             **about, plans=plans, lengths=(600,), suite=Ruler(offline=True), tasks=("niah_single_1", "vt"), samples=2
         )
         if kind == "sweep":
-            swept = swept_plans(METHODS["tri_mix"], [WINDOW, replace(WINDOW, last_n=0)], loaded.shape, 600)
+            variants = [MethodSpec.of("tri_mix", WINDOW | {"last_n": last}) for last in (5, 0)]
+            swept = swept_plans(variants, loaded.shape, 600)
             return SweepSpec(**about, plans={600: swept}, ttft=ttft, accuracy=replace(accuracy, tasks=("vt",), samples=1))
         if kind == "search":
             return SearchSpec(**source, output=root / "found.json", length=2600, prompt="random")
@@ -79,7 +82,7 @@ def specs(loaded):
             "accuracy": accuracy,
             "agree": AgreeSpec(**about, plans=plans, lengths=(64,), prompt="random", samples=3, new_tokens=4),
             "loss": LossSpec(**(asked | {"lengths": (200,)}), plans=plans),
-            "probe": ProbeSpec(**(asked | {"lengths": (200,)}), budget=Budget(0.3), settings=WINDOW),
+            "probe": ProbeSpec(**(asked | {"lengths": (200,)}), budget=Budget(0.3), window=Triangle(**WINDOW)),
         }[kind]
 
     return make
@@ -204,7 +207,7 @@ def test_an_executor_without_a_model_loads_that_of_the_spec(tmp_path):
     source = ModelSource("tiny", "checkpoint", "cpu", "float32")
     executor = InProcess()
     here = environment.current(torch.device("cpu"))
-    plan = METHODS["dense"].plan(loading.load("tiny", device="cpu", plan_only=True).shape, Settings())
+    plan = plan_of(loading.load("tiny", device="cpu", plan_only=True).shape, "dense")
     spec = AgreeSpec(model=source, environment=here, root=tmp_path, plans=[plan], lengths=(64,), samples=1, new_tokens=2)
     (row,) = run(spec, executor)
     assert (row.model, row.weights, row.status, row.dtype) == ("tiny", "checkpoint", "ok", "float32")

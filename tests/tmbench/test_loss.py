@@ -12,10 +12,9 @@ from transformers import GenerationConfig
 
 import under_plan
 from bound_specs import Bound
+from plans import plan_of
 from tmbench.measure import keeping, loss
 from tmbench.measure.loss import LossSpec
-from tmbench.methods.layers import layers_text
-from tmbench.methods.table import ModelShape, Settings, get_method
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import LossRow
@@ -24,10 +23,6 @@ from tmbench_kernels import Triangle
 
 WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
 ANSWER = [5, 17, 5, 80]
-
-
-def plan_of(model, name, **settings):
-    return get_method(name).plan(ModelShape.of(model), Settings(**settings))
 
 
 def whole(model, ids, answer, mask=None):
@@ -84,7 +79,7 @@ def job(make_model, tmp_path):
     here = environment.current(loaded.device)
 
     def make(**changes):
-        plans = [plan_of(model, "tri_mix", layers=layers_text([0, 2]), **WINDOW), plan_of(model, "dense")]
+        plans = [plan_of(model, "tri_mix", layers="0,2", **WINDOW), plan_of(model, "dense")]
         about = {"lengths": [40], "tasks": ["random"], "samples": 2, "plans": plans}
         return Bound(LossSpec, loaded, environment=here, root=tmp_path, **(about | changes))
 
@@ -103,7 +98,7 @@ def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
         assert getattr(tri_mix, f"{name}_vs_dense") == pytest.approx(getattr(tri_mix, name) - getattr(dense, name), abs=1e-6)
         assert getattr(dense, f"{name}_vs_dense") is None
     assert abs(tri_mix.nll_prompt_vs_dense) > 0.01
-    assert (tri_mix.layers, tri_mix.starting_layer, tri_mix.backends) == ("0,2", None, "dense:sdpa+triangle:torch-banded")
+    assert (tri_mix.settings["layers"], tri_mix.backends) == ("0,2", "dense:sdpa+triangle:torch-banded")
     assert (dense.samples, dense.prompt_tokens_mean, dense.answer_tokens_mean) == (2, 39, 1)
     assert {row.method: row for row in read_all(tmp_path, LossRow)} == rows
     lines = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/loss/*.csv"))

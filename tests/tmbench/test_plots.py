@@ -22,7 +22,7 @@ METHODS = ("dense", "tri_mix", "minference", "streaming")
 def add_ttft(root, method, length, seconds=None, **changes):
     times = {} if seconds is None else {"ttft_median_s": seconds, "ttft_min_s": 0.9 * seconds, "ttft_max_s": 1.2 * seconds}
     plain = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": " ".join(METHODS), "method": method, "length": length}
-    append(root, TtftRow(**(COMMON | plain | times | changes)))
+    append(root, TtftRow(**made_rows.columns(COMMON | plain | times | changes)))
 
 
 def add_ruler(root, method, task, score, **changes):
@@ -34,7 +34,7 @@ def add_ruler(root, method, task, score, **changes):
         "chat_template": False,
         "length": 4096,
     }
-    append(root, RulerRow(**(COMMON | plain | {"method": method, "task": task, "score": score} | changes)))
+    append(root, RulerRow(**made_rows.columns(COMMON | plain | {"method": method, "task": task, "score": score} | changes)))
 
 
 def add_all(root):
@@ -134,7 +134,7 @@ def test_what_ran_out_of_memory_is_written_below(tmp_path):
 def test_labels_do_not_overlap(tmp_path, seconds, variants):
     for method, value in zip(METHODS, seconds, strict=False):
         for variant in range(variants if method == "tri_mix" else 1):
-            own = {"starting_layer": variant} if method == "tri_mix" else {}
+            own = {"layers": f"{variant}-"} if method == "tri_mix" else {}
             add_ttft(tmp_path, method, 2048, 0.01, **own)
             add_ttft(tmp_path, method, 8192, value, logit_error=0.01, **own)
             add_ruler(tmp_path, method, "vt", 50.0, **own)
@@ -166,11 +166,11 @@ def test_a_heat_map_shows_scores_failures_and_the_average(tmp_path):
 def test_a_heat_map_of_many_methods_has_a_line_for_each(tmp_path):
     add_ruler(tmp_path, "dense", "vt", 90.0)
     for layer in range(7):
-        add_ruler(tmp_path, "tri_mix", "vt", 10.0 * layer, starting_layer=layer)
+        add_ruler(tmp_path, "tri_mix", "vt", 10.0 * layer, layers=f"{layer}-")
     (axes,) = plots._heat_map(build(tmp_path).ruler[0]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["vt", "average of 1"]
     lines = [label.get_text() for label in axes.get_yticklabels()]
-    assert lines == ["dense", *(f"tri_mix (starting_layer {layer})" for layer in range(7))]
+    assert lines == ["dense", *(f"tri_mix (layers {layer}-)" for layer in range(7))]
     scores = {text.get_position(): text.get_text() for text in axes.texts}
     assert (scores[0, 0], scores[0, 7], scores[1.25, 7]) == ("90", "60", "60.0")
 

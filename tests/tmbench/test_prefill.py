@@ -6,20 +6,19 @@ import copy
 import gc
 import shutil
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, prepared, tensors_of
 from tmbench.engine.prefill_kind import compiles, kind_for, kind_wanted
 from tmbench.engine.prefill_state import PrefillState
 from tmbench.errors import UserError
-from tmbench.methods.table import METHODS, ModelShape, Settings
 from tmbench.models.geometry import Geometry
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -36,7 +35,7 @@ FAMILIES = {
     "mixtral": {"sliding_window": None, **MOE},
     "qwen3_moe": {"mlp_only_layers": [1], **MOE},
 }
-WINDOW = Settings(n_init=2, n_local=9, last_n=5)
+WINDOW = {"n_init": 2, "n_local": 9, "last_n": 5}
 METHOD_NAMES = ("dense", "tri_mix", "streaming", "minference")
 
 
@@ -60,7 +59,7 @@ def _short_chunks(monkeypatch):
 
 def read(model, ids, kind, method="tri_mix"):
     """(last logits, cache) of one prefill."""
-    plan = METHODS[method].plan(ModelShape.of(model), WINDOW)
+    plan = plan_of(model, method, **WINDOW)
     with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
         (logits,) = prefill(ids)
         session.check_complete()
@@ -160,7 +159,7 @@ def test_the_model_is_restored(kind, make_model, prompt, graphs):
     before = state(model)
     read(model, prompt(20), kind)
     assert state(model) == before
-    plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
+    plan = plan_of(model, "dense", **WINDOW)
     with applied_plan(model, plan) as session:
         inside = state(model)
 
@@ -181,7 +180,7 @@ def test_the_model_is_restored(kind, make_model, prompt, graphs):
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 def test_decoding_inside_of_the_block_is_refused(kind, make_model, prompt, graphs):
     model = make_model("llama")
-    plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
+    plan = plan_of(model, "dense", **WINDOW)
     with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
         prefill(prompt(20))
         with pytest.raises(RuntimeError, match="decode after the with block"):
@@ -192,7 +191,7 @@ def test_decoding_inside_of_the_block_is_refused(kind, make_model, prompt, graph
 def test_the_cache_of_a_pass_is_let_go_before_the_next(kind, make_model, prompt, graphs):
     """By itself: gigabytes cannot wait for the garbage collector."""
     model = make_model("llama")
-    plan = METHODS["dense"].plan(ModelShape.of(model), WINDOW)
+    plan = plan_of(model, "dense", **WINDOW)
     gone: list[bool] = []
     gc.disable()
     try:
@@ -215,7 +214,7 @@ def test_a_module_of_the_last_layer_may_serve_another_too(shared, kind, make_mod
     first, last = model.model.layers[0], model.model.layers[-1]
     last.set_submodule(shared, first.get_submodule(shared))
     expected, plain = read(model, prompt(40), PLAIN)
-    plan = METHODS["tri_mix"].plan(ModelShape.of(model), WINDOW)
+    plan = plan_of(model, "tri_mix", **WINDOW)
     with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
         for _ in range(2):
             same(prefill(prompt(40))[0], expected)
@@ -226,7 +225,7 @@ def test_a_module_of_the_last_layer_may_serve_another_too(shared, kind, make_mod
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 def test_the_last_layer_has_the_queries_that_a_dynamic_pattern_chooses_by(kind, make_model, prompt, graphs):
     model, ids = make_model("llama", max_position_embeddings=1024), prompt(901)
-    plan = METHODS["xattention"].plan(ModelShape.of(model), replace(WINDOW, threshold=0.2))
+    plan = plan_of(model, "xattention", threshold=0.2)
     found = []
     for each in (PLAIN, kind):
         with torch.inference_mode(), applied_plan(model, plan) as session, prepared(model, session, each) as prefill:
@@ -354,7 +353,7 @@ def test_two_models_at_once(make_model, prompt, graphs):
     first, ids = make_model("llama"), prompt(30)
     second = AutoModelForCausalLM.from_config(copy.deepcopy(first.config)).eval()
     expected = [read(model, ids, PLAIN, "dense")[0] for model in (first, second)]
-    plan = METHODS["dense"].plan(ModelShape.of(first), WINDOW)
+    plan = plan_of(first, "dense", **WINDOW)
     with (
         torch.inference_mode(),
         applied_plan(first, plan) as one,

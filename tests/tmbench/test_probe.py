@@ -18,14 +18,13 @@ from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.measure import probe
 from tmbench.measure.probe import ProbeSpec, gradients
 from tmbench.methods.layers import Budget
-from tmbench.methods.table import Settings
 from tmbench.models.loading import LoadedModel
 from tmbench.report.probe_plot import draw, draw_all
 from tmbench.results import environment
 from tmbench.results.rows import ProbeRow
 from tmbench.results.tables import read_all
 from tmbench.suites.questions import questions
-from tmbench_kernels import MEASURES, SECTIONS, Sections, section_gradients
+from tmbench_kernels import MEASURES, SECTIONS, Sections, Triangle, section_gradients
 
 SMALL = Sections(3, 7, 5)
 TARGET = 11
@@ -203,8 +202,7 @@ def job(make_model, tmp_path):
     here = environment.current(loaded.device)
 
     def make(**changes):
-        about = {"lengths": [40], "tasks": ["random"], "samples": 2, "budget": Budget(0.3), "settings": Settings(n_init=3,
-                 n_local=7, last_n=5)}  # fmt: skip
+        about = {"lengths": [40], "tasks": ["random"], "samples": 2, "budget": Budget(0.3), "window": Triangle(3, 7, 5)}
         return Bound(ProbeSpec, loaded, environment=here, root=tmp_path, **(about | changes))
 
     return make
@@ -224,7 +222,7 @@ def test_rows_are_means_over_samples_and_heads(job, tmp_path):
         for s, section in enumerate(SECTIONS):
             for n, measure in enumerate(MEASURES):
                 assert getattr(row, f"{section}_{measure}") == pytest.approx(float(own[s, n]), rel=1e-4, abs=1e-9)
-    assert (rows[0].samples, rows[0].prompt_tokens_mean, rows[0].n_local, rows[0].status) == (2, 39, 7, "ok")
+    assert (rows[0].samples, rows[0].prompt_tokens_mean, rows[0].settings["n_local"], rows[0].status) == (2, 39, 7, "ok")
     assert rows[15].triangle
     assert rows[1].triangle is None
     assert rows[0].lost_share <= 0.3

@@ -20,7 +20,7 @@ from tmbench.results.tables import append, csv_path
 COMMON = made_rows.COMMON | {"driver": "570.1", "method": "dense", "length": 4096, "threads": 2, "commit": "aaaa"}
 TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix minference tri_mix_minference"}
 RULER = {"samples": 100, "wording": "reference-ruler", "wording_hash": "f00d", "source": "noise", "chat_template": False}
-TRIANGLE = {"starting_layer": 16, "starting_layer_source": "published", "n_init": 8, "n_local": 512, "last_n": 128}
+TRIANGLE = {"layers": "16-", "layers_source": "published", "n_init": 8, "n_local": 512, "last_n": 128}
 OWN = {"tri_mix": TRIANGLE, "minference": {"patterns": "default"}, "tri_mix_minference": {**TRIANGLE, "patterns": "default"}}
 
 # TriangleMix's README: Llama-3.1-8B on an A100, seconds.
@@ -45,13 +45,12 @@ def add_ttft(root, method="dense", length=4096, seconds=None, **changes):
         else {"samples_s": " ".join(f"{part * seconds}" for part in (0.9, 1.0, 1.1)[: changes.get("repeats", 3)])}
     )
     row = COMMON | TTFT | OWN.get(method, {}) | times | {"method": method, "length": length} | changes
-    append(root, TtftRow(**row))
+    append(root, TtftRow(**made_rows.columns(row)))
 
 
 def add_ruler(root, method="dense", task="niah_single_1", score=100.0, **changes):
-    append(
-        root, RulerRow(**(COMMON | RULER | OWN.get(method, {}) | {"method": method, "task": task, "score": score} | changes))
-    )
+    row = COMMON | RULER | OWN.get(method, {}) | {"method": method, "task": task, "score": score} | changes
+    append(root, RulerRow(**made_rows.columns(row)))
 
 
 def add_published(root):
@@ -122,7 +121,7 @@ def test_the_published_break_even_lengths(published):
         "minference": "from 64K on",
         "tri_mix_minference": "from 48K on",
     }
-    assert table["tri_mix"]["parameters"] == "starting_layer 16 (published), n_init 8, n_local 512, last_n 128"
+    assert table["tri_mix"]["parameters"] == "layers 16- (published), n_init 8, n_local 512, last_n 128"
     lengths = {"tri_mix": 32768, "minference": 65536, "tri_mix_minference": 49152}
     assert report.ttft[0].summary() == {"break_even_length": lengths}
 
@@ -139,16 +138,16 @@ def test_the_published_ruler_table(published):
 
 def test_many_methods_have_a_line_each_and_the_tasks_are_columns(tmp_path):
     for layer in range(1, 8):
-        add_ruler(tmp_path, "tri_mix", "vt", 90.0 + layer, starting_layer=layer, coverage=0.5)
+        add_ruler(tmp_path, "tri_mix", "vt", 90.0 + layer, layers=f"{layer}-", coverage=0.5)
     add_ruler(tmp_path, "dense", "vt", 95.0)
     add_ruler(tmp_path, "dense", "cwe", 40.0)
     for layer in range(1, 7):
-        add_ruler(tmp_path, "tri_mix", "cwe", 30.0, starting_layer=layer)
-    add_ruler(tmp_path, "tri_mix", "cwe", None, starting_layer=7, status=OUT_OF_MEMORY)
+        add_ruler(tmp_path, "tri_mix", "cwe", 30.0, layers=f"{layer}-")
+    add_ruler(tmp_path, "tri_mix", "cwe", None, layers="7-", status=OUT_OF_MEMORY)
     table = table_with(build(tmp_path).markdown(), "average of 1")
-    assert list(table) == ["dense", *(f"tri_mix (starting_layer {layer})" for layer in range(1, 8)), "samples"]
+    assert list(table) == ["dense", *(f"tri_mix (layers {layer}-)" for layer in range(1, 8)), "samples"]
     seventh = {"vt": "97", "cwe": "out of memory", "average of 1": "97.0 (+2.0)", "coverage": "50.0%"}
-    assert table["tri_mix (starting_layer 7)"] == {"method": "tri_mix (starting_layer 7)", **seventh}
+    assert table["tri_mix (layers 7-)"] == {"method": "tri_mix (layers 7-)", **seventh}
     assert table["samples"]["vt"] == "100"
 
 
@@ -184,7 +183,7 @@ def test_accuracy_counts_only_with_the_same_parameters_weights_and_type(tmp_path
     add_ttft(tmp_path, "tri_mix", 2048, 0.5)
     for method in ("dense", "tri_mix"):
         add_ruler(tmp_path, method, dtype="float32")
-        add_ruler(tmp_path, method, **({"starting_layer": 4} if method == "tri_mix" else {}))
+        add_ruler(tmp_path, method, **({"layers": "4-"} if method == "tri_mix" else {}))
     report = build(tmp_path)
     assert report.fidelity(report.ttft[0], "tri_mix") == "not measured"
 
@@ -344,13 +343,13 @@ def test_variants_are_told_apart_by_what_differs(tmp_path):
     add_ttft(tmp_path, "dense", 2048, 1.0)
     add_ttft(tmp_path, "minference", 2048, 2.0)
     for start, last in ((4, 128), (6, 128), (6, 0)):
-        add_ttft(tmp_path, "tri_mix", 2048, 0.5 + start / 100, starting_layer=start, last_n=last)
+        add_ttft(tmp_path, "tri_mix", 2048, 0.5 + start / 100, layers=f"{start}-", last_n=last)
     labels = build(tmp_path).ttft[0].labels
     assert labels == [
         "dense",
-        "tri_mix (starting_layer 4, last_n 128)",
-        "tri_mix (starting_layer 6, last_n 0)",
-        "tri_mix (starting_layer 6, last_n 128)",
+        "tri_mix (layers 4-, last_n 128)",
+        "tri_mix (layers 6-, last_n 0)",
+        "tri_mix (layers 6-, last_n 128)",
         "minference",
     ]
 
@@ -612,7 +611,7 @@ def test_csv_has_a_line_for_each_figure(tmp_path):
     assert len(figures) == len(lines) == 4 + 5 + 1 + 1 + 1
     median = figures["ttft", "tri_mix", "ttft_median_s"]
     assert (float(median["value"]), float(median["percent_vs_dense"]), median["repeats"]) == (1.5, -25.0, "3")
-    assert median["parameters"] == "starting_layer 16, n_init 8, n_local 512, last_n 128"
+    assert median["parameters"] == "layers 16-, n_init 8, n_local 512, last_n 128"
     assert figures["ttft", "tri_mix", "logit_error"]["value"] == "0.125"
     assert figures["ttft", "tri_mix", "logit_error"]["percent_vs_dense"] == ""
     assert figures["ttft", "dense", "ttft_median_s"]["percent_vs_dense"] == ""

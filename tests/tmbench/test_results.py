@@ -27,7 +27,7 @@ ROW = TtftRow(
     dtype="bfloat16",
     length=4096,
     seed=42,
-    starting_layer=16,
+    parameters="layers=16- n_init=8",
     threads=2,
     device_name="Some GPU",
     tmbench="0.1.0",
@@ -78,10 +78,10 @@ def test_a_row_is_found_under_its_own_key(tmp_path, model):
 
 def test_the_newest_row_of_a_key_wins(tmp_path):
     append(tmp_path, ROW)
-    append(tmp_path, replace(ROW, starting_layer=8))
+    append(tmp_path, replace(ROW, parameters="layers=8- n_init=8"))
     latest = replace(ROW, ttft_median_s=0.1, time="2026-01-02T00:00:00+00:00")
     append(tmp_path, latest)
-    assert read_all(tmp_path, TtftRow) == [latest, replace(ROW, starting_layer=8)]
+    assert read_all(tmp_path, TtftRow) == [latest, replace(ROW, parameters="layers=8- n_init=8")]
     assert newest(tmp_path, TtftRow, "some-gpu", "tri_mix")[ROW.key] == latest
     assert newest(tmp_path, TtftRow, "some-gpu", "dense") == {}
     assert read_all(tmp_path, RulerRow) == []
@@ -100,7 +100,9 @@ def test_a_file_that_is_prepared_has_a_header_and_what_it_had(tmp_path):
         assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
         assert read(path, TtftRow) == content
         append(tmp_path, ROW)
-    older(path)
+    turned = [line[::-1] for line in csv.reader(path.read_text().splitlines())]
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(turned)
     prepare(tmp_path, TtftRow, "some-gpu", "tri_mix")
     assert read(path, TtftRow) == [ROW, ROW]
     assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
@@ -108,48 +110,56 @@ def test_a_file_that_is_prepared_has_a_header_and_what_it_had(tmp_path):
 
 def test_what_decides_the_key():
     assert replace(ROW, ttft_median_s=9.0, torch="2.14", repeats=9).key == ROW.key
-    for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}, {"last_n": 0}):
+    for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}):
         assert replace(ROW, **change).key != ROW.key
-    for change in (
-        {"dense_backend": "cudnn"}, {"gamma": 0.9}, {"tau": 0.0}, {"min_budget": 1}, {"stride": 8}, {"threshold": 0.9},
-        {"first_chunk": 0}, {"alpha": 0.1}, {"layers": "5,7"},
-    ):  # fmt: skip
-        assert replace(ROW, **change).key != ROW.key
+    for change in ("dense_backend=cudnn", "gamma=0.9", "first_chunk=0", "layers=5,7", "layers=16", "n_init=9", "n_init=8.0"):
+        names = change.partition("=")[0]
+        kept = [pair for pair in ROW.parameters.split() if not pair.startswith(names)]
+        assert replace(ROW, parameters=" ".join([*kept, change])).key != ROW.key or change == "n_init=8.0"
+    turned = replace(ROW, parameters=" ".join(reversed(ROW.parameters.split())))
+    assert turned.parameters != ROW.parameters
+    assert (turned.key, turned.digest) == (ROW.key, ROW.digest), "the order of parameters decides nothing"
 
 
-def older(path):
-    """Take from a file the columns that were added since the first release."""
+def lacking(path, column):
+    """Take a column from a file, as one has it from before the column was added."""
     lines = list(csv.reader(path.read_text().splitlines()))
-    kept = [n for n, name in enumerate(lines[0]) if name not in TtftRow.ADDED]
+    kept = [n for n, name in enumerate(lines[0]) if name != column]
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([line[n] for n in kept] for line in lines)
 
 
-def test_a_file_without_an_added_column_is_read_and_appended_to(tmp_path):
+@pytest.fixture
+def added(monkeypatch):
+    """A column that this schema did not have at first."""
+    monkeypatch.setattr(TtftRow, "ADDED", ("compile_s",))
+    return "compile_s"
+
+
+def test_a_file_without_an_added_column_is_read_and_appended_to(tmp_path, added):
     path = append(tmp_path, ROW)
-    older(path)
-    assert "dense_backend" not in path.read_text()
-    assert "gamma" not in path.read_text()
+    lacking(path, added)
+    assert added not in path.read_text()
     assert read(path, TtftRow) == [ROW]
-    forced = replace(ROW, dense_backend="cudnn", gamma=0.95, first_chunk=0)
-    append(tmp_path, forced)
-    assert read(path, TtftRow) == [ROW, forced]
+    later = replace(ROW, compile_s=0.95)
+    append(tmp_path, later)
+    assert read(path, TtftRow) == [ROW, later]
     assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_older_file_cut_by_a_kill_is_upgraded_without_the_cut_line(tmp_path):
+def test_an_older_file_cut_by_a_kill_is_upgraded_without_the_cut_line(tmp_path, added):
     append(tmp_path, ROW)
     path = append(tmp_path, replace(ROW, length=8192))
-    older(path)
+    lacking(path, added)
     os.truncate(path, path.stat().st_size - 3)
     append(tmp_path, replace(ROW, length=16384))
     assert [row.length for row in read(path, TtftRow)] == [4096, 16384]
 
 
-def test_an_upgrade_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkeypatch):
+def test_an_upgrade_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkeypatch, added):
     path = append(tmp_path, ROW)
-    older(path)
+    lacking(path, added)
     before = path.read_bytes()
 
     def refuse(descriptor):
@@ -162,7 +172,7 @@ def test_an_upgrade_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkey
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("column", ["patterns", "model"])
+@pytest.mark.parametrize("column", ["parameters", "model"])
 def test_only_an_added_column_may_be_absent(tmp_path, column):
     path = append(tmp_path, ROW)
     path.write_text(path.read_text().replace(f",{column},", ",", 1))
@@ -209,11 +219,11 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         append(tmp_path / "file", ROW)
 
 
-def test_writers_that_append_at_once_lose_nothing(tmp_path):
+def test_writers_that_append_at_once_lose_nothing(tmp_path, added):
     # The lock belongs to the open file, so threads contend for it just as processes do.
     # One of them replaces the file of an older version while the others wait for it.
     rows = [replace(ROW, length=length, threads=writer) for writer in (1, 2, 3, 4) for length in range(1, 31)]
-    older(append(tmp_path, rows.pop(0)))
+    lacking(append(tmp_path, rows.pop(0)), added)
     first = read(tmp_path.joinpath(*PATH), TtftRow)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda row: append(tmp_path, row), rows))

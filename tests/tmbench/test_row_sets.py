@@ -127,7 +127,8 @@ from pathlib import Path
 import torch
 from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
-from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.methods.plan import ModelShape
+from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
 from tmbench.measure import keeping
 from tmbench.measure.executor import InProcess
@@ -148,7 +149,9 @@ torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(config).eval()
 loaded = LoadedModel("small", model, None, "random", "")
 names = ("dense", "tri_mix", "minference", "streaming")
-plans = [METHODS[name].plan(ModelShape.of(model), Settings(n_init=2, n_local=16, last_n=8)) for name in names]
+window = {"n_init": 2, "n_local": 16, "last_n": 8}
+own = {name: {key: window[key] for key in METHODS[name].declared if key in window} for name in names}
+plans = [METHODS[name].plan(ModelShape.of(model), own[name]) for name in names]
 
 def job(root):
     here = environment.current(torch.device("cpu"))

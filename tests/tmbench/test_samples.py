@@ -26,7 +26,7 @@ RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_temp
 
 def add(root, method, task, scores, *, stored=None, **changes):
     """A row with its predictions; ``stored`` are the scores in the file where they are not those of the row."""
-    name = f"predictions/{method}/{task}-{changes.get('starting_layer', '')}.jsonl"
+    name = f"predictions/{method}/{task}-{changes.get('layers', '')}.jsonl"
     path = root / "some-gpu" / "ruler" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [
@@ -36,7 +36,7 @@ def add(root, method, task, scores, *, stored=None, **changes):
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     score = round(100 * sum(scores) / len(scores), 2)
     row = {"method": method, "task": task, "samples": len(scores), "score": score, "predictions": name}
-    append(root, RulerRow(**(COMMON | RULER | row | changes)))
+    append(root, RulerRow(**made_rows.columns(COMMON | RULER | row | changes)))
     return path
 
 
@@ -68,8 +68,8 @@ def measured(tmp_path):
     dense = {"niah_single_1": [1.0] * 60, "vt": scores_of(0.9)}
     for task, scores in dense.items():
         add(tmp_path, "dense", task, scores)
-        add(tmp_path, "tri_mix", task, scores, starting_layer=6)
-        add(tmp_path, "tri_mix", task, scores if task != "vt" else scores_of(0.5, seed=2), starting_layer=2)
+        add(tmp_path, "tri_mix", task, scores, layers="6-")
+        add(tmp_path, "tri_mix", task, scores if task != "vt" else scores_of(0.5, seed=2), layers="2-")
     return tmp_path
 
 
@@ -80,7 +80,7 @@ def group_of(root, **arguments):
 
 def test_differences_are_those_of_the_samples(measured):
     group = group_of(measured)
-    label = "tri_mix (starting_layer 2)"
+    label = "tri_mix (layers 2-)"
     pairs = [100 * (own - other) for own, other in zip(scores_of(0.5, seed=2), scores_of(0.9), strict=True)]
     expected = {"vt": difference([pairs]), "niah_single_1": difference([[0.0] * 60])}
     rows = {row["task"]: row for row in group.rows if row["label"] == label}
@@ -91,20 +91,20 @@ def test_differences_are_those_of_the_samples(measured):
         assert (rows[task]["samples_needed"], rows[task]["verdict"]) == (found.needed, found.verdict)
     assert group.average_differences[label] == difference([[0.0] * 60, pairs])
     assert group.average_differences[label].verdict == LOSS
-    assert group.average_differences["tri_mix (starting_layer 6)"].verdict == TOO_FEW
+    assert group.average_differences["tri_mix (layers 6-)"].verdict == TOO_FEW
     assert {row["verdict"] for row in group.rows if row["label"] == "dense"} == {""}
 
 
 def test_variants_are_compared_with_each_other_over_the_same_samples(measured):
     group = group_of(measured)
-    two, six = "tri_mix (starting_layer 2)", "tri_mix (starting_layer 6)"
+    two, six = "tri_mix (layers 2-)", "tri_mix (layers 6-)"
     up, down = group.compare(six, two, ["vt"]), group.compare(two, six, ["vt"])
     assert up.mean == -down.mean > 0
     assert down == group.compare(two, "dense", ["vt"])
 
 
 def test_the_margin_decides_what_is_no_measurable_loss(measured):
-    label = "tri_mix (starting_layer 6)"
+    label = "tri_mix (layers 6-)"
     assert group_of(measured, margin=3.0).average_differences[label].verdict == TOO_FEW
     found = group_of(measured, margin=3.5).average_differences[label]
     assert (found.verdict, found.pairs) == (NO_LOSS, 120)
@@ -113,19 +113,19 @@ def test_the_margin_decides_what_is_no_measurable_loss(measured):
 def test_markdown_csv_and_json_say_the_same(measured):
     report = build(measured)
     (group,) = report.ruler
-    found = group.average_differences["tri_mix (starting_layer 2)"]
+    found = group.average_differences["tri_mix (layers 2-)"]
     markdown = report.markdown()
     assert "Points against dense over the same samples, average of 2 tasks, and what they say for a margin of 1:" in markdown
     words = [f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", "loss", "120", str(found.differing)]
     line = next(line for line in markdown.splitlines() if "| loss" in line and "120" in line)
     assert [cell.strip() for cell in line.split("|")][2:-1] == [*words, str(found.needed)]
     assert "it takes 368 such samples to exclude a loss of 1:" in markdown
-    (line,) = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (starting_layer 2)" in line]
-    row = next(row for row in group.rows if row["label"] == "tri_mix (starting_layer 2)" and row["task"] == "vt")
+    (line,) = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (layers 2-)" in line]
+    row = next(row for row in group.rows if row["label"] == "tri_mix (layers 2-)" and row["task"] == "vt")
     ends = f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}"
     cells = [f"{row['difference']:+.1f}", ends, "loss", "60", str(row["differing"]), str(row["samples_needed"])]
     assert [cell.strip() for cell in line.split("|")][3:-1] == cells
-    same = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (starting_layer 6)" in line]
+    same = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (layers 6-)" in line]
     assert not same, "no sample differs, so there is nothing to say of this task"
 
     lines = list(csv.DictReader(io.StringIO(report.csv())))
@@ -135,12 +135,12 @@ def test_markdown_csv_and_json_say_the_same(measured):
     assert average["difference"]["verdict"] == "loss"
     by_task = [line for line in lines if line["task"] == "vt" and line["figure"] == "difference"]
     assert {line["label"]: line["verdict"] for line in by_task} == {
-        "tri_mix (starting_layer 2)": LOSS,
-        "tri_mix (starting_layer 6)": TOO_FEW,
+        "tri_mix (layers 2-)": LOSS,
+        "tri_mix (layers 6-)": TOO_FEW,
     }
 
     (entry,) = json.loads(report.json())
-    own = entry["average_differences"]["tri_mix (starting_layer 2)"]
+    own = entry["average_differences"]["tri_mix (layers 2-)"]
     assert (own["difference"], own["difference_high"], own["samples_needed"]) == (found.mean, found.high, found.needed)
     assert (entry["differences_over"], entry["margin"]) == (["niah_single_1", "vt"], 1.0)
     assert report.markdown() == build(measured).markdown(), "the same files make the same report"
@@ -149,7 +149,7 @@ def test_markdown_csv_and_json_say_the_same(measured):
 def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
     timed = COMMON | {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix"}
     append(measured, TtftRow(**timed, method="dense", ttft_median_s=1.0))
-    append(measured, TtftRow(**timed, method="tri_mix", starting_layer=2, ttft_median_s=0.5))
+    append(measured, TtftRow(**timed, method="tri_mix", parameters="layers=2-", ttft_median_s=0.5))
     report = build(measured)
     assert report.fidelity(report.ttft[0], "tri_mix").endswith("2 tasks x 60 samples at 4K): loss")
 
@@ -162,15 +162,15 @@ def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
     ],
 )
 def test_a_file_that_is_not_the_rows_makes_no_interval(measured, stored, reason):
-    add(measured, "tri_mix", "vt", scores_of(0.5, seed=2), stored=stored, starting_layer=2)
+    add(measured, "tri_mix", "vt", scores_of(0.5, seed=2), stored=stored, layers="2-")
     group = group_of(measured)
-    row = next(row for row in group.rows if row["task"] == "vt" and row["starting_layer"] == 2)
+    row = next(row for row in group.rows if row["task"] == "vt" and row.get("layers") == "2-")
     assert row["difference"] is None
-    assert row["verdict"] == f"{NOT_COMPARED}tri_mix (starting_layer 2) on vt: {reason}"
+    assert row["verdict"] == f"{NOT_COMPARED}tri_mix (layers 2-) on vt: {reason}"
     assert any(note.startswith("No interval for 1 score, the first for this reason: ") for note in group.notes())
     # Averages must be over the same tasks for all methods.
     assert group.paired_tasks == ["niah_single_1"]
-    assert group.average_differences["tri_mix (starting_layer 6)"].tasks == 1
+    assert group.average_differences["tri_mix (layers 6-)"].tasks == 1
 
 
 def test_an_absent_file_is_said(measured):
@@ -184,20 +184,20 @@ def test_an_absent_file_is_said(measured):
 
 def test_samples_beyond_those_of_the_row_do_not_count(measured):
     add(measured, "dense", "vt", scores_of(0.9), stored=[*scores_of(0.9), 0.0, 0.0])
-    assert group_of(measured).compare("tri_mix (starting_layer 6)", "dense", ["vt"]).differing == 0
+    assert group_of(measured).compare("tri_mix (layers 6-)", "dense", ["vt"]).differing == 0
 
 
 def test_unequal_numbers_of_samples_are_compared_over_those_that_both_have(measured):
-    add(measured, "tri_mix", "vt", scores_of(0.9)[:25], starting_layer=6)
-    found = group_of(measured).compare("tri_mix (starting_layer 6)", "dense", ["vt"])
+    add(measured, "tri_mix", "vt", scores_of(0.9)[:25], layers="6-")
+    found = group_of(measured).compare("tri_mix (layers 6-)", "dense", ["vt"])
     assert (found.pairs, found.differing) == (25, 0)
 
 
 def test_other_samples_under_the_same_numbers_are_not_compared(measured):
-    path = add(measured, "tri_mix", "vt", scores_of(0.9), starting_layer=6)
+    path = add(measured, "tri_mix", "vt", scores_of(0.9), layers="6-")
     path.write_text(path.read_text().replace("vt 7", "vt of another seed"))
-    reason = group_of(measured).compare("tri_mix (starting_layer 6)", "dense", ["vt"])
-    assert reason == "tri_mix (starting_layer 6) and dense on vt: they did not answer the same samples"
+    reason = group_of(measured).compare("tri_mix (layers 6-)", "dense", ["vt"])
+    assert reason == "tri_mix (layers 6-) and dense on vt: they did not answer the same samples"
 
 
 def test_a_cut_line_is_dropped_and_a_foreign_one_is_named(tmp_path):
@@ -221,7 +221,7 @@ def test_answers_to_prompts_that_read_otherwise_are_not_compared(measured, own, 
         for path in measured.glob(f"*/ruler/predictions/{method}/vt-*.jsonl"):
             lines = [json.loads(line) | ({"prompt_hash": told} if told else {}) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    verdicts = {row["task"]: row["verdict"] for row in group_of(measured).rows if row["starting_layer"] == 2}
+    verdicts = {row["task"]: row["verdict"] for row in group_of(measured).rows if row.get("layers") == "2-"}
     assert verdicts["vt"].endswith("they did not answer the same samples") != compared
     assert not verdicts["niah_single_1"].startswith(NOT_COMPARED)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import plans
 import under_plan
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
 from tmbench.engine.prefill_state import PrefillState
 from tmbench.engine.session import compile_ahead, running
 from tmbench.errors import NotFiniteError
-from tmbench.methods.table import METHODS, ModelShape, Settings
 
 FAMILIES = {
     "llama": {},
@@ -20,7 +20,7 @@ FAMILIES = {
     "olmo2": {"num_key_value_heads": 4},
     "gpt_neox": {"num_key_value_heads": 4},
 }
-WINDOW = Settings(n_init=2, n_local=9, last_n=5)
+WINDOW = {"n_init": 2, "n_local": 9, "last_n": 5}
 KINDS = (EAGER, COMPILED)
 
 
@@ -39,7 +39,7 @@ def graphs(monkeypatch):
 
 
 def plan_of(model, name="tri_mix"):
-    return METHODS[name].plan(ModelShape.of(model), WINDOW)
+    return plans.plan_of(model, name, **WINDOW)
 
 
 @pytest.mark.parametrize("method", ["tri_mix", "minference"])

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bound_specs import Bound
+from plans import plan_of
 from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import accuracy
 from tmbench.measure.accuracy import AccuracySpec
-from tmbench.methods.table import METHODS, Settings
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
@@ -68,7 +68,7 @@ class Count(Suite):
 def job(make_model, tmp_path):
     tokenizer = loading.load_tokenizer("tiny")
     loaded = LoadedModel("small", make_model("llama", vocab_size=len(tokenizer)), tokenizer, "random", "")
-    plans = [METHODS[name].plan(loaded.shape, Settings(n_init=1, n_local=2)) for name in ("dense", "streaming")]
+    plans = [plan_of(loaded.shape, name, n_init=1, n_local=2) for name in ("dense", "streaming")]
     here = environment.current(torch.device("cpu"))
 
     def make(**changes):

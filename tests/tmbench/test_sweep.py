@@ -18,7 +18,8 @@ from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.spec import ModelSource
 from tmbench.measure.sweep import SweepSpec, same_cost, swept_method, swept_plans, variants
 from tmbench.measure.ttft import TtftSpec
-from tmbench.methods.table import METHODS, Settings
+from tmbench.methods.plan import ModelShape
+from tmbench.methods.spec import MethodSpec
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
@@ -28,16 +29,17 @@ from tmbench.suites.ruler import Ruler
 
 
 def test_every_combination_is_made_once():
-    made = variants([{"starting_layer": 2}, {"starting_layer": 4}], (), (64,), (0, 128, 0), {"stride": 8})
-    assert [(one.starting_layer, one.n_init, one.n_local, one.last_n, one.stride) for one in made] == [
-        (2, 8, 64, 0, 8),
-        (2, 8, 64, 128, 8),
-        (4, 8, 64, 0, 8),
-        (4, 8, 64, 128, 8),
+    mixed = MethodSpec.of("tri_mix_xattention:stride=8")
+    made = variants(mixed, {"n_init": [4, 8], "n_local": [64], "last_n": [0, 128, 0]})
+    assert [tuple(one.values[name] for name in ("n_init", "n_local", "last_n", "stride")) for one in made] == [
+        (4, 64, 0, 8),
+        (4, 64, 128, 8),
+        (8, 64, 0, 8),
+        (8, 64, 128, 8),
     ]
-    assert variants([], (), (), (), {}) == [Settings()]
+    assert variants(mixed, {}) == [mixed]
     with pytest.raises(UserError, match="--n-local must be 0 or more, not -1"):
-        variants([], (), (-1, 2), (), {})
+        variants(mixed, {"n_local": [-1, 2]})
 
 
 @pytest.mark.parametrize("name", ["dense", "streaming", "xattention"])
@@ -46,33 +48,39 @@ def test_a_method_without_a_triangle_is_refused(name):
         UserError, match=f"--method {name} has no triangle whose parameters could be swept: choose from tri_mix"
     ):
         swept_method(name)
-    assert swept_method("tri_mix_xattention:stride=8") == (METHODS["tri_mix_xattention"], {"stride": 8})
+    spec = swept_method("tri_mix_xattention:stride=8")
+    assert (spec.method.name, spec.values) == ("tri_mix_xattention", {"stride": 8})
 
 
-def brute_force_pairs(settings, length):
+def variant(layers=None, **values):
+    """A variant of tri_mix; ``layers`` of a model with four."""
+    return MethodSpec.of("tri_mix", values).with_layers(ModelShape("", 4, 4), layers)
+
+
+def brute_force_pairs(n_init, n_local, last_n, length):
     queries, keys = torch.arange(length)[:, None], torch.arange(length)[None]
-    near = (keys < settings.n_init) | (queries - keys < settings.n_local) | (queries >= length - settings.last_n)
+    near = (keys < n_init) | (queries - keys < n_local) | (queries >= length - last_n)
     return int((near & (keys <= queries)).sum())
 
 
 @pytest.mark.parametrize(("n_init", "n_local", "last_n"), [(8, 64, 128), (0, 1, 7), (8, 512, 128), (3, 99, 600), (8, 0, 40)])
 def test_a_control_computes_as_many_pairs_in_another_shape(n_init, n_local, last_n):
     length = 1000
-    settings = Settings(starting_layer=3, n_init=n_init, n_local=n_local, last_n=last_n)
-    control = same_cost(settings, length)
-    assert (control.starting_layer, control.n_init, control.last_n) == (3, n_init, 0)
-    wanted = brute_force_pairs(settings, length)
+    control = same_cost(variant(layers="3-", n_init=n_init, n_local=n_local, last_n=last_n), length)
+    assert control.layers.layers == (3,)
+    assert (control.values["n_init"], control.values["last_n"]) == (n_init, 0)
+    wanted = brute_force_pairs(n_init, n_local, last_n, length)
+    found = control.values["n_local"]
     distances = {
-        window: abs(brute_force_pairs(Settings(n_init=n_init, n_local=window, last_n=0), length) - wanted)
-        for window in range(max(control.n_local - 2, 1), control.n_local + 3)
+        window: abs(brute_force_pairs(n_init, window, 0, length) - wanted) for window in range(max(found - 2, 1), found + 3)
     }
-    assert distances[control.n_local] == min(distances.values()), "no other window comes nearer"
-    assert control.n_local > n_local
+    assert distances[found] == min(distances.values()), "no other window comes nearer"
+    assert found > n_local
 
 
 @pytest.mark.parametrize(("n_local", "last_n"), [(64, 0), (1000, 128), (4, 1000), (990, 12), (95, 900)])
 def test_what_has_nothing_to_exchange_has_no_control(n_local, last_n):
-    assert same_cost(Settings(n_init=8, n_local=n_local, last_n=last_n), 1000) is None
+    assert same_cost(variant(n_init=8, n_local=n_local, last_n=last_n), 1000) is None
 
 
 @pytest.fixture
@@ -89,7 +97,7 @@ def job(make_model, tmp_path):
             SweepSpec,
             loaded,
             **common,
-            plans={200: swept_plans(METHODS["tri_mix"], settings, loaded.shape, 200, **changes)},
+            plans={200: swept_plans(settings, loaded.shape, 200, **changes)},
             ttft=TtftSpec(**half, prompt="random", repeats=1),
             accuracy=AccuracySpec(**half, suite=Ruler(offline=True), tasks=("vt",), samples=1),
         )
@@ -114,10 +122,10 @@ def parameters(plans):
 
 
 def test_plans_are_dense_the_variants_and_their_controls_each_once(job):
-    settings = [Settings(n_local=16, last_n=last) for last in (0, 10)]
+    settings = [variant(n_local=16, last_n=last) for last in (0, 10)]
     work = job(settings, controls=True)
     control = same_cost(settings[1], 200)
-    expected = [("dense", None, None), ("tri_mix", 16, 0), ("tri_mix", 16, 10), ("tri_mix", control.n_local, 0)]
+    expected = [("dense", None, None), ("tri_mix", 16, 0), ("tri_mix", 16, 10), ("tri_mix", control.values["n_local"], 0)]
     assert parameters(work.plans[200]) == expected
     # A control that is a variant already is measured once.
     assert parameters(job([*settings, control], controls=True).plans[200]) == expected
@@ -126,7 +134,7 @@ def test_plans_are_dense_the_variants_and_their_controls_each_once(job):
 
 
 def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
-    few, more = [Settings(n_local=16, last_n=0)], [Settings(n_local=16, last_n=last) for last in (0, 10)]
+    few, more = [variant(n_local=16, last_n=0)], [variant(n_local=16, last_n=last) for last in (0, 10)]
     assert parameters(timed(job(few))) == [("dense", None, None), ("tri_mix", 16, 0)]
     Timed(job(few)).run()
     assert timed(job(few)) == []
@@ -134,14 +142,12 @@ def test_further_variants_are_timed_in_turns_with_dense_and_no_other_again(job):
     Timed(job(more)).run()
     assert timed(job(more)) == []
     rows = read_all(job(more).root, TtftRow)
-    assert sorted((row.method, row.n_local, row.last_n) for row in rows if row.method != "dense") == [
-        ("tri_mix", 16, 0),
-        ("tri_mix", 16, 10),
-    ]
+    window = [(row.settings["n_local"], row.settings["last_n"]) for row in rows if row.method == "tri_mix"]
+    assert sorted(window) == [(16, 0), (16, 10)]
 
 
 def test_times_that_a_killed_sweep_had_measured_are_appended_by_the_next(job, monkeypatch):
-    work = job([Settings(n_local=16, last_n=last) for last in (0, 10)])
+    work = job([variant(n_local=16, last_n=last) for last in (0, 10)])
     monkeypatch.setattr(AccuracySpec, "parts", lambda spec, loaded: iter(()))
     monkeypatch.setattr(AccuracySpec, "check", lambda spec, loaded: None)
     real, appended = keeping.append, []
@@ -200,5 +206,6 @@ def test_a_killed_sweep_goes_on_where_it_was_and_measures_nothing_twice(tmp_path
     assert lines_in(tmp_path, predictions) == 6, "no sample is answered twice"
     assert lines_in(tmp_path, times) == 3 + 2, "three rows in two files with a header: nothing is timed twice"
     rows = read_all(tmp_path / "results", RulerRow)
-    assert sorted((row.method, row.last_n or 0) for row in rows) == [("dense", 0), ("tri_mix", 0), ("tri_mix", 32)]
+    last = sorted((row.method, row.settings.get("last_n", 0)) for row in rows)
+    assert last == [("dense", 0), ("tri_mix", 0), ("tri_mix", 32)]
     assert {(row.task, row.status, row.samples) for row in rows} == {("vt", "ok", 2)}

@@ -35,7 +35,7 @@ def add(root, wrong, seconds, coverage, method="tri_mix", rounds=ROUNDS, **param
     of = {"method": method, **parameters}
     times = {"ttft_median_s": seconds, "ttft_min_s": 0.95 * seconds, "ttft_max_s": 1.1 * seconds, "coverage": coverage}
     times["samples_s"] = " ".join(str(seconds * part) for part in rounds)
-    append(root, TtftRow(**COMMON, **(TTFT | {"repeats": len(rounds)}), **of, **times))
+    append(root, TtftRow(**made_rows.columns(COMMON | TTFT | {"repeats": len(rounds)} | of | times)))
     for task in ("vt", "cwe"):
         name = f"predictions/{method}/{task}-{'-'.join(map(str, parameters.values()))}.jsonl"
         path = root / "some-gpu" / "ruler" / name
@@ -45,16 +45,16 @@ def add(root, wrong, seconds, coverage, method="tri_mix", rounds=ROUNDS, **param
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         score = round(100 * sum(scores) / SAMPLES, 2)
         about = {"task": task, "samples": SAMPLES, "score": score, "predictions": name}
-        append(root, RulerRow(**COMMON, **RULER, **of, **about))
+        append(root, RulerRow(**made_rows.columns(COMMON | RULER | of | about)))
 
 
 @pytest.fixture
 def swept(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
     for start, wrong, seconds, coverage in ((2, 10, 0.5, 0.4), (4, 4, 0.8, 0.7)):
-        add(tmp_path, wrong, seconds, coverage, starting_layer=start, n_init=8, n_local=64, last_n=128)
-        add(tmp_path, wrong + 20, seconds - 0.05, coverage - 0.1, starting_layer=start, n_init=8, n_local=64, last_n=0)
-        add(tmp_path, wrong + 15, seconds + 0.1, coverage * 1.004, starting_layer=start, n_init=8, n_local=192, last_n=0)
+        add(tmp_path, wrong, seconds, coverage, layers=f"{start}-", n_init=8, n_local=64, last_n=128)
+        add(tmp_path, wrong + 20, seconds - 0.05, coverage - 0.1, layers=f"{start}-", n_init=8, n_local=64, last_n=0)
+        add(tmp_path, wrong + 15, seconds + 0.1, coverage * 1.004, layers=f"{start}-", n_init=8, n_local=192, last_n=0)
     return tmp_path
 
 
@@ -71,7 +71,7 @@ def variant(rows, **values):
 def test_time_saved_and_points_kept(swept):
     group = trade_off_of(swept)
     assert len(group.rows) == 6
-    row = variant(group.rows, starting_layer=2, last_n=128)
+    row = variant(group.rows, layers="2-", last_n=128)
     assert row["saved_percent"] == pytest.approx(50)
     assert (row["saved_low"], row["saved_high"]) == pytest.approx((50, 50)), "half as long in every round"
     expected = difference([[0.0] * 2 + [-100.0] * 8 + [0.0] * 30] * 2)
@@ -86,15 +86,15 @@ def test_nothing_beats_what_is_on_the_front(swept):
         own = (row["saved_percent"], row["difference"])
         beaten = any(one[0] >= own[0] and one[1] >= own[1] and one != own for one in points)
         assert row["front"] == (not beaten)
-    front = {(row["starting_layer"], row["last_n"]) for row in rows if row["front"]}
-    assert front == {(2, 0), (2, 128), (4, 128)}
-    slow = variant(rows, starting_layer=4, n_local=192)
+    front = {(row["layers"], row["last_n"]) for row in rows if row["front"]}
+    assert front == {("2-", 0), ("2-", 128), ("4-", 128)}
+    slow = variant(rows, layers="4-", n_local=192)
     assert not slow["front"]
 
 
 def test_times_that_do_not_measurably_differ_count_as_equal_on_the_front(tmp_path):
     """One slow repeat of dense makes the median 10 % slower, and the method 10 % faster than it: nobody knows."""
-    variant_of = {"starting_layer": 4, "n_init": 8, "n_local": 64}
+    variant_of = {"layers": "4-", "n_init": 8, "n_local": 64}
     add(tmp_path, 2, 1.0, 1.0, "dense", rounds=(0.99, 1.0, 1.66))
     add(tmp_path, 4, 0.9, 0.9, last_n=0, **variant_of)
     add(tmp_path, 2, 0.5, 0.9, rounds=(1.0, 1.01, 1.7), last_n=128, **variant_of)
@@ -117,7 +117,7 @@ def test_times_that_do_not_measurably_differ_count_as_equal_on_the_front(tmp_pat
 def test_one_repeat_saves_nothing_that_is_known(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense", rounds=(1.0,))
     for last in (0, 128):
-        add(tmp_path, 4, 0.5, 0.9, rounds=(1.0,), starting_layer=4, n_init=8, n_local=64, last_n=last)
+        add(tmp_path, 4, 0.5, 0.9, rounds=(1.0,), layers="4-", n_init=8, n_local=64, last_n=last)
     group = trade_off_of(tmp_path)
     assert [(row["saved_percent"], row["saved_low"], row["front"]) for row in group.rows] == [(50, None, False)] * 2
     table = next(iter(group.tables(lambda *_: "").values()))
@@ -128,7 +128,7 @@ def test_one_repeat_saves_nothing_that_is_known(tmp_path):
 
 def test_what_is_slower_than_dense_is_beaten_by_it(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
-    add(tmp_path, 2, 1.5, 1.0, starting_layer=4, n_init=8, n_local=64, last_n=128)
+    add(tmp_path, 2, 1.5, 1.0, layers="4-", n_init=8, n_local=64, last_n=128)
     (row,) = trade_off_of(tmp_path).rows
     assert row["saved_percent"] == pytest.approx(-50)
     assert not row["front"]
@@ -136,8 +136,8 @@ def test_what_is_slower_than_dense_is_beaten_by_it(tmp_path):
 
 def test_times_of_other_turns_are_named_and_no_effect(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
-    add(tmp_path, 10, 0.5, 0.4, starting_layer=2, n_init=8, n_local=64, last_n=128)
-    add(tmp_path, 30, 0.3, 0.3, starting_layer=2, n_init=8, n_local=64, last_n=0)
+    add(tmp_path, 10, 0.5, 0.4, layers="2-", n_init=8, n_local=64, last_n=128)
+    add(tmp_path, 30, 0.3, 0.3, layers="2-", n_init=8, n_local=64, last_n=0)
     path = tmp_path / "some-gpu" / "ttft" / "tri_mix.csv"
     rows = read(path, TtftRow)
     path.unlink()
@@ -154,23 +154,23 @@ def test_times_of_other_turns_are_named_and_no_effect(tmp_path):
 def test_effects_are_those_of_one_change_over_the_same_samples(swept):
     effects = trade_off_of(swept).effects
     found = {(one.parameter, one.before, one.after, one.elsewhere): one for one in effects}
-    assert {key[0] for key in found} == {"starting_layer", "n_local", "last_n", SHAPE}
-    last = found["last_n", "0", "128", "starting_layer 2, n_local 64"]
+    assert {key[0] for key in found} == {"layers", "n_local", "last_n", SHAPE}
+    last = found["last_n", "0", "128", "layers 2-, n_local 64"]
     assert last.points == difference([[0.0] * 10 + [100.0] * 20 + [0.0] * 10] * 2)
     assert last.points.verdict == GAIN
     assert last.time_percent == pytest.approx(100 * (0.5 / 0.45 - 1))
-    start = found["starting_layer", "2", "4", "n_local 64, last_n 128"]
+    start = found["layers", "2-", "4-", "n_local 64, last_n 128"]
     assert start.points.mean == pytest.approx(15)
-    shape = found[SHAPE, "n_local 192, last_n 0", "n_local 64, last_n 128", "starting_layer 4"]
+    shape = found[SHAPE, "n_local 192, last_n 0", "n_local 64, last_n 128", "layers 4-"]
     assert shape.points.mean == pytest.approx(37.5)
     # Each of the three: two starting layers; window 64 to 192 without last queries; last_n 0 to 128 at window 64.
-    assert sorted(one.parameter for one in effects) == sorted([*["starting_layer"] * 3, *["n_local", "last_n", SHAPE] * 2])
+    assert sorted(one.parameter for one in effects) == sorted([*["layers"] * 3, *["n_local", "last_n", SHAPE] * 2])
 
 
 def test_neighbouring_values_are_compared(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
     for place, last in enumerate((256, 0, 64)):
-        add(tmp_path, place, 0.5, 0.2 + 0.3 * place, starting_layer=4, n_init=8, n_local=64, last_n=last)
+        add(tmp_path, place, 0.5, 0.2 + 0.3 * place, layers="4-", n_init=8, n_local=64, last_n=last)
     effects = trade_off_of(tmp_path).effects
     assert [(one.before, one.after) for one in effects] == [("0", "64"), ("64", "256")]
     assert effects[0].points.verdict == TOO_FEW
@@ -178,20 +178,22 @@ def test_neighbouring_values_are_compared(tmp_path):
 
 def test_another_cost_is_no_control(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
-    add(tmp_path, 2, 0.5, 0.500, starting_layer=4, n_init=8, n_local=64, last_n=128)
-    add(tmp_path, 2, 0.5, 0.503, starting_layer=4, n_init=8, n_local=192, last_n=0)
-    add(tmp_path, 2, 0.5, 0.500, starting_layer=2, n_init=8, n_local=192, last_n=0)
-    assert [one.parameter for one in trade_off_of(tmp_path).effects] == ["starting_layer"]
+    add(tmp_path, 2, 0.5, 0.500, layers="4-", n_init=8, n_local=64, last_n=128)
+    add(tmp_path, 2, 0.5, 0.503, layers="4-", n_init=8, n_local=192, last_n=0)
+    add(tmp_path, 2, 0.5, 0.500, layers="2-", n_init=8, n_local=192, last_n=0)
+    assert [one.parameter for one in trade_off_of(tmp_path).effects] == ["layers"]
 
 
 @pytest.mark.parametrize("changes", [{"length": 8192}, {"model": "b/model"}, {"dtype": "float32"}, {"threads": 4}])
 def test_times_of_another_setting_are_not_joined(tmp_path, changes):
     add(tmp_path, 2, 1.0, 1.0, "dense")
-    add(tmp_path, 2, 0.5, 0.5, starting_layer=4, n_init=8, n_local=64, last_n=128)
+    add(tmp_path, 2, 0.5, 0.5, layers="4-", n_init=8, n_local=64, last_n=128)
     for path in tmp_path.glob("some-gpu/ttft/*.csv"):
         path.unlink()
-    for method, own in (("dense", {}), ("tri_mix", {"starting_layer": 4, "n_init": 8, "n_local": 64, "last_n": 128})):
-        append(tmp_path, TtftRow(**(COMMON | TTFT | own | {"method": method, "ttft_median_s": 1.0} | changes)))
+    for method, own in (("dense", {}), ("tri_mix", {"layers": "4-", "n_init": 8, "n_local": 64, "last_n": 128})):
+        append(
+            tmp_path, TtftRow(**made_rows.columns(COMMON | TTFT | own | {"method": method, "ttft_median_s": 1.0} | changes))
+        )
     assert build(tmp_path).trade_offs == []
 
 
@@ -209,7 +211,7 @@ def test_markdown_csv_and_json(swept):
     assert saved == pytest.approx({row["label"]: row["saved_percent"] for row in group.rows})
     entry = next(entry for entry in json.loads(report.json()) if "front" in entry)
     assert entry["front"] == [row["label"] for row in group.rows if row["front"]]
-    assert {one["parameter"] for one in entry["effects"]} == {"starting_layer", "n_local", "last_n", SHAPE}
+    assert {one["parameter"] for one in entry["effects"]} == {"layers", "n_local", "last_n", SHAPE}
     assert entry["effects"][0]["verdict"] in {GAIN, TOO_FEW, "loss", "no measurable loss"}
 
 
@@ -237,7 +239,7 @@ def test_the_plot_has_every_method_with_its_bars(swept, tmp_path):
 
 def test_times_of_few_repeats_are_said_to_be_so(swept):
     assert trade_off_of(swept).notes() == []
-    of = {"starting_layer": 2, "n_init": 8, "n_local": 64, "last_n": 0}
+    of = {"layers": "2-", "n_init": 8, "n_local": 64, "last_n": 0}
     times = {"ttft_median_s": 1.0, "ttft_min_s": 1.0, "ttft_max_s": 1.0, "samples_s": "1.0 1.0"}
-    append(swept, TtftRow(**(COMMON | TTFT | of | times | {"method": "tri_mix", "repeats": 2})))
+    append(swept, TtftRow(**made_rows.columns(COMMON | TTFT | of | times | {"method": "tri_mix", "repeats": 2})))
     assert trade_off_of(swept).notes() == ["Times of only 2 repeats: fewer than 3 hardly tell what is faster."]

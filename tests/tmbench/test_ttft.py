@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bound_specs import Bound
+from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.first_token import first_token
@@ -18,7 +19,7 @@ from tmbench.engine.prefill import EAGER, PLAIN, Prefill
 from tmbench.errors import UserError
 from tmbench.measure import keeping, ttft
 from tmbench.measure.ttft import TtftSpec
-from tmbench.methods.table import METHODS, ModelShape, Plan, Settings
+from tmbench.methods.plan import Plan
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment, failures, files
@@ -40,8 +41,8 @@ def job(make_model, tmp_path, monkeypatch):
     def make(names=NAMES, lengths=(96, 160), dense_backend=None, parameters=None, **changes):
         model = make_model("llama")
         loaded = LoadedModel("small", model, None, "random", "")
-        settings = Settings(n_init=2, n_local=16, last_n=8, dense_backend=dense_backend, **(parameters or {}))
-        plans = [METHODS[name].plan(ModelShape.of(model), settings) for name in names]
+        settings = {"n_init": 2, "n_local": 16, "last_n": 8, "dense_backend": dense_backend or "", **(parameters or {})}
+        plans = [plan_of(model, name, **settings) for name in names]
         values = {"prompt": "random", "repeats": 2, "prefill": EAGER} | changes
         about = {"environment": environment.current(torch.device("cpu")), "root": tmp_path, "plans": plans}
         return Bound(TtftSpec, loaded, lengths=lengths, **(about | values))
@@ -116,7 +117,7 @@ def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_pat
     budgets = tmp_path / "budgets.json"
     budgets.write_text(json.dumps([{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)}] * 4))
     model = make_model("llama")
-    plan = METHODS["minference"].plan(ModelShape.of(model), Settings(patterns=budgets))
+    plan = plan_of(model, "minference", patterns=budgets)
     work = job(names=(), lengths=(400,), plans=[plan])
     counted = []
 
@@ -144,13 +145,12 @@ def test_rows_of_block_sparse_methods(job):
     assert rows["flexprefill", 300].backends == "flex_prefill:torch-blocks"
     assert rows["flashprefill", 300].coverage == 1, "its window of four blocks is the whole prompt"
     assert rows["flashprefill", 300].logit_error == pytest.approx(0, abs=1e-4)
-    columns = {name: (row.gamma, row.tau, row.min_budget, row.stride, row.threshold, row.first_chunk, row.alpha)
-               for (name, _), row in rows.items()}  # fmt: skip
-    assert columns == {
-        "dense": (None,) * 7,
-        "flexprefill": (0.95, 0.1, 200, None, None, None, None),
-        "tri_mix_xattention": (None, None, None, 16, 1e-9, 0, None),
-        "flashprefill": (None, None, None, None, None, None, 0.1),
+    triangle = {"layers": "2-", "n_init": 2, "n_local": 16, "last_n": 8}
+    assert {name: dict(row.settings) for (name, _), row in rows.items()} == {
+        "dense": {},
+        "flexprefill": {"gamma": 0.95, "tau": 0.1, "min_budget": 200},
+        "tri_mix_xattention": {**triangle, "stride": 16, "threshold": 1e-9, "first_chunk": 0},
+        "flashprefill": {"alpha": 0.1},
     }
     assert work.pending_plans() == {}, "parameters survive being written and read"
 
@@ -228,7 +228,7 @@ def test_a_forced_backend_is_a_measurement_of_its_own(job):
     assert [plan.method for plan in forced.pending_plans()[96]] == ["dense"]
     forced.run()
     rows = [row for row in read_all(forced.root, TtftRow) if row.method == "dense"]
-    assert [(row.dense_backend, row.backends) for row in rows] == [("", "dense:sdpa"), ("sdpa", "dense:sdpa")]
+    assert [(row.parameters, row.backends) for row in rows] == [("", "dense:sdpa"), ("dense_backend=sdpa", "dense:sdpa")]
 
 
 def test_without_dense_there_is_no_fidelity(job):

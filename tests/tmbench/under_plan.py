@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.session import Session, running
 from tmbench.measure import agree, loss
-from tmbench.methods.table import Plan, backends_name
+from tmbench.methods.plan import Plan, backends_name
 
 
 def follow(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLAIN) -> list[int]:

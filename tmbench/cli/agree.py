@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, print_measured
 from tmbench.cli.screen import console, say_failures, table
 from tmbench.errors import UserError
@@ -22,6 +23,7 @@ TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
 
 
+@with_attention()
 def agree(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
@@ -33,12 +35,7 @@ def agree(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    layers: o.LayersOption = None,
-    n_init: o.NInitOption = None,
-    n_local: o.NLocalOption = None,
-    last_n: o.LastNOption = None,
-    patterns: o.PatternsOption = None,
-    dense_backend: o.DenseBackendOption = None,
+    attention: Attention = NO_ATTENTION,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
     as_json: o.JsonOption = False,
@@ -50,16 +47,8 @@ def agree(
     methods = list(method or DEFAULT_METHODS)
     if "dense" not in methods:
         methods.insert(0, "dense")
-    settings = o.settings_for(
-        methods,
-        **o.deep_layers(layers),
-        n_init=n_init,
-        n_local=n_local,
-        last_n=last_n,
-        patterns=patterns,
-        dense_backend=dense_backend,
-    )
-    if len(settings) == 1:
+    chosen = attention.once().specs(methods)
+    if len(chosen) == 1:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
 
     from tmbench.engine.prefill_kind import kind_wanted
@@ -76,7 +65,7 @@ def agree(
         model=ModelSource.of(loaded),
         environment=environment.current(loaded.device),
         root=output_dir,
-        plans=sorted(o.plans_for(settings, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense"),
+        plans=sorted(plans_for(chosen, attention, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense"),
         lengths=lengths,
         prompt=prompt,
         samples=samples,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, table
-from tmbench.methods.table import METHODS, PAPERS, PUBLISHED_STARTING_LAYERS, Settings
+from tmbench.cli.screen import console, say, table
+from tmbench.errors import UserError
+from tmbench.methods.installed import get_method, method_names
+from tmbench.methods.plan import PUBLISHED_STARTING_LAYERS
+from tmbench.methods.table import Method
 
 
 def list_() -> None:
@@ -15,14 +18,26 @@ def list_() -> None:
 
     screen = console()
     methods = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
-    defaults = Settings()
-    for method in METHODS.values():
-        parameters = ", ".join(
-            f"{name}={getattr(defaults, name)}" if name in method.inline else f"--{name.replace('_', '-')}"
-            for name in method.parameters
-        )
-        methods.add_row(method.name, method.summary, parameters, "; ".join(PAPERS[paper] for paper in method.papers))
+    found: list[Method] = []
+    for name in method_names():
+        try:
+            found.append(get_method(name))
+        except UserError as error:
+            say(str(error))
+    for method in found:
+        parameters = ["--layers"] * bool(method.deep)
+        parameters += [
+            f"--{name.replace('_', '-')}" if about.option else f"{name}={about.default}"
+            for name, about in method.declared.items()
+        ]
+        methods.add_row(method.name, method.summary, ", ".join(parameters), "; ".join(method.papers))
     screen.print(methods)
+    shown = table(
+        "Parameters, which follow a method's name, as in xattention:stride=8", "parameter", "default", "what it is"
+    )
+    for name, about in {name: about for method in found for name, about in method.declared.items()}.items():
+        shown.add_row(name, about.shown_default or str(about.default), about.help)
+    screen.print(shown)
 
     tasks = table(
         "RULER tasks (Hsieh et al. 2024, arXiv 2404.06654)",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,23 +13,14 @@ import typer
 from ruler_tasks.errors import RulerError
 from tmbench.cli.screen import say
 from tmbench.errors import UserError, shortened
-from tmbench.methods.layers import whole_number
-from tmbench.methods.table import (
-    DEFAULT_METHODS,
-    DENSE_BACKENDS,
-    LARGEST_COUNT,
-    METHODS,
-    Plan,
-    Settings,
-    get_method,
-    parse_method,
-)
+from tmbench.methods.layers import RESULTS as RESULTS
+from tmbench.methods.table import DEFAULT_METHODS, METHODS
 from tmbench.models.presets import preset_names
+from tmbench_kernels.parameters import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from tmbench.models.loading import LoadedModel
 
-RESULTS = Path("results")
 UNITS = {"k": 2**10, "m": 2**20}
 
 
@@ -50,9 +40,8 @@ def parse_length(text: str) -> int:
     return int(length)
 
 
-MEASURED, ATTENTION, MACHINE, OUTPUT, PROMPTS = (
+MEASURED, MACHINE, OUTPUT, PROMPTS = (
     "What is measured",
-    "Attention",
     "Model and machine",
     "Output",
     "Prompts",
@@ -97,39 +86,6 @@ WeightsOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
-LayersOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--layers", "--starting-layer", metavar="LAYERS",
-        help="Layers with triangle attention, from 0: 16 (all from there on), 16-31, 5,7,10,15-35, none, random:4, a CSV of "
-        "tmbench probe, or auto for its newest result.",
-        rich_help_panel=ATTENTION, show_default="from the published one on, else from half the depth",
-    ),
-]  # fmt: skip
-NInitOption = Annotated[
-    int | None, typer.Option(help="First keys that all queries see.", rich_help_panel=ATTENTION, show_default="8")
-]
-NLocalOption = Annotated[
-    int | None, typer.Option(help="Local window, the query included.", rich_help_panel=ATTENTION, show_default="512")
-]
-LastNOption = Annotated[
-    int | None, typer.Option(help="Last queries, which see all keys.", rich_help_panel=ATTENTION, show_default="128")
-]
-PatternsOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="MInference-format JSON of each head's type and budget.",
-        rich_help_panel=ATTENTION,
-        show_default="1000, 6096 each",
-    ),
-]
-DenseBackendOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help=f"What computes dense attention: {', '.join(DENSE_BACKENDS)}.", rich_help_panel=ATTENTION,
-        show_default="the first of these that is installed and serves the model",
-    ),
-]  # fmt: skip
 CompileOption = Annotated[
     bool | None,
     typer.Option(
@@ -167,88 +123,6 @@ def check_plot(path: Path | None) -> None:
     """Raise UserError for a ``--plot`` that is no PNG file's name."""
     if path is not None and path.suffix.lower() != ".png":
         raise UserError(f"--plot {path} must be the name of a PNG file: let it end in .png")
-
-
-def deep_layers(given: list[str] | None) -> dict[str, Any]:
-    """What ``--layers`` and ``--starting-layer``, two names of one option, say, as fields of Settings.
-
-    Raises UserError where more than one of them was given.
-    """
-    if not given:
-        return {}
-    if len(given) > 1:
-        raise UserError(f"--layers and --starting-layer are one option, given {len(given)} times: give it once")
-    text = given[0].strip()
-    first = text.removeprefix("-")
-    if not first.isdecimal():
-        return {"layers": text}
-    layer = whole_number(first)
-    if layer is None:
-        raise UserError(f"--layers {shortened(text)} is more than any model has: give layers of the model")
-    return {"starting_layer": layer if first == text else -layer}
-
-
-def settings_for(methods: list[str], **options: Any) -> dict[str, Settings]:
-    """Each method's parameters, by its name: from what follows the name, and from options named as fields of Settings.
-
-    An option that was not given is None. Raises UserError for an option that none of the chosen methods reads, and for a
-    method that is chosen twice with different parameters.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    chosen = [parse_method(text) for text in methods]
-    read = {parameter for method, _ in chosen for parameter in method.parameters}
-    for name in given:
-        if name not in read:
-            names = ", ".join(method.name for method, _ in chosen)
-            raise UserError(f"--{name.replace('_', '-')} changes none of {names}: leave it out")
-    settings: dict[str, Settings] = {}
-    for (method, own), text in zip(chosen, methods, strict=True):
-        try:
-            wanted = Settings(**{**given, **own})
-        except UserError as error:
-            raise UserError(f"--method {shortened(text)}: {error}" if own else str(error)) from None
-        if settings.setdefault(method.name, wanted) != wanted:
-            raise UserError(f"--method {method.name} is given twice with different parameters: measure one after the other")
-    return settings
-
-
-def plans_for(
-    settings: Mapping[str, Settings], loaded: LoadedModel, lengths: list[int], results: Path = RESULTS
-) -> list[Plan]:
-    """One plan per method for this model, each checked against the model once, before anything is measured.
-
-    ``results`` is where ``--layers auto`` looks for a probe.
-    """
-    from tmbench.models.attention_modules import attention_modules
-
-    attention_modules(loaded.model)
-    for name in dict.fromkeys(own.dense_backend for own in settings.values()):
-        if name is not None:
-            _check_dense_backend(name, loaded, lengths)
-    plans = [get_method(name).plan(loaded.shape, replace(own, results=results)) for name, own in settings.items()]
-    for plan in plans:
-        if plan.starting_layer_source.startswith("probe"):
-            chosen = plan.parameters.get("layers", f"from {plan.parameters.get('starting_layer')} on")
-            say(f"{plan.method}: triangle attention in layers {chosen}, by the {plan.starting_layer_source}")
-        if plan.starting_layer_source == "half the depth":
-            say(
-                f"{plan.method}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
-                f"its depth, layer {plan.parameters['starting_layer']}; --layers chooses others, tmbench probe proposes some"
-            )
-    return plans
-
-
-def _check_dense_backend(name: str, loaded: LoadedModel, lengths: list[int]) -> None:
-    """Raise UserError where this backend is not installed or cannot serve the model, with those that can."""
-    from tmbench_kernels import Dense
-
-    for length in lengths:
-        obstacles = {backend.name: backend.obstacle(Dense(), *loaded.qkv(length)) for backend in Dense.backends}
-        if obstacles[name]:
-            usable = ", ".join(other for other, obstacle in obstacles.items() if not obstacle)
-            raise UserError(
-                f"--dense-backend {name} {obstacles[name]}: as things are, {loaded.name} at {length} tokens can use {usable}"
-            )
 
 
 def lengths_for(loaded: LoadedModel, given: list[int] | None, wanted: tuple[int, ...]) -> list[int]:

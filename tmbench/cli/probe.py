@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, print_measured
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
-from tmbench.methods.table import DEFAULT_METHODS, Settings
+from tmbench.methods.table import DEFAULT_METHODS
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ LENGTHS = (32768,)
 TASKS = ("vt",)
 SAMPLES = 4
 PROPOSAL = "Proposal of layers"
+WINDOW_OF = "tri_mix"
+"""The method whose first keys, window and last queries a probe's sections are."""
 
 ProbeMethodOption = Annotated[
     list[str] | None,
@@ -36,6 +39,7 @@ ProbeMethodOption = Annotated[
 ]  # fmt: skip
 
 
+@with_attention(without=("dense_backend",))
 def probe(
     loss: Annotated[
         bool,
@@ -59,11 +63,7 @@ def probe(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    layers: o.LayersOption = None,
-    n_init: o.NInitOption = None,
-    n_local: o.NLocalOption = None,
-    last_n: o.LastNOption = None,
-    patterns: o.PatternsOption = None,
+    attention: Attention = NO_ATTENTION,
     derivative: Annotated[
         Literal["logits", "probabilities"] | None,
         typer.Option(
@@ -111,16 +111,13 @@ def probe(
         proposal |= {"accuracy-budget": accuracy_budget, "time-budget": time_budget}
         o.refuse(proposal, "has no meaning with --loss")
     else:
-        o.refuse(
-            {"method": method, "layers": layers, "patterns": patterns}, "needs --loss, as a probe is of dense attention"
-        )
+        other = {"patterns": attention.parameters.get("patterns")}
+        other |= {attention.choice.removeprefix("--"): attention.choice or None}
+        o.refuse({"method": method, **other}, "needs --loss, as a probe is of dense attention")
     o.check_plot(plot)
     methods = list(method or DEFAULT_METHODS)
-    given = {"n_init": n_init, "n_local": n_local, "last_n": last_n}
-    window: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     budget = Budget(ACCURACY_BUDGET if (accuracy_budget, time_budget) == (None, None) else accuracy_budget, time_budget)
-    settings = o.settings_for(methods, **o.deep_layers(layers), **window, patterns=patterns) if loss else {}
-    sections = Settings(**window)
+    chosen = attention.once().specs(methods if loss else [WINDOW_OF])
 
     from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.loss import LossSpec
@@ -129,6 +126,7 @@ def probe(
     from tmbench.models import loading
     from tmbench.results import environment
     from tmbench.suites.prompts import check_kind
+    from tmbench_kernels import Triangle
 
     tasks = list(dict.fromkeys(task or TASKS))
     for name in tasks:
@@ -148,11 +146,11 @@ def probe(
     }
     if loss:
         common |= {"prefill": kind_wanted(loaded.model, loaded.device, None)}
-        losses = LossSpec(**common, plans=o.plans_for(settings, loaded, lengths, output_dir))
+        losses = LossSpec(**common, plans=plans_for(chosen, attention, loaded, lengths, output_dir))
         print_measured(measure(losses, loaded), _show_losses, as_json=as_json)
         return
     choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
-    spec = ProbeSpec(**common, budget=budget, settings=sections, **choice)
+    spec = ProbeSpec(**common, budget=budget, window=Triangle(**chosen[0].values), **choice)
     rows = measure(spec, loaded)
     if plot is not None:
         _draw(spec, plot, rows)
@@ -204,7 +202,7 @@ def _show(rows: list[ProbeRow], spec: ProbeSpec) -> None:
         assert first.kept_share is not None
         found = propose(middle, first.kept_share, spec.budget, rule)
         stored = "yes, for --layers auto" if rule == spec.rule else ""
-        shown.add_row(rule, layers_text(found.layers), f"{found.lost:.1%}", f"{found.pairs:.1%}", stored)
+        shown.add_row(rule, layers_text(found.layers, len(layers)), f"{found.lost:.1%}", f"{found.pairs:.1%}", stored)
     console().print(shown)
     assert first.answered is not None
     assert first.probability_mean is not None

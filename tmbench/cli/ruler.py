@@ -9,6 +9,7 @@ import typer
 
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
+from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, print_measured
 from tmbench.cli.screen import console, progress_bar, say, say_failures, table
 from tmbench.errors import UserError
@@ -70,12 +71,12 @@ ChatKwargsOption = Annotated[
         show_default="thinking off",
     ),
 ]
-# Scores of drawn weights say nothing, and times are not what this command is for: both options work as in tmbench ttft, and
-# its help has them.
+# Scores of drawn weights say nothing, and times are not what this command is for: --weights and --dense-backend work as in
+# tmbench ttft, and its help has them.
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
-UnlistedDenseBackendOption = Annotated[str | None, typer.Option("--dense-backend", hidden=True)]
 
 
+@with_attention(hidden=("dense_backend",))
 def ruler(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
@@ -86,12 +87,7 @@ def ruler(
     weights: UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    layers: o.LayersOption = None,
-    n_init: o.NInitOption = None,
-    n_local: o.NLocalOption = None,
-    last_n: o.LastNOption = None,
-    patterns: o.PatternsOption = None,
-    dense_backend: UnlistedDenseBackendOption = None,
+    attention: Attention = NO_ATTENTION,
     data: Annotated[
         Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)
     ] = None,
@@ -113,15 +109,7 @@ def ruler(
     A length is the whole budget: prompt, special tokens and answer.
     """
     methods = list(method or DEFAULT_METHODS)
-    settings = o.settings_for(
-        methods,
-        **o.deep_layers(layers),
-        n_init=n_init,
-        n_local=n_local,
-        last_n=last_n,
-        patterns=patterns,
-        dense_backend=dense_backend,
-    )
+    chosen = attention.once().specs(methods)
     tasks = tasks_for(task)
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
@@ -148,7 +136,7 @@ def ruler(
         environment=environment.current(loaded.device),
         root=output_dir,
         suite=suite,
-        plans=o.plans_for(settings, loaded, lengths, output_dir),
+        plans=plans_for(chosen, attention, loaded, lengths, output_dir),
         lengths=lengths,
         tasks=tasks,
         samples=samples,

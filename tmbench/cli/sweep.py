@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
+from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
 from tmbench.cli.measuring import measure
 from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
+from tmbench.methods.plan import HALF, DeepLayers
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -21,40 +24,17 @@ TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
 
 
+@with_attention(without=("patterns", "dense_backend"), repeated=True)
 def sweep(
     method: Annotated[
         str, typer.Option(help="A method with a triangle; parameters may follow its name.", rich_help_panel=o.MEASURED)
     ] = "tri_mix",
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--layers",
-            "--starting-layer",
-            metavar="LAYERS",
-            help="Layers with triangle attention, as tmbench ttft takes them; random:4 draws four. Repeat for several.",
-            rich_help_panel=o.ATTENTION,
-            show_default="from the published one on, else from half the depth",
-        ),
-    ] = None,
-    n_init: Annotated[
-        list[int] | None,
-        typer.Option(help="First keys that all see; repeat for several.", rich_help_panel=o.ATTENTION, show_default="8"),
-    ] = None,
-    n_local: Annotated[
-        list[int] | None,
-        typer.Option(help="Local window; repeat for several.", rich_help_panel=o.ATTENTION, show_default="512"),
-    ] = None,
-    last_n: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Last queries, which see all keys; repeat for several.", rich_help_panel=o.ATTENTION, show_default="128"
-        ),
-    ] = None,
+    attention: Attention = NO_ATTENTION,
     same_cost: Annotated[
         bool,
         typer.Option(
             "--same-cost",
-            rich_help_panel=o.ATTENTION,
+            rich_help_panel=PANEL,
             help="Measure each also without last queries, its window wider so that it computes as many pairs.",
         ),
     ] = False,
@@ -90,9 +70,7 @@ def sweep(
     from tmbench.models import loading
     from tmbench.results import environment
 
-    chosen, own = swept_method(method)
-    where = [o.deep_layers([text]) | {"results": output_dir} for text in layers or ()]
-    settings = variants(where, n_init or (), n_local or (), last_n or (), own)
+    several = variants(swept_method(method), attention.parameters)
     tasks = r.tasks_for(task)
     loading.check_has_tokenizer(model, "RULER")
     chat = r.chat_text(chat_template_kwargs, apply_chat_template)
@@ -108,16 +86,18 @@ def sweep(
         "prefill": kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run),
     }
     half = common | {"plans": (), "lengths": ()}
+    deep: list[DeepLayers | None] = [*attention.deep_layers(loaded, lengths, output_dir)]
+    chosen = [replace(one, layers=layers) for layers in deep or [None] for one in several]
     spec = SweepSpec(
         **common,
-        plans={tokens: swept_plans(chosen, settings, loaded.shape, tokens, controls=same_cost) for tokens in lengths},
+        plans={tokens: swept_plans(chosen, loaded.shape, tokens, controls=same_cost) for tokens in lengths},
         ttft=TtftSpec(**half, repeats=repeats),
         accuracy=AccuracySpec(**half, suite=suite, tasks=tasks, samples=samples),
     )
     spec.check(loaded)
     if any(len(plans) < 3 for plans in spec.plans.values()):
         raise UserError("a sweep needs at least two variants: give --layers, --n-init, --n-local or --last-n several times")
-    if spec.plans[lengths[0]][1].starting_layer_source == "half the depth":
+    if spec.plans[lengths[0]][1].layers_source == HALF:
         say(f"no starting layer is published for {loaded.name}, so triangle attention starts at half its depth")
     if dry_run:
         _show_plan(spec, loaded)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, print_measured
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
@@ -26,6 +27,7 @@ NOTICEABLE = 1.0
 """Seconds of compilation from which on they are told."""
 
 
+@with_attention()
 def ttft(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
@@ -45,12 +47,7 @@ def ttft(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     compiled: o.CompileOption = None,
-    layers: o.LayersOption = None,
-    n_init: o.NInitOption = None,
-    n_local: o.NLocalOption = None,
-    last_n: o.LastNOption = None,
-    patterns: o.PatternsOption = None,
-    dense_backend: o.DenseBackendOption = None,
+    attention: Attention = NO_ATTENTION,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
     as_json: o.JsonOption = False,
@@ -63,15 +60,7 @@ def ttft(
     if dry_run and as_json:
         raise UserError("--dry-run prints a table of what would be measured, and --json rows: leave one of them out")
     methods = list(method or DEFAULT_METHODS)
-    settings = o.settings_for(
-        methods,
-        **o.deep_layers(layers),
-        n_init=n_init,
-        n_local=n_local,
-        last_n=last_n,
-        patterns=patterns,
-        dense_backend=dense_backend,
-    )
+    chosen = attention.once().specs(methods)
 
     from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.spec import ModelSource
@@ -88,7 +77,7 @@ def ttft(
         model=ModelSource.of(loaded),
         environment=environment.current(loaded.device),
         root=output_dir,
-        plans=o.plans_for(settings, loaded, lengths, output_dir),
+        plans=plans_for(chosen, attention, loaded, lengths, output_dir),
         lengths=lengths,
         prompt=prompt or ("kv" if loaded.tokenizer is not None else "random"),
         repeats=repeats,

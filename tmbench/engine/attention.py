@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ from tmbench.engine.implementations import Implementations
 from tmbench.engine.prefill_state import LayerPass, PrefillState
 from tmbench.engine.rereading import Rereading
 from tmbench.errors import UnsupportedModelError
-from tmbench.methods.table import ModelShape, Plan, Settings, get_method
+from tmbench.methods.plan import ModelShape, Plan
+from tmbench.methods.spec import MethodSpec
 from tmbench.models.attention_modules import PLACE, attention_modules
 from tmbench.results.words import counted
 from tmbench_kernels import Pattern
@@ -87,54 +87,28 @@ def applied(
     model: PreTrainedModel,
     method: str,
     *,
-    starting_layer: int | None = None,
     layers: str | None = None,
-    n_init: int = 8,
-    n_local: int = 512,
-    last_n: int = 128,
-    patterns: Path | str | None = None,
-    gamma: float = 0.95,
-    tau: float = 0.1,
-    min_budget: int = 1024,
-    stride: int = 16,
-    threshold: float = 0.9,
-    first_chunk: int = 0,
-    alpha: float = 0.1,
+    starting_layer: int | None = None,
+    **parameters: Any,
 ) -> Iterator[Applied]:
     """Run ``model``'s prefills with a method inside a ``with`` block; the model is as before afterwards.
 
     Args:
         model: any decoder-only transformers model that uses the attention interface.
-        method: a name from ``METHODS``.
-        starting_layer: first deep layer, from 0; None takes the published one, or half the depth.
-        layers: the deep layers instead, such as "5,7,10,15-35", or a file of probe results.
-        n_init, n_local, last_n: the triangle's first keys, local window and last rows, in tokens.
-        patterns: a JSON file of per-head budgets in MInference's format.
-        gamma, tau, min_budget: FlexPrefill's share of attention, distance of query-aware heads, and least tokens.
-        stride, threshold, first_chunk: XAttention's stride in tokens, share of attention, and tokens under the rule of the
-            published code's first chunk.
-        alpha: FlashPrefill's least weight of a key block against the heaviest.
+        method: a name that ``tmbench list`` has, as ``--method`` takes it.
+        layers: the deep layers, as ``--layers`` takes them: "16-" for all from 16 on, "16" for that one, "5,7,10-15",
+            "random:4", a file of probe results, or "auto" for the newest probe in the folder ``results``. None takes the
+            published ones, or the second half.
+        starting_layer: 16 is the same as "16-" for ``layers``.
+        parameters: those that the method declares, by the names that ``tmbench list`` has, such as ``n_local=256``.
 
     Raises:
-        UserError: an unknown method, or parameters that do not fit the model.
+        UserError: an unknown method or parameter, a value out of range, or what does not fit the model.
         UnsupportedModelError: a feature of the model or of a later call that the patterns cannot honour.
     """
-    settings = Settings(
-        starting_layer=starting_layer,
-        layers=layers,
-        n_init=n_init,
-        n_local=n_local,
-        last_n=last_n,
-        patterns=Path(patterns) if patterns else None,
-        gamma=gamma,
-        tau=tau,
-        min_budget=min_budget,
-        stride=stride,
-        threshold=threshold,
-        first_chunk=first_chunk,
-        alpha=alpha,
-    )
-    with applied_plan(model, get_method(method).plan(ModelShape.of(model), settings)) as session:
+    shape = ModelShape.of(model)
+    spec = MethodSpec.of(method, parameters)
+    with applied_plan(model, spec.with_layers(shape, layers, starting_layer).plan(shape)) as session:
         yield session
 
 

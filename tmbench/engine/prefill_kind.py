@@ -14,7 +14,8 @@ from tmbench.engine.attention import applied_plan
 from tmbench.engine.calls import cache_name
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, decoder_layers, prepared, tensors_of
 from tmbench.errors import UserError
-from tmbench.methods.table import METHODS, ModelShape, Settings
+from tmbench.methods.plan import ModelShape
+from tmbench.methods.table import METHODS
 from tmbench.models.attention_modules import attention_modules
 from tmbench.models.geometry import Geometry
 from tmbench.results.failures import describe
@@ -63,7 +64,7 @@ def _obstacle(model: PreTrainedModel) -> str:
     modules = attention_modules(model)
     if found := _layers_obstacle(model):
         return found
-    plan = METHODS["dense"].plan(ModelShape.of(model), Settings())
+    plan = METHODS["dense"].plan(ModelShape.of(model))
     ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
         with torch.inference_mode(), applied_plan(model, plan) as session:

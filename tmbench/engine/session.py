@@ -19,7 +19,7 @@ from tmbench.engine.compiled_layers import compiled
 from tmbench.engine.decode import Decoding, greedy
 from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
-from tmbench.methods.table import Plan
+from tmbench.methods.plan import Plan
 
 
 @dataclass(frozen=True)

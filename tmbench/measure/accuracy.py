@@ -20,7 +20,7 @@ from tmbench.engine.session import compile_ahead, running
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
-from tmbench.methods.table import Plan, backends_name
+from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.predictions import Prediction, kept_predictions
 from tmbench.results.rows import RulerRow, now

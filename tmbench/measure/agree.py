@@ -26,7 +26,7 @@ from tmbench.errors import UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.spec import Item, ItemSpec, Part, Place, RowSpec, Step
-from tmbench.methods.table import Plan, backends_name
+from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from tmbench.measure.spec import Item, ItemSpec, ModelSource, Spec
-from tmbench.methods.table import backends_name
+from tmbench.methods.plan import backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, attempt
 

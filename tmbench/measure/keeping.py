@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from tmbench.errors import UserError
 from tmbench.measure.spec import Item, Place, R
-from tmbench.methods.table import backends_name
+from tmbench.methods.plan import backends_name
 from tmbench.results.failures import Failure
 from tmbench.results.row_sets import kept_together, known
 from tmbench.results.rows import FAILED, OK, Row, TtftRow, now

@@ -29,7 +29,8 @@ from tmbench.errors import UnsupportedModelError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
-from tmbench.methods.table import METHODS, Plan, Settings, backends_name
+from tmbench.methods.plan import Plan, backends_name
+from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
 from tmbench.results.rows import LossRow, now
 from tmbench.results.sample_files import Kept, highest
@@ -106,7 +107,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
                     dense = {index: sample for (_, index), sample in targets[-1].samples.items()}
                 else:
                     # Its samples of an earlier run do: a row keeps what it is held against.
-                    dense = self._file(_row(METHODS["dense"].plan(loaded.shape, Settings()), known)).read()
+                    dense = self._file(_row(METHODS["dense"].plan(loaded.shape), known)).read()
                 yield [self._target(number, known, asked, dense) for number in others]
 
     def _file(self, row: LossRow) -> Kept[LossSample]:

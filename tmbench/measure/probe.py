@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -38,15 +38,16 @@ from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.layers import Budget, Proposal, Rule, propose
-from tmbench.methods.table import Plan, Settings, backends_name
+from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.attention_modules import attention_modules, parents
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, attempt, release_memory
+from tmbench.results.parameters_text import parameters_text
 from tmbench.results.rows import ProbeRow, now
 from tmbench.results.sample_files import Kept
 from tmbench.results.words import counted
 from tmbench.suites.questions import Question, check_task, longest_prompt, questions, wording_hash
-from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections
+from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections, Triangle
 
 METHOD = "dense"
 """A probe looks at dense attention: its rows are in that method's file."""
@@ -103,14 +104,14 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
     samples: int
     """Of each task."""
     budget: Budget
-    settings: Settings = field(default_factory=Settings)
-    """Only ``n_init``, ``n_local`` and ``last_n`` are read: where the sections are."""
+    window: Triangle = field(default_factory=Triangle)
+    """Where the sections are: streaming is what this triangle has of first keys and local window."""
     derivative: Derivative = "logits"
     rule: Rule = "rank"
 
     @property
     def sections(self) -> Sections:
-        return Sections(self.settings.n_init, self.settings.n_local, self.settings.last_n)
+        return Sections(self.window.n_init, self.window.n_local, self.window.last_n)
 
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
@@ -126,8 +127,8 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
         """Raise UserError if one of a length's prompts, of so many tokens, has no middle, or the budget cannot be met."""
         if self.sections.pairs(min(tokens))[SECTIONS.index("middle")] == 0:
             raise UserError(
-                f"--length {length} leaves no pair between the first {counted(self.settings.n_init, 'key')}, the window of "
-                f"{self.settings.n_local} and the last {counted(self.settings.last_n, 'query', 'queries')}, "
+                f"--length {length} leaves no pair between the first {counted(self.window.n_init, 'key')}, the window of "
+                f"{self.window.n_local} and the last {counted(self.window.last_n, 'query', 'queries')}, "
                 f"as a prompt has {min(tokens)} tokens "
                 "of it: give a longer one, or a smaller --n-local"
             )
@@ -144,9 +145,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
         return ProbeRow(
             **self.common(loaded),
             method=METHOD,
-            n_init=self.settings.n_init,
-            n_local=self.settings.n_local,
-            last_n=self.settings.last_n,
+            parameters=parameters_text(asdict(self.window)),
             length=length,
             task=task,
             samples=self.samples,

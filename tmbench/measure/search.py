@@ -27,7 +27,7 @@ from tmbench.errors import NotFiniteError, UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import Target
 from tmbench.measure.spec import Item, ItemSpec, Part, Place
-from tmbench.methods.table import METHODS, Settings
+from tmbench.methods.table import METHODS
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.files import append_line, read_lines, replace_file, writable
@@ -124,7 +124,7 @@ class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
                 raise not_finite(f"the attention weights of layer {layer}", model)
             worker.keep(LayerFigures(layer, tuple(map(tuple, figures))))
 
-        plan = METHODS["dense"].plan(loaded.shape, Settings())
+        plan = METHODS["dense"].plan(loaded.shape)
         # Plainly: of a last layer on its last position it would see one query.
         with torch.inference_mode(), running(model, plan, PLAIN) as session, session.prefill() as prefill:
             session.applied.observer = look

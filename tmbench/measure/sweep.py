@@ -1,8 +1,7 @@
 """Ablations: one method at many settings, each timed and asked, with dense beside it.
 
 A sweep is nothing but rows of TTFT and of RULER. What was measured before, by this command or by the two others, is not
-measured again, and the report makes of the rows what they say together. A variant is a ``Settings``, and which layers are
-deep is one axis, ``where``.
+measured again, and the report makes of the rows what they say together.
 """
 
 from __future__ import annotations
@@ -18,76 +17,76 @@ from tmbench.errors import UserError
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.spec import Part, RowSpec
 from tmbench.measure.ttft import TtftSpec
-from tmbench.methods.table import METHODS, Method, ModelShape, Plan, Settings, parse_method
+from tmbench.methods.plan import ModelShape, Plan
+from tmbench.methods.spec import MethodSpec
+from tmbench.methods.table import METHODS, Method
 from tmbench.models.loading import LoadedModel
 from tmbench.results.rows import Row
 from tmbench_kernels import Triangle
 
 
-def swept_method(text: str) -> tuple[Method, dict[str, int | float]]:
-    """The method of ``--method``, and the parameters that follow its name; raises UserError for one without a triangle."""
-    method, own = parse_method(text)
-    if "last_n" not in method.parameters:
-        choices = ", ".join(name for name, other in METHODS.items() if "last_n" in other.parameters)
-        raise UserError(f"--method {method.name} has no triangle whose parameters could be swept: choose from {choices}")
-    return method, own
+def swept_method(text: str) -> MethodSpec:
+    """The method of ``--method``, with the values that follow its name; raises UserError for one without a triangle."""
+    spec = MethodSpec.of(text)
+    if not _has_triangle(spec.method):
+        choices = ", ".join(name for name, other in METHODS.items() if _has_triangle(other))
+        raise UserError(
+            f"--method {spec.method.name} has no triangle whose parameters could be swept: choose from {choices}"
+        )
+    return spec
 
 
-def variants(
-    where: Sequence[Mapping[str, Any]],
-    n_init: Sequence[int],
-    n_local: Sequence[int],
-    last_n: Sequence[int],
-    own: Mapping[str, int | float],
-) -> list[Settings]:
-    """Every combination, each once; an axis without values is left at its default.
+def _has_triangle(method: Method) -> bool:
+    return method.deep is not None and method.deep.kind is Triangle
 
-    Args:
-        where: which layers are deep, each as fields of Settings: ``{"starting_layer": 16}`` or ``{"layers": "auto"}``.
-        own: what all variants have in common.
+
+def variants(spec: MethodSpec, axes: Mapping[str, Sequence[int]]) -> list[MethodSpec]:
+    """Every combination, each once: a method with one value of every axis, which is a parameter with several.
+
+    Raises UserError for a value that a parameter cannot have.
     """
-    axes = {"n_init": n_init, "n_local": n_local, "last_n": last_n}
-    given = {name: values for name, values in axes.items() if values}
-    points = product(where or [{}], *given.values())
-    made: list[Settings] = []
-    for deep, *values in points:
-        fields: dict[str, Any] = {**own, **deep, **dict(zip(given, values, strict=True))}
-        made.append(Settings(**fields))
-    return list(dict.fromkeys(made))
+    found: list[MethodSpec] = []
+    for values in product(*axes.values()):
+        made = replace(spec, values=spec.method.read({**spec.values, **dict(zip(axes, values, strict=True))}))
+        if made not in found:
+            found.append(made)
+    return found
 
 
-def same_cost(settings: Settings, length: int) -> Settings | None:
+def same_cost(spec: MethodSpec, length: int) -> MethodSpec | None:
     """The same without last queries, its window so much wider that it computes as many pairs of a prompt of this length.
 
     If that keeps as much, the last queries buy nothing that any other pairs would not. None where there is nothing to
     exchange: no last queries, or a triangle that covers the whole prompt.
     """
+    assert spec.method.deep is not None
+    triangle = spec.method.deep.make(spec.values)
+    assert isinstance(triangle, Triangle)
     shape = torch.empty(1, 1, length, 1, device="meta")
 
     def pairs(window: int, last: int) -> int:
-        return Triangle(settings.n_init, window, last).pairs(shape, shape)
+        return replace(triangle, n_local=window, last_n=last).pairs(shape, shape)
 
-    wanted = pairs(settings.n_local, settings.last_n)
-    if settings.last_n == 0 or wanted == length * (length + 1) // 2:
+    wanted = pairs(triangle.n_local, triangle.last_n)
+    if triangle.last_n == 0 or wanted == length * (length + 1) // 2:
         return None
-    low, high = settings.n_local, length
+    low, high = triangle.n_local, length
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if pairs(middle, 0) >= wanted else (middle + 1, high)
     nearest = min((low - 1, low), key=lambda window: abs(pairs(window, 0) - wanted))
-    return replace(settings, n_local=nearest, last_n=0) if nearest > settings.n_local else None
+    if nearest <= triangle.n_local:
+        return None
+    return replace(spec, values={**spec.values, "n_local": nearest, "last_n": 0})
 
 
-def swept_plans(
-    method: Method, settings: Sequence[Settings], shape: ModelShape, length: int, *, controls: bool = False
-) -> list[Plan]:
-    """Dense and every variant at this length, each once; raises UserError for settings that do not fit the model.
+def swept_plans(specs: Sequence[MethodSpec], shape: ModelShape, length: int, *, controls: bool = False) -> list[Plan]:
+    """Dense and every variant at this length, each once; raises UserError for values that do not fit the model.
 
     With ``controls`` each variant is also there without last queries at the same cost.
     """
-    added = [control for one in settings if controls and (control := same_cost(one, length))]
-    made = [METHODS["dense"].plan(shape, Settings())]
-    made += [method.plan(shape, one) for one in [*settings, *added]]
+    added = [control for one in specs if controls and (control := same_cost(one, length))]
+    made = [METHODS["dense"].plan(shape), *(one.plan(shape) for one in [*specs, *added])]
     once = {(plan.method, *sorted(plan.parameters.items())): plan for plan in reversed(made)}
     return list(reversed(once.values()))
 

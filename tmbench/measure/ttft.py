@@ -25,7 +25,7 @@ from tmbench.engine.session import running
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget, timed_before
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
-from tmbench.methods.table import Plan, backends_name
+from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, attempt

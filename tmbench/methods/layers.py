@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from tmbench.errors import UserError, shortened
+from tmbench.methods.plan import DeepLayers, ModelShape
 from tmbench.results.rows import OK, ProbeRow
 from tmbench.results.tables import csv_paths, read
 from tmbench.results.words import counted
 
+RESULTS = Path("results")
+"""Where result files are, unless something else is said."""
 AUTO = "auto"
 RANDOM = "random:"
 LIST = frozenset("0123456789,- ")
@@ -107,18 +110,21 @@ def _part(middle: Sequence[float], layers: Iterable[int]) -> float:
     return math.fsum(middle[layer] for layer in layers) / math.fsum(middle)
 
 
-def layers_text(layers: Iterable[int]) -> str:
-    """Layers as ``--layers`` takes them: "5,7,10,15-35"; one alone is "7-7", and no layer "none"."""
+def layers_text(layers: Iterable[int], count: int) -> str:
+    """Layers of a model with ``count`` as ``--layers`` takes them: "5,7,10-15", and "16-" for all from 16 on.
+
+    No layer is "32-" in a model with 32, since it takes what is from its end on.
+    """
+    named = sorted(set(layers))
+    start = count - len(named)
+    if named == list(range(start, count)):
+        return f"{start}-"
     runs: list[list[int]] = []
-    for layer in sorted(set(layers)):
+    for layer in named:
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    if not runs:
-        return "none"
-    if len(runs) == 1:
-        return f"{runs[0][0]}-{runs[0][1]}"
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
@@ -134,16 +140,20 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or not (last if dash else first).isdecimal():
+        if not first.isdecimal() or not (last or first).isdecimal():
             raise UserError(
-                f"--layers {shortened(text)} is neither a list of layers, such as 5,7,10,15-35, nor {AUTO} nor a file of "
-                "probe results"
+                f"--layers {shortened(text)} is neither a list of layers, such as 16- or 5,7,10-15, nor {AUTO} nor a file "
+                "of probe results"
             )
         low, high = whole_number(first), whole_number(last or first)
-        if low is None or high is None or low > high or high >= count:
+        inside = low is not None and high is not None and low <= high < count
+        # From the model's end on there is no layer.
+        if not inside and not (dash and not last and low == count):
             wrong = f"--layers {shortened(text)}: {shortened(part.strip())}"
             raise UserError(f"{wrong} is not within the layers 0 to {count - 1} of this model")
-        found.update(range(low, high + 1))
+        assert low is not None
+        assert high is not None
+        found.update(range(low, count if dash and not last else high + 1))
     return tuple(sorted(found))
 
 
@@ -164,23 +174,57 @@ def random_layers(text: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(random.Random(drawn).sample(range(count), number)))
 
 
-def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "") -> tuple[tuple[int, ...], str]:
-    """The layers that a ``--layers`` stands for, and where they come from, in words: "given", "random", or which probe.
+def chosen_layers(
+    shape: ModelShape, layers: str | None = None, starting_layer: int | str | None = None, root: Path = RESULTS
+) -> DeepLayers | None:
+    """The deep layers that were asked for, of a model of this shape; None where none were.
 
     Args:
-        text: a list of layers, "auto" for the newest probe of the model under ``root``, a file of probe results, or
-            "random:4" for so many layers drawn by lot, against which a choice can be compared.
-        model: the model's name, as rows have it.
-        count: how many layers it has.
+        shape: the model's.
+        layers: what ``--layers`` takes: see ``resolve``.
+        starting_layer: what ``--starting-layer`` takes: 16 is "16-", all layers from that one on.
+        root: the folder of result files, in which "auto" looks.
+
+    Raises:
+        UserError: both were given, or one that does not fit the model.
+    """
+    if layers is not None and starting_layer is not None:
+        raise UserError(
+            f"--starting-layer {shortened(str(starting_layer))} and --layers {shortened(layers)} both say where triangle "
+            "attention is: give one of them"
+        )
+    if layers is not None:
+        return resolve(layers.strip(), shape, root)
+    if starting_layer is None:
+        return None
+    text = str(starting_layer).strip()
+    if not text.removeprefix("-").isdecimal():
+        raise UserError(f"--starting-layer {shortened(text)} is not the number of a layer: --layers takes other choices")
+    start = whole_number(text)
+    if start is None or start > shape.layers:
+        raise UserError(
+            f"--starting-layer must be between 0 and {shape.layers}, the number of layers of {shape.name}, "
+            f"not {shortened(text)}"
+        )
+    return DeepLayers(tuple(range(start, shape.layers)), "given")
+
+
+def resolve(text: str, shape: ModelShape, root: Path) -> DeepLayers:
+    """The layers that a ``--layers`` stands for.
+
+    Args:
+        text: "16-" for all from 16 on, "16" for that one, a list such as "5,7,10-15", "none", "random:4" for so many layers
+            drawn at random, against which a choice can be compared, a file of probe results, or "auto" for the newest probe
+            of the model under ``root``.
+        shape: the model's. A probe of other contents does not count, nor does for "auto" one that does not say.
         root: the folder of result files.
-        model_hash: what the model was made from, as rows have it; "" where that is not known. A probe of other contents
-            does not count, nor does for "auto" one that does not say.
 
     Raises:
         UserError: the text is neither, or there is no proposal for this model.
     """
+    model, count, model_hash = shape.name, shape.layers, shape.model_hash
     if text.startswith(RANDOM):
-        return random_layers(text, count), "random"
+        return DeepLayers(random_layers(text, count), "random")
     if text == AUTO:
         named = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
         rows = [row for row in named if model_hash in ("", row.model_hash)]
@@ -194,7 +238,7 @@ def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "")
             which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
             raise UserError(f"--layers {text} holds {which}: run tmbench probe --model {model} first")
     else:
-        return parse_layers(text, count), "given"
+        return DeepLayers(parse_layers(text, count), "given")
     # All rows of a proposal are written at once. Of two in one second the later one counts.
     newest = max(reversed(rows), key=lambda row: row.time)
     chosen = [row for row in rows if (row.time, row.probed) == (newest.time, newest.probed)]
@@ -205,7 +249,7 @@ def resolve(text: str, model: str, count: int, root: Path, model_hash: str = "")
             f"{count}: run tmbench probe --model {model} again"
         )
     found = tuple(layer for layer in range(count) if layers[layer])
-    return found, f"probe of {newest.task} at {newest.length}, {newest.proposal}"
+    return DeepLayers(found, f"probe of {newest.task} at {newest.length}, {newest.proposal}", newest.length)
 
 
 def _is_file(text: str) -> bool:

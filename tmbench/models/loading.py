@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from tmbench.errors import UserError
-from tmbench.methods.table import ModelShape
+from tmbench.methods.plan import ModelShape
 from tmbench.models import fingerprint, structured
 from tmbench.models.attention_modules import windows
 from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading

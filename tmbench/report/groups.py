@@ -18,6 +18,7 @@ from tmbench.report.intervals import MARGIN, Difference, differences, intervals,
 from tmbench.report.samples_as import drawing_notes, drawn_words
 from tmbench.report.time_intervals import NO_DIFFERENCE, UNKNOWN_REPEATS, TimeDifference, compare_rows, in_turns
 from tmbench.results.choices import Choices
+from tmbench.results.parameters_text import parse_parameters
 from tmbench.results.rows import FAILED, OK, OUT_OF_MEMORY, Row, RulerRow
 from tmbench.results.sample_scores import Samples, mixture_notes
 from tmbench.results.words import counted, length_name
@@ -49,11 +50,6 @@ FIGURES = {
     }.items()
 }
 """The columns that hold figures; the first of each kind is compared with dense."""
-PARAMETERS = (
-    "starting_layer", "layers", "n_init", "n_local", "last_n", "patterns",
-    "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
-)  # fmt: skip
-"""What decides which pairs a method computes, and so what it keeps: the backend of dense attention does not."""
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 NOTHING, FEW_REPEATS, FEW_SAMPLES = "-", 3, 20
@@ -270,9 +266,12 @@ class RulerGroup(Group):
         """The average differences as records like ``rows``, for the long form."""
         found = {name: each for name, each in self.average_differences.items() if isinstance(each, Difference)}
         first = {row["label"]: row for row in reversed(self.rows)}
-        shared = ("kind", *MODEL, *SETTING["ruler"], "device_name", "label", "method", "parameters", *PARAMETERS)
+        names = parameter_names(self.rows)
+        shared = ("kind", *MODEL, *SETTING["ruler"], "device_name", "label", "method", "parameters", *names)
         place = {"task": f"average of {len(self.paired_tasks)}", "status": OK}
-        return [{key: first[name][key] for key in shared} | place | difference_fields(each) for name, each in found.items()]
+        return [
+            {key: first[name].get(key) for key in shared} | place | difference_fields(each) for name, each in found.items()
+        ]
 
     @property
     def title(self) -> str:
@@ -511,7 +510,7 @@ def interval_text(mean: float, low: float, high: float, decimals: int = 2) -> st
 
 def record(row: Row) -> Record:
     """A result row as a group holds it."""
-    record = {"kind": row.kind, **vars(row)}
+    record = {"kind": row.kind, **vars(row), "settings": row.parameters, **row.settings}
     if isinstance(row, RulerRow):
         # Prepared prompts are hashed task by task: their hash names the data, not the wording.
         prepared = row.wording == "prepared"
@@ -581,8 +580,21 @@ def in_order(row: Record) -> tuple[Any, ...]:
     method = methods.index(row["method"]) if row["method"] in methods else len(methods)
     task = tasks.index(row["task"]) if row.get("task") in tasks else len(tasks)
     # Dense attention as tmbench chooses it comes before what a user forced.
-    values = [row["dense_backend"], *((row[name] in (None, ""), row[name]) for name in PARAMETERS)]
-    return method, row["method"], *values, row["length"], task
+    values = [(name, *in_value_order(name, row[name])) for name in parameter_names([row])]
+    return method, row["method"], row.get("dense_backend", ""), values, row["length"], task
+
+
+def in_value_order(name: str, value: Any) -> tuple[Any, ...]:
+    """The key that sorts a parameter's values: numbers before texts, and layers from one on, by it, before other choices."""
+    if name == "layers" and str(value).endswith("-") and str(value)[:-1].isdecimal():
+        return False, int(str(value)[:-1])
+    return isinstance(value, str), value
+
+
+def parameter_names(rows: Sequence[Record]) -> list[str]:
+    """What decides which pairs these rows computed, in the order of the methods: the backend of dense attention does not."""
+    settings = sorted((parse_parameters(row["settings"]) for row in rows), key=len, reverse=True)
+    return [name for name in dict.fromkeys(name for own in settings for name in own) if name != "dense_backend"]
 
 
 def label(rows: list[Record]) -> None:
@@ -591,16 +603,16 @@ def label(rows: list[Record]) -> None:
     for row in rows:
         variants.setdefault(row["method"], []).append(row)
     for method, own in variants.items():
-        differing = [name for name in (*PARAMETERS, "dense_backend") if len({row[name] for row in own}) > 1]
+        names = (*parameter_names(own), "dense_backend")
+        differing = [name for name in names if len({row.get(name) for row in own}) > 1]
         for row in own:
-            values = ", ".join(f"{name} {row[name]}" for name in differing if row[name] not in (None, ""))
+            values = ", ".join(f"{name} {row[name]}" for name in differing if name in row)
             row["label"] = f"{method} ({values})" if values else method
 
 
 def _parameters(row: Record, source: bool = False) -> str:
-    given = {name: row[name] for name in PARAMETERS if row[name] not in (None, "")}
-    origin = f" ({row['starting_layer_source']})" if source and row["starting_layer_source"] else ""
-    return ", ".join(f"{name} {value}{origin * (name in ('starting_layer', 'layers'))}" for name, value in given.items())
+    origin = f" ({row['layers_source']})" if source and row["layers_source"] else ""
+    return ", ".join(f"{name} {row[name]}{origin * (name == 'layers')}" for name in parameter_names([row]))
 
 
 def _cell(row: Record, text: Callable[[float], str]) -> str:

@@ -62,8 +62,8 @@ def draw(rows: Sequence[ProbeRow], derivative: str, path: Path) -> None:
     contents = f" (files {first.model_hash[:8]})" if first.model_hash else ""
     about = (
         f"{first.model}{contents}, {first.weights} weights, {first.dtype}; {first.task} at {length_name(first.length)}, "
-        f"{counted(first.samples, 'sample')}; n_init {first.n_init}, n_local {first.n_local}, last_n {first.last_n}; "
-        f"{first.device_name}"
+        f"{counted(first.samples, 'sample')}; "
+        f"{', '.join(f'{name} {value}' for name, value in first.settings.items())}; {first.device_name}"
     )
     axes.set_title("\n".join(textwrap.wrap(about, 110)), loc="left", fontsize=LABEL_PT, color=GREY)
     axes.legend(frameon=False, fontsize=LABEL_PT)
@@ -91,8 +91,10 @@ def draw_all(root: Path, directory: Path) -> list[Path]:
         words = ["probe", first.device, first.model.rstrip("/").rpartition("/")[2], first.task, length_name(first.length)]
         slug = re.sub(r"[^a-z0-9.]+", "-", "-".join(words).lower()).strip("-.")
         # What older rows have not leaves the names of their pictures as they were.
-        names = [name for name in first.probed_fields if name != "model_hash" or first.model_hash]
-        digest = hashlib.sha256(repr(tuple(getattr(first, name) for name in names)).encode()).hexdigest()[:6]
+        later = {"model_hash": "", "prefill": "plain"}
+        columns = {name: value for name, value in first.key_columns.items() if name not in ("layer", "head")}
+        told = tuple(value for name, value in columns.items() if name not in later or value != later[name])
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
         paths.append(directory / f"{slug[:120]}-{digest}.png")
         draw(rows, next(row.proposal for row in rows if row.proposal).rpartition(", ")[2], paths[-1])
     return paths

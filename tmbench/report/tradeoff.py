@@ -15,13 +15,14 @@ from tmbench.report.groups import (
     MODEL,
     NOT_IN_TURNS,
     NOTHING,
-    PARAMETERS,
     Group,
     Record,
     RulerGroup,
     TtftGroup,
     difference_fields,
+    in_value_order,
     interval_text,
+    parameter_names,
     percent_text,
     signed,
     template_words,
@@ -101,14 +102,15 @@ class TradeOff(Group):
     def effects(self) -> list[Effect]:
         """What each parameter changes between neighbouring values, all others equal; and the shape at the same cost."""
         found = []
-        for name in PARAMETERS:
+        for name in (names := parameter_names(self.rows)):
+            # Numbers, and layers from one on, are neighbours of each other, and texts of texts.
             alike: dict[tuple[Any, ...], list[Record]] = {}
             for row in self.rows:
-                if row[name] not in (None, ""):
-                    others = tuple(row[other] for other in PARAMETERS if other != name)
-                    alike.setdefault((row["method"], *others), []).append(row)
-            for rows in alike.values():
-                ordered = sorted(rows, key=lambda row: row[name])
+                if name in row:
+                    others = tuple(row.get(other) for other in names if other != name)
+                    alike.setdefault((in_value_order(name, row[name])[0], row["method"], *others), []).append(row)
+            for rows in (alike[key] for key in sorted(alike, key=lambda key: bool(key[0]))):
+                ordered = sorted(rows, key=lambda row: in_value_order(name, row[name]))
                 found += [self._effect(name, (name,), first, second) for first, second in pairwise(ordered)]
         found += [self._effect(SHAPE, ("n_local", "last_n"), first, second) for first, second in _same_cost(self.rows)]
         return [effect for effect in found if effect is not None]
@@ -118,11 +120,13 @@ class TradeOff(Group):
         points = self.scores.compare(second["label"], first["label"], self.scores.paired_tasks)
         if not isinstance(points, Difference):
             return None
-        differing = [name for name in PARAMETERS if len({row[name] for row in self.rows}) > 1 and name not in names]
-        several = len({row["method"] for row in self.rows}) > 1
-        common = [first["method"]] * several + [
-            f"{name} {first[name]}" for name in differing if first[name] not in (None, "")
+        differing = [
+            name
+            for name in parameter_names(self.rows)
+            if len({row.get(name) for row in self.rows}) > 1 and name not in names
         ]
+        several = len({row["method"] for row in self.rows}) > 1
+        common = [first["method"]] * several + [f"{name} {first[name]}" for name in differing if name in first]
         if len(names) == 1:
             before, after = str(first[parameter]), str(second[parameter])
         else:
@@ -185,8 +189,9 @@ def _same_cost(rows: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
     """Variants without last queries and a wider window, and those with last queries that compute as many pairs."""
     for second in rows:
         for first in rows:
-            same = all(first[name] == second[name] for name in ("method", *PARAMETERS) if name not in ("n_local", "last_n"))
-            if not same or first["last_n"] != 0 or not second["last_n"] or not first["n_local"] > second["n_local"]:
+            names = ("method", *parameter_names([first, second]))
+            same = all(first.get(name) == second.get(name) for name in names if name not in ("n_local", "last_n"))
+            if not same or first.get("last_n") != 0 or not second.get("last_n") or first["n_local"] <= second["n_local"]:
                 continue
             costs = first["coverage"], second["coverage"]
             if None not in costs and abs(costs[0] - costs[1]) <= SAME_COST * min(costs):

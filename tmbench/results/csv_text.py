@@ -40,11 +40,11 @@ def header_text(columns: Sequence[str]) -> str:
     return ",".join(columns) + "\n"
 
 
-def read_table(content: bytes, columns: Sequence[str], tells_end: Callable[[str, str], bool]) -> Table:
+def read_table(content: bytes, headers: Sequence[Sequence[str]], tells_end: Callable[[str, str], bool]) -> Table:
     """The whole lines of a CSV, a byte-order mark and the line ends of other systems aside.
 
     Args:
-        columns: those that a file written now has. One that holds a part of their names alone was cut there.
+        headers: the columns that files are written with. One that holds a part of such names alone was cut there.
         tells_end: whether a column's value, not in quotes, cannot be the beginning of a longer one.
 
     Raises:
@@ -59,7 +59,7 @@ def read_table(content: bytes, columns: Sequence[str], tells_end: Callable[[str,
         raise ValueError("not text") from None
     tail = content[start:]
     if not found:
-        if header_text(columns).encode().startswith(tail):
+        if any(header_text(columns).encode().startswith(tail) for columns in headers):
             return Table((), ())
         header = next(csv.reader([tail.decode(errors="replace")]), [])
         return Table(header, ())

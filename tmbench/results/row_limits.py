@@ -36,7 +36,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the column, for a row's values of which one is impossible; None is always possible."""
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            _check_number(name, value)
+            check_number(name, value)
     for name in NAMED:
         if not values[name]:
             raise ValueError(f"{name} is empty")
@@ -51,7 +51,8 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_repeats(values)
 
 
-def _check_number(name: str, value: int | float) -> None:
+def check_number(name: str, value: int | float) -> None:
+    """Raise ValueError, naming the column, for a number that it cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         if name not in NOT_FINITE:
             raise ValueError(f"{name} is {value}, not a finite number")

@@ -7,29 +7,25 @@ lie in files is in ``tmbench.results.tables``.
 from __future__ import annotations
 
 import hashlib
-import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, ClassVar, Final, Literal, Self, get_args, get_type_hints
 
 from tmbench.errors import shortened
+from tmbench.results import schema_1
+from tmbench.results.parameters_text import Value, parse_parameters
 from tmbench.results.row_limits import check_values
+from tmbench.results.values import parse_value
 
-SCHEMA_VERSION = 1
-"""Rises when a column goes or changes its meaning. One that is added with a default leaves it: see ``Row.ADDED``."""
-PARAMETERS: Final = (
-    "starting_layer", "layers", "n_init", "n_local", "last_n", "patterns", "dense_backend",
-    "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha",
-)  # fmt: skip
-"""The columns that hold a method's parameters."""
+SCHEMA_VERSION: Final = 2
+"""Rises when a column goes or changes its meaning; files of older schemas are read by readers of their own. A column that is
+added with a default leaves it: see ``Row.ADDED``."""
 OK: Final = "ok"
 OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
 Status = Literal["ok", "out_of_memory", "failed"]
-UNESCAPED: Final = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}
-"""How line ends, and the backslash that stands for them, are written in every column but ``error``."""
-ESCAPES: Final = str.maketrans({plain: written for written, plain in UNESCAPED.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +52,10 @@ class Row:
     length: int
     """Tokens: of the prompt for TTFT; of prompt and answer together for RULER."""
     seed: int
-    starting_layer: int | None = None
-    starting_layer_source: str = ""
-    """Where the choice of deep layers comes from, be it a first layer or a list."""
-    layers: str = ""
-    """The deep layers, such as 5,7,10,15-35, where they are not all from ``starting_layer`` on."""
-    n_init: int | None = None
-    n_local: int | None = None
-    last_n: int | None = None
-    patterns: str = ""
-    dense_backend: str = ""
-    """The backend that dense attention was held to; "" where tmbench chose it."""
-    gamma: float | None = None
-    tau: float | None = None
-    min_budget: int | None = None
-    stride: int | None = None
-    threshold: float | None = None
-    first_chunk: int | None = None
-    alpha: float | None = None
+    parameters: str = ""
+    """The parameters of the method: see ``tmbench.results.parameters_text``, and ``settings`` for the values."""
+    layers_source: str = ""
+    """Where the choice of deep layers comes from, in words; "" for methods without."""
     prefill: str = "plain"
     """How the model read its prompts: "plain", as transformers runs it; "eager", without work that the first token does not
     need; "compiled", with compiled layers too."""
@@ -96,15 +78,11 @@ class Row:
     """The name of the environment record beside the CSVs, without ".json"."""
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
-        "device", "method", "model", "revision", "weights", "dtype", "length", "seed",
-        "starting_layer", "n_init", "n_local", "last_n", "patterns", "threads", "dense_backend",
-        "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers", "model_hash", "prefill",
+        "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
+        "prefill",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = (
-        "dense_backend", "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "layers",
-        "model_hash", "prefill", "peak_memory_bytes",
-    )  # fmt: skip
-    """Columns that files of the first release lack; each has a default."""
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod
     def key_fields(cls) -> tuple[str, ...]:
@@ -113,24 +91,29 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.key_fields())
+        """What was measured. The order of the parameters does not count."""
+        return tuple(self._key_value(name) for name in self.key_fields())
+
+    def _key_value(self, name: str) -> Any:
+        return tuple(sorted(self.settings.items())) if name == "parameters" else getattr(self, name)
 
     @property
-    def settings(self) -> dict[str, int | float | str]:
-        """The method's parameters that are set, by the names of the options; what a method does not read is not there."""
-        found = {name: getattr(self, name) for name in PARAMETERS}
-        return {name: value for name, value in found.items() if value not in (None, "")}
-
-    @property
-    def name_parts(self) -> tuple[str, ...]:
-        """The key as names of files are made from it: an added column counts only where it is not at its default."""
-        added = {name: value for name, value in self.defaults().items() if name in self.ADDED}
-        return tuple(str(getattr(self, n)) for n in self.key_fields() if n not in added or getattr(self, n) != added[n])
+    def settings(self) -> Mapping[str, Value]:
+        """The method's parameters by name, deep layers as a text among them; what a method does not read is not there."""
+        return parse_parameters(self.parameters)
 
     @property
     def digest(self) -> str:
-        """A hash of everything that was measured, for the names of files."""
-        return short_hash(*self.name_parts)
+        """A hash of everything that was measured, for the names of files: the one that the first release gave it."""
+        # A column that came later counts where it is not at what stands for it.
+        later = schema_1.ADDED
+        told = {name: value for name, value in self.key_columns.items() if name not in later or value != later[name]}
+        return short_hash(*map(str, told.values()))
+
+    @property
+    def key_columns(self) -> dict[str, Any]:
+        """The key as names of files are made from it: see ``tmbench.results.schema_1``."""
+        return schema_1.key_columns(vars(self), self.settings, self.key_fields())
 
     @classmethod
     def columns(cls) -> list[str]:
@@ -142,7 +125,7 @@ class Row:
         return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
 
     @classmethod
-    def is_header(cls, names: list[str]) -> bool:
+    def is_header(cls, names: Sequence[str]) -> bool:
         """Whether these are the columns of this version or of an older one, in any order."""
         known = set(cls.columns())
         return len(set(names)) == len(names) and known.issuperset(names) and known.difference(names) <= set(cls.ADDED)
@@ -151,10 +134,11 @@ class Row:
     def parse(cls, texts: dict[str, str]) -> Self:
         """A row from a CSV's texts; raises ValueError for a text that its column cannot hold, and an impossible figure."""
         hints = _hints(cls)  # type: ignore[arg-type]  # mypy takes the hash of a row for that of its class
-        values = {name: _parse(text, hints[name], name) for name, text in texts.items()}
+        values = {name: parse_value(text, hints[name], name) for name, text in texts.items()}
         if values["status"] not in get_args(Status):
             raise ValueError(f"status is {shortened(values['status'])!r}, not one of {', '.join(get_args(Status))}")
         check_values(values)
+        parse_parameters(values["parameters"])
         return cls(**values)
 
 
@@ -163,7 +147,6 @@ class TtftRow(Row):
     """One time to first token: a method on a prompt of one length. Times in seconds."""
 
     kind: ClassVar[str] = "ttft"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "compile_s", "prompt_hash")
     extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prompt_hash")
 
     prompt: str
@@ -199,7 +182,6 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "coverage", "data_hash", "samples_as", "chat_template_kwargs")
     extra_key: ClassVar[tuple[str, ...]] = (
         "task", "wording", "wording_hash", "source", "chat_template", "data_hash", "samples_as",
         "chat_template_kwargs",
@@ -236,7 +218,6 @@ class AgreeRow(Row):
     """How well one method's greedy choices agree with dense along dense's own text; see ``tmbench.measure.agree``."""
 
     kind: ClassVar[str] = "agree"
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "prompt_hash")
     extra_key: ClassVar[tuple[str, ...]] = ("prompt", "new_tokens", "prompt_hash")
 
     prompt: str
@@ -313,7 +294,7 @@ class ProbeRow(Row):
     @property
     def probed(self) -> tuple[Any, ...]:
         """The key without layer and head: what one probe's rows have in common."""
-        return tuple(getattr(self, name) for name in self.probed_fields)
+        return tuple(self._key_value(name) for name in self.probed_fields)
 
     @property
     def probed_fields(self) -> tuple[str, ...]:
@@ -363,35 +344,3 @@ def short_hash(*parts: str) -> str:
 def now() -> str:
     """The time as rows hold it: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def field_text(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return repr(value)
-    # A row is one line of the file, whatever it holds. Of an error the words count; all else must read back as it was, or a
-    # row would not be found under its own key.
-    return " ".join(str(value).split()) if name == "error" else str(value).translate(ESCAPES)
-
-
-def _parse(text: str, hint: Any, name: str) -> Any:
-    kinds = getattr(hint, "__args__", (hint,))
-    if text == "" and type(None) in kinds:
-        return None
-    if bool in kinds:
-        if text not in ("yes", "no"):
-            raise ValueError(f"{name} is {shortened(text)!r}, not yes or no")
-        return text == "yes"
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                raise ValueError(f"{name} is {shortened(text)!r}, not a number") from None
-    # Hardly any text has one, and a search in each takes as long as all else of a row.
-    if name == "error" or "\\" not in text:
-        return text
-    return re.sub(r"\\[\\nr]", lambda found: UNESCAPED[found[0]], text)

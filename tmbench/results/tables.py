@@ -4,20 +4,23 @@
 a file opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves
 whole rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from
 before a column was added, or one that a spreadsheet saved with its columns in another order, is read by the names of its
-columns, and is written as this version writes it when a row is next appended.
+columns, and is written as this version writes it when a row is next appended. A file of an older schema stays as it is: new
+rows go to ``<method>.schema2.csv`` beside it, and readers read both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tmbench.errors import UserError, shortened
+from tmbench.results import schema_1
 from tmbench.results.csv_text import OpenEndError, Table, header_text, line_text, read_table
 from tmbench.results.files import append_text, read_file, readable, replace_file, writable
-from tmbench.results.rows import SCHEMA_VERSION, Row, field_text
+from tmbench.results.rows import SCHEMA_VERSION, Row
+from tmbench.results.values import field_text
 
 
 class CorruptResultsError(UserError):
@@ -49,29 +52,43 @@ def csv_path(root: Path, row: type[Row], device: str, method: str) -> Path:
 
 
 def append(root: Path, *rows: Row) -> Path:
-    """Append rows of one kind, device and method to their CSV, all of them or none.
+    """Append rows of one kind, device and method to their CSV, all of them or none; the path of the file that has them.
 
     Raises UserError where the folder cannot be written.
     """
     row = rows[0]
     path = csv_path(root, type(row), row.device, row.method)
     assert all(csv_path(root, type(other), other.device, other.method) == path for other in rows)
-    _append_rows(path, type(row), rows)
-    return path
+    return _append_rows(path, type(row), rows)
 
 
 def prepare(root: Path, row: type[Row], device: str, method: str) -> None:
-    """Leave a method's CSV with the header of this version, so that what is measured next can be appended to it.
+    """Leave a CSV with the header of this version, so that what is measured next can be appended to it.
 
     Raises UserError where the folder cannot be written, and CorruptResultsError for a file that is not ours.
     """
     _append_rows(csv_path(root, row, device, method), row, ())
 
 
-def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> None:
+def _append_rows(path: Path, kind: type[Row], rows: Sequence[Row]) -> Path:
+    lines = "".join(map(_line_of, rows))
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_text(path, header_text(kind.columns()), "".join(map(_line_of, rows)), lambda: _upgrade(path, kind))
+        try:
+            append_text(path, header_text(kind.columns()), lines, lambda: _upgrade(path, kind))
+        except _OlderSchema:
+            path = _beside(path)
+            append_text(path, header_text(kind.columns()), lines, lambda: _upgrade(path, kind))
+    return path
+
+
+class _OlderSchema(Exception):  # noqa: N818 - what is found, and no error
+    """A file has rows of an older schema: it stays as it is, and new rows go beside it."""
+
+
+def _beside(path: Path) -> Path:
+    """Where the rows of this schema go while a method's CSV has those of an older one."""
+    return path.with_suffix(f".schema{SCHEMA_VERSION}.csv")
 
 
 def read(path: Path, row: type[Row]) -> list[Row]:
@@ -84,28 +101,37 @@ def read(path: Path, row: type[Row]) -> list[Row]:
 
 
 def _rows(path: Path, row: type[Row]) -> list[Row]:
+    return _read(path, row)[1]
+
+
+def _read(path: Path, row: type[Row]) -> tuple[int, list[Row]]:
+    """The schema of a file, and its rows; that of this version where the file has no whole header."""
     content = read_file(path)
     try:
-        table = read_table(content, row.columns(), _tells_end)
+        table = read_table(content, [schema.columns(row) for schema in _SCHEMAS.values()], _tells_end)
     except OpenEndError as error:
         raise OpenEndResultsError(path, str(error)) from error
     except ValueError as error:
         raise CorruptResultsError(path, str(error)) from error
     if not table.header:
-        return []
+        return SCHEMA_VERSION, []
     versions = _versions(path, table)
-    if not row.is_header(list(table.header)):
-        unknown = ", ".join(repr(name) for name in table.header if name not in row.columns())
+    found = [version for version, schema in _SCHEMAS.items() if schema.is_header(row, table.header)]
+    if not found:
+        columns = _SCHEMAS[max(versions, default=SCHEMA_VERSION)].columns(row)
+        unknown = ", ".join(repr(name) for name in table.header if name not in columns)
         raise CorruptResultsError(path, "its columns differ" + f": {shortened(unknown)} unknown" * bool(unknown))
     rows: list[Row] = []
     for (number, values), version in zip(table.lines, versions, strict=True):
         if len(values) != len(table.header):
             raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(table.header)}")
+        if version != found[0]:
+            raise CorruptResultsError(path, f"line {number}: schema_version is {version}, where its columns are of {found[0]}")
         try:
-            rows.append(_READERS[version](row, dict(zip(table.header, values, strict=True))))
+            rows.append(_SCHEMAS[version].parse(row, dict(zip(table.header, values, strict=True))))
         except ValueError as error:
             raise CorruptResultsError(path, f"line {number}: {error}") from error
-    return rows
+    return found[0], rows
 
 
 def _versions(path: Path, table: Table) -> list[int]:
@@ -119,9 +145,9 @@ def _versions(path: Path, table: Table) -> list[int]:
             version = int(values[column]) if column < len(values) else SCHEMA_VERSION
         except ValueError:
             version = 0
-        if version > max(_READERS):
+        if version > SCHEMA_VERSION:
             raise NewerResultsError(path, number, version)
-        if version not in _READERS:
+        if version not in _SCHEMAS:
             raise CorruptResultsError(path, f"line {number}: schema_version is {shortened(values[column])!r}, which is none")
         versions.append(version)
     return versions
@@ -134,11 +160,17 @@ def _tells_end(column: str, value: str) -> bool:
 
 def read_all(root: Path, row: type[Row]) -> list[Row]:
     """The newest row of every key under a results folder, all devices and methods, in a stable order."""
-    newest: dict[tuple[Any, ...], Row] = {}
+    found: dict[tuple[Any, ...], Row] = {}
     for path in csv_paths(root, row):
-        for entry in read(path, row):
-            newest[entry.key] = entry
-    return list(newest.values())
+        _add_newest(found, read(path, row))
+    return list(found.values())
+
+
+def _add_newest(found: dict[tuple[Any, ...], Row], rows: Sequence[Row]) -> None:
+    """Add the newest row of every key of a file to those of others: of a file the last one, of several files the latest."""
+    for key, row in {row.key: row for row in rows}.items():
+        if key not in found or row.time >= found[key].time:
+            found[key] = row
 
 
 def csv_paths(root: Path, row: type[Row]) -> list[Path]:
@@ -156,13 +188,16 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[Any, ...], Row]:
-    """The newest row of every key in one method's CSV; empty where there is none yet."""
+    """The newest row of every key of one method, in files of any schema; empty where there is none yet."""
+    found: dict[tuple[Any, ...], Row] = {}
     path = csv_path(root, row, device, method)
-    with readable(path):
-        try:
-            return {entry.key: entry for entry in _rows(path, row)}
-        except FileNotFoundError:
-            return {}
+    for file in (path, _beside(path)):
+        with readable(file):
+            try:
+                _add_newest(found, _rows(file, row))
+            except FileNotFoundError:
+                continue
+    return found
 
 
 def csv_text(kind: type[Row], rows: Sequence[Row]) -> str:
@@ -171,8 +206,14 @@ def csv_text(kind: type[Row], rows: Sequence[Row]) -> str:
 
 
 def _upgrade(path: Path, row: type[Row]) -> None:
-    """Replace the file of an older version by one with all columns; raises CorruptResultsError for one that is not ours."""
-    rows = read(path, row)
+    """Write a file of this schema as this version writes it: with all columns, in its order.
+
+    Raises _OlderSchema for one of an older schema, which stays as it is, and CorruptResultsError for one that is not ours.
+    """
+    with readable(path):
+        version, rows = _read(path, row)
+    if version != SCHEMA_VERSION:
+        raise _OlderSchema
     replace_file(path, csv_text(row, rows))
 
 
@@ -180,5 +221,26 @@ def _line_of(row: Row) -> str:
     return line_text([field_text(value, name) for name, value in asdict(row).items()])
 
 
-_READERS: Final[Mapping[int, Callable[[type[Row], dict[str, str]], Row]]] = {1: lambda kind, texts: kind.parse(texts)}
-"""For each schema that a file may have, what makes a row of a line's texts by column."""
+@dataclass(frozen=True)
+class _Schema:
+    """How rows of one schema lie in a file."""
+
+    columns: Callable[[type[Row]], Sequence[str]]
+    is_header: Callable[[type[Row], Sequence[str]], bool]
+    parse: Callable[[type[Row], dict[str, str]], Row]
+    """Makes a row of a line's texts by column; raises ValueError, naming the column, for one that is none."""
+
+
+_SCHEMAS: Final[Mapping[int, _Schema]] = {
+    schema_1.VERSION: _Schema(
+        columns=lambda kind: schema_1.columns(kind.kind),
+        is_header=lambda kind, names: schema_1.is_header(kind.kind, names),
+        parse=lambda kind, texts: kind.parse(schema_1.translate(texts) | {"schema_version": str(SCHEMA_VERSION)}),
+    ),
+    SCHEMA_VERSION: _Schema(
+        columns=lambda kind: kind.columns(),
+        is_header=lambda kind, names: kind.is_header(names),
+        parse=lambda kind, texts: kind.parse(texts),
+    ),
+}
+"""All schemas that a file may have."""

@@ -11,6 +11,7 @@ from tmbench_kernels.dense.libraries import CUDA_BACKENDS
 from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale
 from tmbench_kernels.reference import causal_mask
 from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.shared import DENSE_BACKEND, DENSE_BACKENDS
 
 
 def _attend_sdpa(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -21,26 +22,21 @@ def _attend_sdpa(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float) 
 class Dense(Pattern):
     """Full causal attention. Its only parameter does not change the pairs: it chooses who computes them.
 
-    ``forced`` names the one backend to use, so that it is an error where that one is absent or refuses; "" takes the first
-    that serves. Raises ValueError for a name that there is none of.
+    ``dense_backend`` names the one backend to use, so that it is an error where that one is absent or refuses; "" takes the
+    first that serves. Raises ValueError for a name that there is none of.
     """
 
-    forced: str = ""
+    dense_backend: str = DENSE_BACKEND.field()
 
     name: ClassVar[str] = "dense"
-    backends: ClassVar[tuple[Backend, ...]] = (*CUDA_BACKENDS, Backend("sdpa", ("cpu", "cuda"), _attend_sdpa))
-
-    def __post_init__(self) -> None:
-        if self.forced and not self.candidates:
-            names = ", ".join(backend.name for backend in self.backends)
-            raise ValueError(f"dense attention has no backend {self.forced}: choose from {names}")
+    backends: ClassVar[tuple[Backend, ...]] = (*CUDA_BACKENDS, Backend(DENSE_BACKENDS[-1], ("cpu", "cuda"), _attend_sdpa))
 
     @property
     def candidates(self) -> tuple[Backend, ...]:
-        """All backends, or the forced one alone."""
-        if not self.forced:
+        """All backends, or the one that is named alone."""
+        if not self.dense_backend:
             return self.backends
-        return tuple(backend for backend in self.backends if backend.name == self.forced)
+        return tuple(backend for backend in self.backends if backend.name == self.dense_backend)
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
         """Bool ``[1, 1, length, length]``; the values of q and k do not matter."""

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmbench_kernels.cuda import capability, import_failure, refuses_dtype
 from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.shared import DENSE_BACKENDS
 
 Refuses = Callable[[int, int], str]
 """``(capability, head_dim)``: "" or why this GPU has no kernel of that head size; capability 9 is Hopper."""
@@ -156,11 +157,13 @@ def _flash(name: str, module: str, install: str, limits: Refuses) -> Backend:
     )
 
 
+_FLASH_4, _FLASH_3, _CUDNN, _FLASH_2, _ = DENSE_BACKENDS
+
 CUDA_BACKENDS = (
-    _flash("flash-attn-4", *FLASH_4, _flash_4_limits),
-    _flash("flash-attn-3", "flash_attn_interface", "build the folder hopper of Dao-AILab/flash-attention", _flash_3_limits),
-    Backend("cudnn", ("cuda",), _attend_cudnn, missing=_missing_cudnn, refuses=_refuses_cudnn),
-    _flash("flash-attn-2", "flash_attn.flash_attn_interface", "pip install flash-attn", _flash_2_limits),
+    _flash(_FLASH_4, *FLASH_4, _flash_4_limits),
+    _flash(_FLASH_3, "flash_attn_interface", "build the folder hopper of Dao-AILab/flash-attention", _flash_3_limits),
+    Backend(_CUDNN, ("cuda",), _attend_cudnn, missing=_missing_cudnn, refuses=_refuses_cudnn),
+    _flash(_FLASH_2, "flash_attn.flash_attn_interface", "pip install flash-attn", _flash_2_limits),
 )
 """Fastest first, as benchmarks/attention.csv has them: milliseconds on an H200 of one layer with 32 query and 8 key heads of
 size 128, bfloat16. FlashAttention 3 was not measured; it is built for the same GPU as 4.

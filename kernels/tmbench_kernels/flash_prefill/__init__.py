@@ -17,6 +17,7 @@ from torch import Tensor
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count
 from tmbench_kernels.cuda import triton_serves
+from tmbench_kernels.parameters import parameter
 from tmbench_kernels.scores import block_means, largest, products, tiles
 
 
@@ -30,7 +31,9 @@ class FlashPrefill(BlockSparse):
     range.
     """
 
-    alpha: float = 0.1
+    alpha: float = parameter(
+        0.1, help="How much of the heaviest key block's weight a block must have.", at_least=0, at_most=1
+    )
     sinks: int = 2
     window: int = 4
     last: int = 2
@@ -39,8 +42,7 @@ class FlashPrefill(BlockSparse):
     name: ClassVar[str] = "flash_prefill"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+        super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1, the query block itself, not {self.window}")
         for field in ("sinks", "last", "min_budget"):

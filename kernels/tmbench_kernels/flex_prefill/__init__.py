@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count
+from tmbench_kernels.parameters import parameter
 from tmbench_kernels.reference import causal_mask
 from tmbench_kernels.scores import block_means, largest, last_query_mass, products
 
@@ -32,20 +33,19 @@ class FlexPrefill(BlockSparse):
     range.
     """
 
-    gamma: float = 0.95
-    tau: float = 0.1
-    min_budget: int = 1024
+    gamma: float = parameter(
+        0.95, help="The share of attention that the columns, and the diagonals, of a head hold.", above=0, at_most=1
+    )
+    tau: float = parameter(
+        0.1, help="Up to which distance between two estimates a head's queries choose for themselves.", at_least=0, at_most=1
+    )
+    min_budget: int = parameter(1024, help="The fewest tokens of columns, and of diagonals.", at_least=1, tokens=True)
     max_budget: int | None = None
 
     name: ClassVar[str] = "flex_prefill"
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be above 0 and at most 1, not {self.gamma}")
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau must be between 0 and 1, not {self.tau}")
-        if self.min_budget < 1:
-            raise ValueError(f"min_budget must be at least 1, not {self.min_budget}")
+        super().__post_init__()
         if self.max_budget is not None and self.max_budget < self.min_budget:
             raise ValueError(f"max_budget must be at least min_budget, {self.min_budget}, not {self.max_budget}")
 

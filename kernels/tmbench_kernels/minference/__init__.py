@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.block_topk import BlockTopK
-from tmbench_kernels.minference.head_patterns import HeadPattern, load_head_patterns
+from tmbench_kernels.minference.head_patterns import HeadPattern, HeadPatterns, load_head_patterns
+from tmbench_kernels.parameters import Declared
 from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
+from tmbench_kernels.shared import PATTERNS
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import INDEX_BACKENDS, VerticalSlash
 
@@ -141,6 +143,19 @@ class MInferenceHeads(Pattern):
             raise ValueError(
                 f"the pattern is for {len(self.heads)} head{'s' * (len(self.heads) != 1)}, but q has {q.shape[1]}"
             )
+
+
+@dataclass(frozen=True)
+class MInference(Declared):
+    """MInference on a whole model: for each head the pattern that ``patterns`` gives it, or vertical-slash for all heads."""
+
+    patterns: HeadPatterns | None = PATTERNS.field()  # noqa: RUF009 - frozen, and its default is None
+
+    def per_layer(self, layers: int, heads: int) -> Sequence[Pattern]:
+        """One pattern for each layer; raises ValueError where the file is for a model of another size."""
+        if self.patterns is None:
+            return [VerticalSlash()] * layers
+        return [layer_pattern(entries) for entries in self.patterns.fitted(layers=layers, heads=heads)]
 
 
 def load_patterns(path: str | Path, *, layers: int, heads: int) -> list[Pattern]:

@@ -6,10 +6,11 @@ A list with one object per layer; each maps a head's number, as a string, to ``[
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,41 @@ class HeadPattern:
     vertical: int = DEFAULT_BUDGET[0]
     slash: int = DEFAULT_BUDGET[1]
     score: float = 1.0
+
+
+@dataclass(frozen=True)
+class HeadPatterns:
+    """What a file holds, read once. As a text it is the file's stem and a hash of its content."""
+
+    path: Path
+    digest: str
+    layers: tuple[Mapping[int, HeadPattern], ...]
+    """Each layer's heads, by the head's number; heads may be missing."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> HeadPatterns:
+        """The patterns of a file; raises as ``read_head_patterns`` does."""
+        layers = tuple(read_head_patterns(path))
+        return cls(Path(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8], layers)
+
+    def fitted(self, *, layers: int, heads: int) -> list[tuple[HeadPattern, ...]]:
+        """One entry per layer and query head of a model of that size; a head that is missing gets the default.
+
+        Raises ValueError for a model of another size.
+        """
+        path, read = self.path, self.layers
+        if len(read) != layers:
+            raise ValueError(
+                f"{path} is for a model with {len(read)} layer{'s' * (len(read) != 1)}, but this one has {layers}"
+            )
+        found = max((max(layer, default=-1) for layer in read), default=-1) + 1
+        # Single heads may be missing, but the last head missing in every layer means a smaller model.
+        if found not in (0, heads):
+            raise ValueError(f"{path} is for a model with {found} query heads, but this one has {heads}")
+        return [tuple(layer.get(head, HeadPattern()) for head in range(heads)) for layer in read]
+
+    def __str__(self) -> str:
+        return f"{self.path.stem}:{self.digest}"
 
 
 def read_head_patterns(path: str | Path) -> list[dict[int, HeadPattern]]:
@@ -61,14 +97,7 @@ def load_head_patterns(path: str | Path, *, layers: int, heads: int) -> list[tup
 
     Raises as ``read_head_patterns`` does, and ValueError for a file that is made for another number of layers or heads.
     """
-    read = read_head_patterns(path)
-    if len(read) != layers:
-        raise ValueError(f"{path} is for a model with {len(read)} layer{'s' * (len(read) != 1)}, but this one has {layers}")
-    found = max((max(layer, default=-1) for layer in read), default=-1) + 1
-    # Single heads may be missing, but the last head missing in every layer means a smaller model.
-    if found not in (0, heads):
-        raise ValueError(f"{path} is for a model with {found} query heads, but this one has {heads}")
-    return [tuple(layer.get(head, HeadPattern()) for head in range(heads)) for layer in read]
+    return HeadPatterns.read(path).fitted(layers=layers, heads=heads)
 
 
 def head_patterns_json(layers: Sequence[Sequence[HeadPattern]]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tmbench_kernels.cuda import for_hopper, for_triton, imported
 from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale
 from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.shared import LAST_N, N_INIT, N_LOCAL
 from tmbench_kernels.triangle.torch_backend import attend as attend_torch
 
 
@@ -28,9 +29,9 @@ class Triangle(Pattern):
     nor a window the queries before the last attend to nothing, and their output is zero. Raises ValueError for a negative.
     """
 
-    n_init: int = 8
-    n_local: int = 512
-    last_n: int = 128
+    n_init: int = N_INIT.field()
+    n_local: int = N_LOCAL.field()
+    last_n: int = LAST_N.field()
 
     name: ClassVar[str] = "triangle"
     backends: ClassVar[tuple[Backend, ...]] = (
@@ -39,10 +40,10 @@ class Triangle(Pattern):
         Backend("torch-banded", ("cpu", "cuda"), attend_torch),
     )
 
-    def __post_init__(self) -> None:
-        for field in ("n_init", "n_local", "last_n"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must not be negative, but it is {getattr(self, field)}")
+    def useless(self) -> str:
+        if self.n_init or self.n_local:
+            return ""
+        return "{n_init} and {n_local} are both 0, so most queries would see no key: raise one of them"
 
     @classmethod
     def streaming(cls, n_init: int, n_local: int) -> Triangle:

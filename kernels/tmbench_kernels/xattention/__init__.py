@@ -17,6 +17,7 @@ from torch import Tensor
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count
 from tmbench_kernels.cuda import runs_triton
+from tmbench_kernels.parameters import parameter
 from tmbench_kernels.scores import products, tiles
 
 
@@ -32,19 +33,20 @@ class XAttention(BlockSparse):
     default, has no such chunk. Raises ValueError for values out of range.
     """
 
-    stride: int = 16
-    threshold: float = 0.9
-    first_chunk: int = 0
+    stride: int = parameter(
+        16,
+        help="Tokens between antidiagonals that estimate a block.",
+        divides=BLOCK,
+        why="so that blocks hold whole strides",
+    )
+    threshold: float = parameter(
+        0.9, help="The share of its estimated attention that a query block's key blocks hold.", above=0, at_most=1
+    )
+    first_chunk: int = parameter(
+        0, help="First tokens under the published code's rule for its first chunk.", multiple_of=BLOCK, tokens=True
+    )
 
     name: ClassVar[str] = "xattention"
-
-    def __post_init__(self) -> None:
-        if self.stride < 1 or BLOCK % self.stride:
-            raise ValueError(f"stride must divide {BLOCK}, but it is {self.stride}")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, not {self.threshold}")
-        if self.first_chunk < 0 or self.first_chunk % BLOCK:
-            raise ValueError(f"first_chunk must be a multiple of {BLOCK}, but it is {self.first_chunk}")
 
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         length, stride, blocks = len(q), self.stride, block_count(len(q))

@@ -1,0 +1,193 @@
+"""The options that say how attention is computed, as ``tmbench_kernels.shared`` declares them, and plans made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tmbench.cli.screen import say
+from tmbench.errors import UserError
+from tmbench.methods.layers import chosen_layers, whole_number
+from tmbench.methods.plan import HALF, DeepLayers, Plan
+from tmbench.methods.spec import MethodSpec, specs
+from tmbench_kernels.parameters import Parameter
+from tmbench_kernels.shared import OPTIONS
+
+if TYPE_CHECKING:
+    from tmbench.models.loading import LoadedModel
+
+PANEL = "Attention"
+LAYERS, STARTING_LAYER = "layers", "starting_layer"
+LAYERS_HELP = (
+    "Layers with triangle attention, from 0: 16- (all from there on, as --starting-layer 16), 16 (it alone), 5,7,10-15, "
+    "none, random:4, a CSV of tmbench probe, or auto for its newest result."
+)
+FAR = 2
+"""A probe of prompts more than so many times as long, or as short, need not fit."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the options say."""
+
+    layers: tuple[str, ...] = ()
+    starting_layer: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """The others that were given, by name."""
+
+    @property
+    def choice(self) -> str:
+        """The option that says where deep patterns are; "" where none was given."""
+        return "--layers" if self.layers else "--starting-layer" if self.starting_layer else ""
+
+    def once(self) -> Attention:
+        """The same; raises UserError where one of the two that say where deep patterns are was given more than once."""
+        for name in (LAYERS, STARTING_LAYER):
+            given = getattr(self, name)
+            if len(given) > 1:
+                raise UserError(f"--{name.replace('_', '-')} is given {len(given)} times: give it once")
+        return self
+
+    def specs(self, methods: Sequence[str]) -> list[MethodSpec]:
+        """These methods with the options that they read; raises UserError for an option that none of them reads."""
+        return specs(methods, self.parameters, layers=self.choice)
+
+    def deep_layers(self, loaded: LoadedModel, lengths: Sequence[int], results: Path) -> list[DeepLayers]:
+        """The choices of deep layers that were given, for this model, each once; what they mean is said aloud.
+
+        Raises UserError for one that does not fit the model, and where both options were given.
+        """
+        if self.layers and self.starting_layer:
+            chosen_layers(loaded.shape, self.layers[0], self.starting_layer[0])
+        found: dict[DeepLayers, None] = {}
+        for text in self.layers:
+            chosen = chosen_layers(loaded.shape, text, root=results)
+            assert chosen is not None
+            if whole_number(text.strip()) is not None:
+                say(f"--layers {text.strip()} is layer {text.strip()} alone; {text.strip()}- is all from there on")
+            if chosen.probed is not None:
+                _say_probe(chosen, loaded, lengths)
+            found[chosen] = None
+        for text in self.starting_layer:
+            chosen = chosen_layers(loaded.shape, starting_layer=text)
+            assert chosen is not None
+            found[chosen] = None
+        return list(found)
+
+
+NO_ATTENTION = Attention()
+
+
+def _say_probe(chosen: DeepLayers, loaded: LoadedModel, lengths: Sequence[int]) -> None:
+    from tmbench.methods.layers import layers_text
+
+    say(f"triangle attention in layers {layers_text(chosen.layers, loaded.shape.layers)}, by the {chosen.source}")
+    assert chosen.probed is not None
+    far = [length for length in lengths if not chosen.probed / FAR <= length <= chosen.probed * FAR]
+    if far:
+        say(
+            f"that probe is of {chosen.probed} tokens, and this run of {', '.join(map(str, far))}: other layers may matter "
+            f"there, so probe at that length too"
+        )
+
+
+def with_attention(
+    *, without: tuple[str, ...] = (), hidden: tuple[str, ...] = (), repeated: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these options in place of its parameter of the type ``Attention``, which it is called with.
+
+    Args:
+        without: options that the command does not have.
+        hidden: options that its help does not list.
+        repeated: whether each may be given several times; their values are then tuples.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        options = [option for option in _options(hidden, repeated) if option.name not in without]
+        own = inspect.signature(command, eval_str=True)
+        (place,) = (parameter.name for parameter in own.parameters.values() if parameter.annotation is Attention)
+        parameters = [each for name, own_one in own.parameters.items() for each in (options if name == place else [own_one])]
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            values = {option.name: given.pop(option.name) for option in options}
+            where = {name: tuple(values.pop(name) or ()) for name in (LAYERS, STARTING_LAYER)}
+            parameters = {name: value for name, value in values.items() if value not in (None, [], ())}
+            command(**given, **{place: Attention(**where, parameters=parameters)})
+
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _options(hidden: tuple[str, ...], repeated: bool) -> list[inspect.Parameter]:
+    """The options as parameters of a command, in the order of its help."""
+    several = " Repeat for several." * repeated
+    where = typer.Option(
+        "--layers", metavar="LAYERS", help=LAYERS_HELP + several, rich_help_panel=PANEL,
+        show_default="from the published one on, else from half the depth",
+    )  # fmt: skip
+    start = typer.Option("--starting-layer", metavar="LAYER", help="16 is --layers 16-.", hidden=True)
+    found = [_option(LAYERS, list[str] | None, where), _option(STARTING_LAYER, list[str] | None, start)]
+    for name, declared in OPTIONS.items():
+        kind = _kind(declared)
+        about = typer.Option(
+            f"--{name.replace('_', '-')}", help=declared.help + several, rich_help_panel=PANEL, hidden=name in hidden,
+            show_default=declared.shown_default or str(declared.default),
+            metavar="NAME" if declared.choices else None,
+        )  # fmt: skip
+        found.append(_option(name, list[kind] | None if repeated else kind | None, about))  # type: ignore[valid-type]
+    return found
+
+
+def _option(name: str, kind: Any, about: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Annotated[kind, about])
+
+
+def _kind(declared: Parameter) -> Any:
+    """The type by which the command line reads an option; what is read by a function of its own is a file."""
+    return Path if declared.read is not None else type(declared.default)
+
+
+def plans_for(chosen: Sequence[MethodSpec], attention: Attention, loaded: LoadedModel, lengths: Sequence[int],
+              results: Path) -> list[Plan]:  # fmt: skip
+    """One plan per method for this model, each checked against the model once, before anything is measured.
+
+    ``results`` is where ``--layers auto`` looks for a probe.
+    """
+    from tmbench.models.attention_modules import attention_modules
+
+    attention_modules(loaded.model)
+    for name in dict.fromkeys(str(spec.values.get("dense_backend", "")) for spec in chosen):
+        if name:
+            _check_dense_backend(name, loaded, lengths)
+    deep = next(iter(attention.once().deep_layers(loaded, lengths, results)), None)
+    plans = [replace(spec, layers=deep if spec.method.deep else None).plan(loaded.shape) for spec in chosen]
+    for plan in plans:
+        if plan.layers_source == HALF:
+            say(
+                f"{plan.method}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
+                f"its depth, layer {loaded.shape.layers // 2}; --layers chooses others, tmbench probe proposes some"
+            )
+    return plans
+
+
+def _check_dense_backend(name: str, loaded: LoadedModel, lengths: Sequence[int]) -> None:
+    """Raise UserError where this backend is not installed or cannot serve the model, with those that can."""
+    from tmbench_kernels import Dense
+
+    for length in lengths:
+        obstacles = {backend.name: backend.obstacle(Dense(), *loaded.qkv(length)) for backend in Dense.backends}
+        if obstacles[name]:
+            usable = ", ".join(other for other, obstacle in obstacles.items() if not obstacle)
+            raise UserError(
+                f"--dense-backend {name} {obstacles[name]}: as things are, {loaded.name} at {length} tokens can use {usable}"
+            )

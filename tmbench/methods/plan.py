@@ -1,0 +1,88 @@
+"""Plans: a method on one model, one pattern for each layer, and every parameter that decided it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tmbench.results.parameters_text import Value, parameters_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tmbench_kernels import Pattern
+
+PUBLISHED_STARTING_LAYERS = {"llama-3.1-8b": 16, "llama-3-8b-instruct-262k": 16, "qwen2.5-7b": 20}
+"""First triangle layer of the models that TriangleMix was published on (its speed test), by a part of their name."""
+HALF = "half the depth"
+"""Where the layers of a model come from that nothing is published for."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan must know of a model."""
+
+    name: str
+    layers: int
+    heads: int
+    model_hash: str = ""
+    """What the model was made from, where that is known: a probe of other contents proposes nothing for it."""
+
+    @classmethod
+    def of(cls, model: Any) -> ModelShape:
+        """The shape of a transformers model or config."""
+        config = getattr(model, "config", model)
+        text = config.get_text_config()
+        return cls(str(getattr(config, "_name_or_path", "")), text.num_hidden_layers, text.num_attention_heads)
+
+
+class DeepLayers(NamedTuple):
+    """The layers of a model that have a method's deep pattern, and where the choice comes from."""
+
+    layers: tuple[int, ...]
+    source: str
+    """In words: "given", "published", "half the depth", "random", "probe of ..."."""
+    probed: int | None = None
+    """How many tokens the prompts of the probe had, where it was one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method on one model: one pattern per layer, and every parameter that decided it."""
+
+    method: str
+    patterns: tuple[Pattern, ...]
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    """The parameters that this method reads, with the values used, and ``layers``, the deep ones, as a text.
+
+    One that was left to tmbench, as the backend of dense attention may be, is not among them.
+    """
+    layers_source: str = ""
+    """Where the deep layers come from, as ``DeepLayers`` has it; "" for methods without."""
+
+    def backends(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What will run the patterns on such tensors, as rows name it: pattern:backend, joined by "+".
+
+        Raises ValueError with the reasons where a pattern has no backend for them.
+        """
+        return backends_name(f"{pattern.name}:{pattern.backend(q, k, v).name}" for pattern in set(self.patterns))
+
+    def row_fields(self) -> dict[str, str]:
+        """The columns that a result row takes from here."""
+        about = {"parameters": parameters_text(self.parameters), "layers_source": self.layers_source}
+        return {"method": self.method, **about}
+
+
+def backends_name(backends: Iterable[str]) -> str:
+    """How results name what ran: the "pattern:backend" texts, joined by "+"."""
+    return "+".join(sorted(set(filter(None, backends))))
+
+
+def default_layers(shape: ModelShape) -> DeepLayers:
+    """The deep layers of a model for which none are asked for: from the published one on, or from half its depth."""
+    name = shape.name.lower()
+    for known, layer in PUBLISHED_STARTING_LAYERS.items():
+        if known in name and layer <= shape.layers:
+            return DeepLayers(tuple(range(layer, shape.layers)), "published")
+    return DeepLayers(tuple(range(shape.layers // 2, shape.layers)), HALF)
