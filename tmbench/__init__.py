@@ -1,6 +1,6 @@
 """tmbench: what an attention method costs and what it keeps when a language model reads a long prompt.
 
->>> with tmbench.applied(model, "tri_mix", starting_layer=16):
+>>> with tmbench.applied(model, "tri_mix", layers="16-"):
 ...     new = tmbench.generate(model, inputs, max_new_tokens=256)
 """
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plans import plan_of
+from tmbench.cli.attention import Attention
 from tmbench.errors import UserError
 from tmbench.methods import layers as layers_module
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, chosen_layers, layers_text, parse_layers, propose
@@ -246,3 +248,32 @@ def test_layers_drawn_at_random(tmp_path):
     for text, words in (("random:9", "asks for 9 of 8"), ("random:", "must say how many"), ("random:4:x", "must say how")):
         with pytest.raises(UserError, match=words):
             resolve(text, "tiny", 8, tmp_path)
+
+
+@pytest.fixture
+def loaded():
+    """What a choice of layers asks of a model."""
+    return SimpleNamespace(shape=SHAPE, name=SHAPE.name)
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("length", "far"), [(2048, False), (8192, False), (2047, True), (8193, True)])
+def test_a_probe_of_another_length_is_said_aloud(tmp_path, capsys, loaded, length, far):
+    store(tmp_path, {1, 5})
+    (chosen,) = Attention(layers=("auto",)).deep_layers(loaded, [4096, length], tmp_path)
+    assert chosen == ((1, 5), "probe of vt at 4096, rank, accuracy budget 0.1, logits", 4096)
+    words = said(capsys)
+    assert "triangle attention in layers 1,5, by the probe of vt at 4096, rank, accuracy budget 0.1, logits" in words
+    assert (f"that probe is of 4096 tokens, and this run of {length}: other layers may matter there" in words) == far
+
+
+def test_a_number_alone_is_one_layer_and_said_to_be(tmp_path, capsys, loaded):
+    assert Attention(layers=("5",)).deep_layers(loaded, [4096], tmp_path) == [((5,), "given", None)]
+    assert "--layers 5 is layer 5 alone; 5- is all from there on" in said(capsys)
+    for clear in (Attention(layers=("5-",)), Attention(layers=("5-7",)), Attention(starting_layer=("5",))):
+        assert clear.deep_layers(loaded, [4096], tmp_path) == [((5, 6, 7), "given", None)]
+    assert Attention(layers=("5,6,7", "5-", "2")).deep_layers(loaded, [4096], tmp_path)[1:] == [((2,), "given", None)]
+    assert said(capsys).count("is all from there on") == 1

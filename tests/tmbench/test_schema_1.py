@@ -245,3 +245,33 @@ def test_parameters_of_old_rows_are_read_as_todays_are_written():
         texts = {"n_init": "8", "gamma": "0.9"} | layers
         found = parse_parameters(schema_1.translate(texts)["parameters"])
         assert dict(found) == {"layers": text, "n_init": 8, "gamma": 0.9}
+
+
+def test_what_an_older_tmbench_measured_is_not_measured_again(tmbench):
+    """Rows count, and of samples only those are asked that are new; the old files stay as they are."""
+    methods = ("--device", "cpu", "--method", "dense", "--method", "tri_mix", "--n-local", "64", "--layers", "5,7")
+    timed = ("ttft", "--length", "256", "--repeats", "1", *methods)
+    asked = ("ruler", "--task", "niah_single_1", "--length", "1K", "--offline", *methods, "--samples")
+    assert tmbench(*timed)[0] == tmbench(*asked, "2")[0] == 0
+    root = Path("results")
+    before = {}
+    for kind in (TtftRow, RulerRow):
+        for path in root.glob(f"*/{kind.kind}/*.csv"):
+            write_schema_1(path, *read(path, kind))
+            before[path] = path.read_bytes()
+    assert len(before) == 4
+    samples = {path: path.read_text() for path in root.glob("*/ruler/predictions/*/*.jsonl")}
+    for command in (timed, (*asked, "2")):
+        code, _, err = tmbench(*command)
+        assert (code, "nothing was measured" in " ".join(err.split())) == (0, True), err
+    assert not list(root.glob("*/*/*.schema2.csv"))
+    assert tmbench(*asked, "3")[0] == 0
+    now = {path: path.read_text() for path in root.glob("*/ruler/predictions/*/*.jsonl")}
+    assert now.keys() == samples.keys(), "the same files"
+    for path, text in samples.items():
+        assert now[path].startswith(text)
+        assert now[path].count("\n") == 3
+    assert {row.samples for row in read_all(root, RulerRow)} == {3}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert len(list(root.glob("*/*/*.schema2.csv"))) == 2
+    assert tmbench("report")[0] == 0

@@ -6,7 +6,7 @@ from tmbench.cli import options as o
 from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
 from tmbench.methods.installed import get_method, method_names
-from tmbench.methods.plan import PUBLISHED_STARTING_LAYERS
+from tmbench.methods.plan import PUBLISHED_STARTING_LAYERS, ModelShape
 from tmbench.methods.table import Method
 
 
@@ -14,7 +14,7 @@ def list_() -> None:
     """The methods with their parameters and papers, the tasks, the models, and the backends that run here."""
     from ruler_tasks import TASKS
     from tmbench.models.presets import preset_names, read_preset
-    from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, MInferenceHeads, Triangle, VerticalSlash, XAttention
+    from tmbench_kernels import MInferenceHeads, Pattern
 
     screen = console()
     methods = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
@@ -69,7 +69,11 @@ def list_() -> None:
     screen.print(layers)
 
     backends = table("Backends", "pattern", "backend", "runs on")
-    for pattern in (Dense, Triangle, VerticalSlash, MInferenceHeads, FlexPrefill, XAttention, FlashPrefill):
+    small = ModelShape("", layers=2, heads=1)
+    plans = [method.plan(small) for method in found]
+    patterns: list[type[Pattern]] = list(dict.fromkeys(type(pattern) for plan in plans for pattern in plan.patterns))
+    patterns.append(MInferenceHeads)
+    for pattern in patterns:
         for backend in pattern.backends:
             backends.add_row(pattern.name, backend.name, ", ".join(backend.devices))
     screen.print(backends)

@@ -77,12 +77,14 @@ KEY: Final = (
 
 
 def columns(kind: str) -> tuple[str, ...]:
-    """The columns of a kind of row."""
-    return COMMON + COLUMNS[kind]
+    """The columns of a kind of row; none for one that came later."""
+    return COMMON + COLUMNS[kind] if kind in COLUMNS else ()
 
 
 def is_header(kind: str, names: Sequence[str]) -> bool:
     """Whether these are the columns of such rows, in any order, but for those that came later."""
+    if kind not in COLUMNS:
+        return False
     known = set(columns(kind))
     missing = known.difference(names)
     late = ADDED.keys() - NEVER_ABSENT.get(kind, frozenset())

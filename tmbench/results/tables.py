@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tmbench.errors import UserError, shortened
 from tmbench.results import schema_1
@@ -21,6 +21,8 @@ from tmbench.results.csv_text import OpenEndError, Table, header_text, line_text
 from tmbench.results.files import append_text, read_file, readable, replace_file, writable
 from tmbench.results.rows import SCHEMA_VERSION, Row
 from tmbench.results.values import field_text
+
+R = TypeVar("R", bound=Row)
 
 
 class CorruptResultsError(UserError):
@@ -91,7 +93,7 @@ def _beside(path: Path) -> Path:
     return path.with_suffix(f".schema{SCHEMA_VERSION}.csv")
 
 
-def read(path: Path, row: type[Row]) -> list[Row]:
+def read(path: Path, row: type[R]) -> list[R]:
     """All rows of one CSV, oldest first.
 
     Raises CorruptResultsError for anything that is not one of ours, UserError where the file system refuses.
@@ -100,11 +102,11 @@ def read(path: Path, row: type[Row]) -> list[Row]:
         return _rows(path, row)
 
 
-def _rows(path: Path, row: type[Row]) -> list[Row]:
+def _rows(path: Path, row: type[R]) -> list[R]:
     return _read(path, row)[1]
 
 
-def _read(path: Path, row: type[Row]) -> tuple[int, list[Row]]:
+def _read(path: Path, row: type[R]) -> tuple[int, list[R]]:
     """The schema of a file, and its rows; that of this version where the file has no whole header."""
     content = read_file(path)
     try:
@@ -121,14 +123,14 @@ def _read(path: Path, row: type[Row]) -> tuple[int, list[Row]]:
         columns = _SCHEMAS[max(versions, default=SCHEMA_VERSION)].columns(row)
         unknown = ", ".join(repr(name) for name in table.header if name not in columns)
         raise CorruptResultsError(path, "its columns differ" + f": {shortened(unknown)} unknown" * bool(unknown))
-    rows: list[Row] = []
+    rows: list[R] = []
     for (number, values), version in zip(table.lines, versions, strict=True):
         if len(values) != len(table.header):
             raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(table.header)}")
         if version != found[0]:
             raise CorruptResultsError(path, f"line {number}: schema_version is {version}, where its columns are of {found[0]}")
         try:
-            rows.append(_SCHEMAS[version].parse(row, dict(zip(table.header, values, strict=True))))
+            rows.append(row.parse(_SCHEMAS[version].translate(dict(zip(table.header, values, strict=True)))))
         except ValueError as error:
             raise CorruptResultsError(path, f"line {number}: {error}") from error
     return found[0], rows
@@ -158,15 +160,15 @@ def _tells_end(column: str, value: str) -> bool:
     return column in ("predictions", "choices") and value.endswith(".jsonl")
 
 
-def read_all(root: Path, row: type[Row]) -> list[Row]:
+def read_all(root: Path, row: type[R]) -> list[R]:
     """The newest row of every key under a results folder, all devices and methods, in a stable order."""
-    found: dict[tuple[Any, ...], Row] = {}
+    found: dict[tuple[Any, ...], R] = {}
     for path in csv_paths(root, row):
         _add_newest(found, read(path, row))
     return list(found.values())
 
 
-def _add_newest(found: dict[tuple[Any, ...], Row], rows: Sequence[Row]) -> None:
+def _add_newest(found: dict[tuple[Any, ...], R], rows: Sequence[R]) -> None:
     """Add the newest row of every key of a file to those of others: of a file the last one, of several files the latest."""
     for key, row in {row.key: row for row in rows}.items():
         if key not in found or row.time >= found[key].time:
@@ -187,9 +189,9 @@ def _listed(folder: Path) -> list[Path]:
             return []
 
 
-def newest(root: Path, row: type[Row], device: str, method: str) -> dict[tuple[Any, ...], Row]:
+def newest(root: Path, row: type[R], device: str, method: str) -> dict[tuple[Any, ...], R]:
     """The newest row of every key of one method, in files of any schema; empty where there is none yet."""
-    found: dict[tuple[Any, ...], Row] = {}
+    found: dict[tuple[Any, ...], R] = {}
     path = csv_path(root, row, device, method)
     for file in (path, _beside(path)):
         with readable(file):
@@ -227,20 +229,20 @@ class _Schema:
 
     columns: Callable[[type[Row]], Sequence[str]]
     is_header: Callable[[type[Row], Sequence[str]], bool]
-    parse: Callable[[type[Row], dict[str, str]], Row]
-    """Makes a row of a line's texts by column; raises ValueError, naming the column, for one that is none."""
+    translate: Callable[[dict[str, str]], dict[str, str]]
+    """A line's texts by column as today's rows have them; raises ValueError, naming the column, for one that is none."""
 
 
 _SCHEMAS: Final[Mapping[int, _Schema]] = {
     schema_1.VERSION: _Schema(
         columns=lambda kind: schema_1.columns(kind.kind),
         is_header=lambda kind, names: schema_1.is_header(kind.kind, names),
-        parse=lambda kind, texts: kind.parse(schema_1.translate(texts) | {"schema_version": str(SCHEMA_VERSION)}),
+        translate=lambda texts: schema_1.translate(texts) | {"schema_version": str(SCHEMA_VERSION)},
     ),
     SCHEMA_VERSION: _Schema(
         columns=lambda kind: kind.columns(),
         is_header=lambda kind, names: kind.is_header(names),
-        parse=lambda kind, texts: kind.parse(texts),
+        translate=lambda texts: texts,
     ),
 }
 """All schemas that a file may have."""
