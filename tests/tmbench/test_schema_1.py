@@ -11,9 +11,9 @@ import pytest
 
 import made_rows
 from old_files import write_schema_1
-from tmbench.measure.ruler import kept_predictions
 from tmbench.results import schema_1
 from tmbench.results.parameters_text import parse_parameters
+from tmbench.results.predictions import kept_predictions
 from tmbench.results.rows import SCHEMA_VERSION, AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import (
     CorruptResultsError,
