@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tmbench.engine import prefill
+from tmbench.engine.prefill_kind import kind_wanted
 from tmbench.errors import UserError
 from tmbench.models import loading
 from tmbench.models.checkpoint import tensor_shapes
@@ -204,6 +204,6 @@ def test_a_plan_knows_how_the_prefill_will_run(family, changes, kind, make_model
     with torch.device("meta"):
         planned = AutoModelForCausalLM.from_config(model.config)
     place = torch.device("cpu")
-    wanted = prefill.kind_wanted(model, place, compiled=None)
-    assert prefill.kind_wanted(planned, place, compiled=None, planned=True) == wanted
+    wanted = kind_wanted(model, place, compiled=None)
+    assert kind_wanted(planned, place, compiled=None, planned=True) == wanted
     assert kind in (wanted, None), "what models with latent attention cache depends on the release of transformers"

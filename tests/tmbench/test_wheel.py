@@ -48,13 +48,14 @@ def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
     def run(*arguments):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         program = [str(binaries / "tmbench"), *arguments]
         return subprocess.run(program, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True).stdout
 
     where = [str(binaries / "python"), "-c", "import tmbench, tmbench_kernels, ruler_tasks; print(tmbench_kernels.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(where, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).is_relative_to(site)
     assert "ttft" in run("--help")
     assert run("--version").strip() == f"tmbench {tmbench.__version__}"
