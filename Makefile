@@ -49,6 +49,9 @@ types: install  ## Check the types
 	$(BIN)/mypy -p tmbench -p tmbench_kernels -p ruler_tasks
 	$(BIN)/mypy benchmarks
 	$(BIN)/mypy training
+	$(BIN)/mypy --config-file tests/mypy.ini tests/kernels
+	$(BIN)/mypy --config-file tests/mypy.ini tests/ruler_tasks
+	$(BIN)/mypy --config-file tests/mypy.ini tests/training
 
 unit: install  ## Run every test, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal

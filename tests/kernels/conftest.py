@@ -82,7 +82,8 @@ def make_structured_qkv() -> Callable[..., Tensors]:
         q = [tokens(head // groups, torch.tensor(2.0)) for head in range(heads)]
         k = [tokens(head, columns) for head in range(kv_heads)]
         v = torch.randn(batch, length, kv_heads, dim, generator=random).to(dtype).transpose(1, 2)
-        return *(torch.stack(x, dim=2).to(dtype).transpose(1, 2) for x in (q, k)), v
+        stacked_q, stacked_k = (torch.stack(x, dim=2).to(dtype).transpose(1, 2) for x in (q, k))
+        return stacked_q, stacked_k, v
 
     return make
 

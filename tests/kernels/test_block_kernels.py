@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from tmbench_kernels.dense.libraries import FLASH_4, missing_module
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ON_HOPPER = {
+ON_HOPPER: dict[str, Callable[[], str]] = {
     "block_sparse.flash_attn_backend": partial(missing_module, *FLASH_4),
     "block_sparse.hopper_backend": missing_hopper,
 }

@@ -102,7 +102,7 @@ def test_any_strides_and_values_of_another_width(make_qkv, assert_exact):
     lists = BlockLists.from_map(random_map(300, 4, 0.6, 3), 300)
     expected = backend.attend_lists(q, k, v, lists, 0.2)
     for change in (torch.Tensor.contiguous, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)):
-        torch.testing.assert_close(backend.attend_lists(*map(change, (q, k, v)), lists, 0.2), expected)
+        torch.testing.assert_close(backend.attend_lists(change(q), change(k), change(v), lists, 0.2), expected)
     wide = torch.cat([q, q], dim=3)[..., ::2]
     assert_exact(backend.attend_lists(wide, k, v[..., :24], lists, 0.2), wide, k, v[..., :24], lists.mask(), 0.2)
 

@@ -136,7 +136,8 @@ class Memory(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.views, self.live, self.peak = Counter(), 0, 0
+        self.views: Counter[int] = Counter()
+        self.live, self.peak = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -25,7 +25,8 @@ def check(pattern: Pattern, q, k, v, assert_exact, scale=None):
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(1, 400), n_init=counts, n_local=counts, last_n=st.integers(0, 2))
 def test_triangle(make_qkv, assert_exact, length, n_init, n_local, last_n):
-    check(Triangle(n_init, n_local, last_n), *make_qkv(length, heads=4, kv_heads=2, dim=16), assert_exact)
+    q, k, v = make_qkv(length, heads=4, kv_heads=2, dim=16)
+    check(Triangle(n_init, n_local, last_n), q, k, v, assert_exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

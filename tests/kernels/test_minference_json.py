@@ -1,10 +1,11 @@
 import json
+from typing import Any
 
 import pytest
 
 from tmbench_kernels import HeadPattern, MInferenceHeads, VerticalSlash, load_head_patterns, load_patterns
 
-ENTRY = ["vertical_and_slash", 30, 800, 0.98]
+ENTRY: list[Any] = ["vertical_and_slash", 30, 800, 0.98]
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def mask_of(entry, attention):
 def test_what_candidates_keep_is_what_their_masks_keep(make_qkv, length, part, elements, seed):
     first_row = int(part * length)
     q, k, _ = make_qkv(length, heads=3, kv_heads=1, dim=16, seed=seed)
-    parts = []
+    parts: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(search._ELEMENTS, "cpu", elements)
         kept = search.kept_attention(q[0], k[0, 0], scale=0.6, candidates=SMALL, first_row=first_row, advance=parts.append)

@@ -90,7 +90,7 @@ def test_sections_cover_the_triangle_once(sections, length):
 
 def test_a_probe_attends_as_dense_does_and_records_once():
     q, k, v, grad_out = drawn(4, 2, 41)
-    records = []
+    records: list[torch.Tensor] = []
     q.requires_grad_()
     out = DenseProbe(sections=SMALL, record=records.append).attend(q, k, v)
     torch.testing.assert_close(out, Dense().attend(q.detach(), k, v))

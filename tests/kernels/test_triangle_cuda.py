@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,10 @@ def attend(request, make_qkv, measure_errors, monkeypatch):
 
             hopper_backend._launch.cache_clear()
 
-    check.split_from = split_from
-    check.multiprocessors = lambda n: monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: n)
-    yield check
+    attend: Any = check
+    attend.split_from = split_from
+    attend.multiprocessors = lambda n: monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: n)
+    yield attend
     forget()
 
 

@@ -35,7 +35,8 @@ def published_keys(columns, distances, row_block):
     end_of_block = 64 * row_block + 64
     ends = [max(end_of_block - s, 64) for s in sorted(distances, reverse=True) if s < end_of_block]
     start, stop = ends[0] - 64, ends[0]
-    blocks, pending, kept = [], sorted(columns), []
+    blocks: list[int] = []
+    pending, kept = sorted(columns), []
     for end in [*ends[1:], None]:
         if end is None or end > stop + 64:
             while pending and pending[0] < stop:
@@ -76,7 +77,7 @@ def test_selection_follows_the_published_rule(make_qkv, length, budget):
     chosen = VerticalSlash((budget,)).select(q, k, scale=0.4)
     for h in range(4):
         head = q[0, h].double().numpy(), k[0, h // 2].double().numpy()
-        columns, distances = published_selection(*head, *budget, 0.4)
+        columns, distances = published_selection(*head, budget[0], budget[1], 0.4)
         assert chosen.columns[0, h].nonzero().flatten().tolist() == columns
         assert chosen.distances[0, h].nonzero().flatten().tolist() == distances
 

@@ -27,7 +27,7 @@ def family(plain_tokenizer: PreTrainedTokenizerFast) -> Family:
         single, roles, _ = FAMILIES[name]
         core = Tokenizer.from_str(plain_tokenizer.backend_tokenizer.to_str())
         core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-        ids = {token: core.token_to_id(token) for token in SPECIAL}
+        ids: dict[str, Any] = {token: core.token_to_id(token) for token in SPECIAL}
         if single == "roberta":
             core.post_processor = processors.RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]))
         elif single == "bert":
