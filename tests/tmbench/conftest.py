@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from tmbench import cli
+from tmbench.models import loading
 
 SMALL = {
     "vocab_size": 97,
@@ -68,3 +71,33 @@ def tmbench(capsys, monkeypatch, tmp_path):
         return int(stop.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with copies of the embedded model's files, to be damaged."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in Path(loading.model_path("tiny")).iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile was asked to compile; run as traced, which needs no C++ compiler."""
+    seen = []
+
+    def backend(graph, examples):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", backend)
+    return seen
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """MLPs run over 16 tokens at a time."""
+    monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)

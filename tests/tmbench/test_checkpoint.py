@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from edited_weights import change_weights
 from tmbench.errors import UserError
 from tmbench.models import loading
 from tmbench.models.checkpoint import first_sentence
@@ -19,27 +19,9 @@ from tmbench.models.geometry import Geometry, max_positions
 TINY = Path(loading.model_path("tiny"))
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A folder with copies of the embedded model's files, to be damaged."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in TINY.iterdir():
-        if file.suffix in (".json", ".safetensors"):
-            shutil.copy(file, folder)
-    return folder
-
-
 def change(path, edit):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(edit(content)))
-
-
-def change_weights(folder, edit):
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    edit(weights)
-    save_file(weights, path, {"format": "pt"})
 
 
 def rename_layer(weights, old, new):

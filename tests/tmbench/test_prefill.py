@@ -39,22 +39,7 @@ WINDOW = {"n_init": 2, "n_local": 9, "last_n": 5}
 METHOD_NAMES = ("dense", "tri_mix", "streaming", "minference")
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """What torch.compile was asked to compile; run as traced, which needs no C++ compiler."""
-    seen = []
-
-    def backend(graph, examples):
-        seen.append(graph)
-        return graph
-
-    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", backend)
-    return seen
-
-
-@pytest.fixture(autouse=True)
-def _short_chunks(monkeypatch):
-    monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)
+pytestmark = pytest.mark.usefixtures("short_chunks")
 
 
 def read(model, ids, kind, method="tri_mix"):

@@ -24,18 +24,7 @@ WINDOW = {"n_init": 2, "n_local": 9, "last_n": 5}
 KINDS = (EAGER, COMPILED)
 
 
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """Run as traced, which needs no C++ compiler; the graphs that were made."""
-    seen = []
-
-    def backend(graph, examples):
-        seen.append(graph)
-        return graph
-
-    monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", backend)
-    monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)
-    return seen
+pytestmark = pytest.mark.usefixtures("graphs", "short_chunks")
 
 
 def plan_of(model, name="tri_mix"):

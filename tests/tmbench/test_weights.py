@@ -12,30 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from edited_weights import change_weights
 from tmbench.engine.prefill_kind import kind_wanted
 from tmbench.errors import UserError
 from tmbench.models import loading
 from tmbench.models.checkpoint import tensor_shapes
 
 TINY = Path(loading.model_path("tiny"))
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """A folder with copies of the embedded model's files, to be damaged."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in TINY.iterdir():
-        if file.suffix in (".json", ".safetensors"):
-            shutil.copy(file, folder)
-    return folder
-
-
-def change_weights(folder, edit):
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    edit(weights)
-    save_file(weights, path, {"format": "pt"})
 
 
 def add(name, size=1):

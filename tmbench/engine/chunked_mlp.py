@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmbench.engine.forwards import forward_of
+
 CHUNK = 16384
 """The fewest tokens of a long prompt that an MLP works on at a time."""
 MLP_SHARE = 0.1
 """The part of a GPU's memory that an MLP's intermediate tensors may take: larger chunks spare copies of what they yield."""
-
-
-def forward_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the module's class does, whatever stands in front of it."""
-    return type(module).forward(module, *args, **kwargs)
 
 
 def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from tmbench.engine import operators
 from tmbench.engine.attention import Slot
-from tmbench.engine.chunked_mlp import forward_of
+from tmbench.engine.forwards import forward_of
 
 if TYPE_CHECKING:
     from tmbench.engine.last_position import LastPosition

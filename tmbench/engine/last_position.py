@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from tmbench.engine import operators
 from tmbench.engine.attention import attend
-from tmbench.engine.chunked_mlp import forward_of
 from tmbench.engine.compiled_layers import Runners, run_layer
+from tmbench.engine.forwards import forward_of, replace_forward
 from tmbench.engine.prefill_state import LayerPass
 from tmbench.models.attention_modules import PLACE
-
-
-def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one module another ``forward`` until the stack unwinds."""
-    stack.callback(delattr, module, "forward")
-    module.forward = forward
 
 
 def narrow(stack: ExitStack, layer: Any, attention: Any, run: Runners) -> None:

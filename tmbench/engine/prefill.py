@@ -20,7 +20,8 @@ from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend
 from tmbench.engine.calls import cache_of, keep_last
 from tmbench.engine.chunked_mlp import in_chunks
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
-from tmbench.engine.last_position import narrow, replace_forward
+from tmbench.engine.forwards import replace_forward
+from tmbench.engine.last_position import narrow
 from tmbench.models.attention_modules import PLACE, parents
 
 PLAIN: Final = "plain"

@@ -7,7 +7,7 @@ decoded from that prefill's own cache, densely, by the model as transformers has
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,9 @@ class Session:
     peak: PeakMemory
     """Of the device, since the session began."""
 
-    @contextmanager
-    def prefill(self, *, every_position: bool = False) -> Iterator[Prefill]:
+    def prefill(self, *, every_position: bool = False) -> AbstractContextManager[Prefill]:
         """Inside, the model reads prompts and nothing else: see ``tmbench.engine.prefill.prepared``."""
-        with prepared(self.model, self.applied, self.kind, every_position=every_position) as prefill:
-            yield prefill
+        return prepared(self.model, self.applied, self.kind, every_position=every_position)
 
     def read(self, ids: Tensor, *, every_position: bool = False) -> Decoding:
         """Read a prompt ``[batch, length]``, to decode after it.

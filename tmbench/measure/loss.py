@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.engine.finite import check_logits
+from tmbench.engine.forwards import replace_forward
 from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UnsupportedModelError
 from tmbench.measure.executor import Worker
@@ -214,23 +216,16 @@ def _prompt_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tenso
     The model's own ``forward`` makes the logits, with whatever it scales or caps them by: for the time of a chunk its base
     model hands over that chunk of what it yielded before.
     """
-    base = _base(model)
-    before = base.__dict__.get("forward")
     chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
     parts = []
-    try:
+    with ExitStack() as stack:
+        replace_forward(stack, _base(model), lambda *args, **kwargs: part)
         for start in range(0, ids.shape[1] - 1, chunk):
             end = min(start + chunk, ids.shape[1] - 1)
             part = _Output(last_hidden_state=hidden[:, start:end])
-            base.forward = lambda *args, part=part, **kwargs: part
             logits = model(input_ids=ids[:, start:end], use_cache=False, return_dict=True).logits[0].float()
             check_logits(logits, model, "of the prompt's tokens")
             parts.append(F.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="none"))
-    finally:
-        if before is None:
-            del base.forward
-        else:
-            base.forward = before
     return torch.cat(parts)
 
 

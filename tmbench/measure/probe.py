@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -33,6 +33,8 @@ from tmbench.engine.attention import applied_plan
 from tmbench.engine.calls import keep_last
 from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.first_token import synchronize
+from tmbench.engine.forwards import replace_forward
+from tmbench.engine.memory import PeakMemory
 from tmbench.errors import UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
@@ -279,7 +281,7 @@ def _differentiable(model: PreTrainedModel, modules: Sequence[Any]) -> Iterator[
         hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.requires_grad_())
         stack.callback(hook.remove)
         for layer in dict.fromkeys(holder[module] for module in modules):
-            _replace(stack, layer, partial(_again, layer.forward))
+            replace_forward(stack, layer, partial(_again, layer.forward))
         yield
 
 
@@ -288,20 +290,9 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _replace(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one module another ``forward`` until the stack unwinds."""
-    if "forward" in vars(module):
-        stack.callback(setattr, module, "forward", module.forward)
-    else:
-        stack.callback(delattr, module, "forward")
-    module.forward = forward
-
-
 def _sample(spec: ProbeSpec, loaded: LoadedModel, question: Question) -> ProbeSample:
     ids = torch.tensor([question.prompt], device=loaded.device)
-    cuda = ids.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(ids.device)
+    peak = PeakMemory(ids.device)
     synchronize(ids.device)
     start = time.perf_counter()
     found, backends = gradients(loaded.model, ids, question.answer[0], spec.sections)
@@ -317,7 +308,7 @@ def _sample(spec: ProbeSpec, loaded: LoadedModel, question: Question) -> ProbeSa
         source=question.source,
         backends=backends,
         seconds=seconds,
-        peak_memory=torch.cuda.max_memory_allocated(ids.device) if cuda else None,
+        peak_memory=peak.bytes,
         # Six digits are more than bfloat16 has, and a third of the file.
         means=[[[[_short(x) for x in section] for section in head] for head in layer] for layer in means],
         prompt_hash=question.prompt_hash,
