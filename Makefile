@@ -56,12 +56,10 @@ types: install  ## Check the types
 unit: install  ## Run every test, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-figures: install  ## Render the pages and pictures in docs/ from what was measured
+figures: install  ## Render the figures and pictures in the docs from what was measured
 	rm -f docs/figures/*.png
 	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
-	$(BIN)/python benchmarks/render.py benchmarks/attention.csv docs/attention.md
-	$(BIN)/python benchmarks/render.py benchmarks/dynamic_attention.csv docs/dynamic-attention.md
-	$(BIN)/python benchmarks/render.py benchmarks/interval_coverage.csv docs/interval-coverage.md
+	$(BIN)/python benchmarks/render.py
 
 dist: install  ## Build the wheel into dist/
 	rm -rf build dist

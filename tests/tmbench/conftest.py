@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from report_rows import add_published
 from tmbench import cli
 from tmbench.models import loading
 
@@ -101,3 +102,11 @@ def graphs(monkeypatch):
 def short_chunks(monkeypatch):
     """MLPs run over 16 tokens at a time."""
     monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A results folder with the published figures; not to be written to."""
+    root = tmp_path_factory.mktemp("published")
+    add_published(root)
+    return root

@@ -20,7 +20,8 @@ from tmbench.methods.plan import Plan
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.report.intervals import interval
-from tmbench.report.rendering import build
+from tmbench.report.report import build
+from tmbench.report.writers import report_csv, report_json, report_markdown
 from tmbench.results import environment
 from tmbench.results.choices import Choices, kept_choices, read_choices
 from tmbench.results.rows import AgreeRow
@@ -227,17 +228,17 @@ def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
     work.run()
     report = build(work.root)
     (group,) = report.agree
-    row = next(row for row in group.rows if row["method"] == "streaming")
+    cell = next(cell for cell in group.cells if cell.row.method == "streaming")
     low, high = interval([np.array([0.25, 0.5, 1.0])], 0.0, 1.0)
-    assert row["agreement"] == pytest.approx(1.75 / 3)
-    assert (row["agreement_low"], row["agreement_high"]) == (low, high)
+    assert cell.row.agreement == pytest.approx(1.75 / 3)
+    assert cell.ends == (low, high)
     assert 0.14 < low < 0.15, "three samples say little"
-    line = next(line for line in report.markdown().splitlines() if line.startswith("| streaming"))
+    line = next(line for line in report_markdown(report).splitlines() if line.startswith("| streaming"))
     cells = [cell.strip() for cell in line.split("|")][1:-1]
     ends = f"{low:.1%} to {high:.1%}"
     assert cells == ["streaming", "96", "58.3%", ends, "6", "3", "33%", "3"]
-    assert "agreement_low" in report.csv()
-    assert json.loads(report.json())[0]["rows"][1]["divergence_least"] == 3
+    assert "agreement_low" in report_csv(report)
+    assert json.loads(report_json(report))[0]["rows"][1]["divergence_least"] == 3
     assert any(note.startswith("Only 3 samples") for note in group.notes())
     for path in work.root.glob("*/agree/choices/streaming/*"):
         path.unlink()
@@ -251,7 +252,8 @@ def test_more_samples_in_the_file_than_in_the_row_do_not_count(job, texts):
     path = kept_choices(work.root, rows_of(work.root)["streaming"]).path
     entry = json.loads(path.read_text().splitlines()[0]) | {"index": 2, "chosen": [0] * 12}
     path.write_text(path.read_text() + json.dumps(entry) + "\n")
-    assert len(build(work.root).agree[0].choices["streaming", 96]) == 2
+    cells = {cell.label: cell for cell in build(work.root).agree[0].cells}
+    assert len(cells["streaming"].choices) == 2
 
 
 def test_choices_behind_another_prompt_are_made_again(job, texts):

@@ -283,7 +283,7 @@ def test_agree_to_report(tmbench):
     assert before == {path: path.stat().st_mtime_ns for path in Path("results").glob("*/agree/**/*.*")}, "measured before"
     code, out, _ = tmbench("report")
     assert code == 0
-    assert "Agreement with dense: tiny" in out
+    assert "Token agreement with dense: tiny" in out
 
 
 SHORT_PROBE = ("probe", "--length", "700", "--samples", "1", "--device", "cpu", "--n-local", "64", "--last-n", "16")

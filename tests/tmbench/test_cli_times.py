@@ -1,4 +1,4 @@
-"""What `tmbench ttft` prints: a time against dense only where both were measured in turns, and no more than they say."""
+"""What `tmbench ttft` prints: a time against dense only where both were interleaved, and no more than they say."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_a_difference_within_the_repeats_is_said_to_be_none(capsys, monkeypatch)
 def test_a_time_of_another_run_is_not_compared(capsys, monkeypatch):
     rows = [row("dense", "0.1 0.1 0.1", interleaved="dense"), row("tri_mix", "0.55 0.55 0.55", "tri_mix", None)]
     table, err = shown(rows, capsys, monkeypatch)
-    assert table["tri_mix"] == ["0.550", "not in turns", "0.500", "1.50"]
-    assert "Not measured in turns with dense" in err
+    assert table["tri_mix"] == ["0.550", "not interleaved", "0.500", "1.50"]
+    assert "Not interleaved with dense" in err
     assert "tri_mix; --overwrite measures them together" in " ".join(err.split())
 
 
@@ -57,6 +57,6 @@ def test_a_second_run_beside_an_older_dense(tmbench):
     assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
     code, out, err = tmbench(*FAST_TTFT, "--method", "dense", "--method", "streaming", "--n-local", "32")
     assert code == 0
-    assert "not in turns" in out
+    assert "not interleaved" in out
     assert "%" not in out
     assert "--overwrite measures them together" in " ".join(err.split())

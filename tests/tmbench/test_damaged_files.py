@@ -11,8 +11,8 @@ import pytest
 
 import made_rows
 from tmbench.errors import UserError
-from tmbench.measure.loss import LossSample
 from tmbench.results.choices import read_choices
+from tmbench.results.loss_samples import LossSample
 from tmbench.results.predictions import read_predictions
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
 from tmbench.results.sample_files import Kept

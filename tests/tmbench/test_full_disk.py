@@ -83,7 +83,7 @@ def test_no_empty_picture_is_left(measured, arguments, option):
 def test_no_empty_picture_of_a_probe_is_left(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    from tmbench.report.plots import save
+    from tmbench.report.pictures import save
 
     old = tmp_path / "probe.png"
     old.write_bytes(b"a picture")

@@ -153,10 +153,9 @@ def test_a_loss_of_a_point_is_seen_by_500_samples_of_13_tasks():
         assert coverage.rates(coverage.cases(13)[name], 500, 100, seed=18)[LOSS] >= 0.99
 
 
-def test_the_page_and_the_sentence_in_the_docs_are_those_of_the_simulation(tmp_path):
-    render, source = script("render"), ROOT / "benchmarks" / "interval_coverage.csv"
-    render.main(source, tmp_path / "page.md")
-    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "interval-coverage.md").read_text()
+def test_the_page_and_the_sentence_in_the_docs_are_those_of_the_simulation():
+    render, source = script("kernel_pages"), ROOT / "benchmarks" / "interval_coverage.csv"
+    assert render.page(source) == (ROOT / "docs" / "interval-coverage.md").read_text()
     rows = pd.read_csv(source, dtype=str)
     words = " ".join((ROOT / "docs" / "accuracy.md").read_text().split())
     assert render.coverage_in_words(rows) in words

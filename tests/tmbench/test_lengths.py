@@ -10,7 +10,8 @@ import pytest
 import made_rows
 from tmbench.report.intervals import difference
 from tmbench.report.lengths import by_length
-from tmbench.report.rendering import build
+from tmbench.report.report import build
+from tmbench.report.writers import report_markdown
 from tmbench.results.rows import RulerRow
 from tmbench.results.tables import append
 
@@ -51,7 +52,7 @@ def measured(tmp_path):
 
 
 def test_a_line_for_each_method_a_column_for_each_length_and_the_average(measured):
-    markdown = build(measured).markdown()
+    markdown = report_markdown(build(measured))
     assert "### RULER by length: a/model, checkpoint weights, bfloat16, wording reference-ruler f00d" in markdown
     assert markdown.index("### RULER by length") < markdown.index("### RULER at 4K")
     table = table_of(markdown, "Averages of 1 task, from 0 to 100; the last column is their mean over the lengths:")
@@ -62,7 +63,7 @@ def test_a_line_for_each_method_a_column_for_each_length_and_the_average(measure
 
 
 def test_differences_to_dense_are_those_of_each_length(measured):
-    words = table_of(build(measured).markdown(), DIFFERENCES)
+    words = table_of(report_markdown(build(measured)), DIFFERENCES)
     assert list(words) == ["tri_mix (layers 8-)", "tri_mix (layers 16-)"]
     at_128k = difference([[-100.0] * 6 + [0.0] * 34])
     text = f"-15.0 ({at_128k.low:+.1f} to {at_128k.high:+.1f}), loss"
@@ -76,15 +77,15 @@ def test_one_length_has_no_such_table(tmp_path):
     add(tmp_path, "dense", 8192, 40, wording="own")
     report = build(tmp_path)
     assert by_length(report.ruler) == []
-    assert "by length" not in report.markdown()
+    assert "by length" not in report_markdown(report)
 
 
 def test_other_tasks_at_another_length_are_said(measured):
     note = "The averages are not over the same tasks at every length: the sections below name them."
-    assert note not in build(measured).markdown()
+    assert note not in report_markdown(build(measured))
     for method, parameters in (("dense", {}), ("tri_mix", {"layers": "16-"})):
         add(measured, method, 4096, 20, task="cwe", **parameters)
-    markdown = build(measured).markdown()
+    markdown = report_markdown(build(measured))
     assert note in markdown
     assert "Averages of 2 / 1 tasks" in markdown
 
@@ -92,7 +93,7 @@ def test_other_tasks_at_another_length_are_said(measured):
 def test_a_length_without_predictions_has_averages_and_no_differences(measured):
     for path in (measured / "some-gpu" / "ruler" / "predictions").glob("*-4096-*"):
         path.unlink()
-    markdown = build(measured).markdown()
+    markdown = report_markdown(build(measured))
     assert table_of(markdown, "mean over the lengths:")["dense"]["4K"] == "100.0"
     words = table_of(markdown, DIFFERENCES)
     assert words["tri_mix (layers 16-)"]["4K"] == "-"

@@ -9,9 +9,11 @@ import pytest
 from matplotlib.image import imread
 
 import made_rows
-from tmbench.report import plots
-from tmbench.report.plots import draw
-from tmbench.report.rendering import build
+from tmbench.report.length_lines import named_lengths
+from tmbench.report.pictures import figures, file_name, save_all
+from tmbench.report.report import build
+from tmbench.report.ruler_plot import ruler_figure
+from tmbench.report.ttft_plot import speed_up_figure, ttft_figure
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY, RulerRow, TtftRow
 from tmbench.results.tables import append
 
@@ -48,6 +50,10 @@ def add_all(root):
             add_ruler(root, method, task, score, status="ok" if score is not None else FAILED)
 
 
+def draw(report, directory):
+    return save_all(figures(report), directory)
+
+
 def test_every_group_is_drawn(tmp_path):
     add_all(tmp_path)
     report = build(tmp_path)
@@ -71,7 +77,7 @@ def test_every_group_is_drawn(tmp_path):
 def test_names_differ_with_the_setting_and_leave_the_folder_alone(tmp_path):
     for model in ("../../up/we go|now", "x/../we go|now", "/"):
         add_ttft(tmp_path, "dense", 2048, 1.0, model=model)
-    names = [plots._name("ttft", group) for group in build(tmp_path).ttft]
+    names = [file_name("ttft", group.setting, group.setting.prompt) for group in build(tmp_path).ttft]
     assert len(set(names)) == 3
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9.-]*\.png", name) and ".." not in name for name in names)
 
@@ -93,7 +99,7 @@ def test_a_speed_up_carries_its_fidelity(tmp_path):
     add_ttft(tmp_path, "tri_mix", 2048, 0.5, logit_error=0.0312)
     add_ttft(tmp_path, "minference", 2048, 0.25)
     report = build(tmp_path)
-    words = [text.get_text() for text in plots._speed_up(report, report.ttft[0]).axes[0].texts]
+    words = [text.get_text() for text in speed_up_figure(report.ttft[0]).axes[0].texts]
     assert words.index("logit error 0.031 at 2K") == words.index("tri_mix") + 1
     assert words.index("fidelity not measured") == words.index("minference") + 1
 
@@ -105,9 +111,9 @@ def test_a_speed_up_says_where_the_repeats_tell_none(tmp_path):
     add_ttft(tmp_path, "tri_mix", 4096, 0.5, samples_s="0.45 0.5 0.55")
     add_ttft(tmp_path, "tri_mix", 8192, 0.5, samples_s="0.45 0.5 0.55", interleaved="tri_mix")
     report = build(tmp_path)
-    words = [text.get_text() for text in plots._speed_up(report, report.ttft[0]).axes[0].texts]
+    words = [text.get_text() for text in speed_up_figure(report.ttft[0]).axes[0].texts]
     start = words.index("tri_mix")
-    assert words[start + 2 : start + 4] == ["no measurable difference at 2K", "not in turns at 8K"]
+    assert words[start + 2 : start + 4] == ["no measurable difference at 2K", "not interleaved at 8K"]
 
 
 def test_speed_up_is_the_time_of_dense_over_the_time_of_the_method(tmp_path):
@@ -115,7 +121,7 @@ def test_speed_up_is_the_time_of_dense_over_the_time_of_the_method(tmp_path):
         add_ttft(tmp_path, "dense", length, 1.0)
         add_ttft(tmp_path, "tri_mix", length, seconds)
     report = build(tmp_path)
-    (axes,) = plots._speed_up(report, report.ttft[0]).axes
+    (axes,) = speed_up_figure(report.ttft[0]).axes
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1.0, 1.0], [0.5, 4.0]]
     assert axes.get_ylim()[0] < 0.5
     assert axes.get_ylim()[1] > 4.0
@@ -123,7 +129,7 @@ def test_speed_up_is_the_time_of_dense_over_the_time_of_the_method(tmp_path):
 
 def test_what_ran_out_of_memory_is_written_below(tmp_path):
     add_all(tmp_path)
-    (axes,) = plots._ttft(build(tmp_path).ttft[0]).axes
+    (axes,) = ttft_figure(build(tmp_path).ttft[0]).axes
     assert axes.get_xlabel() == "prompt length, tokens\nout of memory: dense at 16K"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K", "16K"]
 
@@ -139,7 +145,7 @@ def test_labels_do_not_overlap(tmp_path, seconds, variants):
             add_ttft(tmp_path, method, 8192, value, logit_error=0.01, **own)
             add_ruler(tmp_path, method, "vt", 50.0, **own)
     report = build(tmp_path)
-    for figure in (plots._ttft(report.ttft[0]), plots._speed_up(report, report.ttft[0])):
+    for figure in (ttft_figure(report.ttft[0]), speed_up_figure(report.ttft[0])):
         figure.draw_without_rendering()
         texts = [text for text in figure.axes[0].texts if text.get_text()]
         boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
@@ -153,7 +159,7 @@ def test_a_heat_map_shows_scores_failures_and_the_average(tmp_path):
     add_ruler(tmp_path, "tri_mix", "vt", 20.0)
     add_ruler(tmp_path, "dense", "cwe", 0.0)
     add_ruler(tmp_path, "tri_mix", "cwe", None, status=OUT_OF_MEMORY)
-    figure = plots._heat_map(build(tmp_path).ruler[0])
+    figure = ruler_figure(build(tmp_path).ruler[0])
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["97.25", "0", "97.2", "20", "out of\nmemory", "20.0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["vt", "cwe", "average of 1"]
@@ -167,7 +173,7 @@ def test_a_heat_map_of_many_methods_has_a_line_for_each(tmp_path):
     add_ruler(tmp_path, "dense", "vt", 90.0)
     for layer in range(7):
         add_ruler(tmp_path, "tri_mix", "vt", 10.0 * layer, layers=f"{layer}-")
-    (axes,) = plots._heat_map(build(tmp_path).ruler[0]).axes
+    (axes,) = ruler_figure(build(tmp_path).ruler[0]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["vt", "average of 1"]
     lines = [label.get_text() for label in axes.get_yticklabels()]
     assert lines == ["dense", *(f"tri_mix (layers {layer}-)" for layer in range(7))]
@@ -180,13 +186,13 @@ def test_a_method_has_one_colour_everywhere(tmp_path):
         add_ttft(tmp_path, method, 2048, 1.0)
     for method in METHODS:
         add_ttft(tmp_path, method, 2048, 1.0, model="b/model")
-    few, many = (plots._ttft(group).axes[0].get_lines() for group in build(tmp_path).ttft)
+    few, many = (ttft_figure(group).axes[0].get_lines() for group in build(tmp_path).ttft)
     assert [line.get_color() for line in few] == [line.get_color() for line in many[:2]]
     assert len({line.get_color() for line in many}) == 4
 
 
 def test_names_of_lengths_do_not_overlap():
     lengths = [n * 1024 for n in (32, 48, 64, 80, 96, 112, 128, 256, 512)]
-    assert set(plots._named_lengths(lengths[:7])) == set(lengths[:7])
-    assert set(lengths) - set(plots._named_lengths(lengths)) == {112 * 1024}
-    assert plots._named_lengths([4096]) == [4096]
+    assert set(named_lengths(lengths[:7])) == set(lengths[:7])
+    assert set(lengths) - set(named_lengths(lengths)) == {112 * 1024}
+    assert named_lengths([4096]) == [4096]

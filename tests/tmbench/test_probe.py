@@ -19,7 +19,9 @@ from tmbench.measure import probe
 from tmbench.measure.probe import ProbeSpec, gradients
 from tmbench.methods.layers import Budget
 from tmbench.models.loading import LoadedModel
-from tmbench.report.probe_plot import draw, draw_all
+from tmbench.report.pictures import figures, save, save_all
+from tmbench.report.probe_plot import probe_figure
+from tmbench.report.report import build
 from tmbench.results import environment
 from tmbench.results.rows import ProbeRow
 from tmbench.results.tables import read_all
@@ -326,18 +328,18 @@ def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
     rows = job().run()
     first, second = tmp_path / "plots" / "a.png", tmp_path / "b.png"
     for path, derivative in ((first, "logits"), (second, "logits"), (Path(tmp_path / "c.png"), "probabilities")):
-        draw(rows, derivative, path)
+        save(probe_figure(rows, derivative), path)
     assert first.read_bytes() == second.read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
 def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
     rows = job(derivative="probabilities").run()
     job(lengths=[50]).run()
-    paths = draw_all(tmp_path, tmp_path / "all")
-    assert paths == draw_all(tmp_path, tmp_path / "all")
+    paths = save_all(figures(build(tmp_path)), tmp_path / "all")
+    assert paths == save_all(figures(build(tmp_path)), tmp_path / "all")
     assert sorted((tmp_path / "all").iterdir()) == sorted(paths)
     assert ["-random-40-" in path.name for path in paths] == [True, False]
-    draw(rows, "probabilities", tmp_path / "a.png")
+    save(probe_figure(rows, "probabilities"), tmp_path / "a.png")
     assert paths[0].read_bytes() == (tmp_path / "a.png").read_bytes()
 
 

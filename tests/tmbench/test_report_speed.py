@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -11,7 +15,8 @@ import pytest
 import made_rows
 from ruler_tasks import TASKS
 from tmbench.methods.table import METHODS
-from tmbench.report.rendering import build
+from tmbench.report.report import build
+from tmbench.report.writers import report_csv, report_json, report_markdown
 from tmbench.results import sample_scores
 from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.tables import append
@@ -58,9 +63,27 @@ def test_a_thousand_rows(thousand, monkeypatch):
     monkeypatch.setattr(sample_scores, "read_lines", counting)
     start = time.process_time()
     report = build(thousand)
-    texts = [report.markdown(), report.csv(), report.json()]
+    texts = [report_markdown(report), report_csv(report), report_json(report)]
     seconds = time.process_time() - start
     assert all(texts)
     assert len(reads) == 858
     assert set(reads.values()) == {1}
     assert seconds < 6, "all three forms took a second and a half where this was written"
+
+
+def test_the_whole_command_takes_a_second_or_two_and_no_pandas(thousand):
+    """Importing pandas alone takes longer than all tables of a thousand rows."""
+    program = (
+        "import sys; from tmbench.cli import main; sys.argv[1:] = ['report', '--results', sys.argv[1]]\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(*sorted({'pandas', 'torch', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(thousand)], capture_output=True, text=True, check=True, env=environment
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.startswith("# tmbench report")
+    assert done.stderr.split() == []
+    assert after.ru_utime - before.ru_utime < 5, "it took 1.6 s where this was written"

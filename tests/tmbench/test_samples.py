@@ -13,9 +13,11 @@ import made_rows
 from tmbench.cli.report import MARGIN
 from tmbench.errors import UserError
 from tmbench.report import intervals
-from tmbench.report.groups import NOT_COMPARED
 from tmbench.report.intervals import LOSS, NO_LOSS, TOO_FEW, difference
-from tmbench.report.rendering import build
+from tmbench.report.records import average_records
+from tmbench.report.report import build
+from tmbench.report.ruler import NOT_COMPARED
+from tmbench.report.writers import report_csv, report_json, report_markdown
 from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.sample_scores import read_samples
 from tmbench.results.tables import append
@@ -83,24 +85,23 @@ def test_differences_are_those_of_the_samples(measured):
     label = "tri_mix (layers 2-)"
     pairs = [100 * (own - other) for own, other in zip(scores_of(0.5, seed=2), scores_of(0.9), strict=True)]
     expected = {"vt": difference([pairs]), "niah_single_1": difference([[0.0] * 60])}
-    rows = {row["task"]: row for row in group.rows if row["label"] == label}
+    cells = {cell.row.task: cell for cell in group.cells if cell.label == label}
     for task, found in expected.items():
-        assert rows[task]["difference"] == found.mean
-        assert (rows[task]["difference_low"], rows[task]["difference_high"]) == (found.low, found.high)
-        assert (rows[task]["pairs"], rows[task]["differing"]) == (60, found.differing)
-        assert (rows[task]["samples_needed"], rows[task]["verdict"]) == (found.needed, found.verdict)
+        assert cells[task].difference == found
+        assert found.pairs == 60
+        assert cells[task].verdict == found.verdict
     assert group.average_differences[label] == difference([[0.0] * 60, pairs])
     assert group.average_differences[label].verdict == LOSS
     assert group.average_differences["tri_mix (layers 6-)"].verdict == TOO_FEW
-    assert {row["verdict"] for row in group.rows if row["label"] == "dense"} == {""}
+    assert {cell.verdict for cell in group.cells if cell.label == "dense"} == {""}
 
 
 def test_variants_are_compared_with_each_other_over_the_same_samples(measured):
     group = group_of(measured)
     two, six = "tri_mix (layers 2-)", "tri_mix (layers 6-)"
-    up, down = group.compare(six, two, ["vt"]), group.compare(two, six, ["vt"])
+    up, down = group.answers.compare(six, two, ["vt"]), group.answers.compare(two, six, ["vt"])
     assert up.mean == -down.mean > 0
-    assert down == group.compare(two, "dense", ["vt"])
+    assert down == group.answers.compare(two, "dense", ["vt"])
 
 
 def test_the_margin_decides_what_is_no_measurable_loss(measured):
@@ -114,21 +115,21 @@ def test_markdown_csv_and_json_say_the_same(measured):
     report = build(measured)
     (group,) = report.ruler
     found = group.average_differences["tri_mix (layers 2-)"]
-    markdown = report.markdown()
+    markdown = report_markdown(report)
     assert "Points against dense over the same samples, average of 2 tasks, and what they say for a margin of 1:" in markdown
     words = [f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", "loss", "120", str(found.differing)]
     line = next(line for line in markdown.splitlines() if "| loss" in line and "120" in line)
     assert [cell.strip() for cell in line.split("|")][2:-1] == [*words, str(found.needed)]
     assert "it takes 368 such samples to exclude a loss of 1:" in markdown
     (line,) = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (layers 2-)" in line]
-    row = next(row for row in group.rows if row["label"] == "tri_mix (layers 2-)" and row["task"] == "vt")
-    ends = f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}"
-    cells = [f"{row['difference']:+.1f}", ends, "loss", "60", str(row["differing"]), str(row["samples_needed"])]
+    own = next(c.difference for c in group.cells if c.label == "tri_mix (layers 2-)" and c.row.task == "vt")
+    ends = f"{own.low:+.1f} to {own.high:+.1f}"
+    cells = [f"{own.mean:+.1f}", ends, "loss", "60", str(own.differing), str(own.needed)]
     assert [cell.strip() for cell in line.split("|")][3:-1] == cells
     same = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (layers 6-)" in line]
     assert not same, "no sample differs, so there is nothing to say of this task"
 
-    lines = list(csv.DictReader(io.StringIO(report.csv())))
+    lines = list(csv.DictReader(io.StringIO(report_csv(report))))
     average = {line["figure"]: line for line in lines if line["task"] == "average of 2" and "2" in line["label"]}
     assert float(average["difference"]["value"]) == found.mean
     assert float(average["difference_low"]["value"]) == found.low
@@ -139,11 +140,11 @@ def test_markdown_csv_and_json_say_the_same(measured):
         "tri_mix (layers 6-)": TOO_FEW,
     }
 
-    (entry,) = json.loads(report.json())
+    (entry,) = json.loads(report_json(report))
     own = entry["average_differences"]["tri_mix (layers 2-)"]
     assert (own["difference"], own["difference_high"], own["samples_needed"]) == (found.mean, found.high, found.needed)
     assert (entry["differences_over"], entry["margin"]) == (["niah_single_1", "vt"], 1.0)
-    assert report.markdown() == build(measured).markdown(), "the same files make the same report"
+    assert report_markdown(report) == report_markdown(build(measured)), "the same files make the same report"
 
 
 def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
@@ -151,7 +152,7 @@ def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
     append(measured, TtftRow(**timed, method="dense", ttft_median_s=1.0))
     append(measured, TtftRow(**timed, method="tri_mix", parameters="layers=2-", ttft_median_s=0.5))
     report = build(measured)
-    assert report.fidelity(report.ttft[0], "tri_mix").endswith("2 tasks x 60 samples at 4K): loss")
+    assert report.ttft[0].fidelity("tri_mix").endswith("2 tasks x 60 samples at 4K): loss")
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,9 @@ def test_a_speed_up_stands_beside_what_its_loss_amounts_to(measured):
 def test_a_file_that_is_not_the_rows_makes_no_interval(measured, stored, reason):
     add(measured, "tri_mix", "vt", scores_of(0.5, seed=2), stored=stored, layers="2-")
     group = group_of(measured)
-    row = next(row for row in group.rows if row["task"] == "vt" and row.get("layers") == "2-")
-    assert row["difference"] is None
-    assert row["verdict"] == f"{NOT_COMPARED}tri_mix (layers 2-) on vt: {reason}"
+    cell = next(c for c in group.cells if c.row.task == "vt" and c.row.settings.get("layers") == "2-")
+    assert isinstance(cell.difference, str)
+    assert cell.verdict == f"{NOT_COMPARED}tri_mix (layers 2-) on vt: {reason}"
     assert any(note.startswith("No interval for 1 score, the first for this reason: ") for note in group.notes())
     # Averages must be over the same tasks for all methods.
     assert group.paired_tasks == ["niah_single_1"]
@@ -177,26 +178,26 @@ def test_an_absent_file_is_said(measured):
     for path in measured.glob("some-gpu/ruler/predictions/dense/*.jsonl"):
         path.unlink()
     group = group_of(measured)
-    assert group.rows[-1]["verdict"] == f"{NOT_COMPARED}dense on vt: its file of predictions is missing"
-    assert group.average_rows() == []
-    assert "in words" not in build(measured).markdown()
+    assert group.cells[-1].verdict == f"{NOT_COMPARED}dense on vt: its file of predictions is missing"
+    assert average_records(group) == []
+    assert "in words" not in report_markdown(build(measured))
 
 
 def test_samples_beyond_those_of_the_row_do_not_count(measured):
     add(measured, "dense", "vt", scores_of(0.9), stored=[*scores_of(0.9), 0.0, 0.0])
-    assert group_of(measured).compare("tri_mix (layers 6-)", "dense", ["vt"]).differing == 0
+    assert group_of(measured).answers.compare("tri_mix (layers 6-)", "dense", ["vt"]).differing == 0
 
 
 def test_unequal_numbers_of_samples_are_compared_over_those_that_both_have(measured):
     add(measured, "tri_mix", "vt", scores_of(0.9)[:25], layers="6-")
-    found = group_of(measured).compare("tri_mix (layers 6-)", "dense", ["vt"])
+    found = group_of(measured).answers.compare("tri_mix (layers 6-)", "dense", ["vt"])
     assert (found.pairs, found.differing) == (25, 0)
 
 
 def test_other_samples_under_the_same_numbers_are_not_compared(measured):
     path = add(measured, "tri_mix", "vt", scores_of(0.9), layers="6-")
     path.write_text(path.read_text().replace("vt 7", "vt of another seed"))
-    reason = group_of(measured).compare("tri_mix (layers 6-)", "dense", ["vt"])
+    reason = group_of(measured).answers.compare("tri_mix (layers 6-)", "dense", ["vt"])
     assert reason == "tri_mix (layers 6-) and dense on vt: they did not answer the same samples"
 
 
@@ -221,7 +222,7 @@ def test_answers_to_prompts_that_read_otherwise_are_not_compared(measured, own, 
         for path in measured.glob(f"*/ruler/predictions/{method}/vt-*.jsonl"):
             lines = [json.loads(line) | ({"prompt_hash": told} if told else {}) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    verdicts = {row["task"]: row["verdict"] for row in group_of(measured).rows if row.get("layers") == "2-"}
+    verdicts = {cell.row.task: cell.verdict for cell in group_of(measured).cells if cell.row.settings.get("layers") == "2-"}
     assert verdicts["vt"].endswith("they did not answer the same samples") != compared
     assert not verdicts["niah_single_1"].startswith(NOT_COMPARED)
 
@@ -233,3 +234,10 @@ def test_a_score_that_no_sample_can_have_is_named(measured, score):
     path.write_text(json.dumps(entry) + "\n" + path.read_text())
     with pytest.raises(UserError, match="line 1 is not a prediction"):
         build(measured)
+
+
+def test_too_few_samples_come_with_how_many_it_takes():
+    few, many = difference([[0.0] * 9 + [-100.0]]), difference([[-100.0] * 50])
+    assert few.words == f"too few samples ({few.needed} a task needed)"
+    assert many.words == "loss"
+    assert difference([[0.0]]).words == "too few samples", "one sample has no spread"

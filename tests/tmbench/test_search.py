@@ -14,7 +14,8 @@ from tmbench.errors import UserError
 from tmbench.measure import search
 from tmbench.measure.search import SearchSpec, partial_path
 from tmbench.models.loading import LoadedModel
-from tmbench.report.pattern_plot import draw
+from tmbench.report.pattern_plot import pattern_figure
+from tmbench.report.pictures import save
 from tmbench.suites.prompts import prompt_ids
 from tmbench_kernels import HeadPattern, load_head_patterns, load_patterns
 from tmbench_kernels.minference import search as rule
@@ -181,12 +182,12 @@ def test_a_picture_of_few_kinds_and_of_many(tmp_path):
     many = [{head: HeadPattern("vertical_and_slash", 100 * head, 10 * layer) for head in range(4)} for layer in range(3)]
     many[0][2] = HeadPattern("stream_llm", 0, 0)
     for name, layers in (("few", few), ("many", many)):
-        draw(layers, tmp_path / "deep" / f"{name}.png")
+        save(pattern_figure(layers), tmp_path / "deep" / f"{name}.png")
         picture = (tmp_path / "deep" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-        draw(layers, tmp_path / "again.png")
+        save(pattern_figure(layers), tmp_path / "again.png")
         assert (tmp_path / "again.png").read_bytes() == picture
-        draw(layers[:-1], tmp_path / "again.png")
+        save(pattern_figure(layers[:-1]), tmp_path / "again.png")
         assert (tmp_path / "again.png").read_bytes() != picture
 
 

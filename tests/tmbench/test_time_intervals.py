@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+import made_rows
 from tmbench.report.time_intervals import (
     APART,
     FASTER,
@@ -18,10 +19,13 @@ from tmbench.report.time_intervals import (
     compare_rows,
     time_difference,
 )
+from tmbench.results.rows import TtftRow
 
 
 def row(samples, interleaved="dense tri_mix", rate=1e12):
-    return {"samples_s": samples, "interleaved": interleaved, "matrix_rate_flops": rate}
+    about = {"method": "dense", "length": 2048, "prompt": "kv", "repeats": 2, "warmup": 1}
+    told = {"samples_s": samples, "interleaved": interleaved, "matrix_rate_flops": rate}
+    return TtftRow(**made_rows.COMMON, **about, **told)
 
 
 def test_three_rounds_by_hand():

@@ -14,10 +14,12 @@ import pytest
 from matplotlib.image import imread
 
 import made_rows
-from tmbench.report import plots
+from tmbench.report import pictures
+from tmbench.report.effects import SHAPE
 from tmbench.report.intervals import GAIN, TOO_FEW, difference
-from tmbench.report.rendering import build
-from tmbench.report.tradeoff import SHAPE
+from tmbench.report.report import build
+from tmbench.report.tradeoff_plot import trade_off_figure
+from tmbench.report.writers import report_csv, report_json, report_markdown
 from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.tables import append, read
 
@@ -63,33 +65,40 @@ def trade_off_of(root):
     return group
 
 
-def variant(rows, **values):
-    (row,) = (row for row in rows if all(row[name] == value for name, value in values.items()))
-    return row
+def variant(cells, **values):
+    (cell,) = (cell for cell in cells if values.items() <= cell.row.settings.items())
+    return cell
+
+
+def saved_column(group):
+    """What the table of methods says of the time that each saves."""
+    table = group.tables()[0]
+    names = [column.name for column in table.columns]
+    return {row[names.index("method")]: row[names.index("time saved")] for row in table.rows}
 
 
 def test_time_saved_and_points_kept(swept):
     group = trade_off_of(swept)
-    assert len(group.rows) == 6
-    row = variant(group.rows, layers="2-", last_n=128)
-    assert row["saved_percent"] == pytest.approx(50)
-    assert (row["saved_low"], row["saved_high"]) == pytest.approx((50, 50)), "half as long in every round"
+    assert len(group.cells) == 6
+    cell = variant(group.cells, layers="2-", last_n=128)
+    assert cell.saved_percent == pytest.approx(50)
+    assert (cell.saved_low, cell.saved_high) == pytest.approx((50, 50)), "half as long in every round"
     expected = difference([[0.0] * 2 + [-100.0] * 8 + [0.0] * 30] * 2)
-    assert (row["difference"], row["difference_low"], row["verdict"]) == (expected.mean, expected.low, expected.verdict)
-    assert [row["saved_percent"] for row in group.rows] == sorted(row["saved_percent"] for row in group.rows)
+    assert cell.difference == expected
+    assert [cell.saved_percent for cell in group.cells] == sorted(cell.saved_percent for cell in group.cells)
 
 
 def test_nothing_beats_what_is_on_the_front(swept):
-    rows = trade_off_of(swept).rows
-    points = [(row["saved_percent"], row["difference"]) for row in rows] + [(0.0, 0.0)]
-    for row in rows:
-        own = (row["saved_percent"], row["difference"])
+    cells = trade_off_of(swept).cells
+    points = [(cell.saved_percent, cell.difference.mean) for cell in cells] + [(0.0, 0.0)]
+    for cell in cells:
+        own = (cell.saved_percent, cell.difference.mean)
         beaten = any(one[0] >= own[0] and one[1] >= own[1] and one != own for one in points)
-        assert row["front"] == (not beaten)
-    front = {(row["layers"], row["last_n"]) for row in rows if row["front"]}
+        assert cell.front == (not beaten)
+    front = {(cell.row.settings["layers"], cell.row.settings["last_n"]) for cell in cells if cell.front}
     assert front == {("2-", 0), ("2-", 128), ("4-", 128)}
-    slow = variant(rows, layers="4-", n_local=192)
-    assert not slow["front"]
+    slow = variant(cells, layers="4-", n_local=192)
+    assert not slow.front
 
 
 def test_times_that_do_not_measurably_differ_count_as_equal_on_the_front(tmp_path):
@@ -99,16 +108,15 @@ def test_times_that_do_not_measurably_differ_count_as_equal_on_the_front(tmp_pat
     add(tmp_path, 4, 0.9, 0.9, last_n=0, **variant_of)
     add(tmp_path, 2, 0.5, 0.9, rounds=(1.0, 1.01, 1.7), last_n=128, **variant_of)
     group = trade_off_of(tmp_path)
-    slow, fast = (variant(group.rows, last_n=last) for last in (0, 128))
+    slow, fast = (variant(group.cells, last_n=last) for last in (0, 128))
     logs = [log(0.9 * own / dense) for own, dense in zip(ROUNDS, (0.99, 1.0, 1.66), strict=True)]
     reach = 4.302653 * stdev(logs) / sqrt(3)
     ends = [100 * (1 - exp(fmean(logs) + sign * reach)) for sign in (1, -1)]
-    assert [slow["saved_low"], slow["saved_high"]] == pytest.approx(ends, rel=1e-4)
-    assert slow["saved_low"] < 0 < slow["saved_high"]
-    assert (slow["time_verdict"], fast["time_verdict"]) == ("no measurable difference", "faster")
-    assert (slow["front"], fast["front"]) == (False, True), "dense keeps more in a time that is not measurably longer"
-    text = next(iter(group.tables(lambda *_: "").values())).set_index("method")["time saved"]
-    assert text[slow["label"]] == f"no measurable difference ({ends[0]:+.1f} to {ends[1]:+.1f} %)"
+    assert [slow.saved_low, slow.saved_high] == pytest.approx(ends, rel=1e-4)
+    assert slow.saved_low < 0 < slow.saved_high
+    assert (slow.time.verdict, fast.time.verdict) == ("no measurable difference", "faster")
+    assert (slow.front, fast.front) == (False, True), "dense keeps more in a time that is not measurably longer"
+    assert saved_column(group)[slow.label] == f"no measurable difference ({ends[0]:+.1f} to {ends[1]:+.1f} %)"
     (effect,) = group.effects
     assert effect.times.verdict == "no measurable difference"
     assert effect.time.startswith("no measurable difference (")
@@ -119,19 +127,18 @@ def test_one_repeat_saves_nothing_that_is_known(tmp_path):
     for last in (0, 128):
         add(tmp_path, 4, 0.5, 0.9, rounds=(1.0,), layers="4-", n_init=8, n_local=64, last_n=last)
     group = trade_off_of(tmp_path)
-    assert [(row["saved_percent"], row["saved_low"], row["front"]) for row in group.rows] == [(50, None, False)] * 2
-    table = next(iter(group.tables(lambda *_: "").values()))
-    assert list(table["time saved"]) == ["+50.0 %, one repeat"] * 2
+    assert [(cell.saved_percent, cell.saved_low, cell.front) for cell in group.cells] == [(50, None, False)] * 2
+    assert list(saved_column(group).values()) == ["+50.0 %, one repeat"] * 2
     assert [one.time for one in group.effects] == ["one repeat"]
-    plots._trade_off(group).draw_without_rendering()
+    trade_off_figure(group).draw_without_rendering()
 
 
 def test_what_is_slower_than_dense_is_beaten_by_it(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
     add(tmp_path, 2, 1.5, 1.0, layers="4-", n_init=8, n_local=64, last_n=128)
-    (row,) = trade_off_of(tmp_path).rows
-    assert row["saved_percent"] == pytest.approx(-50)
-    assert not row["front"]
+    (cell,) = trade_off_of(tmp_path).cells
+    assert cell.saved_percent == pytest.approx(-50)
+    assert not cell.front
 
 
 def test_times_of_other_turns_are_named_and_no_effect(tmp_path):
@@ -143,7 +150,7 @@ def test_times_of_other_turns_are_named_and_no_effect(tmp_path):
     path.unlink()
     append(tmp_path, rows[0], replace(rows[1], interleaved="dense tri_mix tri_mix"))
     group = trade_off_of(tmp_path)
-    assert [row["apart"] for row in group.rows] == [False, True]
+    assert [cell.apart for cell in group.cells] == [False, True]
     (note,) = group.notes()
     assert note.endswith("may have changed in between: tri_mix (last_n 0).")
     (effect,) = group.effects
@@ -176,6 +183,17 @@ def test_neighbouring_values_are_compared(tmp_path):
     assert effects[0].points.verdict == TOO_FEW
 
 
+def test_neighbours_are_layers_from_one_on_or_lists(tmp_path):
+    add(tmp_path, 2, 1.0, 1.0, "dense")
+    for place, layers in enumerate(("3,10-12", "16-", "3,7", "4-")):
+        add(tmp_path, place, 0.5, 0.2 + 0.1 * place, layers=layers, n_init=8, n_local=64, last_n=0)
+    effects = trade_off_of(tmp_path).effects
+    assert [(one.parameter, one.before, one.after) for one in effects] == [
+        ("layers", "4-", "16-"),
+        ("layers", "3,7", "3,10-12"),
+    ]
+
+
 def test_another_cost_is_no_control(tmp_path):
     add(tmp_path, 2, 1.0, 1.0, "dense")
     add(tmp_path, 2, 0.5, 0.500, layers="4-", n_init=8, n_local=64, last_n=128)
@@ -200,39 +218,40 @@ def test_times_of_another_setting_are_not_joined(tmp_path, changes):
 def test_markdown_csv_and_json(swept):
     report = build(swept)
     (group,) = report.trade_offs
-    markdown = report.markdown()
+    markdown = report_markdown(report)
     assert (
         "### Accuracy kept against time saved at 4K: a/model, checkpoint weights, bfloat16, prompt kv, eager prefill"
         in markdown
     )
     assert f"| {SHAPE} | n_local 192, last_n 0 | n_local 64, last_n 128 |" in re.sub(" +", " ", markdown)
-    lines = [line for line in csv.DictReader(io.StringIO(report.csv())) if line["kind"] == "trade-off"]
+    lines = [line for line in csv.DictReader(io.StringIO(report_csv(report))) if line["kind"] == "trade-off"]
     saved = {line["label"]: float(line["value"]) for line in lines if line["figure"] == "saved_percent"}
-    assert saved == pytest.approx({row["label"]: row["saved_percent"] for row in group.rows})
-    entry = next(entry for entry in json.loads(report.json()) if "front" in entry)
-    assert entry["front"] == [row["label"] for row in group.rows if row["front"]]
+    assert saved == pytest.approx({cell.label: cell.saved_percent for cell in group.cells})
+    entry = next(entry for entry in json.loads(report_json(report)) if "front" in entry)
+    assert entry["front"] == [cell.label for cell in group.cells if cell.front]
     assert {one["parameter"] for one in entry["effects"]} == {"layers", "n_local", "last_n", SHAPE}
     assert entry["effects"][0]["verdict"] in {GAIN, TOO_FEW, "loss", "no measurable loss"}
 
 
 def test_the_plot_has_every_method_with_its_bars(swept, tmp_path):
     report = build(swept)
-    figure = plots._trade_off(report.trade_offs[0])
+    figure = trade_off_figure(report.trade_offs[0])
     (axes,) = figure.axes
     texts = [text.get_text() for text in axes.texts]
     for number in range(1, 7):
         assert str(number) in texts
         assert any(text.startswith(f"{number} tri_mix (") for text in texts)
     assert len(axes.containers) == 6
-    for container, row in zip(axes.containers, report.trade_offs[0].rows, strict=True):
+    for container, cell in zip(axes.containers, report.trade_offs[0].cells, strict=True):
         across, up = (bars.get_segments()[0] for bars in container.lines[2])
-        assert across[:, 0] == pytest.approx([row["saved_low"], row["saved_high"]])
-        assert up[:, 1] == pytest.approx([row["difference_low"], row["difference_high"]])
+        assert across[:, 0] == pytest.approx([cell.saved_low, cell.saved_high])
+        assert up[:, 1] == pytest.approx([cell.difference.low, cell.difference.high])
     figure.draw_without_rendering()
     for text in axes.texts:
         box = text.get_window_extent()
         assert box.x1 <= figure.bbox.x1 + 1, f"{text.get_text()} is cut off"
-    path = next(path for path in plots.draw(report, tmp_path / "plots") if path.name.startswith("trade-off-"))
+    drawn = pictures.save_all(pictures.figures(report), tmp_path / "plots")
+    path = next(path for path in drawn if path.name.startswith("trade-off-"))
     assert path.name.startswith("trade-off-some-gpu-model-4k-")
     assert imread(path).shape[1] >= 900
 

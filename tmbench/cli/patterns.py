@@ -126,11 +126,12 @@ def show(
     if not any(layers):
         raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
     if plot is not None:
-        from tmbench.report.pattern_plot import draw
+        from tmbench.report.pattern_plot import pattern_figure
+        from tmbench.report.pictures import save
         from tmbench.results.files import writable
 
         with writable(plot, "--plot"):
-            draw(layers, plot)
+            save(pattern_figure(layers), plot)
     _show(layers, file.name)
     if plot is not None:
         say(f"drew {plot}")

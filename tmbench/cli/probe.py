@@ -159,7 +159,8 @@ def probe(
 
 def _draw(spec: ProbeSpec, plot: Path, rows: Sequence[ProbeRow]) -> None:
     """A picture for each length that was probed."""
-    from tmbench.report.probe_plot import draw
+    from tmbench.report.pictures import save
+    from tmbench.report.probe_plot import probe_figure
     from tmbench.results.files import writable
 
     for length in spec.lengths:
@@ -167,7 +168,7 @@ def _draw(spec: ProbeSpec, plot: Path, rows: Sequence[ProbeRow]) -> None:
         if here[0].status == "ok":
             path = plot if len(spec.lengths) == 1 else plot.with_stem(f"{plot.stem}-{length}")
             with writable(path, "--plot"):
-                draw(here, spec.derivative, path)
+                save(probe_figure(here, spec.derivative), path)
             say(f"drew {path}")
 
 

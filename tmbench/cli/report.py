@@ -21,25 +21,25 @@ def report(
         Literal["md", "csv", "json"], typer.Option("--format", help="Tables, or every figure in long form.")
     ] = "md",
     margin: Annotated[
-        float, typer.Option(help="The loss in points of a hundred that nobody minds; above 0 and at most 100.")
+        float, typer.Option(help="The non-inferiority margin, in points of a hundred; above 0 and at most 100.")
     ] = MARGIN,
     output: Annotated[Path | None, typer.Option(help="Write to this file.", show_default="the terminal")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
 ) -> None:
-    """Render what was measured, from the result files alone: TTFT, break-even lengths and RULER, one section per device."""
-    from tmbench.report.rendering import build
+    """Render what was measured, from the result files alone: TTFT, RULER, token agreement, losses and probes, by device."""
+    from tmbench.report import writers
+    from tmbench.report.report import build
     from tmbench.results.files import writable, write_whole
 
     if not 0 < margin <= 100:
         raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
     built = build(results, margin)
-    text = {"md": built.markdown, "csv": built.csv, "json": built.json}[form]()
+    text = {"md": writers.report_markdown, "csv": writers.report_csv, "json": writers.report_json}[form](built)
     if plots is not None:
-        from tmbench.report.plots import draw
-        from tmbench.report.probe_plot import draw_all
+        from tmbench.report.pictures import figures, save_all
 
         with writable(plots, "--plots"):
-            for path in (*draw(built, plots), *draw_all(results, plots)):
+            for path in save_all(figures(built), plots):
                 say(f"drew {path}")
     if output is not None:
         with writable(output, "--output"):

@@ -130,9 +130,7 @@ def _show_plan(spec: SweepSpec, loaded: LoadedModel) -> None:
 
 def _show(spec: SweepSpec, loaded: LoadedModel) -> None:
     """What of the report is about this sweep."""
-    from tmbench.report.groups import interval_text
-    from tmbench.report.rendering import build
-    from tmbench.report.tradeoff import saved_text
+    from tmbench.report.report import build
     from tmbench.suites.ruler import Ruler
 
     here, suite = spec.environment, spec.accuracy.suite
@@ -142,22 +140,21 @@ def _show(spec: SweepSpec, loaded: LoadedModel) -> None:
     about |= {"prefill": spec.ttft.prefill, "wording": suite.texts.name}
     about |= {"chat_template": suite.chat_template_kwargs is not None, "chat_template_kwargs": chat.kwargs}
     found = [
-        group
-        for group in build(spec.root).trade_offs
-        if group.setting["length"] in spec.plans and all(group.setting[name] == value for name, value in about.items())
+        section
+        for section in build(spec.root).trade_offs
+        if section.setting.length in spec.plans
+        and all(getattr(section.setting, name) == value for name, value in about.items())
     ]
-    for group in found:
-        shown = table(f"Against dense at {group.setting['length']} tokens", "method", "time saved", "points", "in words")
-        for row in group.rows:
-            points = interval_text(row["difference"], row["difference_low"], row["difference_high"])
-            front = ", on the front" * row["front"]
-            shown.add_row(row["label"], saved_text(row), points, f"{row['verdict']}{front}")
+    for section in found:
+        shown = table(f"Against dense at {section.setting.length} tokens", "method", "time saved", "points", "in words")
+        for cell in section.cells:
+            front = ", on the Pareto front" * cell.front
+            shown.add_row(cell.label, cell.saved, cell.points, f"{cell.difference.words}{front}")
         console().print(shown)
         shown = table("What one change does", "from, to", "elsewhere", "time", "points", "in words")
-        for one in group.effects:
-            points = interval_text(one.points.mean, one.points.low, one.points.high)
+        for one in section.effects:
             change = f"{one.parameter}: {one.before} to {one.after}"
-            shown.add_row(change, one.elsewhere, one.time, points, one.points.verdict)
+            shown.add_row(change, one.elsewhere, one.time, one.points_text, one.points.words)
         console().print(shown)
     if not found:
         say("no variant was both timed and asked beside dense: nothing to show")

@@ -107,8 +107,8 @@ def _show_plan(spec: TtftSpec, loaded: LoadedModel) -> None:
 
 
 def _show(rows: Sequence[TtftRow]) -> None:
-    from tmbench.report.groups import NOT_IN_TURNS
-    from tmbench.report.time_intervals import in_turns
+    from tmbench.report.time_intervals import interleaved
+    from tmbench.report.ttft import NOT_INTERLEAVED
 
     figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
     for length in sorted({row.length for row in rows}):
@@ -119,9 +119,9 @@ def _show(rows: Sequence[TtftRow]) -> None:
         for row in here:
             shown.add_row(row.method, *_figures(row, dense))
         console().print(shown)
-        apart = [row.method for row in timed if dense and not in_turns(vars(row), vars(dense))]
+        apart = [row.method for row in timed if dense and not interleaved(row, dense)]
         if apart:
-            say(f"{NOT_IN_TURNS}: {', '.join(apart)}; --overwrite measures them together")
+            say(f"{NOT_INTERLEAVED}: {', '.join(apart)}; --overwrite measures them together")
     say_failures(rows)
     longest = max((row.compile_s or 0.0 for row in rows), default=0.0)
     if longest >= NOTICEABLE:
@@ -145,7 +145,7 @@ def _against(row: TtftRow, dense: TtftRow) -> str:
     """The time against dense's in the same turns; rows of other runs say no more than that they are."""
     from tmbench.report.time_intervals import APART, NO_DIFFERENCE, TimeDifference, compare_rows
 
-    found = compare_rows(vars(row), vars(dense))
+    found = compare_rows(row, dense)
     if isinstance(found, TimeDifference):
         ends = f"{found.low:+.0f} to {found.high:+.0f}"
         return f"{NO_DIFFERENCE} ({ends} %)" if found.verdict == NO_DIFFERENCE else f"{found.percent:+.0f} % ({ends})"

@@ -34,6 +34,7 @@ from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
+from tmbench.results.loss_samples import LossSample
 from tmbench.results.rows import LossRow, now
 from tmbench.results.sample_files import Kept, highest
 from tmbench.results.words import counted
@@ -41,26 +42,6 @@ from tmbench.suites.questions import Question, check_task, questions, wording_ha
 
 CHUNK_LOGITS = 2**27
 """Logits that are held at a time: half a gigabyte in float32, 1024 tokens of a vocabulary of 128K."""
-
-
-@dataclass(frozen=True)
-class LossSample:
-    """One prompt and its answer: a line of the JSONL file. Losses are means over tokens, in nats."""
-
-    index: int
-    nll_prompt: float
-    nll_answer: float
-    nll_first: float
-    prompt_tokens: int
-    answer_tokens: int
-    source: str
-    backends: str
-    seconds: float
-    prompt_hash: str = ""
-    """A hash of the prompt's token ids, and of the answer's; "" in files of older versions."""
-    answer_hash: str = ""
-    peak_memory: int | None = None
-    """Device memory at its peak in bytes, model included; None on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a method kept, in words that stand beside its time: its logit error, and its RULER score of the same settings.
+"""What a method kept: the RULER score of the same settings that stands beside its time.
 
 A time has evidence from scores of the same model, device and parameters, and of as many threads where there are any. Of
 several sets of scores the one with the most tasks counts, then that with the most samples, then that of the nearest length;
@@ -13,71 +13,74 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tmbench.report.groups import MODEL, Record, RulerGroup, TtftGroup
 from tmbench.report.intervals import Difference
+from tmbench.report.ruler import RulerCell, RulerSection
+from tmbench.report.settings import TtftSetting
 from tmbench.results.words import counted, length_name
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The scores of one method and of dense over the tasks that both have."""
+    """The scores of one method and of dense over the tasks that both have, beside times of one setting."""
 
-    scores: RulerGroup
+    times: TtftSetting
+    scores: RulerSection
     label: str
 
     @cached_property
-    def pairs(self) -> list[tuple[Record, Record]]:
-        """Rows of the method and of dense, task by task."""
-        dense = {row["task"]: row for row in self.scores.measured("dense")}
-        return [(row, dense[row["task"]]) for row in self.scores.measured(self.label) if row["task"] in dense]
+    def pairs(self) -> list[tuple[RulerCell, RulerCell]]:
+        """Cells of the method and of dense, task by task."""
+        dense = {cell.row.task: cell for cell in self.scores.measured("dense")}
+        return [(cell, dense[cell.row.task]) for cell in self.scores.measured(self.label) if cell.row.task in dense]
 
     @cached_property
     def samples(self) -> list[int]:
         """How many samples of each task both answered."""
-        return [min(own["samples"], dense["samples"]) for own, dense in self.pairs]
+        return [min(own.row.samples, dense.row.samples) for own, dense in self.pairs]
 
-    def order(self, times: TtftGroup, length: int) -> tuple[Any, ...]:
-        """A key by which the best evidence of a time comes first."""
+    @property
+    def other_prefill(self) -> bool:
+        """Whether the scores' prompts were read by another prefill than the times'."""
+        return self.scores.setting.accuracy_prefill != self.times.prefill
+
+    def order(self, length: int) -> tuple[Any, ...]:
+        """A key by which the best evidence of a time at a length comes first."""
         about = self.scores.setting
-        far = abs(math.log(about["length"] / length))
-        other = about["threads"] != times.setting["threads"]
-        return other, about["older_data"], -len(self.pairs), -sum(self.samples), far, -about["length"], self.scores.title
+        far = abs(math.log(about.length / length))
+        other = about.threads != self.times.threads
+        most = (-len(self.pairs), -sum(self.samples))
+        return other, about.older_data, *most, self.other_prefill, far, -about.length, self.scores.title
 
-    def words(self, times: TtftGroup) -> str:
+    @cached_property
+    def words(self) -> str:
         """The two scores, over what they are, what is other than for the time, and what the difference says."""
-        own, dense = (sum(row["score"] for row in rows) / len(rows) for rows in zip(*self.pairs, strict=True))
+        own, dense = (sum(cell.row.score or 0.0 for cell in cells) / len(cells) for cells in zip(*self.pairs, strict=True))
         least, most = min(self.samples), max(self.samples)
         each = counted(most, "sample") if least == most else f"{least} to {most} samples"
-        over = f"{counted(len(self.pairs), 'task')} x {each} at {length_name(self.scores.setting['length'])}"
-        threads = self.scores.setting["threads"]
-        if threads != times.setting["threads"]:
-            over += f" with {counted(threads, 'CPU thread')}, not {times.setting['threads']}"
-        tasks = [row["task"] for row, _ in self.pairs]
+        over = f"{counted(len(self.pairs), 'task')} x {each} at {length_name(self.scores.setting.length)}"
+        threads = self.scores.setting.threads
+        if threads != self.times.threads:
+            over += f" with {counted(threads, 'CPU thread')}, not {self.times.threads}"
+        tasks = [cell.row.task for cell, _ in self.pairs]
         found: Difference | str | None = self.scores.average_differences.get(self.label)
         if sorted(tasks) != sorted(self.scores.paired_tasks):
-            found = self.scores.compare(self.label, "dense", tasks)
+            found = self.scores.answers.compare(self.label, "dense", tasks)
         said = f": {found.verdict}" if isinstance(found, Difference) and self.label != "dense" else ""
         return f"RULER {own:.1f} (dense {dense:.1f}, {over}){said}"
 
 
-def fidelity(times: TtftGroup, label: str, ruler: Sequence[RulerGroup]) -> str:
-    """What the method of a label kept: its worst logit error, and its best RULER evidence."""
-    rows = [row for row in times.rows if row["label"] == label]
-    errors = [(row["logit_error"], length_name(row["length"])) for row in rows if row["logit_error"] is not None]
-    # A logit error that is not a number is the worst there is, and compares with nothing.
-    worst = max(errors, key=lambda error: (math.isnan(error[0]), error[0]), default=None)
-    kept = [f"logit error {worst[0]:.2g} at {worst[1]}"] if worst else []
-    same = [scores for scores in ruler if all(scores.setting[name] == times.setting[name] for name in MODEL)]
-    wanted = (rows[0]["method"], rows[0]["parameters"])
+def best_evidence(
+    times: TtftSetting, method: str, parameters: str, length: int, scores: Sequence[RulerSection]
+) -> Evidence | None:
+    """The scores that count for a method's times up to a length; None where there are none.
+
+    Args:
+        parameters: as ``comparable.parameters_text`` gives them.
+        scores: sections of the same device and model.
+    """
     found = []
-    for scores in same:
-        labels = {(row["method"], row["parameters"]): row["label"] for row in reversed(scores.rows)}
-        evidence = Evidence(scores, labels.get(wanted, ""))
+    for section in scores:
+        evidence = Evidence(times, section, section.label_of.get((method, parameters), ""))
         if evidence.label and evidence.pairs:
             found.append(evidence)
-    longest = max(row["length"] for row in rows)
-    if found:
-        kept.append(min(found, key=lambda one: one.order(times, longest)).words(times))
-    elif kept and same:
-        kept.append("no RULER score with these parameters")
-    return "; ".join(kept) or "not measured"
+    return min(found, key=lambda one: one.order(length), default=None)

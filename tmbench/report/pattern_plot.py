@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tmbench.report.plots import COLOURS, GREY, PALE, save
+from tmbench.report.plot_style import COLOURS, GREY, PALE
 from tmbench_kernels import HeadPattern
 
 LETTERS = {"vertical_and_slash": "", "stream_llm": "s", "block_sparse": "b"}
@@ -25,11 +24,11 @@ Kind = tuple[str, int, int]
 """A head's type and its two numbers."""
 
 
-def draw(layers: Sequence[Mapping[int, HeadPattern]], path: Path) -> None:
-    """Draw a file's heads as a PNG; heads that the file leaves out stay empty.
+def pattern_figure(layers: Sequence[Mapping[int, HeadPattern]]) -> Figure:
+    """A file's heads; those that the file leaves out stay empty.
 
     Where there are more kinds than colours, a cell's colour is how much a head may keep, columns and distances together, and
-    a letter marks streaming and block-sparse heads. Raises OSError where the file cannot be written.
+    a letter marks streaming and block-sparse heads.
     """
     heads = max((max(layer, default=-1) for layer in layers), default=-1) + 1
     figure = Figure(figsize=(3.0 + CELL_INCH * heads, 2.4 + CELL_INCH * len(layers)), layout="constrained")
@@ -52,7 +51,7 @@ def draw(layers: Sequence[Mapping[int, HeadPattern]], path: Path) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(colors=GREY)
     axes.spines[:].set_color(PALE)
-    save(figure, path)
+    return figure
 
 
 def _cells(axes: Axes, layers: Sequence[Mapping[int, HeadPattern]], looks: Mapping[Kind, tuple[Any, str]]) -> None:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ruler_tasks.published import BY_PUNCTUATION, WORDS_MISSING
 
 
-def drawn_words(setting: Mapping[str, Any]) -> str:
+def drawn_words(samples_as: str) -> str:
     """What a title says of the drawing, with ", " behind it; nothing for tmbench's own."""
-    return "samples drawn as the reference draws them, " if setting["samples_as"] == "reference" else ""
+    return "samples drawn as the reference draws them, " if samples_as == "reference" else ""
 
 
-def drawing_notes(setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What must be known before scores are set beside published ones."""
-    if setting["samples_as"] != "reference":
-        if not str(setting["wording"]).startswith("reference"):
+def drawing_notes(samples_as: str, wording: str, origins: Sequence[str]) -> list[str]:
+    """What must be known before scores are set beside published ones, given what each row's prompts are made of."""
+    if samples_as != "reference":
+        if not wording.startswith("reference"):
             return []
         return [
             "The wording is the published one, but tmbench drew the samples by its own rules: published scores compare only "
             "under `--samples-as reference` too."
         ]
-    origins = [str(row["source"]) for row in rows]
     notes = {
         "Drawn as the reference draws them, the answers of cwe and fwe and the documents of qa stand at the same places in "
         "samples of one size, and special tokens are not counted.": True,

@@ -1,6 +1,6 @@
-"""How sure a difference of two times is: intervals over repeats that were taken in turns.
+"""How sure a difference of two times is: intervals over repeats that were interleaved.
 
-Methods are timed in turns (A B C A B C), so the repeats of one round belong together: what changed from round to round, a
+Methods are interleaved (A B C A B C), so the repeats of one round belong together: what changed from round to round, a
 clock or another program on the same cores, changed both. Each round gives one ratio of two times. If the two take equally
 long, it is as likely that the one of a round is the slower as the other, so the logarithm of the ratio is spread evenly
 about 0, however uneven the times are.
@@ -15,26 +15,27 @@ repeat makes wide, and which keeps its level where slow repeats are common. It i
 leave that out.
 
 **Words.** "faster" and "slower" where the interval excludes 0, "no measurable difference" where it does not. One repeat, or
-times that were not taken in turns, say neither.
+times that were not interleaved, say neither.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate, combinations_with_replacement, takewhile
-from typing import Any
+
+from tmbench.report.student import mean_interval
+from tmbench.report.words import ends_text, percent_text
+from tmbench.results.rows import TtftRow
 
 CONFIDENCE = 0.95
 FEWEST_RANKED, MANY_RANKED = 6, 50
 """Beyond so many the ranks' sum counts as normal."""
-STUDENT_T = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764}
-"""The 97.5 % quantile of Student's distribution for a mean of so many values."""
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no measurable difference"
-APART, ONE_REPEAT, UNKNOWN_REPEATS = "not in turns", "one repeat", "repeats not known"
+APART, ONE_REPEAT, UNKNOWN_REPEATS = "not interleaved", "one repeat", "repeats not known"
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class TimeDifference:
         return FASTER if self.high < 0 else SLOWER
 
 
-def in_turns(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two TTFT rows of one length come from the same turns: then what changed over time changed both.
+def interleaved(one: TtftRow, other: TtftRow) -> bool:
+    """Whether two TTFT rows of one length come from the same rounds: then what changed over time changed both.
 
-    The matrix rate is measured between the turns, so that rows of other turns have another one.
+    The GEMM throughput is measured between the rounds, so that rows of other rounds have another one.
     """
-    return all(one[name] == other[name] for name in ("interleaved", "matrix_rate_flops"))
+    return (one.interleaved, one.matrix_rate_flops) == (other.interleaved, other.matrix_rate_flops)
 
 
-def compare_rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> TimeDifference | str:
-    """The time of one TTFT row against another's of the same length, given their columns; in words why there is none."""
-    if not in_turns(one, other):
+def compare_rows(one: TtftRow, other: TtftRow) -> TimeDifference | str:
+    """The time of one TTFT row against another's of the same length; in words why there is none."""
+    if not interleaved(one, other):
         return APART
-    own, others = _seconds(one["samples_s"]), _seconds(other["samples_s"])
+    own, others = _seconds(one.samples_s), _seconds(other.samples_s)
     if not own or len(own) != len(others):
         return UNKNOWN_REPEATS
     return ONE_REPEAT if len(own) == 1 else time_difference(own, others)
@@ -82,9 +83,17 @@ def time_difference(own: Sequence[float], others: Sequence[float]) -> TimeDiffer
     ratios = [a / b for a, b in zip(own, others, strict=True)]
     logs = [math.log(ratio) for ratio in ratios]
     middle = statistics.median(ratios)
-    low, high = _ranked(logs) if len(logs) >= FEWEST_RANKED else _student(logs)
+    low, high = _ranked(logs) if len(logs) >= FEWEST_RANKED else mean_interval(logs)
     percent, low, high = (100 * (ratio - 1) for ratio in (middle, math.exp(low), math.exp(high)))
     return TimeDifference(percent, min(low, percent), max(high, percent))
+
+
+def time_text(percent: float, low: float | None, high: float | None, words: str) -> str:
+    """A change of a time with its interval; without one, why there is none."""
+    if low is None or high is None:
+        return f"{percent_text(percent)}, {words}"
+    ends = ends_text(low, high, 1)
+    return f"{NO_DIFFERENCE} ({ends} %)" if words == NO_DIFFERENCE else f"{percent_text(percent)} ({ends})"
 
 
 @lru_cache(maxsize=2**14)
@@ -95,12 +104,6 @@ def _seconds(text: str) -> Sequence[float]:
     except ValueError:
         return []
     return found if all(0 < value < math.inf for value in found) else []
-
-
-def _student(logs: Sequence[float]) -> tuple[float, float]:
-    reach = STUDENT_T[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
-    mean = statistics.fmean(logs)
-    return mean - reach, mean + reach
 
 
 def _ranked(logs: Sequence[float]) -> tuple[float, float]:

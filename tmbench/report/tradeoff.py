@@ -1,261 +1,184 @@
-"""Accuracy kept against time saved: methods and variants that were both timed and asked, and what one parameter changes."""
+"""Accuracy kept against time saved: methods and variants that were both timed and asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
 
-import pandas as pd
-
-from tmbench.report.groups import (
-    FEW_REPEATS,
-    MODEL,
-    NOT_IN_TURNS,
-    NOTHING,
-    Group,
-    Record,
-    RulerGroup,
-    TtftGroup,
-    difference_fields,
-    in_value_order,
-    interval_text,
-    parameter_names,
-    percent_text,
-    signed,
-    template_words,
-)
+from tmbench.report.effects import Effect, effects_of
 from tmbench.report.intervals import Difference
-from tmbench.report.samples_as import drawn_words
-from tmbench.report.time_intervals import APART, FASTER, NO_DIFFERENCE, TimeDifference, compare_rows
+from tmbench.report.ruler import RulerSection
+from tmbench.report.section import Cell, Section
+from tmbench.report.settings import TradeOffSetting, machine_words
+from tmbench.report.table import Table, columns
+from tmbench.report.time_intervals import APART, FASTER, TimeDifference, compare_rows, time_text
+from tmbench.report.ttft import FEW_REPEATS, NOT_INTERLEAVED, TtftCell, TtftSection
+from tmbench.report.words import NOTHING, figure_text, interval_text
+from tmbench.results.rows import TtftRow
 from tmbench.results.words import counted, length_name
 
-KIND = "trade-off"
-SAME_COST = 0.005
-"""Coverages that differ by less than this part of themselves count as the same cost."""
-SHAPE = "shape at the same cost"
+
+@dataclass(frozen=True)
+class TradeOffCell(Cell[TtftRow]):
+    """What a method saves of dense's time, and what it keeps."""
+
+    time: TtftCell
+    difference: Difference
+    """The average difference to dense, in points."""
+    front: bool
+    """Whether it is on the Pareto front: timed in the same rounds as dense, and nothing else that was beats it. What beats
+    another keeps as much accuracy in measurably less time, or more in no measurably longer time."""
+
+    @property
+    def figure(self) -> float | None:
+        return self.saved_percent
+
+    @property
+    def saved_percent(self) -> float:
+        """The part of dense's time that it saves, in percent."""
+        assert self.time.percent_vs_dense is not None
+        return -self.time.percent_vs_dense
+
+    @property
+    def saved_low(self) -> float | None:
+        """The lower end of its 95 % interval; None where dense was not timed in the same rounds."""
+        return None if self.time.percent_high is None else -self.time.percent_high
+
+    @property
+    def saved_high(self) -> float | None:
+        """The upper end of it."""
+        return None if self.time.percent_low is None else -self.time.percent_low
+
+    @property
+    def apart(self) -> bool:
+        """Whether dense was timed in other rounds."""
+        return self.time.verdict == APART
+
+    @property
+    def saved(self) -> str:
+        """The time that it saves, in words."""
+        return time_text(self.saved_percent, self.saved_low, self.saved_high, self.time.verdict)
+
+    @property
+    def points(self) -> str:
+        """The points against dense with their interval."""
+        return interval_text(self.difference.mean, self.difference.low, self.difference.high)
 
 
 @dataclass(frozen=True)
-class Effect:
-    """Two variants of a method that differ in one parameter, or in their shape at the same cost."""
+class TradeOff(Section[TradeOffSetting, TradeOffCell]):
+    """One model at one length, timed and asked: the methods beside dense, by the time that they save."""
 
-    parameter: str
-    before: str
-    after: str
-    """The values, or the parameters that make the two shapes."""
-    elsewhere: str
-    """What the two have in common among the parameters in which any variants here differ."""
-    points: Difference
-    """Of the second against the first, over the same samples."""
-    times: TimeDifference | str
-    """The second's time against the first's, over the same rounds: negative is faster. In words why there is none."""
-
-    @property
-    def time_percent(self) -> float | None:
-        """The change of the time; None where it is not known."""
-        return self.times.percent if isinstance(self.times, TimeDifference) else None
-
-    @property
-    def time(self) -> str:
-        """The change of the time in words."""
-        if isinstance(self.times, str):
-            return NOTHING if self.times == APART else self.times
-        return _time_text(self.times.percent, self.times.low, self.times.high, self.times.verdict)
-
-
-@dataclass(frozen=True)
-class TradeOff(Group):
-    """One model at one length, timed and asked. Its rows are the methods beside dense, by the time that they save.
-
-    A row has ``saved_percent``, the part of dense's time that it saves, with its 95 % interval from ``saved_low`` to
-    ``saved_high``, which are None where dense was not timed in the same rounds; ``apart``, whether dense was timed in other
-    turns; the average difference to dense as ``RulerGroup`` has it; and ``front``, whether it was timed in the same rounds
-    as dense and nothing else that was, dense among them, beats it. What beats another keeps as much accuracy in measurably
-    less time, or more in no measurably longer time.
-    """
-
-    scores: RulerGroup
+    scores: RulerSection
 
     @property
     def title(self) -> str:
         about = self.setting
-        setting = f"prompt {about['prompt']}, {about['prefill']} prefill, {self.machine}seed {about['seed']}"
-        template = f"{template_words(about)}, " if about["chat_template"] else ""
-        over = f"average of {counted(len(self.scores.paired_tasks), 'task')}"
-        wording = f"wording {about['wording']}, {drawn_words(about)}{template}{over}"
-        return f"Accuracy kept against time saved at {length_name(about['length'])}: {self.subject}, {setting}, {wording}"
-
-    def notes(self) -> list[str]:
-        few = min(row["repeats"] for row in self.rows)
-        notes = [f"Times of only {counted(few, 'repeat')}: fewer than {FEW_REPEATS} hardly tell what is faster."] * (
-            few < FEW_REPEATS
-        )
-        apart = [row["label"] for row in self.rows if row["apart"]]
-        if apart:
-            notes.append(f"{NOT_IN_TURNS}: {'; '.join(apart)}.")
-        return notes + super().notes()
+        setting = f"prompt {about.prompt}, {about.prefill} prefill, {machine_words(about.threads)}seed {about.seed}"
+        template = f"{about.template}, " if about.chat_template else ""
+        wording = f"wording {about.wording}, {about.drawn}{template}{self.scores.over}"
+        return f"Accuracy kept against time saved at {length_name(about.length)}: {about.subject}, {setting}, {wording}"
 
     @cached_property
     def effects(self) -> list[Effect]:
         """What each parameter changes between neighbouring values, all others equal; and the shape at the same cost."""
-        found = []
-        for name in (names := parameter_names(self.rows)):
-            # Numbers, and layers from one on, are neighbours of each other, and texts of texts.
-            alike: dict[tuple[Any, ...], list[Record]] = {}
-            for row in self.rows:
-                if name in row:
-                    others = tuple(row.get(other) for other in names if other != name)
-                    alike.setdefault((in_value_order(name, row[name])[0], row["method"], *others), []).append(row)
-            for rows in (alike[key] for key in sorted(alike, key=lambda key: bool(key[0]))):
-                ordered = sorted(rows, key=lambda row: in_value_order(name, row[name]))
-                found += [self._effect(name, (name,), first, second) for first, second in pairwise(ordered)]
-        found += [self._effect(SHAPE, ("n_local", "last_n"), first, second) for first, second in _same_cost(self.rows)]
-        return [effect for effect in found if effect is not None]
+        return effects_of([cell.time for cell in self.cells], self.labels, self.scores)
 
-    def _effect(self, parameter: str, names: Sequence[str], first: Record, second: Record) -> Effect | None:
-        """None where the two agree with dense's samples but not with each other's beyond those."""
-        points = self.scores.compare(second["label"], first["label"], self.scores.paired_tasks)
-        if not isinstance(points, Difference):
-            return None
-        differing = [
-            name
-            for name in parameter_names(self.rows)
-            if len({row.get(name) for row in self.rows}) > 1 and name not in names
-        ]
-        several = len({row["method"] for row in self.rows}) > 1
-        common = [first["method"]] * several + [f"{name} {first[name]}" for name in differing if name in first]
-        if len(names) == 1:
-            before, after = str(first[parameter]), str(second[parameter])
-        else:
-            before, after = (", ".join(f"{name} {row[name]}" for name in names) for row in (first, second))
-        return Effect(parameter, before, after, ", ".join(common), points, compare_rows(second, first))
-
-    def summary(self) -> Record:
-        """What follows from the rows together, for JSON: the front, fastest last, and the effects of single parameters."""
-        effects = [
-            {
-                "parameter": one.parameter,
-                "from": one.before,
-                "to": one.after,
-                "elsewhere": one.elsewhere,
-                "time_percent": one.time_percent,
-                "time_low": one.times.low if isinstance(one.times, TimeDifference) else None,
-                "time_high": one.times.high if isinstance(one.times, TimeDifference) else None,
-                "time_verdict": one.times.verdict if isinstance(one.times, TimeDifference) else one.times,
-                **difference_fields(one.points),
-            }
-            for one in self.effects
-        ]
-        return {"front": [row["label"] for row in self.rows if row["front"]], "effects": effects}
-
-    def tables(self, fidelity: Callable[[TtftGroup, str], str]) -> dict[str, pd.DataFrame]:
-        """Captions and tables of texts: the methods by the time that they save, and what single parameters change."""
+    def tables(self) -> list[Table]:
+        """The methods by the time that they save, and what single parameters change."""
         methods = [
-            {
-                "method": row["label"],
-                "time saved": saved_text(row),
-                "points against dense": interval_text(row["difference"], row["difference_low"], row["difference_high"]),
-                "in words": row["verdict"],
-                "coverage": NOTHING if row["coverage"] is None else f"{row['coverage']:.1%}",
-                "on the front": NOTHING if row["saved_low"] is None else "yes" if row["front"] else "no",
-            }
-            for row in self.rows
+            [
+                cell.label,
+                cell.saved,
+                cell.points,
+                cell.difference.words,
+                figure_text(cell.row.coverage, ".1%"),
+                NOTHING if cell.saved_low is None else "yes" if cell.front else "no",
+            ]
+            for cell in self.cells
         ]
+        names = ("method", "time saved", "points against dense", "in words", "density", "on the Pareto front")
         effects = [
-            {
-                "what changes": one.parameter,
-                "from": one.before,
-                "to": one.after,
-                "elsewhere": one.elsewhere,
-                "points": interval_text(one.points.mean, one.points.low, one.points.high),
-                "in words": one.points.verdict,
-                "time": one.time,
-            }
+            [one.parameter, one.before, one.after, one.elsewhere, one.points_text, one.points.words, one.time]
             for one in self.effects
         ]
-        return {
-            "The time saved over the rounds of turns, and the points, with their 95 % intervals. What is on the front is "
-            "beaten by nothing else in both time and points, and times that do not measurably differ count as equal:": (
-                pd.DataFrame(methods)
+        changes = ("what changes", "from", "to", "elsewhere", "points", "in words", "time")
+        return [
+            Table(
+                "The time saved over interleaved rounds, and the points, with their 95 % intervals. What is on the Pareto "
+                "front is beaten by nothing else in both time and points, and times that do not measurably differ count as "
+                "equal:",
+                columns(*names, texts=("method", "in words")),
+                methods,
             ),
-            "What one change does, by the same samples and with its 95 % interval:": pd.DataFrame(effects),
-        }
+            Table(
+                "What one change does, by the same samples and with its 95 % interval:",
+                columns(*changes, texts=("what changes", "elsewhere", "in words")),
+                effects,
+            ),
+        ]
+
+    def notes(self) -> list[str]:
+        few = min(cell.row.repeats for cell in self.cells)
+        notes = [f"Times of only {counted(few, 'repeat')}: fewer than {FEW_REPEATS} hardly tell what is faster."] * (
+            few < FEW_REPEATS
+        )
+        apart = [cell.label for cell in self.cells if cell.apart]
+        if apart:
+            notes.append(f"{NOT_INTERLEAVED}: {'; '.join(apart)}.")
+        return notes + super().notes()
 
 
-def _same_cost(rows: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
-    """Variants without last queries and a wider window, and those with last queries that compute as many pairs."""
-    for second in rows:
-        for first in rows:
-            names = ("method", *parameter_names([first, second]))
-            same = all(first.get(name) == second.get(name) for name in names if name not in ("n_local", "last_n"))
-            if not same or first.get("last_n") != 0 or not second.get("last_n") or first["n_local"] <= second["n_local"]:
-                continue
-            costs = first["coverage"], second["coverage"]
-            if None not in costs and abs(costs[0] - costs[1]) <= SAME_COST * min(costs):
-                yield first, second
-
-
-def trade_offs(ttft: Sequence[TtftGroup], ruler: Sequence[RulerGroup]) -> list[TradeOff]:
+def trade_offs(ttft: Sequence[TtftSection], ruler: Sequence[RulerSection]) -> list[TradeOff]:
     """All lengths at which methods were both timed beside dense and compared with it sample by sample."""
     found = []
     for scores in ruler:
         for times in ttft:
-            alike = (*MODEL, "threads")
-            newest = scores.setting["older_data"] == times.setting["older_prompt"] == 0
-            if newest and all(times.setting[name] == scores.setting[name] for name in alike):
-                setting = {**scores.setting, "prompt": times.setting["prompt"], "prefill": times.setting["prefill"]}
-                rows = _rows(times, scores)
-                if rows:
-                    found.append(TradeOff(setting, rows, scores))
+            newest = scores.setting.older_data == times.setting.older_prompt == 0
+            alike = scores.setting.base == times.setting.base and scores.setting.threads == times.setting.threads
+            if newest and alike:
+                cells = _cells(times, scores)
+                if cells:
+                    found.append(TradeOff(TradeOffSetting.joined(scores.setting, times.setting), cells, scores))
     return found
 
 
-def _rows(times: TtftGroup, scores: RulerGroup) -> list[Record]:
-    length = scores.setting["length"]
-    timed = [row for row in times.measured() if row["length"] == length]
-    dense = next((row for row in timed if row["label"] == "dense"), None)
-    labels = {(row["method"], row["parameters"]): row["label"] for row in reversed(scores.rows)}
-    rows: dict[str, Record] = {}
-    for row in timed:
-        label = labels.get((row["method"], row["parameters"]), "")
-        kept = scores.average_differences.get(label)
-        # A forced backend of dense attention is another time for the same scores: the one that tmbench chose comes first.
-        if dense is None or not isinstance(kept, Difference) or label in rows:
-            continue
-        ends = {"saved_percent": "percent_vs_dense", "saved_low": "percent_high", "saved_high": "percent_low"}
-        saved = {name: None if row[end] is None else -row[end] for name, end in ends.items()}
-        about = {"kind": KIND, "label": label, "apart": row["time_verdict"] == APART} | dict.fromkeys(ends.values())
-        rows[label] = row | difference_fields(kept) | saved | about
+@dataclass(frozen=True)
+class _Point:
+    row: TtftRow
+    points: float
+
+
+def _cells(times: TtftSection, scores: RulerSection) -> list[TradeOffCell]:
+    timed = [cell for cell in times.measured() if cell.row.length == scores.setting.length]
+    dense = next((cell for cell in timed if cell.label == "dense"), None)
     if dense is None:
         return []
-    ordered = sorted(rows.values(), key=lambda row: float(row["saved_percent"]))
-    known = [dense | {"difference": 0.0}, *(row for row in ordered if row["saved_low"] is not None)]
-    for row in ordered:
-        row["front"] = row in known and not any(_beats(other, row) for other in known if other is not row)
-    return ordered
+    kept: dict[str, tuple[TtftCell, Difference]] = {}
+    for cell in timed:
+        label = scores.label_of.get((cell.row.method, cell.parameters), "")
+        found = scores.average_differences.get(label)
+        # A forced backend of dense attention is another time for the same scores: the one that tmbench chose comes first.
+        if isinstance(found, Difference) and cell.percent_vs_dense is not None:
+            kept.setdefault(label, (cell, found))
+    ordered = sorted(kept.items(), key=lambda one: -(one[1][0].percent_vs_dense or 0.0))
+    known = [_Point(dense.row, 0.0)]
+    known += [_Point(cell.row, found.mean) for cell, found in kept.values() if cell.percent_low is not None]
+    cells = []
+    for label, (cell, found) in ordered:
+        own = _Point(cell.row, found.mean)
+        beaten = any(_beats(other, own) for other in known if other.row is not own.row)
+        cells.append(TradeOffCell(cell.row, label, cell, found, cell.percent_low is not None and not beaten))
+    return cells
 
 
-def _beats(one: Record, other: Record) -> bool:
-    if one["difference"] > other["difference"]:
-        return not _faster(other, one)
-    return bool(one["difference"] == other["difference"]) and _faster(one, other)
+def _beats(one: _Point, other: _Point) -> bool:
+    if one.points > other.points:
+        return not _faster(other.row, one.row)
+    return one.points == other.points and _faster(one.row, other.row)
 
 
-def _faster(one: Record, other: Record) -> bool:
+def _faster(one: TtftRow, other: TtftRow) -> bool:
     found = compare_rows(one, other)
     return isinstance(found, TimeDifference) and found.verdict == FASTER
-
-
-def saved_text(row: Record) -> str:
-    """The time that a row of a trade-off saves, in words."""
-    return _time_text(row["saved_percent"], row["saved_low"], row["saved_high"], row["time_verdict"])
-
-
-def _time_text(percent: float, low: float | None, high: float | None, words: str) -> str:
-    if low is None or high is None:
-        return f"{percent_text(percent)}, {words}"
-    ends = f"{signed(low, 1)} to {signed(high, 1)}"
-    return f"{NO_DIFFERENCE} ({ends} %)" if words == NO_DIFFERENCE else f"{percent_text(percent)} ({ends})"

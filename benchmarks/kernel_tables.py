@@ -1,0 +1,117 @@
+"""Tables and figures of docs/dynamic-kernels.md, docs/triangle-kernel.md and docs/structured-weights.md."""
+
+from __future__ import annotations
+
+import statistics
+
+from kernel_pages import coverage_in_words, milliseconds
+from sources import ROOT, Block, Line, Sources, line_of, tokens
+
+from tmbench.report.table import Table, columns
+from tmbench.report.writers import table_markdown
+from tmbench.results.words import length_name
+
+LENGTHS = ("32K", "64K", "128K")
+DYNAMIC = "benchmarks/dynamic_attention.csv"
+ATTENTION = "benchmarks/attention.csv"
+COVERED = {
+    "vertical_slash 512 2048": "MInference (512, 2048)",
+    "vertical_slash 1000 6096": "MInference (1000, 6096)",
+    "flex_prefill 0.95": "FlexPrefill 0.95",
+    "flash_prefill 0.1": "FlashPrefill 0.1",
+}
+SELECTIONS = {"vertical_slash": "MInference", "flex_prefill": "FlexPrefill", "flash_prefill": "FlashPrefill"}
+SELECTIONS |= {"xattention": "XAttention, stride 16"}
+
+
+def random_blocks(sources: Sources) -> str:
+    """TFLOP/s of block kernels over blocks drawn at random, by the share of the causal blocks."""
+    lines = [line for line in sources.lines(DYNAMIC) if line["pattern"] == "random_blocks"]
+    backends, lengths = ("flash-attn-4", "cuda-hopper", "triton"), ("64K", "128K")
+    heads = [f"`{backend}`, {length}" for backend in backends for length in lengths]
+    rows = []
+    for share in dict.fromkeys(line["parameters"] for line in lines):
+        name = f"heads of {share}" if "," in share else share
+        places = [{"backend": backend, "length": tokens(length)} for backend in backends for length in lengths]
+        rows.append([name, *(line_of(lines, parameters=share, **place)["tflops"] for place in places)])
+    return table_markdown(Table("", columns("of the causal blocks", *heads, texts=("of the causal blocks",)), rows))
+
+
+def vertical_slashes(sources: Sources) -> str:
+    """Milliseconds of the vertical-slash kernels beside dense attention, selection included."""
+    lines = sources.lines(DYNAMIC)
+    wanted = {
+        "dense, flash-attn 4": ("dense", "flash-attn-4"),
+        "vertical slashes, `cuda-hopper`": ("vertical_slash", "cuda-hopper"),
+        "vertical slashes, `triton`": ("vertical_slash", "triton"),
+    }
+    rows = []
+    for name, (pattern, backend) in wanted.items():
+        found = [line_of(lines, pattern=pattern, backend=backend, length=tokens(length)) for length in LENGTHS]
+        rows.append([name, *(milliseconds(line["ms_median"]) for line in found)])
+    return table_markdown(Table("", columns("ms, selection included", *LENGTHS, texts=("ms, selection included",)), rows))
+
+
+def selections(sources: Sources) -> str:
+    """The part of the fastest implementation's time that each selection takes."""
+    rows = []
+    for pattern, name in SELECTIONS.items():
+        shares = []
+        for length in LENGTHS:
+            lines = [one for one in sources.lines(DYNAMIC) if (one["pattern"], one["length"]) == (pattern, tokens(length))]
+            shares.append(float(lines[0]["select_ms"]) / min(float(line["ms_median"]) for line in lines))
+        rows.append([name, *(f"{share:.0%}" for share in shares)])
+    return table_markdown(
+        Table("", columns("share of the layer's time", *LENGTHS, texts=("share of the layer's time",)), rows)
+    )
+
+
+def structured(sources: Sources) -> str:
+    """The density of dynamic patterns on structured weights, the mean over the layers."""
+    lines = sources.lines("benchmarks/structured_coverage.csv")
+    places = sorted({(line["model"], int(line["length"])) for line in lines})
+    rows = []
+    for model, length in places:
+        means = []
+        for pattern in COVERED:
+            about = (model, str(length), pattern)
+            found = [float(line["coverage"]) for line in lines if (line["model"], line["length"], line["pattern"]) == about]
+            means.append(f"{statistics.fmean(found):.2f}")
+        rows.append([model, length_name(length), *means])
+    names = ("rotary embedding", "tokens", *COVERED.values())
+    return table_markdown(Table("", columns(*names, texts=("rotary embedding",)), rows))
+
+
+def kernel(sources: Sources, figure: str, length: str, pattern: str, *implementation: str) -> str:
+    """One figure of benchmarks/attention.csv: ms, TFLOP/s, or how many times faster than dense attention."""
+    about = {"pattern": pattern, "implementation": " ".join(implementation), "length": tokens(length)}
+    return _figure(line_of(sources.lines(ATTENTION), **about), figure)
+
+
+def dynamic(sources: Sources, figure: str, length: str, pattern: str, backend: str) -> str:
+    """One figure of benchmarks/dynamic_attention.csv, likewise."""
+    return _figure(line_of(sources.lines(DYNAMIC), pattern=pattern, backend=backend, length=tokens(length)), figure)
+
+
+def _figure(line: Line, figure: str) -> str:
+    if figure == "ms":
+        return milliseconds(line["ms_median"])
+    return f"{float(line[{'times': 'times_dense', 'tflops': 'tflops'}[figure]]):.0f}"
+
+
+def intervals(sources: Sources) -> str:
+    """What the simulation of intervals found at the worst, in a sentence."""
+    import pandas as pd
+
+    return coverage_in_words(pd.read_csv(ROOT / "benchmarks" / "interval_coverage.csv", dtype=str))
+
+
+KERNELS: dict[str, Block] = {
+    "random-blocks": random_blocks,
+    "vertical-slashes": vertical_slashes,
+    "selections": selections,
+    "structured-density": structured,
+    "kernel": kernel,
+    "dynamic": dynamic,
+    "intervals": intervals,
+}

@@ -1,0 +1,60 @@
+"""What is rendered into the docs comes from here: reports on committed rows, and the CSVs of benchmarks."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from tmbench.report.report import AnySection, Report, build
+
+ROOT = Path(__file__).resolve().parents[1]
+S = TypeVar("S", bound=AnySection)
+H100, H200, INTEL, EPYC = "nvidia-h100-80gb-hbm3", "nvidia-h200", "cpu-intel-xeon-2-cores", "cpu-amd-epyc-2-cores"
+Line = dict[str, str]
+
+
+class Sources:
+    """Committed rows, each read once."""
+
+    @cached_property
+    def results(self) -> Report:
+        """What was measured for the report."""
+        return build(ROOT / "results")
+
+    @cached_property
+    def checkpoint(self) -> Report:
+        """What a checkpoint of 8B parameters takes."""
+        return build(ROOT / "benchmarks" / "checkpoint")
+
+    def lines(self, path: str) -> list[Line]:
+        """The lines of a CSV, its path from the root of the repository on."""
+        with (ROOT / path).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+Block = Callable[..., str]
+"""Makes a table or a text of ``Sources`` and the words behind its name."""
+
+
+def only(sections: Iterable[S], **about: object) -> S:
+    """The one section whose setting has these values; raises ValueError where there are none or several."""
+    found = [one for one in sections if all(getattr(one.setting, name) == value for name, value in about.items())]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} sections have {about}")
+    return found[0]
+
+
+def line_of(lines: Iterable[Line], **about: str) -> Line:
+    """The one line of a CSV with these values; raises ValueError where there are none or several."""
+    found = [line for line in lines if all(line[name] == value for name, value in about.items())]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} lines have {about}")
+    return found[0]
+
+
+def tokens(name: str) -> str:
+    """A number of tokens as CSVs have it: 128K is 131072."""
+    return str(int(name[:-1]) * 1024) if name.endswith("K") else name

@@ -1,0 +1,66 @@
+"""What the docs say was measured is what committed rows say: rendering anew changes no page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def render(monkeypatch):
+    """benchmarks/render.py as a module, with its neighbours."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import render
+
+    return render
+
+
+def test_rendering_changes_no_page(render):
+    pages = dict(render.rendered(render.Sources()))
+    assert {"report.md", "accuracy.md", "attention.md", "README.md"} <= {path.name for path in pages}
+    for path, text in pages.items():
+        assert text == path.read_text(encoding="utf-8"), f"{path} is not as rendered: run make figures"
+
+
+def test_a_figure_that_was_typed_over_is_rendered_anew(render):
+    text = "a <!-- rows: kernel ms 128K triangle cuda-hopper -->9.99<!-- /rows --> b"
+    assert render.filled(text, render.Sources()) == text.replace("9.99", "2.97")
+
+
+@pytest.mark.parametrize("text", ["<!-- rows: nonsense -->\n<!-- /rows -->", "<!-- rows: intervals -->", "<!-- /rows -->"])
+def test_a_marker_that_names_nothing_or_has_no_end_is_refused(render, text):
+    with pytest.raises(ValueError, match=r"nothing is rendered under the name|a marker of rows has no end"):
+        render.filled(text, render.Sources())
+
+
+def test_no_line_of_a_sentence_begins_with_a_marker():
+    """Markdown would take the line out of its paragraph."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert all(re.fullmatch(r"<!-- [^>]* -->", line) for line in lines if line.startswith("<!--")), page.name
+
+
+def test_pictures_are_those_of_the_report_and_of_these_names(render):
+    kept = {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
+    assert kept == render.pictures(render.Sources())
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"figures/([^)]*\.png)", page.read_text(encoding="utf-8"))}
+    assert shown
+    assert shown <= kept
+
+
+def test_tables_of_figures_stand_between_markers(render):
+    """A table outside of markers has words in it, or figures that nobody measured: those that are so are named here."""
+    whole = {"report.md", *render.PAGES.values()}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        if page.name in whole:
+            continue
+        text = render.MARKED.sub("", page.read_text(encoding="utf-8"))
+        for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+            cells = [cell.strip() for line in table.splitlines()[2:] for cell in line.split("|")[1:-1]]
+            figures = [cell for cell in cells if re.fullmatch(r"[-+]?[0-9][0-9.,]*( ?%| ms| s| GiB)?( \(.*\))?", cell)]
+            assert not figures, f"{page.name} has a table of figures outside of markers: {figures}"

@@ -1,0 +1,128 @@
+"""Token agreement with dense over long answers, of one model on one kind of prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tmbench.report.comparable import Placed
+from tmbench.report.intervals import intervals
+from tmbench.report.section import FEW_SAMPLES, Cell, Section, places_text, status_text
+from tmbench.report.settings import AgreeSetting, machine_words, older_words, prefill_words
+from tmbench.report.table import Table, columns
+from tmbench.report.words import NOTHING, figure_text
+from tmbench.results.choices import Choices
+from tmbench.results.rows import OK, AgreeRow
+from tmbench.results.words import counted, length_name
+
+
+@dataclass(frozen=True)
+class AgreeCell(Cell[AgreeRow]):
+    """How far one method's choices are dense's, with what the single samples say of it."""
+
+    dense: AgreeRow | None
+    """Dense's row of the same length; None for dense itself, and where either has no agreement."""
+    choices: Sequence[Choices]
+    """The single samples; none where they are not beside the row."""
+    ends: tuple[float, float] | None
+    """Of the 95 % interval of the agreement over them."""
+
+    @property
+    def figure(self) -> float | None:
+        return self.row.agreement
+
+    @property
+    def percent_vs_dense(self) -> float | None:
+        """The agreement against that of dense with itself, in percent."""
+        if self.dense is None or self.row.agreement is None or not self.dense.agreement:
+            return None
+        return 100 * (self.row.agreement / self.dense.agreement - 1)
+
+    @property
+    def earliest(self) -> int | None:
+        """The fewest tokens that any sample has in common with dense before the first that differs."""
+        return min((sample.divergence for sample in self.choices), default=None)
+
+    @property
+    def agreement_low(self) -> float | None:
+        return None if self.ends is None else self.ends[0]
+
+    @property
+    def agreement_high(self) -> float | None:
+        return None if self.ends is None else self.ends[1]
+
+    @property
+    def text(self) -> str:
+        """The agreement, or what came instead of it."""
+        return status_text(self) if not self.known else figure_text(self.row.agreement, ".1%")
+
+
+@dataclass(frozen=True)
+class AgreeSection(Section[AgreeSetting, AgreeCell]):
+    """The agreement of several methods by length."""
+
+    @property
+    def title(self) -> str:
+        about = self.setting
+        machine = f"{prefill_words(about.prefill)}{machine_words(about.threads)}"
+        setting = f"prompt {about.prompt}, {counted(about.new_tokens, 'new token')}, {machine}seed {about.seed}"
+        return f"Token agreement with dense: {about.subject}, {setting}{older_words('prompt', about.older_prompt)}"
+
+    def tables(self) -> list[Table]:
+        """A line for each method and length."""
+        lines = [
+            [
+                cell.label,
+                length_name(cell.row.length),
+                cell.text,
+                NOTHING if cell.ends is None else f"{cell.ends[0]:.1%} to {cell.ends[1]:.1%}",
+                figure_text(cell.row.divergence_median, "g"),
+                figure_text(cell.earliest, "d"),
+                figure_text(cell.row.identical, ".0%"),
+                str(cell.row.samples),
+            ]
+            for cell in self.cells
+            if cell.label != "dense"
+        ]
+        names = (
+            "method", "length", "same token", "95 % interval", "first difference, median", "earliest", "never differs",
+            "samples",
+        )  # fmt: skip
+        caption = (
+            "At how many places of dense's text a method's next token is dense's, and how many tokens greedy decoding has "
+            "in common with dense before the first that differs:"
+        )
+        return [Table(caption, columns(*names, texts=("method",)), lines)]
+
+    def notes(self) -> list[str]:
+        few = min(cell.row.samples for cell in self.cells)
+        bare = [cell for cell in self.measured() if cell.ends is None]
+        notes = {
+            f"The weights are {self.setting.weights}: token agreement says nothing about a trained model.": (
+                self.setting.weights != "checkpoint"
+            ),
+            f"Only {counted(few, 'sample')}: fewer than {FEW_SAMPLES} say little about a method.": few < FEW_SAMPLES,
+            f"No interval for {places_text(bare, self.cells)}: the choices of single samples are not beside the rows.": (
+                bool(bare)
+            ),
+        }
+        return [note for note, applies in notes.items() if applies] + super().notes()
+
+
+def agree_section(
+    setting: AgreeSetting, placed: Sequence[Placed[AgreeRow]], choices: Mapping[tuple[str, int], Sequence[Choices]]
+) -> AgreeSection:
+    """The section of rows of one setting, given the samples of each (label, length); none where they are not beside them."""
+    answered = [choices.get((one.label, one.row.length), ()) for one in placed]
+    known = iter(intervals([[np.array([sample.agreement for sample in found])] for found in answered if found], 0.0, 1.0))
+    dense = {
+        one.row.length: one.row for one in placed if one.label == "dense" and one.row.status == OK and one.row.agreement
+    }
+    cells = []
+    for one, found in zip(placed, answered, strict=True):
+        compared = one.label != "dense" and one.row.status == OK and one.row.agreement is not None
+        of_dense = dense.get(one.row.length) if compared else None
+        cells.append(AgreeCell(one.row, one.label, of_dense, found, next(known) if found else None))
+    return AgreeSection(setting, cells)

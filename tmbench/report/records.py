@@ -1,0 +1,228 @@
+"""Cells and sections as mappings of names to values, for the writers of CSV and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import singledispatch
+
+from tmbench.report.agreement import AgreeCell
+from tmbench.report.comparable import contents, pattern_settings
+from tmbench.report.effects import Effect
+from tmbench.report.intervals import Difference
+from tmbench.report.loss import LossCell
+from tmbench.report.probe import DERIVATIVES, ProbeCell, ProbeSection, SectionGradients
+from tmbench.report.report import AnySection
+from tmbench.report.ruler import RulerCell, RulerSection, verdict_of
+from tmbench.report.section import Cell
+from tmbench.report.settings import Setting
+from tmbench.report.time_intervals import TimeDifference
+from tmbench.report.tradeoff import TradeOff, TradeOffCell
+from tmbench.report.ttft import TtftCell, TtftSection
+from tmbench.results.rows import OK, Row
+
+Record = dict[str, object]
+LOSSES = ("prompt", "answer", "first")
+SECTIONS = tuple(field.name for field in fields(SectionGradients))
+FIGURES: Mapping[str, tuple[str, ...]] = {
+    kind: tuple(names.split())
+    for kind, names in {
+        "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
+        "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high",
+        "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
+        "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
+        "loss": " ".join(
+            (
+                "nll_prompt nll_answer nll_first",
+                *(f"nll_{part}_vs_dense{end}" for part in LOSSES for end in ("", "_low", "_high")),
+            )
+        ),
+        "probe": " ".join(
+            (
+                *(f"{part}_{measure}{sign}" for measure in DERIVATIVES for sign in ("", "_signed") for part in SECTIONS),
+                "kept_share lost_share pairs_share probability_mean answered seconds_per_sample",
+            )
+        ),
+    }.items()
+}
+"""The columns that hold figures; the first of each kind is compared with dense."""
+
+
+def records(section: AnySection) -> list[Record]:
+    """The cells of a section, each with the columns of its row and what follows from it."""
+    older = {name: value for name, value in asdict(section.setting).items() if name.startswith("older_")}
+    return [_record(cell, older) for cell in section.cells]
+
+
+def average_records(section: RulerSection) -> list[Record]:
+    """The average differences of a section as records like those of its cells, for the long form."""
+    first = {cell.label: cell for cell in reversed(section.cells)}
+    found = []
+    for label, each in section.average_differences.items():
+        if isinstance(each, Difference):
+            cell = first[label]
+            shared: Record = {"kind": cell.row.kind, **_setting(section.setting), "device_name": cell.row.device_name}
+            shared |= {
+                "label": label,
+                "method": cell.row.method,
+                "parameters": cell.parameters,
+                **pattern_settings(cell.row),
+            }
+            place = {"task": f"average of {len(section.paired_tasks)}", "status": OK}
+            found.append(shared | place | difference_record(each))
+    return found
+
+
+@singledispatch
+def summary(section: AnySection) -> Record:
+    """What follows from the cells of a section together."""
+    return {}
+
+
+@summary.register
+def _(section: TtftSection) -> Record:
+    # Break-even lengths in tokens, null where there is none.
+    return {"break_even_length": {label: section.break_even(label)[0] for label in section.labels if label != "dense"}}
+
+
+@summary.register
+def _(section: RulerSection) -> Record:
+    return {
+        "averages": section.averages,
+        "average_over": section.common_tasks,
+        "average_differences": {name: difference_record(found) for name, found in section.average_differences.items()},
+        "differences_over": section.paired_tasks,
+        "margin": section.answers.margin,
+        "coverages": section.densities,
+    }
+
+
+@summary.register
+def _(section: TradeOff) -> Record:
+    # The Pareto front, fastest last, and the effects of single parameters.
+    return {
+        "front": [cell.label for cell in section.cells if cell.front],
+        "effects": [_effect(one) for one in section.effects],
+    }
+
+
+@summary.register
+def _(section: ProbeSection) -> Record:
+    # The layers proposed for triangle attention, and what decided.
+    return {"proposed": list(section.proposed), "proposal": section.proposal}
+
+
+def section_record(section: AnySection) -> Record:
+    """A section whole: its setting, what follows from its cells, its notes and its cells."""
+    return {
+        "setting": _setting(section.setting),
+        **summary(section),
+        "notes": section.notes(),
+        "rows": records(section),
+    }
+
+
+def difference_record(found: Difference | str) -> Record:
+    """A difference as columns: empty but for the reason in ``verdict`` where there is none."""
+    known = found if isinstance(found, Difference) else None
+    return {
+        "difference": known and known.mean,
+        "difference_low": known and known.low,
+        "difference_high": known and known.high,
+        "pairs": known and known.pairs,
+        "differing": known and known.differing,
+        "samples_needed": known and known.needed,
+        "verdict": verdict_of(found),
+    }
+
+
+def _setting(setting: Setting) -> Record:
+    return asdict(setting)
+
+
+def _record(cell: Cell[Row], older: Record) -> Record:
+    row = cell.row
+    record: Record = {"kind": row.kind, **vars(row), **row.settings}
+    if isinstance(cell, RulerCell):
+        record["wording_version"] = "" if cell.row.wording == "prepared" else cell.row.wording_hash
+    record |= {"data": contents(row), "parameters": cell.parameters, **older, "label": cell.label}
+    return record | _derived(cell)
+
+
+@singledispatch
+def _derived(cell: Cell[Row]) -> Record:
+    """What follows from a cell, by the names of the columns."""
+    raise TypeError(f"{type(cell).__name__} has no columns of its own")
+
+
+@_derived.register
+def _(cell: TtftCell) -> Record:
+    return {
+        "percent_vs_dense": cell.percent_vs_dense,
+        "percent_low": cell.percent_low,
+        "percent_high": cell.percent_high,
+        "time_verdict": cell.verdict,
+    }
+
+
+@_derived.register
+def _(cell: RulerCell) -> Record:
+    return {"percent_vs_dense": cell.percent_vs_dense, **difference_record(cell.difference)}
+
+
+@_derived.register
+def _(cell: AgreeCell) -> Record:
+    return {
+        "percent_vs_dense": cell.percent_vs_dense,
+        "agreement_low": cell.agreement_low,
+        "agreement_high": cell.agreement_high,
+        "divergence_least": cell.earliest,
+    }
+
+
+@_derived.register
+def _(cell: TradeOffCell) -> Record:
+    return {
+        "kind": "trade-off",
+        # Only the newest prompts and data are joined.
+        "older_prompt": 0,
+        # What is compared with dense here is what is saved.
+        **dict.fromkeys(("percent_vs_dense", "percent_low", "percent_high")),
+        "time_verdict": cell.time.verdict,
+        **difference_record(cell.difference),
+        "saved_percent": cell.saved_percent,
+        "saved_low": cell.saved_low,
+        "saved_high": cell.saved_high,
+        "apart": cell.apart,
+        "front": cell.front,
+    }
+
+
+@_derived.register
+def _(cell: LossCell) -> Record:
+    found: Record = {}
+    for part, difference in zip(LOSSES, (cell.prompt, cell.answer, cell.first), strict=True):
+        found[f"nll_{part}_vs_dense"] = difference and difference.mean
+        found[f"nll_{part}_vs_dense_low"] = difference and difference.low
+        found[f"nll_{part}_vs_dense_high"] = difference and difference.high
+    return found
+
+
+@_derived.register
+def _(cell: ProbeCell) -> Record:
+    return {}
+
+
+def _effect(one: Effect) -> Record:
+    times = one.times if isinstance(one.times, TimeDifference) else None
+    return {
+        "parameter": one.parameter,
+        "from": one.before,
+        "to": one.after,
+        "elsewhere": one.elsewhere,
+        "time_percent": one.time_percent,
+        "time_low": times and times.low,
+        "time_high": times and times.high,
+        "time_verdict": times.verdict if times else one.times,
+        **difference_record(one.points),
+    }

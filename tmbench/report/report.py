@@ -1,0 +1,82 @@
+"""All that a results folder holds, in sections of comparable rows: made from result files alone.
+
+A speed-up never stands without a figure of what the method kept, or the words that none was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from tmbench.errors import UserError
+from tmbench.report.agreement import AgreeSection, agree_section
+from tmbench.report.comparable import comparable
+from tmbench.report.intervals import MARGIN
+from tmbench.report.loss import LossSection, loss_section
+from tmbench.report.probe import ProbeSection, probe_section
+from tmbench.report.ruler import RulerSection, ruler_section
+from tmbench.report.settings import AgreeSetting, LossSetting, ProbeSetting, RulerSetting, TtftSetting
+from tmbench.report.tradeoff import TradeOff, trade_offs
+from tmbench.report.ttft import TtftSection, ttft_section
+from tmbench.results.choices import choices_of
+from tmbench.results.loss_samples import losses_of
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.sample_scores import read_samples
+from tmbench.results.tables import read_all
+
+AnySection = TtftSection | RulerSection | AgreeSection | TradeOff | LossSection | ProbeSection
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sections of each kind."""
+
+    ttft: Sequence[TtftSection]
+    ruler: Sequence[RulerSection]
+    agree: Sequence[AgreeSection] = ()
+    losses: Sequence[LossSection] = ()
+    probes: Sequence[ProbeSection] = ()
+
+    @cached_property
+    def trade_offs(self) -> list[TradeOff]:
+        """What both TTFT and RULER were measured of, at one length."""
+        return trade_offs(self.ttft, self.ruler)
+
+    @property
+    def sections(self) -> list[AnySection]:
+        """All sections, in the order in which they are shown."""
+        return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs, *self.losses, *self.probes]
+
+
+def build(root: Path, margin: float = MARGIN) -> Report:
+    """The report on all rows under a results folder; ``margin`` is the non-inferiority margin in points.
+
+    Raises UserError where there are no rows, or a file is not ours.
+    """
+    ttft, ruler, agree = _rows(root, TtftRow), _rows(root, RulerRow), _rows(root, AgreeRow)
+    losses, probes = _rows(root, LossRow), _rows(root, ProbeRow)
+    if not any((ttft, ruler, agree, losses, probes)):
+        raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
+    scores = []
+    for about, placed in comparable(ruler, RulerSetting.of):
+        samples = {(one.label, one.row.task): read_samples(root, vars(one.row)) for one in placed}
+        scores.append(ruler_section(about, placed, samples, margin))
+    agreement = []
+    for told, found in comparable(agree, AgreeSetting.of):
+        choices = {(one.label, one.row.length): choices_of(root, vars(one.row)) for one in found}
+        agreement.append(agree_section(told, found, choices))
+    times = [ttft_section(setting, rows, scores) for setting, rows in comparable(ttft, TtftSetting.of)]
+    lost = []
+    for setting, rows in comparable(losses, LossSetting.of):
+        single = {(one.label, one.row.task, one.row.length): losses_of(root, one.row) for one in rows}
+        lost.append(loss_section(setting, rows, single))
+    probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
+    return Report(times, scores, agreement, lost, probed)
+
+
+def _rows(root: Path, kind: type[R]) -> list[R]:
+    return [row for row in read_all(root, kind) if isinstance(row, kind)]

@@ -1,0 +1,252 @@
+"""RULER scores of one model at one length, under one wording and on one set of data."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ruler_tasks import TASKS
+from tmbench.report.answers import Answers
+from tmbench.report.comparable import Placed
+from tmbench.report.intervals import MARGIN, Difference, unseen_samples
+from tmbench.report.samples_as import drawing_notes
+from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
+from tmbench.report.settings import RulerSetting
+from tmbench.report.table import Table, columns
+from tmbench.report.words import NOTHING, ends_text, figure_text, signed
+from tmbench.results.rows import OK, RulerRow
+from tmbench.results.sample_scores import Samples, mixture_notes
+from tmbench.results.words import counted, length_name
+
+STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
+MANY_METHODS = 7
+"""Beyond so many methods a table or a plot of scores has a line for each of them, and a column for each task."""
+NOT_COMPARED = "not compared: "
+
+
+@dataclass(frozen=True)
+class RulerCell(Cell[RulerRow]):
+    """One score, and how it differs from dense's over the same samples."""
+
+    dense: RulerRow | None
+    """Dense's row of the same task; None for dense itself, and where either has no score."""
+    difference: Difference | str
+    """In points; in words why there is none, "" for dense itself."""
+
+    @property
+    def figure(self) -> float | None:
+        return self.row.score
+
+    @property
+    def percent_vs_dense(self) -> float | None:
+        """The score against dense's, in percent of dense's."""
+        if self.dense is None or self.row.score is None or not self.dense.score:
+            return None
+        return 100 * (self.row.score / self.dense.score - 1)
+
+    @property
+    def verdict(self) -> str:
+        """What the difference says."""
+        return verdict_of(self.difference)
+
+
+@dataclass(frozen=True)
+class RulerSection(Section[RulerSetting, RulerCell]):
+    """The scores of several methods, task by task, and their averages."""
+
+    answers: Answers = field(default_factory=Answers)
+
+    @property
+    def title(self) -> str:
+        return f"RULER at {length_name(self.setting.length)}: {self.setting.subject}, {self.setting.words}"
+
+    @cached_property
+    def scores(self) -> Mapping[str, Mapping[str, float]]:
+        """Scores from 0 to 100 by label and task, tasks in RULER's order; those that are known."""
+        found: dict[str, dict[str, float]] = {label: {} for label in self.labels}
+        for cell in sorted(self.cells, key=lambda cell: list(TASKS).index(cell.row.task)):
+            if cell.row.score is not None:
+                found[cell.label][cell.row.task] = cell.row.score
+        return found
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks that any method was asked, in RULER's order."""
+        asked = {cell.row.task for cell in self.cells}
+        return [task for task in TASKS if task in asked]
+
+    @cached_property
+    def common_tasks(self) -> list[str]:
+        """The tasks that every label has a score for."""
+        return [task for task in self.tasks if all(task in own for own in self.scores.values())]
+
+    @cached_property
+    def averages(self) -> dict[str, float]:
+        """Each label's mean score over ``common_tasks``; empty where there are none."""
+        if not self.common_tasks:
+            return {}
+        return {label: statistics.fmean(own[task] for task in self.common_tasks) for label, own in self.scores.items()}
+
+    @cached_property
+    def densities(self) -> dict[str, float]:
+        """The part of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
+        found = {}
+        for label in self.labels:
+            parts = [cell.row.coverage for cell in self.measured(label) if cell.row.coverage is not None]
+            if parts:
+                found[label] = sum(parts) / len(parts)
+        return found
+
+    @cached_property
+    def label_of(self) -> dict[tuple[str, str], str]:
+        """The label of a method with these parameters; the first where several differ in dense attention's backend."""
+        return {(cell.row.method, cell.parameters): cell.label for cell in reversed(self.cells)}
+
+    @cached_property
+    def paired_tasks(self) -> list[str]:
+        """The tasks of the averages for which every sample of every method is known."""
+        return self.answers.complete(self.common_tasks, self.labels)
+
+    @cached_property
+    def average_differences(self) -> dict[str, Difference | str]:
+        """Each label's paired difference to dense, averaged over ``paired_tasks``; where there is none, why."""
+        others = [label for label in self.labels if label != "dense"]
+        found = self.answers.compare_all([(label, "dense", self.paired_tasks) for label in others])
+        return dict(zip(others, found, strict=True))
+
+    @property
+    def over(self) -> str:
+        """What the average differences are over, in words."""
+        return f"average of {counted(len(self.paired_tasks), 'task')}"
+
+    def tables(self) -> list[Table]:
+        """Scores by task and method with their averages, and the differences to dense."""
+        return [self._scores(), self._average_differences(), self._task_differences()]
+
+    def _scores(self) -> Table:
+        texts = {(cell.row.task, cell.label): score_text(cell) for cell in self.cells}
+        lines = []
+        for task in self.tasks:
+            samples = sorted({cell.row.samples for cell in self.cells if cell.row.task == task})
+            lines.append([task, " / ".join(map(str, samples)), *(texts.get((task, name), NOTHING) for name in self.labels)])
+        means = self.averages
+        average = {name: f"{mean:.1f}" for name, mean in means.items()}
+        if "dense" in means:
+            others = {name: mean for name, mean in means.items() if name != "dense"}
+            average |= {name: f"{mean:.1f} ({mean - means['dense']:+.1f})" for name, mean in others.items()}
+        lines.append([f"average of {len(self.common_tasks)}", "", *(average.get(name, NOTHING) for name in self.labels)])
+        if parts := self.densities:
+            lines.append(["density", "", *(figure_text(parts.get(name), ".1%") for name in self.labels)])
+        caption = "Scores from 0 to 100; in brackets points against dense:"
+        if len(self.labels) <= MANY_METHODS:
+            return Table(caption, columns("task", "samples", *self.labels, texts=("task",)), lines)
+        names, counts, *scores = (list(column) for column in zip(*lines, strict=True))
+        turned = [[label, *own] for label, own in zip(self.labels, scores, strict=True)]
+        return Table(caption, columns("method", *names, texts=("method",)), [*turned, ["samples", *counts]])
+
+    def _average_differences(self) -> Table:
+        """How the averages differ from dense's over the same samples."""
+        found = {name: each for name, each in self.average_differences.items() if isinstance(each, Difference)}
+        return Table(
+            f"Points against dense over the same samples, {self.over}, and what they say for a margin of "
+            f"{self.answers.margin:g}:",
+            columns("method", *DIFFERENCE_COLUMNS, texts=("method", "in words")),
+            [[name, *difference_texts(each, 2)] for name, each in found.items()],
+        )
+
+    def _task_differences(self) -> Table:
+        """A line for each task and method that differ from dense."""
+        lines = [
+            [cell.row.task, cell.label, *difference_texts(cell.difference, 1)]
+            for cell in sorted(self.cells, key=lambda cell: list(TASKS).index(cell.row.task))
+            if isinstance(cell.difference, Difference) and cell.difference.differing
+        ]
+        margin = self.answers.margin
+        return Table(
+            "Points against dense by task. A method without a line here has the same score as dense in every sample of the "
+            f"task; it takes {unseen_samples(margin)} such samples to exclude a loss of {margin:g}:",
+            columns("task", "method", *DIFFERENCE_COLUMNS, texts=("task", "method", "in words")),
+            lines,
+        )
+
+    def notes(self) -> list[str]:
+        common, wording = self.common_tasks, self.setting.wording
+        missing = ", ".join(task for task in TASKS if task not in common)
+        stand_ins: dict[str, dict[str, None]] = {}
+        for cell in self.cells:
+            if cell.row.source.startswith("generated"):
+                stand_ins.setdefault(STOOD_IN_FOR.get(cell.row.task, "essays"), {})[cell.row.task] = None
+        least = min(cell.row.samples for cell in self.cells)
+        few = counted(least, "sample")
+        verdicts = [cell.verdict for cell in self.measured()]
+        unpaired = [words.removeprefix(NOT_COMPARED) for words in verdicts if words.startswith(NOT_COMPARED)]
+        missed = counted(len(unpaired), "score")
+        notes = {
+            f"The weights are {self.setting.weights}: these scores say nothing about a trained model.": (
+                self.setting.weights != "checkpoint"
+            ),
+            f"The average is over the {counted(len(common), 'task')} that every method has; missing somewhere: {missing}.": (
+                bool(missing)
+            ),
+            **{
+                f"Generated text stood in for {text}: scores of {', '.join(tasks)} do not compare with published ones.": True
+                for text, tasks in stand_ins.items()
+            },
+            "The prompts were prepared elsewhere, so their wording is not known here.": wording == "prepared",
+            "The wording is not the published one: published scores compare only under `--wording reference`.": (
+                wording != "prepared" and not wording.startswith("reference")
+            ),
+            f"Only {few} of some task: fewer than {FEW_SAMPLES} say little about a difference.": least < FEW_SAMPLES,
+            f"No interval for {missed}, the first for this reason: {''.join(unpaired[:1])}.": bool(unpaired),
+        }
+        applying = [note for note, applies in notes.items() if applies]
+        drawn = drawing_notes(self.setting.samples_as, wording, [cell.row.source for cell in self.cells])
+        return applying + super().notes() + drawn + mixture_notes(self.answers.samples)
+
+
+DIFFERENCE_COLUMNS = ("points", "95 % interval", "in words", "pairs", "differing", "samples a task needed")
+
+
+def ruler_section(
+    setting: RulerSetting,
+    placed: Sequence[Placed[RulerRow]],
+    samples: Mapping[tuple[str, str], Samples],
+    margin: float = MARGIN,
+) -> RulerSection:
+    """The section of rows of one setting, given what each (label, task) answered sample by sample."""
+    answers = Answers(samples, margin)
+    others = [one for one in placed if one.label != "dense"]
+    found = iter(answers.compare_all([(one.label, "dense", [one.row.task]) for one in others]))
+    dense = {one.row.task: one.row for one in placed if one.label == "dense" and one.row.status == OK and one.row.score}
+    cells = []
+    for one in placed:
+        compared = one.label != "dense" and one.row.status == OK and one.row.score is not None
+        of_dense = dense.get(one.row.task) if compared else None
+        cells.append(RulerCell(one.row, one.label, of_dense, "" if one.label == "dense" else next(found)))
+    return RulerSection(setting, cells, answers)
+
+
+def verdict_of(found: Difference | str) -> str:
+    """What a difference says, or why there is none, in words."""
+    if isinstance(found, Difference):
+        return found.verdict
+    return f"{NOT_COMPARED}{found}" if found else ""
+
+
+def score_text(cell: RulerCell) -> str:
+    """A score, or what came instead of it."""
+    return status_text(cell) if not cell.known or cell.row.score is None else f"{round(cell.row.score, 2):g}"
+
+
+def difference_texts(found: Difference, decimals: int) -> list[str]:
+    """The cells below ``DIFFERENCE_COLUMNS``."""
+    return [
+        signed(found.mean, decimals),
+        ends_text(found.low, found.high, decimals),
+        found.verdict,
+        str(found.pairs),
+        str(found.differing),
+        figure_text(found.needed, "d"),
+    ]

@@ -1,0 +1,192 @@
+"""What rows must agree in to be held against each other: one frozen setting for each kind of section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tmbench.report.samples_as import drawn_words
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.words import counted
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """The device and the model."""
+
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (("model_hash", ""),)
+    """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
+
+    device: str
+    model: str
+    revision: str
+    weights: str
+    dtype: str
+    model_hash: str
+
+    @property
+    def base(self) -> Setting:
+        """The device and the model alone: what times and accuracies of the same model have in common."""
+        return Setting(self.device, self.model, self.revision, self.weights, self.dtype, self.model_hash)
+
+    @property
+    def subject(self) -> str:
+        """The model, in words."""
+        revision = f" at {self.revision[:8]}" if self.revision else ""
+        contents = f" (files {self.model_hash[:8]})" if self.model_hash else ""
+        return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}"
+
+
+@dataclass(frozen=True, order=True)
+class TtftSetting(Setting):
+    """Of times: one prompt, read by one prefill."""
+
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*Setting.BARE, ("older_prompt", 0))
+
+    prompt: str
+    prefill: str
+    threads: int
+    seed: int
+    older_prompt: int
+    """Counts the prompts that read otherwise from the newest, 0, back."""
+
+    @classmethod
+    def of(cls, row: TtftRow, older: int) -> TtftSetting:
+        return cls(*model_of(row), row.prompt, row.prefill, row.threads, row.seed, older)
+
+    @property
+    def words(self) -> str:
+        """The setting in words, without the model."""
+        return f"prompt {self.prompt}, {self.prefill} prefill, {machine_words(self.threads)}seed {self.seed}"
+
+
+@dataclass(frozen=True, order=True)
+class AgreeSetting(Setting):
+    """Of token agreement: one kind of prompt, and answers of one length."""
+
+    prompt: str
+    new_tokens: int
+    threads: int
+    seed: int
+    older_prompt: int
+    prefill: str
+
+    @classmethod
+    def of(cls, row: AgreeRow, older: int) -> AgreeSetting:
+        return cls(*model_of(row), row.prompt, row.new_tokens, row.threads, row.seed, older, row.prefill)
+
+
+@dataclass(frozen=True, order=True)
+class RulerSetting(Setting):
+    """Of scores: one length, one wording and one set of data."""
+
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (
+        *Setting.BARE, ("samples_as", "tmbench"), ("chat_template_kwargs", ""), ("accuracy_prefill", "plain"),
+    )  # fmt: skip
+
+    length: int
+    wording: str
+    wording_version: str
+    """A hash of the wording; "" for prepared prompts, whose hash names the data."""
+    samples_as: str
+    chat_template: bool
+    chat_template_kwargs: str
+    threads: int
+    seed: int
+    older_data: int
+    """Counts the data that were measured on from the newest, 0, back."""
+    accuracy_prefill: str
+    """How the scores' prompts were read."""
+
+    @classmethod
+    def of(cls, row: RulerRow, older: int) -> RulerSetting:
+        return cls(
+            *model_of(row), row.length, row.wording, "" if row.wording == "prepared" else row.wording_hash, row.samples_as,
+            row.chat_template, row.chat_template_kwargs, row.threads, row.seed, older, row.prefill,
+        )  # fmt: skip
+
+    @property
+    def drawn(self) -> str:
+        """How the samples were drawn, in words, with ", " behind them; nothing for tmbench's own rules."""
+        return drawn_words(self.samples_as)
+
+    @property
+    def template(self) -> str:
+        """Whether there is a chat template, and what it was given, in words."""
+        given = f" {self.chat_template_kwargs}" if self.chat_template_kwargs else ""
+        return f"with chat template{given}" if self.chat_template else "without chat template"
+
+    @property
+    def words(self) -> str:
+        """The setting in words, without the model and the length."""
+        wording = f"wording {self.wording} {self.wording_version}".rstrip()
+        older = f", older data {self.older_data}" if self.older_data else ""
+        machine = f"{prefill_words(self.accuracy_prefill)}{machine_words(self.threads)}"
+        return f"{wording}, {self.drawn}{self.template}, {machine}seed {self.seed}{older}"
+
+
+@dataclass(frozen=True, order=True)
+class TradeOffSetting(RulerSetting):
+    """Of times and scores together."""
+
+    prompt: str
+    prefill: str
+    """How the timed prompts were read."""
+
+    @classmethod
+    def joined(cls, scores: RulerSetting, times: TtftSetting) -> TradeOffSetting:
+        return cls(**vars(scores), prompt=times.prompt, prefill=times.prefill)
+
+
+@dataclass(frozen=True, order=True)
+class LossSetting(Setting):
+    """Of losses: one set of prompts for each task and length."""
+
+    threads: int
+    seed: int
+    older_data: int
+    prefill: str
+
+    @classmethod
+    def of(cls, row: LossRow, older: int) -> LossSetting:
+        return cls(*model_of(row), row.threads, row.seed, older, row.prefill)
+
+
+@dataclass(frozen=True, order=True)
+class ProbeSetting(Setting):
+    """Of one probe: its prompts, and the sections that its parameters make."""
+
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*Setting.BARE, ("older_data", 0), ("prefill", "plain"))
+
+    task: str
+    length: int
+    threads: int
+    seed: int
+    prefill: str
+    parameters: str
+    older_data: int
+
+    @classmethod
+    def of(cls, row: ProbeRow, older: int) -> ProbeSetting:
+        given = ", ".join(f"{name} {value}" for name, value in row.settings.items())
+        return cls(*model_of(row), row.task, row.length, row.threads, row.seed, row.prefill, given, older)
+
+
+def model_of(row: Row) -> tuple[str, str, str, str, str, str]:
+    """What a row says of its device and model, in the order of ``Setting``."""
+    return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash
+
+
+def machine_words(threads: int) -> str:
+    """The CPU threads in words, where the device is a CPU, with ", " behind them."""
+    return f"{counted(threads, 'CPU thread')}, " if threads else ""
+
+
+def prefill_words(prefill: str) -> str:
+    """A prefill other than that of transformers, with ", " behind it."""
+    return "" if prefill == "plain" else f"{prefill} prefill, "
+
+
+def older_words(noun: str, older: int) -> str:
+    """What tells contents of one kind apart that read otherwise, in words."""
+    return f", older {noun} {older}" if older else ""
