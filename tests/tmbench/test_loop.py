@@ -101,7 +101,7 @@ class Elsewhere(InProcess):
         while batch := [pickle.dumps(job) for job in islice(jobs, self.workers)]:
             for number, item in map(pickle.loads, reversed(batch)):
                 self.measured.append(item)
-                work(pickle.loads(sent), number, item, loaded, lambda told: tell(pickle.loads(pickle.dumps(told))))
+                work(pickle.loads(sent), [(number, item)], loaded, lambda told: tell(pickle.loads(pickle.dumps(told))))
 
 
 def without_times(result):

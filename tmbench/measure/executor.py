@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 from tmbench.measure.spec import Item, ItemSpec, ModelSource, Spec
 from tmbench.methods.plan import backends_name
 from tmbench.models.loading import LoadedModel
-from tmbench.results.failures import Failure, attempt
+from tmbench.results.failures import Failure
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,8 @@ class InProcess:
         return self._loaded
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
-        """Measure every job; each is taken when the one before has ended."""
-        loaded = self.open(spec)
-        for number, item in jobs:
-            work(spec, number, item, loaded, tell)
+        """Measure every job; the next is taken when the spec has room for it, which most have when one has ended."""
+        work(spec, jobs, self.open(spec), tell)
 
 
 @dataclass
@@ -83,14 +80,15 @@ class Worker:
         """Say what is being done, and how much was done since the last step."""
         self.tell(Message(self.number, text, work))
 
+    def end(self, failure: Failure | None) -> None:
+        """The item has ended: with all its samples, or as it failed."""
+        self.tell(Message(self.number, ended=True, failure=failure, backends=backends_name(self.ran)))
+
     def keep(self, sample: Any) -> None:
         """Hand over a sample: from here on it is kept, whatever happens to this worker."""
         self.tell(Message(self.number, sample=sample))
 
 
-def work(spec: ItemSpec[Any], number: int, item: Item, loaded: LoadedModel, tell: Tell) -> None:
-    """Measure one item and tell of it: what every executor does where its models are."""
-    worker = Worker(loaded, number, tell)
-    worker.step(item.title)
-    failure = attempt(partial(spec.measure, item, worker))
-    tell(Message(number, ended=True, failure=failure, backends=backends_name(worker.ran)))
+def work(spec: ItemSpec[Any], jobs: Iterable[Job], loaded: LoadedModel, tell: Tell) -> None:
+    """Measure items as they are given out, and tell of them: what every executor does where its models are."""
+    spec.measure_all((item, Worker(loaded, number, tell)) for number, item in jobs)

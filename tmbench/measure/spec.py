@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from tmbench.models import loading
 from tmbench.models.loading import LoadedModel, Weights
 from tmbench.results import environment
 from tmbench.results.environment import Environment
+from tmbench.results.failures import attempt
 
 if TYPE_CHECKING:
     from tmbench.measure.executor import Worker
@@ -139,6 +141,15 @@ class ItemSpec(Spec[R]):
 
         Whatever is raised becomes the item's failure, but for UserError, which ends the run.
         """
+
+    def measure_all(self, given: Iterable[tuple[Any, Worker]]) -> None:
+        """Measure items as they are given out, each with a worker of its own, which is told when it begins and ends.
+
+        One after the other. A spec may hold several at a time, and takes the next when it has room for it.
+        """
+        for item, worker in given:
+            worker.step(item.title)
+            worker.end(attempt(partial(self.measure, item, worker)))
 
 
 @dataclass(frozen=True, kw_only=True)
