@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 import tmbench
 import under_plan
+from families import FAMILIES
 from plans import plan_of
 from tmbench.engine.attention import applied
 from tmbench.engine.calls import cache_name, cache_of
@@ -18,20 +19,6 @@ from tmbench.measure.probe import gradients
 from tmbench.models.loading import load
 from tmbench_kernels import Sections
 
-MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 64},
-    "mistral": {"sliding_window": None, "head_dim": 128},
-    "gemma": {},
-    "olmo2": {"num_key_value_heads": 4},
-    "granite": {"attention_multiplier": 0.3},
-    "cohere": {},
-    "gpt_neox": {"num_key_value_heads": 4},
-    "phi3": {"sliding_window": None},
-    "mixtral": {"sliding_window": None, **MOE},
-}
 STEERING = {
     "repetition_penalty": 1.8,
     "no_repeat_ngram_size": 2,

@@ -363,7 +363,7 @@ def test_compiling_that_was_asked_for_and_cannot_be_had_is_refused(make_model, m
             kind_wanted(model, CPU, True)
         assert [kind_wanted(model, CPU, wish) for wish in (False, None)] == [PLAIN, PLAIN]
     differs = make_model("llama")
-    monkeypatch.setattr("tmbench.engine.prefill_kind._agree", lambda got, expected: False)
+    monkeypatch.setattr("tmbench.engine.prefill_kind.agree", lambda got, expected: False)
     with pytest.raises(
         UserError, match=r"^--compile: LlamaForCausalLM cannot be compiled here, as it answers a short prompt"
     ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -54,6 +55,8 @@ class Runners:
     """Under a dynamic pattern, which needs more queries: apart, as torch keeps no more than eight graphs of a function."""
     last_mlp: Callable[..., Any] = forward_of
     """Inside of the last layer."""
+    decode_layer: Callable[[int], Callable[..., Any]] = lambda size: forward_of
+    """In a decoding step of so many texts."""
     narrowed: dict[nn.Module, LastPosition] = field(default_factory=dict)
     """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
     ahead: set[tuple[bool, bool]] = field(default_factory=set)
@@ -72,11 +75,13 @@ def compiled(model: PreTrainedModel) -> Runners:
             last_layer=_compile_own(_forward_last),
             last_layer_dynamic=_compile_own(_forward_last),
             last_mlp=_operator_mlp,
+            # Apart for each size, as torch keeps no more than eight graphs of a function.
+            decode_layer=cache(lambda size: _compile_own(forward_of, dynamic=False)),
         )
     return _COMPILED[model]
 
 
-def _compile_own(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile_own(function: Callable[..., Any], *, dynamic: bool = True) -> Callable[..., Any]:
     """A compiled copy of a function.
 
     torch keeps its graphs with the code object, and at most eight for each: with a copy of its own, no model uses up
@@ -85,7 +90,7 @@ def _compile_own(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     assert isinstance(function, types.FunctionType)
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, backend=BACKEND)
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=dynamic, fullgraph=True, backend=BACKEND)
     return compiled
 
 

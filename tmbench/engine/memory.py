@@ -16,4 +16,14 @@ class PeakMemory:
     @property
     def bytes(self) -> int | None:
         """The most that torch has held since, the model included; None on a CPU."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+        return most_held(self._device)
+
+
+def most_held(device: torch.device) -> int | None:
+    """The most bytes that torch has held since a peak was last counted from; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def held(device: torch.device) -> int | None:
+    """The bytes that torch holds now; None on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None

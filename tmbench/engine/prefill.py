@@ -21,6 +21,7 @@ from tmbench.engine.calls import cache_of, keep_last
 from tmbench.engine.chunked_mlp import in_chunks
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
 from tmbench.engine.forwards import replace_forward
+from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.last_position import narrow
 from tmbench.models.attention_modules import PLACE, parents
 
@@ -42,16 +43,21 @@ class Prefill:
         """Keys and values of every layer, ready for decoding once the ``with`` block is left; None before and on failure."""
         self._keep = keep_last(model)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``; lets the cache before go."""
+    def __call__(self, ids: Tensor, into: CacheSlot | None = None) -> Tensor:
+        """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``; lets the cache before go.
+
+        Keys and values go ``into`` a slot where one is given, which a plain prefill refuses by ValueError.
+        """
         self.cache = None
         # Explicit, since a config may say otherwise.
         call: dict[str, Any] = {"input_ids": ids, "return_dict": True, **self._keep}
         if self.session is None or self.kind == PLAIN:
+            if into is not None:
+                raise ValueError("a plain prefill fills no slot of a static cache")
             output = self.model(**call, use_cache=True)
             self.cache = cache_of(output)
         else:
-            cache = DynamicCache(config=self.model.config.get_text_config())
+            cache = DynamicCache(config=self.model.config.get_text_config()) if into is None else into
             with self.session.prefill.filling(cache):
                 output = self.model(**call, use_cache=False)
             self.cache = cache

@@ -79,7 +79,7 @@ def _obstacle(model: PreTrainedModel) -> str:
         # A model that fails both ways fails in its measurement, which says how.
         return f"as a short prompt failed ({describe(error)})"
     expected, got = both
-    if not once_each or len(got) != len(expected) or not all(map(_agree, got, expected)):
+    if not once_each or len(got) != len(expected) or not all(map(agree, got, expected)):
         return "as it answers a short prompt otherwise, or fills its cache otherwise, than transformers has it"
     return ""
 
@@ -122,11 +122,13 @@ def compiles(device: torch.device, wish: bool | None) -> bool:
     return compiler is not None and device.type == "cuda" if wish is None else wish
 
 
-def _agree(got: Tensor, expected: Tensor) -> bool:
+def agree(got: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors are alike, up to rounding in ``dtype``, which is ``expected``'s own unless given."""
+    dtype = dtype or expected.dtype
     masked = expected == -torch.inf
     if got.shape != expected.shape or not torch.equal(got == -torch.inf, masked):
         return False
     got, expected = got[~masked], expected[~masked]
     error = (got.float() - expected.float()).square().mean().sqrt()
     size = expected.float().square().mean().sqrt()
-    return bool(error <= AGREEMENT.get(expected.dtype, 0.1) * size)
+    return bool(error <= AGREEMENT.get(dtype, 0.1) * size)

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
+from tmbench.engine.kv_cache import CacheSlot
+
 
 @dataclass
 class LayerPass:
@@ -61,11 +63,11 @@ class PrefillState:
 
     layer: LayerPass = field(default_factory=LayerPass)
     """The layer at work."""
-    cache: Any | None = None
+    cache: Cache | CacheSlot | None = None
     """Where keys and values go; None outside of such a prefill."""
 
     @contextmanager
-    def filling(self, cache: Cache) -> Iterator[None]:
+    def filling(self, cache: Cache | CacheSlot) -> Iterator[None]:
         """Inside, the keys and values that attention is given go into ``cache``."""
         self.cache = cache
         try:
@@ -84,7 +86,7 @@ class PrefillState:
             fill(self.cache, layer, key, value)
 
 
-def fill(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
+def fill(cache: Cache | CacheSlot, layer: int, key: Tensor, value: Tensor) -> None:
     """Leave a prompt's keys and values ``[batch, kv_heads, length, dim]`` in a layer of an empty cache.
 
     They are kept as they are, unless they are parts of something larger, which would stay in memory with them.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tmbench.engine.attention import Applied, applied_plan
 from tmbench.engine.compiled_layers import compiled
 from tmbench.engine.decode import Decoding, greedy
+from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
 from tmbench.methods.plan import Plan
@@ -36,6 +37,17 @@ class Session:
     def prefill(self, *, every_position: bool = False) -> AbstractContextManager[Prefill]:
         """Inside, the model reads prompts and nothing else: see ``tmbench.engine.prefill.prepared``."""
         return prepared(self.model, self.applied, self.kind, every_position=every_position)
+
+    def read_into(self, ids: Tensor, slot: CacheSlot) -> Tensor:
+        """Read a prompt ``[1, length]``, its keys and values into a slot of a cache; logits ``[1, vocabulary]``.
+
+        Not in a plain prefill, which fills a cache of transformers'. Raises RuntimeError where a layer was not read by its
+        pattern.
+        """
+        with self.prefill() as prefill:
+            logits = prefill(ids, slot)
+        self.applied.check_complete()
+        return logits
 
     def read(self, ids: Tensor, *, every_position: bool = False) -> Decoding:
         """Read a prompt ``[batch, length]``, to decode after it.
@@ -64,10 +76,19 @@ def running(model: PreTrainedModel, plan: Plan, kind: Kind) -> Iterator[Session]
 
 
 @torch.inference_mode()
-def compile_ahead(model: PreTrainedModel, plan: Plan, kind: Kind, ids: Tensor, *, every_position: bool = False) -> None:
+def compile_ahead(
+    model: PreTrainedModel,
+    plan: Plan,
+    kind: Kind,
+    ids: Tensor,
+    *,
+    every_position: bool = False,
+    into: CacheSlot | None = None,
+) -> None:
     """Let torch compile what such prefills need, once, so that no sample's time has it; a failure shows in the sample.
 
     ``ids`` is the first prompt to be measured: what torch compiles, it tunes for the length that it meets first.
+    With ``into`` a prompt is read into that slot, which is to be filled anew.
     """
     if kind != COMPILED:
         return
@@ -76,4 +97,7 @@ def compile_ahead(model: PreTrainedModel, plan: Plan, kind: Kind, ids: Tensor, *
     if about not in done:
         done.add(about)
         with suppress(RuntimeError), running(model, plan, kind) as session:
-            session.read(ids, every_position=every_position)
+            if into is None:
+                session.read(ids, every_position=every_position)
+            else:
+                session.read_into(ids, into)

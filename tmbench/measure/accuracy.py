@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from tmbench.engine.density import PairCounter
 from tmbench.engine.session import compile_ahead, running
+from tmbench.measure.answering import Answer, Answering, batch_for
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
@@ -40,6 +42,8 @@ class AccuracyItem(Item):
     sample: Sample
     count: bool
     """Whether the pairs that attention computes are counted."""
+    room: int
+    """The tokens of the longest text of its round, answer included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
     lengths: Sequence[int]
     tasks: Sequence[str]
     samples: int
+    batch_size: int | None = None
+    """How many texts decode together at most; None for as many as memory holds on a GPU, and one elsewhere."""
     save_samples: bool = False
     """Whether each prompt is kept with its prediction."""
 
@@ -78,6 +84,7 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = self.suite.row(**fields, time=now())
         title = f"{row.method} on {row.task} at {row.length}"
+        room = max(len(sample.ids) + sample.max_new_tokens for sample in samples)
         items = [
             AccuracyItem(
                 title=f"{title}, sample {place} of {len(samples)}",
@@ -86,6 +93,7 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
                 task=row.task,
                 sample=sample,
                 count=place == 1,
+                room=room,
             )
             for place, sample in enumerate(samples, start=1)
         ]
@@ -118,12 +126,46 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
                 coverage=predictions[0].coverage,
                 predictions=file,
                 peak_memory_bytes=highest(prediction.peak_memory for prediction in predictions),
+                decode="+".join(sorted({prediction.decode for prediction in predictions})),
+                batch_size=max(prediction.batch_size for prediction in predictions),
             )
         ]
 
     def measure(self, item: AccuracyItem, worker: Worker) -> None:
         """Have one method answer one sample."""
         worker.keep(_answer(self, worker.loaded, item, worker.ran))
+
+    def measure_all(self, given: Iterable[tuple[AccuracyItem, Worker]]) -> None:
+        """Have samples answered together where the model and the device allow it, else one by one."""
+        following = iter(given)
+        if (first := next(following, None)) is None:
+            return
+        item, worker = first
+        batch = batch_for(self, worker.loaded, item.room, item.sample.max_new_tokens)
+        if batch is None:
+            super().measure_all(chain([first], following))
+        else:
+            Answering(self, worker.loaded, batch).run(chain([first], following))
+
+    def prediction(self, loaded: LoadedModel, item: AccuracyItem, answer: Answer) -> Prediction:
+        """What is kept of one answer."""
+        sample = item.sample
+        text = str(loaded.need_tokenizer(self.suite.title).decode(answer.tokens, skip_special_tokens=True))
+        return Prediction(
+            index=sample.index,
+            prediction=text,
+            outputs=sample.references,
+            score=self.suite.score(item.task, text, sample.references),
+            prompt_tokens=len(sample.ids),
+            new_tokens=len(answer.tokens),
+            seconds=answer.seconds,
+            coverage=answer.coverage,
+            backends=answer.backends,
+            prompt_hash=sample.prompt_hash,
+            peak_memory=answer.peak,
+            decode=answer.decode,
+            batch_size=answer.batch_size,
+        )
 
 
 def _belongs(item: AccuracyItem, kept: Prediction) -> bool:
@@ -133,7 +175,7 @@ def _belongs(item: AccuracyItem, kept: Prediction) -> bool:
 
 @torch.inference_mode()
 def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: set[str]) -> Prediction:
-    """One sample's answer; ``ran`` is given what ran, which is there of a failure too."""
+    """One sample's answer, token by token; ``ran`` is given what ran, which is there of a failure too."""
     sample = item.sample
     ids = torch.tensor([sample.ids], device=loaded.device)
     counter, plan = PairCounter(), spec.plans[item.plan]
@@ -147,17 +189,4 @@ def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: se
             ran |= session.applied.backends
         peak = session.peak.bytes
     seconds = time.perf_counter() - start - counter.seconds
-    text = str(loaded.need_tokenizer(spec.suite.title).decode(new, skip_special_tokens=True))
-    return Prediction(
-        index=sample.index,
-        prediction=text,
-        outputs=sample.references,
-        score=spec.suite.score(item.task, text, sample.references),
-        prompt_tokens=ids.shape[1],
-        new_tokens=len(new),
-        seconds=seconds,
-        coverage=counter.coverage,
-        backends=backends_name(session.applied.backends),
-        prompt_hash=sample.prompt_hash,
-        peak_memory=peak,
-    )
+    return spec.prediction(loaded, item, Answer(new, seconds, counter.coverage, backends_name(ran), peak))

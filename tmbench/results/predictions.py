@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from tmbench.results.rows import RulerRow
+from tmbench.results.rows import PLAIN_LOOP, RulerRow
 from tmbench.results.sample_files import Kept, read_samples_of
 
 
@@ -25,6 +25,7 @@ class Prediction:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    """Of its prefill and its decoding; where several decode together, of its share of that."""
     coverage: float | None = None
     """Part of the causal pairs that attention computed in the prefill; counted for a task's first sample only."""
     backends: str = ""
@@ -33,6 +34,10 @@ class Prediction:
     """A hash of the prompt's token ids; "" in files of older versions."""
     peak_memory: int | None = None
     """Device memory at its peak in bytes, model included; None on the CPU."""
+    decode: str = PLAIN_LOOP
+    """How it was decoded, see ``RulerRow.decode``."""
+    batch_size: int = 1
+    """How many samples decoded together at most, itself among them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:

@@ -25,6 +25,8 @@ added with a default leaves it: see ``Row.ADDED``."""
 OK: Final = "ok"
 OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
+PLAIN_LOOP: Final = "plain"
+"""Decoding as transformers does it, one text at a time."""
 Status = Literal["ok", "out_of_memory", "failed"]
 
 
@@ -211,6 +213,13 @@ class RulerRow(Row):
     """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
     samples_as: str = "tmbench"
     """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
+    decode: str = PLAIN_LOOP
+    """How answers were decoded: "plain", as transformers does it, one at a time; over a "static-cache", or in a "cuda-graph"
+    over one, both of which decode several together. Joined by "+" where samples differ."""
+    batch_size: int = 1
+    """How many samples decoded together at most."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("decode", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,22 @@
+"""Attention of one new token over a cache, in torch: the reference, and what runs where no kernel serves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tmbench_kernels.sdpa import sdpa
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, scale: float) -> Tensor:
+    """As ``tmbench_kernels.decode.attend_with_kvcache``."""
+    sequences = torch.arange(len(q), device=q.device)
+    places = cache_seqlens.long()
+    k_cache[sequences, :, places] = k[:, :, 0]
+    v_cache[sequences, :, places] = v[:, :, 0]
+    # A graph on a GPU must not depend on the lengths, which it does not know while it is recorded.
+    keys = k_cache.shape[2] if q.device.type == "cuda" else int(places.max()) + 1
+    seen = torch.arange(keys, device=q.device)[None, :] <= places[:, None]
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+    out = sdpa(q, k_cache[:, :, :keys], v_cache[:, :, :keys], scale, bias=bias[:, None, None])
+    return out.transpose(1, 2).contiguous()

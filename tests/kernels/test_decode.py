@@ -1,0 +1,82 @@
+"""Attention of new tokens over a cache: torch against its definition, Triton's kernel against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tmbench_kernels.decode import attend_with_kvcache, torch_backend
+from tmbench_kernels.reference import masked_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backend(name):
+    if name == "torch":
+        return torch_backend.attend
+    from tmbench_kernels.decode import triton_backend
+
+    return triton_backend.attend
+
+
+def case(make_qkv, lengths, capacity, **shape):
+    """New tokens' q, k and v, caches of these lengths, and what each sequence must yield, in float64."""
+    q, k, v = (x.to(DEVICE) for x in make_qkv(capacity, batch=len(lengths), **shape))
+    scale = q.shape[-1] ** -0.5
+    places = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    k_cache, v_cache = torch.zeros_like(k), torch.zeros_like(v)
+    new, expected = [], []
+    for one, length in enumerate(lengths):
+        k_cache[one, :, :length], v_cache[one, :, :length] = k[one, :, :length], v[one, :, :length]
+        here = [x[one : one + 1, :, length : length + 1] for x in (q, k, v)]
+        new.append(here)
+        seen = torch.ones(1, length + 1, dtype=torch.bool, device=DEVICE)
+        upto = [x[one : one + 1, :, : length + 1] for x in (k, v)]
+        expected.append(masked_attention(here[0], *upto, seen, scale=scale).transpose(1, 2))
+    return [torch.cat(parts) for parts in zip(*new, strict=True)], k_cache, v_cache, places, scale, torch.cat(expected)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (8, 1, 40), (32, 2, 128), (2, 2, 256)])
+@pytest.mark.parametrize("lengths", [[0], [700], [0, 1, 63, 64, 65, 511]])
+def test_each_sequence_sees_its_own_keys_and_the_new_one(make_qkv, name, heads, kv_heads, dim, lengths):
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": torch.float16}
+    new, k_cache, v_cache, places, scale, expected = case(make_qkv, lengths, 701, **shape)
+    out = backend(name)(*new, k_cache, v_cache, places, scale)
+    assert out.shape == (len(lengths), 1, heads, dim)
+    assert out.is_contiguous()
+    assert (out.double() - expected).square().mean().sqrt() <= 0.005 * expected.square().mean().sqrt()
+    for one, length in enumerate(lengths):
+        assert torch.equal(k_cache[one, :, length], new[1][one, :, 0])
+        assert torch.equal(v_cache[one, :, length], new[2][one, :, 0])
+        assert not k_cache[one, :, length + 1 :].any(), "nothing else is written"
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_any_scale(make_qkv, scale):
+    new, k_cache, v_cache, places, _, _ = case(make_qkv, [130, 7], 200, dtype=torch.float16)
+    expected = torch_backend.attend(*new, k_cache.clone(), v_cache.clone(), places, scale)
+    torch.testing.assert_close(backend("triton")(*new, k_cache, v_cache, places, scale), expected, atol=2e-3, rtol=1e-2)
+
+
+def test_tokens_one_by_one_are_the_causal_attention_of_the_text(make_qkv):
+    """In float32, exactly what a pass over the whole text yields up to rounding."""
+    q, k, v = (x.to(DEVICE) for x in make_qkv(40, batch=2))
+    k_cache, v_cache = torch.zeros_like(k), torch.zeros_like(v)
+    places = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    steps = []
+    for token in range(40):
+        one = slice(token, token + 1)
+        steps.append(attend_with_kvcache(q[:, :, one], k[:, :, one], v[:, :, one], k_cache, v_cache, places, 0.125))
+        places += 1
+    causal = torch.ones(40, 40, dtype=torch.bool, device=DEVICE).tril()
+    expected = masked_attention(q, k, v, causal, scale=0.125).transpose(1, 2)
+    torch.testing.assert_close(torch.cat(steps, 1).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_splits_are_as_many_as_the_device_has_room_for():
+    from tmbench_kernels.decode.triton_backend import splits_for
+
+    assert splits_for(1, 8, 131072, 64, 4 * 132) == 66
+    assert splits_for(64, 8, 131072, 64, 4 * 132) == 1
+    assert splits_for(1, 8, 256, 64, 4 * 132) == 1, "short caches need no more"

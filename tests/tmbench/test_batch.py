@@ -1,0 +1,179 @@
+"""Several texts decode together: each gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families import FAMILIES, MOE
+from plans import plan_of
+from tmbench.engine.batch import GRAPH, STEPPED, Batch
+from tmbench.engine.compiled_layers import compiled
+from tmbench.engine.decode import greedy
+from tmbench.engine.decode_kind import step_kind
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
+from tmbench.engine.session import running
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+WINDOW = {"starting_layer": 1, "n_init": 2, "n_local": 9, "last_n": 4}
+LENGTHS = (50, 31, 64, 40, 57)
+
+
+@pytest.fixture
+def texts(prompt):
+    return [prompt(length).to(DEVICE) for length in LENGTHS]
+
+
+@torch.inference_mode()
+def one_by_one(model, plan, prompts, most):
+    found = []
+    for ids in prompts:
+        with running(model, plan, EAGER) as session:
+            found.append(greedy(session.read(ids), most)[0].tolist())
+    return found
+
+
+@torch.inference_mode()
+def together(model, plan, prompts, most, *, size, kind=EAGER, graph=GPU, batch=None):
+    """The new tokens of each prompt, and the batch that wrote them."""
+    batch = batch or Batch(model, max(ids.shape[1] for ids in prompts) + most, most, size=size, graph=graph)
+    waiting, found = list(enumerate(prompts)), {}
+    numbers = {}
+    while waiting or batch.texts:
+        while waiting and not batch.full:
+            number, ids = waiting.pop(0)
+            with running(model, plan, kind) as session:
+                text = batch.read(session, ids, most)
+            numbers[text] = number
+            if batch.ended(text):
+                found[number] = text.tokens
+        for text in batch.advance() if batch.texts else ():
+            assert text.error is None
+            found[numbers[text]] = text.tokens
+    return [found[number] for number in range(len(prompts))], batch
+
+
+@pytest.mark.parametrize("method", ["dense", "tri_mix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_those_of_the_plain_loop(family, method, make_model, texts):
+    model = make_model(family, **FAMILIES[family]).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, method, **(WINDOW if method == "tri_mix" else {}))
+    expected = one_by_one(model, plan, texts, 12)
+    got, batch = together(model, plan, texts, 12, size=3)
+    assert got == expected
+    assert batch.slots == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_text_that_ends_makes_room_for_the_next(size, make_model, texts):
+    model = make_model("llama").to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "dense")
+    free = one_by_one(model, plan, texts, 30)
+    model.generation_config.eos_token_id = [free[0][4], free[2][0], free[3][17]]
+    expected = one_by_one(model, plan, texts, 30)
+    assert len({len(tokens) for tokens in expected}) > 2, "they end at different places"
+    got, _ = together(model, plan, texts, 30, size=size)
+    # One that has ended alone is not padded.
+    assert got == expected
+
+
+def test_a_batch_leaves_the_model_as_it_was(make_model, texts):
+    model = make_model("llama").to(DEVICE)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    names = model.config._attn_implementation
+    together(model, plan_of(model, "dense"), texts, 6, size=2)
+    assert model.config._attn_implementation == names
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_compiled_layers_decode_the_same(make_model, texts, graphs):
+    model = make_model("llama").to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "tri_mix", **WINDOW)
+    expected = one_by_one(model, plan, texts, 12)
+    batch = Batch(model, 80, 12, size=3, graph=GPU, runner=compiled(model).decode_layer)
+    got, _ = together(model, plan, texts, 12, size=3, kind=COMPILED, batch=batch)
+    assert got == expected
+    seen = len(graphs)
+    assert compiled(model).decode_layer(3) is compiled(model).decode_layer(3)
+    batch = Batch(model, 80, 12, size=3, graph=GPU, runner=compiled(model).decode_layer)
+    together(model, plan, texts, 12, size=3, kind=COMPILED, batch=batch)
+    assert len(graphs) == seen, "a second batch of that size compiles nothing"
+
+
+def test_a_text_whose_logits_are_not_finite_fails_alone(make_model, texts):
+    # Of these tokens prompts have the first tenth, so that only a new one is poisoned.
+    model = make_model("llama", vocab_size=970).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "dense")
+    expected = one_by_one(model, plan, texts[:3], 12)
+    others = {*range(97), *expected[0], *expected[2]}
+    place = next(place for place in range(1, 11) if expected[1][place] not in {*others, *expected[1][:place]})
+    poison = expected[1][place]
+    model.get_input_embeddings().weight.data[poison] = torch.nan
+    batch = Batch(model, 90, 12, size=3, graph=GPU)
+    found = []
+    with torch.inference_mode():
+        for ids in texts[:3]:
+            with running(model, plan, EAGER) as session:
+                found.append(batch.read(session, ids, 12))
+        while batch.texts:
+            batch.advance()
+    assert [text.error is None for text in found] == [True, False, True]
+    assert f"new token {place + 2} are not finite" in str(found[1].error)
+    assert [found[0].tokens, found[2].tokens] == [expected[0], expected[2]]
+
+
+def test_room_is_made_anew_and_texts_keep_theirs(make_model, texts):
+    model = make_model("llama").to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "dense")
+    expected = one_by_one(model, plan, texts[:2], 20)
+    batch = Batch(model, 90, 20, size=2, graph=GPU)
+    with torch.inference_mode():
+        found = []
+        for ids in texts[:2]:
+            with running(model, plan, EAGER) as session:
+                found.append(batch.read(session, ids, 20))
+        batch._record()
+        with batch._prepared():
+            batch._burst()
+        batch.resize(4)
+        with pytest.raises(ValueError, match="a slot that would go"):
+            batch.resize(1)
+        while batch.texts:
+            batch.advance()
+    assert [text.tokens for text in found] == expected
+    assert [text.beside for text in found] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "capacity", "why"),
+    [
+        ("llama", {}, 100, ""),
+        ("mixtral", {"sliding_window": None, **MOE}, 100, ""),
+        ("mistral", {"sliding_window": 64}, 100, "sliding window of 64"),
+        ("mistral", {"sliding_window": 64}, 64, ""),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, 100, "depend on"),
+    ],
+)
+def test_which_models_decode_together(family, changes, capacity, why, make_model):
+    kind, obstacle = step_kind(make_model(family, **changes).to(DEVICE), EAGER, capacity)
+    assert kind == (None if why else GRAPH if GPU else STEPPED)
+    assert why in obstacle
+
+
+def test_a_model_that_answers_otherwise_decodes_alone(make_model, monkeypatch):
+    model = make_model("llama").to(DEVICE)
+    assert step_kind(model, PLAIN, 100) == (None, "as its prompts are read as transformers reads them")
+
+    def wrong(q, k, v, keys, values, seqlens, scale):
+        return torch.zeros(q.shape[0], 1, q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
+
+    monkeypatch.setattr("tmbench.engine.decode_step.attend_with_kvcache", wrong)
+    kind, obstacle = step_kind(model, EAGER, 100)
+    assert kind is None
+    assert "otherwise" in obstacle
