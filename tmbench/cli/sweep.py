@@ -48,6 +48,7 @@ def sweep(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     compiled: o.CompileOption = None,
+    batch_size: r.BatchSizeOption = None,
     data_dir: r.DataDirOption = None,
     wording: r.WordingOption = None,
     samples_as: r.SamplesAsOption = "tmbench",
@@ -92,7 +93,7 @@ def sweep(
         **common,
         plans={tokens: swept_plans(chosen, loaded.shape, tokens, controls=same_cost) for tokens in lengths},
         ttft=TtftSpec(**half, repeats=repeats),
-        accuracy=AccuracySpec(**half, suite=suite, tasks=tasks, samples=samples),
+        accuracy=AccuracySpec(**half, suite=suite, tasks=tasks, samples=samples, batch_size=batch_size),
     )
     spec.check(loaded)
     if any(len(plans) < 3 for plans in spec.plans.values()):
