@@ -4,13 +4,16 @@
 
 Every answer has its prompt read by the method and --new-tokens tokens; drawn weights write no end token. What is compiled is
 compiled first and not counted. "step_ms" is the time of a step at the end of the answer, all texts at that length, and
-"weights_ms" what it takes to read the model's weights once at the bandwidth of a large copy in the same run.
+"weights_ms" what it takes to read the model's weights once at the bandwidth of a large copy in the same run. Along a text
+decoded alone, "same_choices" is the part of the places at which a step chooses the same token, and "largest_gap" by how many
+units in the last place another choice's logit was lower.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import statistics
 import time
 from datetime import UTC, datetime
@@ -23,6 +26,7 @@ from torch import Tensor
 from tmbench.engine.batch import Batch
 from tmbench.engine.compiled_layers import compiled
 from tmbench.engine.decode_kind import step_kind
+from tmbench.engine.prefill import Kind
 from tmbench.engine.prefill_kind import kind_wanted
 from tmbench.engine.session import compile_ahead, running
 from tmbench.methods.plan import ModelShape, Plan
@@ -31,8 +35,9 @@ from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 
 COLUMNS = [
-    "time", "device", "torch", "triton", "transformers", "model", "weights", "dtype", "method", "length", "new_tokens", "way",
-    "batch_size", "samples", "seconds_per_sample", "prefill_s", "step_ms", "weights_ms", "peak_gib", "same_tokens",
+    "time", "device", "torch", "triton", "transformers", "model", "weights", "dtype", "method", "length", "new_tokens",
+    "way", "batch_size", "samples", "seconds_per_sample", "prefill_s", "step_ms", "weights_ms", "peak_gib", "same_choices",
+    "largest_gap",
 ]  # fmt: skip
 
 
@@ -47,12 +52,8 @@ def main() -> None:
             for row in measure(loaded, length, options):
                 rows.writerow(row)
                 file.flush()
-                print(
-                    f"{row['length']:>7} {row['way']:<12} x{row['batch_size']:<3} {row['seconds_per_sample']:>8} s a sample, "
-                    f"prefill {row['prefill_s']} s, step {row['step_ms']} ms, weights {row['weights_ms']} ms, "
-                    f"{row['peak_gib']} GiB, same tokens {row['same_tokens']}",
-                    flush=True,
-                )
+                shown = {name: row.get(name) for name in COLUMNS[COLUMNS.index("length") :]}
+                print(", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
 
 @torch.inference_mode()
@@ -81,25 +82,13 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> li
         "new_tokens": new,
         "weights_ms": round(1e3 * _weights_read(loaded), 3),
     }
-    found, plain = [], []
-    times, prefills = [], []
+    found = []
     torch.cuda.reset_peak_memory_stats()
-    for ids in prompts[: options.plain]:
-        _wait()
-        start = time.perf_counter()
-        with running(model, plan, kind) as session:
-            decoding = session.read(ids)
-            _wait()
-            prefills.append(time.perf_counter() - start)
-            del decoding
-            start = time.perf_counter()
-            plain.append(session.generate(ids, new)[0].tolist())
-        times.append(time.perf_counter() - start)
+    plain = [_plain(loaded, plan, kind, ids, new) for ids in prompts[: options.plain]]
     if plain:
-        own = statistics.mean(times)
-        each = (own - statistics.mean(prefills)) / (new - 1)
-        about = {"way": "plain", "batch_size": 1, "samples": len(plain), "seconds_per_sample": round(own, 4)}
-        about |= {"prefill_s": round(statistics.mean(prefills), 4), "step_ms": round(1e3 * each, 3), "peak_gib": _peak()}
+        read, whole = statistics.mean(one[0] for one in plain), statistics.mean(one[1] for one in plain)
+        about = {"way": "plain", "batch_size": 1, "samples": len(plain), "seconds_per_sample": round(whole, 4)}
+        about |= {"prefill_s": round(read, 4), "step_ms": round(1e3 * (whole - read) / (new - 1), 3), "peak_gib": _peak()}
         found.append(known | about)
     for size in options.sizes:
         torch.cuda.empty_cache()
@@ -109,29 +98,61 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> li
         asked = prompts[: max(options.samples // batch.slots, 1) * batch.slots]
         _wait()
         start = time.perf_counter()
-        wrote, read = _together(batch, plan, kind, asked, new)
+        read = _together(batch, plan, kind, asked, new)
         seconds = time.perf_counter() - start
-        same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(plain, wrote, strict=False)]
         about = {"way": step, "batch_size": batch.slots, "samples": len(asked)}
         about |= {"seconds_per_sample": round(seconds / len(asked), 4), "prefill_s": round(read / len(asked), 4)}
         about |= {"step_ms": round(1e3 * _step(batch), 3), "peak_gib": _peak()}
-        about |= {"same_tokens": round(statistics.mean(same) / new, 4) if same else None}
+        if plain:
+            about |= _compare(batch, plan, kind, prompts[0], plain[0][2])
         found.append(known | about)
         del batch
     return found
 
 
-def _together(batch: Batch, plan: Plan, kind: Any, prompts: list[Tensor], new: int) -> tuple[list[list[int]], float]:
-    """The new tokens of every prompt, and the seconds of the prefills."""
-    waiting, texts, read = list(prompts), [], 0.0
+def _plain(loaded: LoadedModel, plan: Plan, kind: Kind, ids: Tensor, new: int) -> tuple[float, float, list[Tensor]]:
+    """Seconds of the prefill and of all, and the logits of every new token, of an answer that is decoded alone."""
+    _wait()
+    start = time.perf_counter()
+    with running(loaded.model, plan, kind) as session:
+        decoding = session.read(ids)
+        logits = [decoding.logits[0]]
+        tokens = [int(logits[0].argmax())]
+        read = time.perf_counter() - start
+        while len(tokens) < new:
+            logits.append(decoding.read(tokens[-1:])[0])
+            tokens.append(int(logits[-1].argmax()))
+    return read, time.perf_counter() - start, logits
+
+
+def _compare(batch: Batch, plan: Plan, kind: Kind, ids: Tensor, logits: list[Tensor]) -> dict[str, Any]:
+    """Along the text that was decoded alone: how often a step chooses the same, and how much better that was at most.
+
+    The latter is the difference of the two choices' logits, decoded alone, in units of the last place of the higher one.
+    """
+    with running(batch.model, plan, kind) as session:
+        batch.read(session, ids, len(logits))
+    same, gap = [], 0.0
+    for expected, following in itertools.pairwise(logits):
+        choice, top = int(batch.read_tokens([int(expected.argmax())]).argmax()), following.max()
+        same.append(choice == int(following.argmax()))
+        unit = torch.finfo(batch.model.dtype).eps * 2 ** torch.floor(torch.log2(top.abs()))
+        gap = max(gap, float((top - following[choice]) / unit))
+    batch.drop()
+    return {"same_choices": round(statistics.mean(same), 4), "largest_gap": round(gap, 2)}
+
+
+def _together(batch: Batch, plan: Plan, kind: Kind, prompts: list[Tensor], new: int) -> float:
+    """Have every prompt answered; the seconds of the prefills."""
+    waiting, read = list(prompts), 0.0
     while waiting or batch.texts:
         while waiting and not batch.full:
             start = time.perf_counter()
             with running(batch.model, plan, kind) as session:
-                texts.append(batch.read(session, waiting.pop(0), new))
+                batch.read(session, waiting.pop(0), new)
             read += time.perf_counter() - start
         batch.advance()
-    return [text.tokens for text in texts], read
+    return read
 
 
 def _step(batch: Batch, steps: int = 50) -> float:
@@ -163,7 +184,7 @@ def _weights_read(loaded: LoadedModel) -> float:
     read = {parameter.data_ptr(): parameter.nbytes for parameter in loaded.model.parameters()}
     if head.data_ptr() != embedding.data_ptr():
         read.pop(embedding.data_ptr())
-    return sum(read.values()) / bandwidth
+    return float(sum(read.values()) / bandwidth)
 
 
 def _prompts(loaded: LoadedModel, length: int, count: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -104,6 +104,8 @@ class Batch:
         self._state = self._new_state(1)
         self._ends = torch.tensor(end_tokens(model), device=model.device, dtype=torch.long)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        """Of the last step, ``[slots, vocabulary]``: a recorded step writes them there each time."""
         self._planned = False
         self._prompt_bytes = 0
         """What reading a prompt takes beside the model and the cache, the most so far."""
@@ -170,14 +172,35 @@ class Batch:
                 ended = self._burst()
         return ended
 
+    def read_tokens(self, tokens: Sequence[int]) -> Tensor:
+        """Have each text, in the order they were read in, read this token in place of its own last one, and count a step.
+
+        Returns the logits of what follows, float32 ``[texts, vocabulary]``. Raises NotFiniteError where they are not finite.
+        """
+        self._record()
+        slots = [text.slot for text in self.texts]
+        self._state.tokens[slots, 0] = torch.tensor(tokens, device=self.model.device)
+        self._state.active[slots] = True
+        with nullcontext() if self._graph is not None else self._prepared():
+            self._run()
+        for text in self.texts:
+            text.steps += 1
+        assert self._logits is not None
+        logits = self._logits[slots]
+        check_logits(logits, self.model, f"of new token {max(text.steps for text in self.texts) + 1}")
+        return logits.float()
+
+    def _run(self) -> None:
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
     def _burst(self) -> list[Text]:
         start = time.perf_counter()
         steps = min(BURST, *(text.most - 1 - text.steps for text in self.texts))
         for _ in range(steps):
-            if self._graph is None:
-                self._step()
-            else:
-                self._graph.replay()
+            self._run()
         active = self._state.active.tolist()
         share = (time.perf_counter() - start) / len(self.texts)
         peak = most_held(self.model.device)
@@ -214,7 +237,7 @@ class Batch:
         """Have room for so many texts from now on; raises ValueError where a text would lose its slot."""
         if any(text.slot >= slots for text in self.texts):
             raise ValueError("a text is at work in a slot that would go")
-        self._graph = None
+        self._graph = self._logits = None
         before, self._state = self._state, self._new_state(slots)
         kept = min(slots, self.slots)
         self.cache.resize(slots)
@@ -257,6 +280,7 @@ class Batch:
         """One token of every text, chosen and counted on the device."""
         state = self._state
         logits = next_logits(self.model, state.tokens, state.cache_seqlens)
+        self._logits = logits
         state.cache_seqlens += state.active
         finite = torch.isfinite(logits.amax(-1))
         state.broken |= state.active & ~finite

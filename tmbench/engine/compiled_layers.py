@@ -8,7 +8,7 @@ would be compiled again for every layer.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 BACKEND: str | Callable[..., Any] = "inductor"
 """What torch.compile hands its graphs to."""
+ONE_ROW: Mapping[str, Any] = {"coordinate_descent_tuning": True, "max_autotune": True}
+"""How inductor compiles what multiplies weights with one row: as reductions, which read weights at the memory's speed."""
 
 
 def _forward_last(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,12 +78,14 @@ def compiled(model: PreTrainedModel) -> Runners:
             last_layer_dynamic=_compile_own(_forward_last),
             last_mlp=_operator_mlp,
             # Apart for each size, as torch keeps no more than eight graphs of a function.
-            decode_layer=cache(lambda size: _compile_own(forward_of, dynamic=False)),
+            decode_layer=cache(lambda size: _compile_own(forward_of, dynamic=False, options=ONE_ROW if size == 1 else None)),
         )
     return _COMPILED[model]
 
 
-def _compile_own(function: Callable[..., Any], *, dynamic: bool = True) -> Callable[..., Any]:
+def _compile_own(
+    function: Callable[..., Any], *, dynamic: bool = True, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """A compiled copy of a function.
 
     torch keeps its graphs with the code object, and at most eight for each: with a copy of its own, no model uses up
@@ -90,7 +94,8 @@ def _compile_own(function: Callable[..., Any], *, dynamic: bool = True) -> Calla
     """
     assert isinstance(function, types.FunctionType)
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    compiled: Callable[..., Any] = torch.compile(own, dynamic=dynamic, fullgraph=True, backend=BACKEND)
+    own_options = dict(options) if options and BACKEND == "inductor" else None
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=dynamic, fullgraph=True, backend=BACKEND, options=own_options)
     return compiled
 
 
