@@ -77,6 +77,9 @@ def test_tokens_one_by_one_are_the_causal_attention_of_the_text(make_qkv):
 def test_splits_are_as_many_as_the_device_has_room_for():
     from tmbench_kernels.decode.triton_backend import splits_for
 
-    assert splits_for(1, 8, 131072, 64, 4 * 132) == 66
-    assert splits_for(64, 8, 131072, 64, 4 * 132) == 1
-    assert splits_for(1, 8, 256, 64, 4 * 132) == 1, "short caches need no more"
+    assert splits_for(4, 8, 131072, 8 * 132) == 33
+    assert splits_for(64, 8, 131072, 8 * 132) == 2
+    assert splits_for(256, 8, 131072, 8 * 132) == 1
+    assert splits_for(1, 1, 131072, 8 * 132) == 128, "as many as are combined at once"
+    assert splits_for(1, 8, 256, 8 * 132) == 4, "short caches need no more"
+    assert splits_for(1, 8, 20, 8 * 132) == 1

@@ -15,10 +15,14 @@ from torch import Tensor
 from tmbench_kernels.launch import LOG2_E, block_dim, multiprocessors, positive
 from tmbench_kernels.online_softmax import softmax_step
 
-PROGRAMS = 4
+KEYS = 16
+"""Of a tile. A program is one warp, which waits for no other; many of them hide each other's waiting for memory."""
+PROGRAMS = 8
 """About so many programs for each multiprocessor, where there are keys enough."""
 FEWEST_TILES = 4
 """A split has at least so many tiles of keys where the cache is full."""
+MOST_SPLITS = 128
+"""As many as the second launch combines at once."""
 
 
 @triton.jit(
@@ -106,10 +110,10 @@ def _combine(
     tl.store(out_ptr + row * V_DIM + v_dim, out.to(out_ptr.dtype.element_ty), mask=v_dim < V_DIM)
 
 
-def splits_for(sequences: int, kv_heads: int, capacity: int, keys: int, device_programs: int) -> int:
+def splits_for(sequences: int, kv_heads: int, capacity: int, device_programs: int) -> int:
     """Into how many parts the keys of each sequence are split."""
-    full = max(1, capacity // (keys * FEWEST_TILES))
-    return max(1, min(full, device_programs // (sequences * kv_heads)))
+    full = capacity // (KEYS * FEWEST_TILES)
+    return max(1, min(full, device_programs // (sequences * kv_heads), MOST_SPLITS))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, scale: float) -> Tensor:
@@ -118,8 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, _, dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
-    keys = 32 if max(dim, v_dim) > 128 else 64
-    splits = splits_for(batch, kv_heads, k_cache.shape[2], keys, PROGRAMS * multiprocessors(q.device))
+    splits = splits_for(batch, kv_heads, k_cache.shape[2], PROGRAMS * multiprocessors(q.device))
     split_out = q.new_empty(batch, heads, splits, v_dim, dtype=torch.float32)
     split_lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = q.new_empty(batch, 1, heads, v_dim)
@@ -129,8 +132,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         scale * LOG2_E,
-        SPLITS=splits, HEADS=heads, GROUP=group, ROWS=block_dim(group), KEYS=keys,
-        DIM=dim, V_DIM=v_dim, BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim), num_warps=4, num_stages=3,
+        SPLITS=splits, HEADS=heads, GROUP=group, ROWS=block_dim(group), KEYS=KEYS,
+        DIM=dim, V_DIM=v_dim, BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim), num_warps=1, num_stages=4 if max(dim, v_dim) > 128 else 6,
     )  # fmt: skip
     _combine[(batch * heads,)](
         split_out, split_lse, out,
