@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tmbench.results.parameters_text import parameters_text
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "time": "2026-01-01T00:00:00+00:00",
     "device": "some-gpu",
     "device_name": "Some GPU",

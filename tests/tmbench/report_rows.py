@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import made_rows
 from tmbench.results.rows import RulerRow, TtftRow
@@ -14,7 +15,11 @@ COMMON = made_rows.COMMON | {"driver": "570.1", "method": "dense", "length": 409
 TTFT = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix minference tri_mix_minference"}
 RULER = {"samples": 100, "wording": "reference-ruler", "wording_hash": "f00d", "source": "noise", "chat_template": False}
 TRIANGLE = {"layers": "16-", "layers_source": "published", "n_init": 8, "n_local": 512, "last_n": 128}
-OWN = {"tri_mix": TRIANGLE, "minference": {"patterns": "default"}, "tri_mix_minference": {**TRIANGLE, "patterns": "default"}}
+OWN: dict[str, dict[str, Any]] = {
+    "tri_mix": TRIANGLE,
+    "minference": {"patterns": "default"},
+    "tri_mix_minference": {**TRIANGLE, "patterns": "default"},
+}
 
 
 def published_lines(name):

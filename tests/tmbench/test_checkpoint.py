@@ -165,7 +165,7 @@ def test_what_is_no_checkpoint_folder(copy, tmp_path):
 
 def test_a_folder_that_is_missing_is_told_from_an_id_of_the_hub(copy, monkeypatch):
     monkeypatch.chdir(copy.parent)
-    monkeypatch.setattr(loading, "load_config", lambda name: {}["the Hub"])
+    monkeypatch.setattr(loading, "load_config", lambda name: dict[str, str]()["the Hub"])
     for name, sentence in {
         "copy/inner": "there is no such folder; check the path",
         "owner/model": "there is no folder of that name, and the Hub did not give it .*; check the name, the network",

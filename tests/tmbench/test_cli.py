@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,8 @@ def test_help_does_not_import_torch():
 def test_no_command_has_25_options():
     import typer
 
-    commands = typer.main.get_command(cli.app).commands
+    program: Any = typer.main.get_command(cli.app)
+    commands = program.commands
     assert set(commands) == set(COMMANDS)
     below = commands["patterns"].commands
     assert set(below) == {"search", "show"}
@@ -97,7 +99,7 @@ def test_paths_are_shown_as_they_are(tmbench):
 
 def test_json_has_no_number_that_is_not_finite(capsys):
     more = {"method": "streaming", "length": 256, "prompt": "kv", "repeats": 1, "warmup": 1, "interleaved": "streaming"}
-    print_rows([TtftRow(**made_rows.COMMON, **more, logit_error=float("nan"), coverage=0.5)])
+    print_rows([TtftRow(**(made_rows.COMMON | more), logit_error=float("nan"), coverage=0.5)])
     out, _ = capsys.readouterr()
     assert "NaN" not in out
     assert [(row["logit_error"], row["coverage"]) for row in json.loads(out)] == [(None, 0.5)]
@@ -300,6 +302,7 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     assert 0 < len(proposed) < 8
 
     chosen = []
+    layers: Any
     for layers in ("auto", str(path), ",".join(f"{layer}-{layer}" for layer in proposed)):
         code, out, err = tmbench(*FAST_TTFT, "--method", "tri_mix", "--layers", layers, "--overwrite", "--json")
         assert code == 0, err

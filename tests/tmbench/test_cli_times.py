@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from command_lines import FAST_TTFT
 from tmbench.cli import ttft
 from tmbench.results.rows import TtftRow
 
-LENGTH = {"length": 4096, "prompt": "kv", "warmup": 1, "coverage": 0.5, "ttft_over_floor": 1.5}
+LENGTH: dict[str, Any] = {"length": 4096, "prompt": "kv", "warmup": 1, "coverage": 0.5, "ttft_over_floor": 1.5}
 
 
 def row(method, samples, interleaved="dense tri_mix streaming", logit_error=0.25):

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,8 +127,8 @@ def test_an_unknown_column_is_named(tmp_path):
 PREDICTION = {"index": 0, "prediction": "a", "outputs": ["a"], "score": 1.0, "prompt_tokens": 9, "new_tokens": 1,
               "seconds": 0.5, "coverage": None}  # fmt: skip
 CHOICES = {"index": 0, "chosen": [1, 2], "reference": [1, 2], "seconds": 0.5}
-LOSSES = {"index": 0, "nll_prompt": 1.0, "nll_answer": 1.0, "nll_first": 1, "prompt_tokens": 9, "answer_tokens": 1,
-          "source": "noise", "backends": "dense:sdpa", "seconds": 0.5}  # fmt: skip
+LOSSES: dict[str, Any] = {"index": 0, "nll_prompt": 1.0, "nll_answer": 1.0, "nll_first": 1, "prompt_tokens": 9,
+          "answer_tokens": 1, "source": "noise", "backends": "dense:sdpa", "seconds": 0.5}  # fmt: skip
 
 
 def line(entry, **changes):

@@ -39,13 +39,13 @@ def measured(tmp_path):
     times = {"prompt": "kv", "repeats": 3, "warmup": 1, "interleaved": "dense tri_mix", "ttft_median_s": 1.0}
     times |= {"ttft_min_s": 0.9, "ttft_max_s": 1.1}
     for method in ("dense", "tri_mix"):
-        append(tmp_path / "results", TtftRow(**common, **times, method=method, samples_s="1.0 1.1 1.2"))
+        append(tmp_path / "results", TtftRow(**(common | times), method=method, samples_s="1.0 1.1 1.2"))
         for task in ("vt", "cwe", "fwe", "qa_1", "qa_2", "niah_single_1", "niah_single_2", "niah_single_3"):
             row = {"task": task, "samples": 20, "score": 50.0, "wording": "own", "wording_hash": "f00d", "source": "noise"}
-            append(tmp_path / "results", RulerRow(**common, **row, method=method, chat_template=False))
+            append(tmp_path / "results", RulerRow(**(common | row), method=method, chat_template=False))
     about = {"task": "vt", "samples": 1, "wording_hash": "f00d", "source": "noise", "proposal": "p, logits"}
     gradients = {f"{section}_logits": 1.0 for section in ("streaming", "middle", "last")}
-    layers = [ProbeRow(**common, **about, **gradients, method="dense", layer=layer) for layer in range(4)]
+    layers = [ProbeRow(**(common | about | gradients), method="dense", layer=layer) for layer in range(4)]
     append(tmp_path / "results", *layers)
     (tmp_path / "heads.json").write_text(json.dumps([{"0": ["vertical_and_slash", 100, 800, 1.0]}] * 2))
     return tmp_path

@@ -53,7 +53,7 @@ def thousand(tmp_path_factory):
 
 
 def test_a_thousand_rows(thousand, monkeypatch):
-    reads = Counter()
+    reads: Counter[str] = Counter()
     read_lines = sample_scores.read_lines
 
     def counting(path, *arguments):

@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -110,6 +111,7 @@ def test_a_file_that_is_prepared_has_a_header_and_what_it_had(tmp_path):
 
 def test_what_decides_the_key():
     assert replace(ROW, ttft_median_s=9.0, torch="2.14", repeats=9).key == ROW.key
+    change: Any
     for change in ({"length": 8192}, {"prompt": "vt"}, {"threads": 8}, {"dtype": "float16"}):
         assert replace(ROW, **change).key != ROW.key
     for change in ("dense_backend=cudnn", "gamma=0.9", "first_chunk=0", "layers=5,7", "layers=16", "n_init=9", "n_init=8.0"):

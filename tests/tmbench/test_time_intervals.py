@@ -15,6 +15,7 @@ from tmbench.report.time_intervals import (
     ONE_REPEAT,
     SLOWER,
     UNKNOWN_REPEATS,
+    TimeDifference,
     _cut,
     compare_rows,
     time_difference,
@@ -25,7 +26,7 @@ from tmbench.results.rows import TtftRow
 def row(samples, interleaved="dense tri_mix", rate=1e12):
     about = {"method": "dense", "length": 2048, "prompt": "kv", "repeats": 2, "warmup": 1}
     told = {"samples_s": samples, "interleaved": interleaved, "matrix_rate_flops": rate}
-    return TtftRow(**made_rows.COMMON, **about, **told)
+    return TtftRow(**(made_rows.COMMON | about | told))
 
 
 def test_three_rounds_by_hand():
@@ -102,7 +103,9 @@ def test_rows_are_compared_in_turns_and_more_than_once():
     assert compare_rows(row("1.0"), row("2.0")) == ONE_REPEAT
     for text in ("", "1.0", "1.0 x", "1.0 0", "1.0 nan", "1.0 inf"):
         assert compare_rows(row(text), dense) == UNKNOWN_REPEATS
-    assert compare_rows(row("0.5 0.55"), dense).percent == pytest.approx(-50)
+    half = compare_rows(row("0.5 0.55"), dense)
+    assert isinstance(half, TimeDifference)
+    assert half.percent == pytest.approx(-50)
 
 
 @pytest.mark.parametrize(("own", "others"), [([], []), ([1.0], [1.0]), ([1.0, 1.0], [1.0]), ([1.0, 0.0], [1.0, 1.0])])
