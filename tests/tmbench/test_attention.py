@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.models.attention_modules import windows
 from tmbench_kernels import FlashPrefill, FlexPrefill, XAttention
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 64},
@@ -23,7 +24,7 @@ FAMILIES = {
     "gpt_neox": {"num_key_value_heads": 4},
     "phi3": {"sliding_window": None},
 }
-TRIANGLE = {"n_init": 3, "n_local": 7, "last_n": 5}
+TRIANGLE: dict[str, Any] = {"n_init": 3, "n_local": 7, "last_n": 5}
 
 
 def triangle_mask(length: int, n_init: int, n_local: int, last_n: int) -> torch.Tensor:
@@ -287,7 +288,7 @@ def test_bad_parameters_name_the_option(make_model):
         ({"n_local": -1}, "--n-local must be 0 or more"),
         ({"n_init": 0, "n_local": 0}, "both 0"),
     ):
-        with pytest.raises(UserError, match=message), applied(model, "tri_mix", **changes):
+        with pytest.raises(UserError, match=message), applied(model, "tri_mix", **cast(dict[str, Any], changes)):
             pass
     with pytest.raises(UserError, match="gamma must be above 0"), applied(model, "tri_mix_flexprefill", gamma=0):
         pass

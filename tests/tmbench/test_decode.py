@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -46,7 +48,7 @@ STEERING = {
     "renormalize_logits": True,
     "remove_invalid_values": True,
 }
-WINDOW = {"starting_layer": 1, "n_init": 2, "n_local": 9, "last_n": 4}
+WINDOW: dict[str, Any] = {"starting_layer": 1, "n_init": 2, "n_local": 9, "last_n": 4}
 
 
 def transformers_own(model, ids, count, **plain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tmbench.engine.attention import applied, applied_plan
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared
 from tmbench.errors import UnsupportedModelError
 
-STREAMING = {"n_init": 2, "n_local": 9}
+STREAMING: dict[str, Any] = {"n_init": 2, "n_local": 9}
 
 
 @pytest.fixture

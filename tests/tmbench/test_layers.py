@@ -216,6 +216,7 @@ def test_a_plan_names_the_probe_that_it_follows(tmp_path):
     made = METHODS["tri_mix"].plan(SHAPE, layers=chosen)
     assert made.parameters["layers"] == "1,5"
     assert made.layers_source == "probe of vt at 4096, rank, accuracy budget 0.1, logits"
+    assert chosen is not None
     assert chosen.probed == 4096
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import shutil
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tmbench.errors import UserError
 from tmbench.models.geometry import Geometry
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 64},
@@ -228,7 +229,7 @@ def test_the_cache_holds_keys_and_values_and_no_more(family, kind, make_model, p
 
 def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
     model = make_model("llama")
-    seen = {name: [] for name in ("gate", "query")}
+    seen: dict[str, list[int]] = {name: [] for name in ("gate", "query")}
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen["gate"].append(args[0].shape[1]))
         layer.self_attn.q_proj.register_forward_hook(lambda _, args, out: seen["query"].append(out.stride(1)))
@@ -303,7 +304,7 @@ def test_where_to_compile(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_compiled_for_good(family, make_model, prompt):
     model = make_model(family)
-    caches = []
+    caches: list[Any] = []
     for length in (53, 53, 70):
         ids = (prompt(length) + len(caches)) % 97
         expected, plain = read(model, ids, PLAIN)

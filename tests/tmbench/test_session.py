@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import plans
 import under_plan
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind
 from tmbench.engine.prefill_state import PrefillState
 from tmbench.engine.session import compile_ahead, running
 from tmbench.errors import NotFiniteError
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 64},
     "phi3": {"sliding_window": None},
@@ -21,7 +23,7 @@ FAMILIES = {
     "gpt_neox": {"num_key_value_heads": 4},
 }
 WINDOW = {"n_init": 2, "n_local": 9, "last_n": 5}
-KINDS = (EAGER, COMPILED)
+KINDS: tuple[Kind, ...] = (EAGER, COMPILED)
 
 
 pytestmark = pytest.mark.usefixtures("graphs", "short_chunks")
