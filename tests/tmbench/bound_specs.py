@@ -7,6 +7,7 @@ from typing import Any
 from tmbench.measure.executor import InProcess
 from tmbench.measure.loop import run
 from tmbench.measure.spec import ModelSource, Spec, Step
+from tmbench.measure.ttft import TtftSpec
 from tmbench.models.loading import LoadedModel
 
 
@@ -26,6 +27,7 @@ class Bound:
 
     def pending_plans(self) -> dict[int, list[Any]]:
         """What a TTFT has still to measure at each length."""
+        assert isinstance(self.spec, TtftSpec)
         return self.spec.pending(self.loaded)
 
     def run(self) -> list[Any]:

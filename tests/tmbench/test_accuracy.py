@@ -347,8 +347,8 @@ def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, m
         work.loaded.model(torch.tensor([work.loaded.tokenizer(example.prompt)["input_ids"]]))
     pairs = VerticalSlash.pairs
     monkeypatch.setattr(VerticalSlash, "pairs", lambda *a, **kw: time.sleep(5) or pairs(*a, **kw))
-    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     clock, real = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
     work.run()
     row = rows_of(work.root)["minference", "vt", 1024]

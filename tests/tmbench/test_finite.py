@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ def test_tokens_that_a_model_masks_are_no_failure(command, overflowing, tmp_path
 
 
 def test_what_is_a_number_is_no_matter_of_its_sign():
-    model = torch.nn.Linear(2, 2)
+    model: Any = torch.nn.Linear(2, 2)
     model.dtype = torch.float32
     low, nan, high = -math.inf, math.nan, math.inf
     for sound in ([1.0, 2.0], [low, -3.0], [0.0, low], [1e38, low]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import asdict, replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tmbench.measure.loop import run
 from tmbench.measure.loss import LossSpec
 from tmbench.measure.probe import ProbeSpec
 from tmbench.measure.search import SearchSpec
-from tmbench.measure.spec import ModelSource
+from tmbench.measure.spec import ModelSource, Step
 from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.measure.ttft import TtftSpec
 from tmbench.methods.layers import Budget
@@ -63,7 +64,7 @@ def specs(loaded):
     """``specs(kind, root)``: a small spec of each measurement."""
 
     def make(kind, root):
-        source = {"model": ModelSource.of(loaded)}
+        source: dict[str, Any] = {"model": ModelSource.of(loaded)}
         about = source | {"environment": environment.current(torch.device("cpu")), "root": root}
         plans = [plan_of(loaded.shape, name, **WINDOW) for name in ("dense", "streaming", "minference")]
         ttft = TtftSpec(**about, plans=plans, lengths=(64, 48), prompt="random", repeats=1, prefill=EAGER)
@@ -128,7 +129,8 @@ def test_a_spec_and_its_items_pickle_and_make_the_same_rows_elsewhere(kind, spec
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "search"])
 def test_what_is_handed_over_is_what_was_kept_and_a_second_run_measures_nothing(kind, specs, loaded, tmp_path):
-    spec, steps = specs(kind, tmp_path), []
+    spec = specs(kind, tmp_path)
+    steps: list[Step[Any]] = []
     first = run(spec, InProcess(loaded))
     size = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     executor = Elsewhere(loaded)
@@ -143,7 +145,7 @@ def test_what_is_handed_over_is_what_was_kept_and_a_second_run_measures_nothing(
 @pytest.mark.parametrize("kind", KINDS)
 def test_progress_ends_where_it_said(kind, specs, loaded, tmp_path):
     for _ in range(1 if kind == "search" else 2):
-        steps = []
+        steps: list[Step[Any]] = []
         run(specs(kind, tmp_path), InProcess(loaded), steps.append)
         total = sum(step.part.total for step in steps if step.part is not None)
         assert sum(step.work for step in steps) == pytest.approx(total)

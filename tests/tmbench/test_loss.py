@@ -109,7 +109,8 @@ def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
-    sample, asked = loss._sample, []
+    sample = loss._sample
+    asked: list[tuple[str, int]] = []
 
     def measure(spec, loaded, item, ran):
         if len(asked) == 3:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tmbench.measure.probe import ProbeSpec, gradients
 from tmbench.methods.layers import Budget
 from tmbench.models.loading import LoadedModel
 from tmbench.report.pictures import figures, save, save_all
+from tmbench.report.probe import Derivative
 from tmbench.report.probe_plot import probe_figure
 from tmbench.report.report import build
 from tmbench.results import environment
@@ -36,7 +38,8 @@ LOGITS = MEASURES.index("logits")
 @pytest.fixture
 def matrices():
     """Attention of transformers' models by plain matrices: ``kept[layer] = (logits, probabilities)``, ``added[layer]``."""
-    kept, added = {}, {}
+    kept: dict[int, Any] = {}
+    added: dict[int, Any] = {}
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
@@ -111,7 +114,7 @@ def test_signed_means_are_finite_differences(length, make_model, prompt, matrice
 
 
 def propose_for(model, ids, budget=0.0, rule="rank"):
-    about = dict.fromkeys(("model", "environment", "root", "lengths", "tasks", "samples"))
+    about: dict[str, Any] = dict.fromkeys(("model", "environment", "root", "lengths", "tasks", "samples"))
     spec = ProbeSpec(**about, budget=Budget(budget), rule=rule)
     return probe.proposed(gradients(model, ids, TARGET, SMALL)[0].means.mean(1), 0.5, spec).layers
 
@@ -327,7 +330,8 @@ def test_a_foreign_samples_file_is_named(job, tmp_path):
 def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
     rows = job().run()
     first, second = tmp_path / "plots" / "a.png", tmp_path / "b.png"
-    for path, derivative in ((first, "logits"), (second, "logits"), (Path(tmp_path / "c.png"), "probabilities")):
+    drawn: list[tuple[Path, Derivative]] = [(first, "logits"), (second, "logits"), (tmp_path / "c.png", "probabilities")]
+    for path, derivative in drawn:
         save(probe_figure(rows, derivative), path)
     assert first.read_bytes() == second.read_bytes() != (tmp_path / "c.png").read_bytes()
 

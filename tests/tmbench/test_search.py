@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_the_file_holds_each_heads_winner_and_what_it_keeps(job):
     assert sum(step.work for step in steps) == pytest.approx(4), "the progress bar must end where it says"
     assert load_head_patterns(work.output, layers=4, heads=4) == [tuple(layer) for layer in found]
     assert not partial_path(work.output).exists()
-    seen = {}
+    seen: dict[int, Any] = {}
     with torch.inference_mode(), applied(work.loaded.model, "dense") as session:
         session.observer = lambda layer, pattern, q, k, scale: seen.update({layer: (q, k, scale)})
         work.loaded.model(prompt_ids("random", 400, work.loaded, 42))
@@ -63,6 +64,7 @@ def test_the_file_holds_each_heads_winner_and_what_it_keeps(job):
             attention = logits.masked_fill(j > i, -torch.inf).softmax(1)
             stream = (attention * ((j < 50) | (i - j <= 50)))[100:].sum(1).mean()
             winner = found[layer][head]
+            assert winner.score is not None
             assert winner.score >= stream - 1e-6
             if winner.type == "stream_llm":
                 assert winner.score == pytest.approx(float(stream), abs=1e-6)
@@ -79,7 +81,8 @@ def test_the_published_remapping_is_a_choice(job, tmp_path):
 
 def stopped_at(work, layer, monkeypatch):
     """Run until this layer is about to be weighed, then be interrupted."""
-    real, calls = search.kept_attention, []
+    real = search.kept_attention
+    calls: list[object] = []
 
     def stop(*arguments, **keywords):
         if len(calls) == 2 * layer:

@@ -67,6 +67,8 @@ def brute_force_pairs(n_init, n_local, last_n, length):
 def test_a_control_computes_as_many_pairs_in_another_shape(n_init, n_local, last_n):
     length = 1000
     control = same_cost(variant(layers="3-", n_init=n_init, n_local=n_local, last_n=last_n), length)
+    assert control is not None
+    assert control.layers is not None
     assert control.layers.layers == (3,)
     assert (control.values["n_init"], control.values["last_n"]) == (n_init, 0)
     wanted = brute_force_pairs(n_init, n_local, last_n, length)
@@ -125,6 +127,7 @@ def test_plans_are_dense_the_variants_and_their_controls_each_once(job):
     settings = [variant(n_local=16, last_n=last) for last in (0, 10)]
     work = job(settings, controls=True)
     control = same_cost(settings[1], 200)
+    assert control is not None
     expected = [("dense", None, None), ("tri_mix", 16, 0), ("tri_mix", 16, 10), ("tri_mix", control.values["n_local"], 0)]
     assert parameters(work.plans[200]) == expected
     # A control that is a variant already is measured once.
@@ -150,7 +153,8 @@ def test_times_that_a_killed_sweep_had_measured_are_appended_by_the_next(job, mo
     work = job([variant(n_local=16, last_n=last) for last in (0, 10)])
     monkeypatch.setattr(AccuracySpec, "parts", lambda spec, loaded: iter(()))
     monkeypatch.setattr(AccuracySpec, "check", lambda spec, loaded: None)
-    real, appended = keeping.append, []
+    real = keeping.append
+    appended: list[object] = []
 
     def append(root, row):
         if appended:

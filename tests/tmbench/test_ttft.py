@@ -6,6 +6,7 @@ import json
 import time
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_rows_of_block_sparse_methods(job):
     (work := job(names=names, lengths=(300,), parameters={"threshold": 1e-9, "min_budget": 200})).run()
     rows = rows_of(work)
     causal, sparse = 300 * 301 // 2, 300 * 301 // 2 - 44 * 128
-    triangle = sum(1 for i in range(300) for j in range(i + 1) if j < 2 or i - j < 16 or i >= 292)
+    triangle: Any = sum(1 for i in range(300) for j in range(i + 1) if j < 2 or i - j < 16 or i >= 292)
     assert rows["tri_mix_xattention", 300].coverage == pytest.approx((2 * sparse + 2 * triangle) / (4 * causal))
     assert rows["tri_mix_xattention", 300].backends == "triangle:torch-banded+xattention:torch-blocks"
     assert rows["flexprefill", 300].backends == "flex_prefill:torch-blocks"
@@ -182,7 +183,8 @@ def test_the_rate_is_measured_after_every_turn(job, monkeypatch):
 
 def test_memory_is_released_once_the_failed_pass_is_forgotten(job, monkeypatch):
     work = job(names=("dense", "streaming"), lengths=(96,))
-    real, caches, alive = ttft.first_token, [], []
+    real, caches = ttft.first_token, []
+    alive: list[bool] = []
 
     def first(prefill, ids):
         seconds = real(prefill, ids)
