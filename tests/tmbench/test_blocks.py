@@ -38,7 +38,8 @@ def printed(shown, monkeypatch, width=None, columns=None):
 
 def read(lines):
     """{(first cell, column): cell} of all blocks, whose cells hold no blanks but the first."""
-    found, header = {}, []
+    found: dict[tuple[str, str], str] = {}
+    header: list[str] = []
     for line in lines:
         cells = re.split(r" {2,}", line.strip())
         if cells[0] == "task":

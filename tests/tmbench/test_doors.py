@@ -35,13 +35,14 @@ def sources():
     for file in sorted(ROOT.rglob("*.py")):
         yield file.relative_to(ROOT).parts[0].removesuffix(".py"), file
     for package in (ruler_tasks, tmbench_kernels):
+        assert package.__file__
         for file in sorted(Path(package.__file__).parent.rglob("*.py")):
             yield package.__name__, file
 
 
 def imported(file):
     """The dotted names that a file imports, wherever in it; those of ``from tmbench.a import b`` are tmbench.a.b."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -86,6 +87,7 @@ def test_the_doors_form_no_circle():
 @pytest.mark.parametrize("package", [name for name in DOORS if name not in ("errors", "cli")])
 def test_a_package_says_what_it_may_import(package):
     head = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+    assert head, "a package has a head"
     assert len(head.splitlines()) <= 8
     said = head.rpartition("May import: ")[2]
     assert said != head, "its head must say what it may import"
@@ -103,14 +105,14 @@ def test_modules_form_no_circle():
     for _, file in sources():
         top = next(place for place in file.parents if not (place / "__init__.py").exists())
         files[".".join(file.relative_to(top).with_suffix("").parts).removesuffix(".__init__")] = file
-    graph = {}
+    graph: dict[str, set[str]] = {}
     for module, file in files.items():
         graph[module] = set()
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     name = f"{node.module}.{alias.name}"
-                    graph[module].add(name if name in files else node.module)
+                    graph[module].add(name if name in files else str(node.module))
             elif isinstance(node, ast.Import):
                 graph[module].update(alias.name for alias in node.names)
         graph[module] &= files.keys()

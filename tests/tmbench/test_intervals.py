@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -100,7 +103,7 @@ def test_tasks_of_one_sample_tell_nothing_and_samples_at_the_bound_leave_no_room
     assert (difference([[0.0]] * 13).low, difference([[0.0]] * 13).high) == (-100, 100)
     all_lost = difference([[-100.0] * 7] * 2)
     assert (all_lost.low, all_lost.verdict) == (-100, LOSS)
-    assert interval([np.array([1.0, 1.0, 1.0])], 0.0, 1.0) == (pytest.approx(0.025 ** (1 / 3)), 1.0)
+    assert interval([np.array([1.0, 1.0, 1.0])], 0.0, 1.0) == (cast(float, pytest.approx(0.025 ** (1 / 3))), 1.0)
 
 
 def test_the_search_ends_where_a_task_reaches_the_bound():
@@ -195,7 +198,7 @@ def test_the_interval_of_an_average_over_tasks_holds_the_truth():
     rng = np.random.default_rng(12)
     rates = [0.0, 0.02, 0.3, 0.5]
     experiments = 400
-    found = [difference([-100.0 * (rng.random(40) < rate) for rate in rates]) for _ in range(experiments)]
+    found = [difference([-100.0 * (rng.random(40) < rate).astype(float) for rate in rates]) for _ in range(experiments)]
     held = sum(one.low <= -100 * np.mean(rates) <= one.high for one in found)
     assert held / experiments >= 0.95
 
@@ -246,6 +249,7 @@ def test_so_many_samples_as_needed_tell_a_method_that_loses_nothing_in_four_of_f
 
     # From many samples, so that the spread is known: p(1) = p(-1) = 2 % has the variance 400.
     needed = difference(measure(100_000), margin=4.0).needed
+    assert needed is not None
     assert needed == pytest.approx((3.5579 / 4) ** 2 * 400 / 3 + 1, rel=0.03)
     told = sum(difference(measure(needed), margin=4.0).verdict == NO_LOSS for _ in range(400))
     few = sum(difference(measure(needed // 4), margin=4.0).verdict == NO_LOSS for _ in range(400))

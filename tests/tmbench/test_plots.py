@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import Any, cast
 
 import pytest
 from matplotlib.image import imread
@@ -122,7 +123,7 @@ def test_speed_up_is_the_time_of_dense_over_the_time_of_the_method(tmp_path):
         add_ttft(tmp_path, "tri_mix", length, seconds)
     report = build(tmp_path)
     (axes,) = speed_up_figure(report.ttft[0]).axes
-    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1.0, 1.0], [0.5, 4.0]]
+    assert [list(cast(Any, line.get_ydata())) for line in axes.get_lines()] == [[1.0, 1.0], [0.5, 4.0]]
     assert axes.get_ylim()[0] < 0.5
     assert axes.get_ylim()[1] > 4.0
 

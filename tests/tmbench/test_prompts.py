@@ -86,7 +86,9 @@ def test_a_length_too_short_for_a_kind_names_the_least(tiny):
         check_prompt(kind, tiny, [700])
     with pytest.raises(UserError, match="--length 64 is too short for --prompt cwe, which needs") as refused:
         check_prompt("cwe", tiny, [700, 64])
-    least = int(re.search(r"needs (\d+) tokens", str(refused.value))[1])
+    needed = re.search(r"needs (\d+) tokens", str(refused.value))
+    assert needed
+    least = int(needed[1])
     assert prompt_ids("cwe", least, tiny).shape == (1, least)
     with pytest.raises(UserError, match=f"--length {least - 1} is too short"):
         prompt_ids("cwe", least - 1, tiny)

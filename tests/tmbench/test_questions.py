@@ -35,7 +35,9 @@ def test_answers_are_those_of_their_prompts(tiny):
     for question in questions("vt", 1500, 2, tiny, 42):
         text, answer = tiny.tokenizer.decode(question.prompt), tiny.tokenizer.decode(question.answer)
         first, *others = answer.split()
-        assert f"VAR {first} = {re.search(r'value ([0-9]+):$', text)[1]}" in text
+        asked = re.search(r"value ([0-9]+):$", text)
+        assert asked
+        assert f"VAR {first} = {asked[1]}" in text
         assert len(others) == 4
 
 
@@ -82,7 +84,9 @@ def test_what_is_too_short_names_the_least_length(tiny):
     for task in ("kv", "vt"):
         with pytest.raises(UserError, match=f"--length 40 is too short for {task}") as refused:
             list(questions(task, 40, 1, tiny, 42))
-        least = int(re.search(r"(\d+)( tokens here)?$", str(refused.value))[1])
+        needed = re.search(r"(\d+)( tokens here)?$", str(refused.value))
+        assert needed
+        least = int(needed[1])
         assert list(questions(task, least + 8, 1, tiny, 42))
 
 

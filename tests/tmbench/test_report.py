@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from typing import Any, cast
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_rows_come_as_a_frame_too(published):
     assert set(frame(published, "ruler").task) == set(TASKS)
     assert frame(published, "loss").empty
     with pytest.raises(ValueError, match="there are no rows of kind 'speed': choose from ttft, ruler"):
-        frame(published, "speed")
+        frame(published, cast(Any, "speed"))
 
 
 @pytest.mark.parametrize(("points", "text"), [(-0.04, "+0.0"), (0.0, "+0.0"), (-0.06, "-0.1"), (38.5, "+38.5")])

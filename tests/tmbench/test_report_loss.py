@@ -86,6 +86,7 @@ def test_losses_of_other_prompts_are_not_paired(tmp_path, hashes):
     add_loss(tmp_path, "dense", DENSE)
     add_loss(tmp_path, "streaming", SPARSE, hashes, nll_prompt_vs_dense=0.5)
     cell = build(tmp_path).losses[0].cells[1]
+    assert cell.prompt is not None
     assert (cell.prompt.mean == 0.5) == ("x" in hashes)
     assert (cell.prompt.ends is None) == ("x" in hashes)
     assert (cell.first is None) == ("x" in hashes)
@@ -98,7 +99,9 @@ def test_samples_that_do_not_make_a_rows_losses_make_no_interval(tmp_path, spoil
     lines = path.read_text().splitlines()
     path.write_text({"missing": "", "short": "\n".join(lines[:2]) + "\n", "other": "\n".join([*lines[:2], lines[0]])}[spoil])
     (section,) = build(tmp_path).losses
-    assert section.cells[1].prompt.text == "+0.1333"
+    found = section.cells[1].prompt
+    assert found is not None
+    assert found.text == "+0.1333"
     reason = "samples are not beside the rows, or there is only one"
     assert f"No interval for all rows: {reason}." in section.notes()
     path.write_text('{"index": 0, "nll_prompt": "much"}\n')

@@ -13,7 +13,7 @@ import made_rows
 from tmbench.cli.report import MARGIN
 from tmbench.errors import UserError
 from tmbench.report import intervals
-from tmbench.report.intervals import LOSS, NO_LOSS, TOO_FEW, difference
+from tmbench.report.intervals import LOSS, NO_LOSS, TOO_FEW, Difference, difference
 from tmbench.report.records import average_records
 from tmbench.report.report import build
 from tmbench.report.ruler import NOT_COMPARED
@@ -115,6 +115,7 @@ def test_markdown_csv_and_json_say_the_same(measured):
     report = build(measured)
     (group,) = report.ruler
     found = group.average_differences["tri_mix (layers 2-)"]
+    assert isinstance(found, Difference)
     markdown = report_markdown(report)
     assert "Points against dense over the same samples, average of 2 tasks, and what they say for a margin of 1:" in markdown
     words = [f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", "loss", "120", str(found.differing)]
@@ -123,6 +124,7 @@ def test_markdown_csv_and_json_say_the_same(measured):
     assert "it takes 368 such samples to exclude a loss of 1:" in markdown
     (line,) = [line for line in markdown.splitlines() if line.startswith("| vt") and "tri_mix (layers 2-)" in line]
     own = next(c.difference for c in group.cells if c.label == "tri_mix (layers 2-)" and c.row.task == "vt")
+    assert isinstance(own, Difference)
     ends = f"{own.low:+.1f} to {own.high:+.1f}"
     cells = [f"{own.mean:+.1f}", ends, "loss", "60", str(own.differing), str(own.needed)]
     assert [cell.strip() for cell in line.split("|")][3:-1] == cells

@@ -11,6 +11,7 @@ from math import exp, log, sqrt
 from statistics import fmean, stdev
 
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.image import imread
 
 import made_rows
@@ -243,6 +244,7 @@ def test_the_plot_has_every_method_with_its_bars(swept, tmp_path):
         assert any(text.startswith(f"{number} tri_mix (") for text in texts)
     assert len(axes.containers) == 6
     for container, cell in zip(axes.containers, report.trade_offs[0].cells, strict=True):
+        assert isinstance(container, ErrorbarContainer)
         across, up = (bars.get_segments()[0] for bars in container.lines[2])
         assert across[:, 0] == pytest.approx([cell.saved_low, cell.saved_high])
         assert up[:, 1] == pytest.approx([cell.difference.low, cell.difference.high])
