@@ -51,6 +51,7 @@ types: install  ## Check the types
 	$(BIN)/mypy training
 	$(BIN)/mypy --config-file tests/mypy.ini tests/kernels
 	$(BIN)/mypy --config-file tests/mypy.ini tests/ruler_tasks
+	$(BIN)/mypy --config-file tests/mypy.ini tests/tmbench
 	$(BIN)/mypy --config-file tests/mypy.ini tests/training
 
 unit: install  ## Run every test, on two cores
