@@ -28,12 +28,12 @@ def case(make_qkv, lengths, capacity, **shape):
     new, expected = [], []
     for one, length in enumerate(lengths):
         k_cache[one, :, :length], v_cache[one, :, :length] = k[one, :, :length], v[one, :, :length]
-        here = [x[one : one + 1, :, length : length + 1] for x in (q, k, v)]
-        new.append(here)
+        new.append([x[one : one + 1, :, length : length + 1] for x in (q, k, v)])
         seen = torch.ones(1, length + 1, dtype=torch.bool, device=DEVICE)
-        upto = [x[one : one + 1, :, : length + 1] for x in (k, v)]
-        expected.append(masked_attention(here[0], *upto, seen, scale=scale).transpose(1, 2))
-    return [torch.cat(parts) for parts in zip(*new, strict=True)], k_cache, v_cache, places, scale, torch.cat(expected)
+        keys, values = (x[one : one + 1, :, : length + 1] for x in (k, v))
+        expected.append(masked_attention(new[-1][0], keys, values, seen, scale=scale).transpose(1, 2))
+    new_q, new_k, new_v = (torch.cat(parts) for parts in zip(*new, strict=True))
+    return (new_q, new_k, new_v), k_cache, v_cache, places, scale, torch.cat(expected)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

@@ -133,7 +133,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         scale * LOG2_E,
         SPLITS=splits, HEADS=heads, GROUP=group, ROWS=block_dim(group), KEYS=KEYS,
-        DIM=dim, V_DIM=v_dim, BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim), num_warps=1, num_stages=4 if max(dim, v_dim) > 128 else 6,
+        DIM=dim, V_DIM=v_dim, BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim),
+        num_warps=1, num_stages=4 if max(dim, v_dim) > 128 else 6,
     )  # fmt: skip
     _combine[(batch * heads,)](
         split_out, split_lse, out,
