@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import statistics
 import time
 from datetime import UTC, datetime
@@ -130,15 +129,17 @@ def _compare(batch: Batch, plan: Plan, kind: Kind, ids: Tensor, logits: list[Ten
 
     The latter is the difference of the two choices' logits, decoded alone, in units of the last place of the higher one.
     """
+    text = [int(expected.argmax()) for expected in logits]
     with running(batch.model, plan, kind) as session:
-        batch.read(session, ids, len(logits))
-    same, gap = [], 0.0
-    for expected, following in itertools.pairwise(logits):
-        choice, top = int(batch.read_tokens([int(expected.argmax())]).argmax()), following.max()
-        same.append(choice == int(following.argmax()))
+        wrote = batch.read(session, ids, len(logits), endless=True, given=text)
+    while batch.texts:
+        batch.advance()
+    gap = 0.0
+    for expected, choice in zip(logits, wrote.tokens, strict=True):
+        top = expected.max()
         unit = torch.finfo(batch.model.dtype).eps * 2 ** torch.floor(torch.log2(top.abs()))
-        gap = max(gap, float((top - following[choice]) / unit))
-    batch.drop()
+        gap = max(gap, float((top - expected[choice]) / unit))
+    same = [choice == token for choice, token in zip(wrote.tokens, text, strict=True)]
     return {"same_choices": round(statistics.mean(same), 4), "largest_gap": round(gap, 2)}
 
 

@@ -54,9 +54,10 @@ def test_each_sequence_sees_its_own_keys_and_the_new_one(make_qkv, name, heads, 
 
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 def test_any_scale(make_qkv, scale):
-    new, k_cache, v_cache, places, _, _ = case(make_qkv, [130, 7], 200, dtype=torch.float16)
-    expected = torch_backend.attend(*new, k_cache.clone(), v_cache.clone(), places, scale)
-    torch.testing.assert_close(backend("triton")(*new, k_cache, v_cache, places, scale), expected, atol=2e-3, rtol=1e-2)
+    (q, k, v), k_cache, v_cache, places, _, _ = case(make_qkv, [130, 7], 200, dtype=torch.float16)
+    expected = torch_backend.attend(q, k, v, k_cache.clone(), v_cache.clone(), places, scale)
+    got = backend("triton")(q, k, v, k_cache, v_cache, places, scale)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-2)
 
 
 def test_tokens_one_by_one_are_the_causal_attention_of_the_text(make_qkv):

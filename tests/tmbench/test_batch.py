@@ -13,6 +13,7 @@ from tmbench.engine.decode import greedy
 from tmbench.engine.decode_kind import step_kind
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
 from tmbench.engine.session import running
+from tmbench.measure.agree import follow
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -182,21 +183,32 @@ def test_a_model_that_answers_otherwise_decodes_alone(make_model, monkeypatch):
     assert "otherwise" in obstacle
 
 
-def test_texts_read_tokens_that_are_given(make_model, texts):
-    """As a method follows dense's text: the logits are those of the plain loop along that text."""
+def test_texts_follow_tokens_that_are_given(make_model, texts):
+    """As a method follows dense's text: its choices are those of the plain loop along that text, end tokens left out."""
     model = make_model("llama").to(DEVICE)
-    model.generation_config.eos_token_id = None
     plan = plan_of(model, "tri_mix", **WINDOW)
-    given = [[5, 17, 60, 2], [33, 33, 9, 71]]
-    batch = Batch(model, 80, 5, size=2, graph=GPU)
+    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = [tokens[0] for tokens in one_by_one(model, plan, texts, 1)]
+    given = [None, list(range(20, 32)), None, list(range(70, 58, -1)), [5] * 12]
+    batch = Batch(model, 80, 12, size=2, graph=GPU)
+    expected, waiting, found = [], list(zip(texts, given, strict=True)), []
     with torch.inference_mode():
-        alone = []
-        for ids in texts[:2]:
+        for ids, tokens in waiting:
             with running(model, plan, EAGER) as session:
-                alone.append(session.read(ids))
-            with running(model, plan, EAGER) as session:
-                batch.read(session, ids, 5)
-        for step in range(4):
-            got = batch.read_tokens([tokens[step] for tokens in given])
-            expected = torch.cat([one.read([tokens[step]]) for one, tokens in zip(alone, given, strict=True)])
-            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+                expected.append(follow(session, ids, 12, tokens))
+        while waiting or batch.texts:
+            while waiting and not batch.full:
+                ids, tokens = waiting.pop(0)
+                with running(model, plan, EAGER) as session:
+                    found.append(batch.read(session, ids, 12, endless=True, given=tokens))
+            batch.advance()
+    assert [text.tokens for text in found] == expected
+
+
+def test_a_text_that_is_too_long_is_refused(make_model, texts):
+    model = make_model("llama").to(DEVICE)
+    batch = Batch(model, 60, 10, size=2, graph=GPU)
+    with running(model, plan_of(model, "dense"), EAGER) as session:
+        for ids, most in ((texts[0], 11), (texts[2], 2)):
+            with pytest.raises(ValueError, match="more than this batch has room for"):
+                batch.read(session, ids, most)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -69,7 +69,13 @@ class _State:
     broken: Tensor
     """Whether logits were not finite."""
     new: Tensor
-    """``[slots, capacity of new tokens]``."""
+    """``[slots, most_new]``: what was chosen."""
+    endless: Tensor
+    """Whether end tokens are never chosen, so that every text has all of its tokens."""
+    follows: Tensor
+    """Whether tokens of ``given`` are read behind the prompt in place of those that were chosen."""
+    given: Tensor
+    """``[slots, most_new]``."""
 
 
 class Batch:
@@ -102,10 +108,9 @@ class Batch:
         self._runner = runner
         self._most_new = most_new
         self._state = self._new_state(1)
-        self._ends = torch.tensor(end_tokens(model), device=model.device, dtype=torch.long)
+        self._is_end = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+        self._is_end[end_tokens(model)] = True
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
-        """Of the last step, ``[slots, vocabulary]``: a recorded step writes them there each time."""
         self._planned = False
         self._prompt_bytes = 0
         """What reading a prompt takes beside the model and the cache, the most so far."""
@@ -129,24 +134,39 @@ class Batch:
                 return CacheSlot(self.cache, number)
         raise RuntimeError(f"all {self.slots} slots are taken")
 
-    def read(self, session: Session, ids: Tensor, most: int) -> Text:
-        """Read a prompt ``[1, length]`` by the session's plan; its text has ended already where one token was enough.
+    def read(
+        self, session: Session, ids: Tensor, most: int, *, endless: bool = False, given: Sequence[int] | None = None
+    ) -> Text:
+        """Read a prompt by the session's plan; its text has ended already where one token was enough.
 
-        Raises NotFiniteError for logits that are not finite, and whatever reading the prompt raises: the batch is as before.
+        Args:
+            ids: ``[1, length]``.
+            most: new tokens, at most; with ``endless`` exactly so many, as none of the model's end tokens is chosen.
+            given: so many tokens, which are read behind the prompt in place of those that are chosen.
+
+        Raises:
+            ValueError: a text that is too long for the batch.
+            NotFiniteError: logits that are not finite. The batch is then as before, as after whatever else reading raises.
         """
+        if ids.shape[1] + most > self.cache.capacity or most > self._most_new:
+            raise ValueError(f"{ids.shape[1]} and {most} tokens are more than this batch has room for")
         free, before = self.free_slot, self.cache.bytes_per_slot * self.slots
         held_before, slot = held(self.model.device), free.number
         logits = session.read_into(ids, free)
         check_logits(logits, self.model, "of the prompt's last token")
-        first = int(logits.float().argmax(-1))
+        first = int(self._choices(logits, torch.tensor([[endless]], device=logits.device)))
         text = Text(slot, most, [first], session.peak.bytes)
         if held_before is not None and text.peak is not None:
             grown = self.cache.bytes_per_slot * self.slots - before
             self._prompt_bytes = max(self._prompt_bytes, text.peak - held_before - grown)
-        if most > 1 and first not in self._ends.tolist():
+        if most > 1 and not bool(self._is_end[first]):
             self.texts.append(text)
             state = self._state
-            state.tokens[slot, 0] = state.new[slot, 0] = first
+            state.new[slot, 0] = first
+            state.tokens[slot, 0] = first if given is None else given[0]
+            state.endless[slot], state.follows[slot] = endless, given is not None
+            if given is not None:
+                state.given[slot, :most] = torch.tensor(given, device=ids.device)
             state.cache_seqlens[slot] = ids.shape[1]
             state.written[slot], state.most[slot] = 1, most
             state.active[slot], state.broken[slot] = True, False
@@ -171,24 +191,6 @@ class Batch:
             while self.texts and not ended:
                 ended = self._burst()
         return ended
-
-    def read_tokens(self, tokens: Sequence[int]) -> Tensor:
-        """Have each text, in the order they were read in, read this token in place of its own last one, and count a step.
-
-        Returns the logits of what follows, float32 ``[texts, vocabulary]``. Raises NotFiniteError where they are not finite.
-        """
-        self._record()
-        slots = [text.slot for text in self.texts]
-        self._state.tokens[slots, 0] = torch.tensor(tokens, device=self.model.device)
-        self._state.active[slots] = True
-        with nullcontext() if self._graph is not None else self._prepared():
-            self._run()
-        for text in self.texts:
-            text.steps += 1
-        assert self._logits is not None
-        logits = self._logits[slots]
-        check_logits(logits, self.model, f"of new token {max(text.steps for text in self.texts) + 1}")
-        return logits.float()
 
     def _run(self) -> None:
         if self._graph is None:
@@ -237,7 +239,7 @@ class Batch:
         """Have room for so many texts from now on; raises ValueError where a text would lose its slot."""
         if any(text.slot >= slots for text in self.texts):
             raise ValueError("a text is at work in a slot that would go")
-        self._graph = self._logits = None
+        self._graph = None
         before, self._state = self._state, self._new_state(slots)
         kept = min(slots, self.slots)
         self.cache.resize(slots)
@@ -271,7 +273,14 @@ class Batch:
             active=zeros(dtype=torch.bool),
             broken=zeros(dtype=torch.bool),
             new=zeros(self._most_new, dtype=torch.long),
+            endless=zeros(dtype=torch.bool),
+            follows=zeros(dtype=torch.bool),
+            given=zeros(self._most_new, dtype=torch.long),
         )
+
+    def _choices(self, logits: Tensor, endless: Tensor) -> Tensor:
+        """The likeliest tokens ``[texts]`` of logits ``[texts, vocabulary]``; ``endless`` is ``[texts, 1]``."""
+        return logits.float().masked_fill(endless & self._is_end, -torch.inf).argmax(-1)
 
     def _prepared(self) -> Any:
         return prepared(self.model, self.cache, self._state.cache_seqlens, self._runner(self.slots))
@@ -280,18 +289,17 @@ class Batch:
         """One token of every text, chosen and counted on the device."""
         state = self._state
         logits = next_logits(self.model, state.tokens, state.cache_seqlens)
-        self._logits = logits
         state.cache_seqlens += state.active
         finite = torch.isfinite(logits.amax(-1))
         state.broken |= state.active & ~finite
         state.active &= finite
-        token = logits.float().argmax(-1)
-        token = torch.where(state.active, token, state.tokens[:, 0])
-        place = state.written.clamp(max=self._most_new - 1)[:, None]
-        state.new.scatter_(1, place, torch.where(state.active[:, None], token[:, None], state.new.gather(1, place)))
+        token = self._choices(logits, state.endless[:, None])[:, None]
+        place, active = state.written.clamp(max=self._most_new - 1)[:, None], state.active[:, None]
+        state.new.scatter_(1, place, torch.where(active, token, state.new.gather(1, place)))
+        following = torch.where(state.follows[:, None], state.given.gather(1, place), token)
+        state.tokens.copy_(torch.where(active, following, state.tokens))
         state.written += state.active
-        state.tokens.copy_(token[:, None])
-        state.active &= ~(token[:, None] == self._ends).any(-1) & (state.written < state.most)
+        state.active &= ~self._is_end[token[:, 0]] & (state.written < state.most)
 
     def _record(self) -> None:
         """Record a step, unless it is recorded, or is not to be."""
