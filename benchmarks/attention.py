@@ -4,8 +4,8 @@
 
 Peers: FlexAttention under torch.compile (also with flash-attn 4 behind it), flash-attn 4 with a window (the band alone,
 for comparison), and the triangle kernel of a checkout of microsoft/MInference, whose keys and values are repeated
-beforehand, which is not counted. All take turns, several launches a turn: the chip slows as it warms, and then slows for
-all. Beside every time stands the error: RMS difference from softmax in float32 on sampled queries, over the RMS of the exact
+beforehand, which is not counted. All are interleaved, several launches a round: the chip slows as it warms, for all then.
+Beside every time stands the error: RMS difference from softmax in float32 on sampled queries, over the RMS of the exact
 output; next to it that of plain torch in the same type. "extra" is the memory taken at the peak beyond q, k, v and the
 output.
 """
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Rows of one length, every implementation in turns."""
+    """Rows of one length, all implementations interleaved."""
     q, k, v = random_qkv(length, options)
     groups = q.shape[1] // k.shape[1]
     entries = [*ours(Dense(), q, k, v), *ours(pattern, q, k, v), *flex(pattern, q, k, v), *band(pattern, q, k, v)]
@@ -84,7 +84,7 @@ def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list
     samples = {known.name: Sample(known, q, k, v) for known in (Dense(), pattern)}
     for entry in entries:
         warm_up(entry, samples[entry.pattern.name], q, k, v)
-    for _ in range(options.turns):
+    for _ in range(options.rounds):
         for entry in entries:
             if not entry.note:
                 entry.ms += timed(entry.attend, q, k, v)
@@ -267,7 +267,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--n-init", type=int, default=8)
     parser.add_argument("--n-local", type=int, default=512)
     parser.add_argument("--last-n", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--rounds", "--turns", type=int, default=5)
     parser.add_argument("--skip", nargs="*", default=["torch-banded"], help="implementations to leave out")
     parser.add_argument("--minference", type=Path, help="a checkout of microsoft/MInference")
     options = parser.parse_args()

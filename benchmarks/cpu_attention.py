@@ -41,7 +41,7 @@ COLUMNS = [
     "dtype",
     "threads",
     "torch",
-    "coverage",
+    "density",
     "relative_error",
     "seconds_min",
     "seconds_median",

@@ -2,11 +2,11 @@
 
     python benchmarks/dynamic_attention.py OUTPUT.csv [--lengths 32768 65536 131072] [--heads 32] [--kv-heads 8]
 
-Every backend that serves the tensors is timed, and the fastest dense attention beside them, all in turns: the chip slows as
-it warms, and then slows for all. "ms" is selection and attention together, "select_ms" the selection alone, and "attend_ms"
-attention over what was selected before. The rate is that of the selected pairs in attention alone. The error is the RMS
-difference from softmax in float32 over the same pairs, on sampled queries, over the RMS of the exact output. On a machine
-without a GPU it runs on the CPU, for short lengths.
+Every backend that serves the tensors is timed, and the fastest dense attention beside them, all interleaved: the chip slows
+as it warms, and then for all. "ms" is selection and attention together, "select_ms" the selection alone, and "attend_ms"
+attention over what was selected before. The throughput is that of attention alone, over the selected pairs. The error is
+the RMS difference from softmax in float32 over the same pairs, on sampled queries, over the RMS of the exact output. Without
+a GPU it runs on the CPU, for short lengths.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from tmbench_kernels.vertical_slash.torch_backend import BLOCK, visible_keys
 PUBLISHED = ((30, 800), (100, 800), (500, 700), (1000, 6096), (3500, 100))
 """Budgets of MInference's search on Llama-3.1-8B, dealt out to the heads in turn."""
 SHARES = ((0.05,), (0.1,), (0.2,), (0.5,), (1.0,), (0.02, 0.05, 0.2, 1.0))
-"""Parts of the causal blocks that are drawn to see the kernels' rates alone; the last one has heads that differ."""
+"""Shares of the causal blocks, drawn at random, for the kernels' throughput alone; the last one has heads that differ."""
 SELECT, ALONE = "select", "alone"
 COLUMNS = [
-    "device", "torch", "pattern", "parameters", "backend", "length", "heads", "kv_heads", "head_dim", "coverage",
+    "device", "torch", "pattern", "parameters", "backend", "length", "heads", "kv_heads", "head_dim", "density",
     "ms_median", "ms_min", "ms_max", "select_ms", "attend_ms", "tflops", "times_dense", "error",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RandomBlocks(BlockSparse):
-    """Blocks by chance, the query block's own among them; each head has the next of the ``shares`` in turn."""
+    """Blocks at random, the query block's own among them; each head has the next of the ``shares`` in turn."""
 
     shares: tuple[float, ...]
 
     name: ClassVar[str] = "random_blocks"
 
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        raise NotImplementedError("blocks drawn by chance have no rule")
+        raise NotImplementedError("blocks drawn at random have no rule")
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         blocks, heads = block_count(q.shape[2]), q.shape[1]
@@ -81,25 +81,25 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
     budgets = tuple(PUBLISHED[head % len(PUBLISHED)] for head in range(options.heads))
     patterns: list[Pattern] = [Dense(), VerticalSlash(budgets), FlexPrefill(), FlashPrefill(), XAttention()]
     patterns += [RandomBlocks(shares) for shares in SHARES]
-    turns: list[tuple[Pattern, str, Callable[[], object], list[float]]] = []
+    timed: list[tuple[Pattern, str, Callable[[], object], list[float]]] = []
     for pattern in patterns:
         serving = [backend for backend in pattern.backends if not backend.obstacle(pattern, q, k, v)]
         given = _given(pattern, q, k)
         for backend in serving[:1] if isinstance(pattern, Dense) else serving:
             if backend.name not in options.skip:
-                turns.append((pattern, backend.name, partial(backend.attend, pattern, q, k, v, scale), []))
-                turns.append((pattern, f"{backend.name} {ALONE}", partial(backend.attend, given, q, k, v, scale), []))
+                timed.append((pattern, backend.name, partial(backend.attend, pattern, q, k, v, scale), []))
+                timed.append((pattern, f"{backend.name} {ALONE}", partial(backend.attend, given, q, k, v, scale), []))
         if pattern.dynamic:
-            turns.append((pattern, SELECT, partial(_select, pattern, q, k), []))
-    for _, _, run, _ in turns:
+            timed.append((pattern, SELECT, partial(_select, pattern, q, k), []))
+    for _, _, run, _ in timed:
         run()
-    for _ in range(options.turns):
-        for _, _, run, ms in turns:
+    for _ in range(options.rounds):
+        for _, _, run, ms in timed:
             ms.append(_timed(run, options.device))
-    medians = {(pattern, name): statistics.median(ms) for pattern, name, _, ms in turns}
+    medians = {(pattern, name): statistics.median(ms) for pattern, name, _, ms in timed}
     dense = min(ms for (pattern, _), ms in medians.items() if pattern == Dense())
     rows = []
-    for pattern, name, run, ms in turns:
+    for pattern, name, run, ms in timed:
         if name == SELECT or name.endswith(ALONE):
             continue
         pairs = pattern.pairs(q, k)
@@ -114,7 +114,7 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
             "heads": q.shape[1],
             "kv_heads": k.shape[1],
             "head_dim": q.shape[3],
-            "coverage": f"{pairs / causal:.4f}",
+            "density": f"{pairs / causal:.4f}",
             "ms_median": f"{median:.3f}",
             "ms_min": f"{min(ms):.3f}",
             "ms_max": f"{max(ms):.3f}",
@@ -220,7 +220,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--rounds", "--turns", type=int, default=5)
     parser.add_argument("--skip", nargs="*", default=["torch-gathered", "torch-blocks"], help="backends to leave out")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"

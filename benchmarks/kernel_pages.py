@@ -29,7 +29,7 @@ def attention_page(rows: pd.DataFrame) -> list[str]:
         _table(rows, "ms_median", milliseconds),
         "## Times faster than the fastest dense attention of the same run",
         _table(rows[rows.pattern == "triangle"], "times_dense", lambda x: f"{float(x):.1f}"),
-        "## Rate on the pairs of the pattern, TFLOP/s",
+        "## Throughput on the pairs of the pattern, TFLOP/s",
         _table(rows, "tflops", lambda x: f"{float(x):.0f}"),
         "## Error, and that of plain torch in the same type",
         "Relative RMS difference from softmax in float32 on sampled queries.",
@@ -45,7 +45,7 @@ def attention_page(rows: pd.DataFrame) -> list[str]:
 
 
 def dynamic_page(rows: pd.DataFrame) -> list[str]:
-    """Of benchmarks/dynamic_attention.py: milliseconds of selection and attention, and the kernels' rates."""
+    """Of benchmarks/dynamic_attention.py: milliseconds of selection and attention, and the kernels' throughput."""
     first = rows.iloc[0]
     blocks = rows.pattern == "random_blocks"
     patterns, drawn = rows[~blocks].rename(columns={"backend": "implementation"}), rows[blocks]
@@ -64,9 +64,9 @@ def dynamic_page(rows: pd.DataFrame) -> list[str]:
         _table(selected, "select_ms", milliseconds),
         "## The selection's share of the fastest implementation's time",
         _table(share, "share", lambda x: f"{float(x):.0%}"),
-        "## Part of the causal pairs that was selected",
-        _table(selected, "coverage", lambda x: f"{float(x):.1%}"),
-        "## Rate on the selected pairs, TFLOP/s",
+        "## Density: the share of the causal pairs that was selected",
+        _table(selected, "density", lambda x: f"{float(x):.1%}"),
+        "## Throughput on the selected pairs, TFLOP/s",
         "Attention alone, over selections and over blocks at random, in the last rows of another share in each head.",
         _table(pd.concat([patterns, drawn]), "tflops", lambda x: f"{float(x):.0f}"),
         "## Times faster than the fastest dense attention of the same run",

@@ -14,7 +14,7 @@ from tmbench.results.words import length_name
 LENGTHS = ("32K", "64K", "128K")
 DYNAMIC = "benchmarks/dynamic_attention.csv"
 ATTENTION = "benchmarks/attention.csv"
-COVERED = {
+BUDGETS = {
     "vertical_slash 512 2048": "MInference (512, 2048)",
     "vertical_slash 1000 6096": "MInference (1000, 6096)",
     "flex_prefill 0.95": "FlexPrefill 0.95",
@@ -68,17 +68,17 @@ def selections(sources: Sources) -> str:
 
 def structured(sources: Sources) -> str:
     """The density of dynamic patterns on structured weights, the mean over the layers."""
-    lines = sources.lines("benchmarks/structured_coverage.csv")
+    lines = sources.lines("benchmarks/structured_density.csv")
     places = sorted({(line["model"], int(line["length"])) for line in lines})
     rows = []
     for model, length in places:
         means = []
-        for pattern in COVERED:
+        for pattern in BUDGETS:
             about = (model, str(length), pattern)
-            found = [float(line["coverage"]) for line in lines if (line["model"], line["length"], line["pattern"]) == about]
+            found = [float(line["density"]) for line in lines if (line["model"], line["length"], line["pattern"]) == about]
             means.append(f"{statistics.fmean(found):.2f}")
         rows.append([model, length_name(length), *means])
-    names = ("rotary embedding", "tokens", *COVERED.values())
+    names = ("rotary embedding", "tokens", *BUDGETS.values())
     return table_markdown(Table("", columns(*names, texts=("rotary embedding",)), rows))
 
 

@@ -33,7 +33,7 @@ def shown(rows, capsys, monkeypatch):
 def test_a_difference_within_the_repeats_is_said_to_be_none(capsys, monkeypatch):
     rows = [row("dense", "0.99 1.00 1.01"), row("tri_mix", "1.00 1.01 1.66"), row("streaming", "0.50 0.50 0.51")]
     table, err = shown(rows, capsys, monkeypatch)
-    assert table["method"] == ["seconds", "vs dense", "coverage", "over floor", "logit error"]
+    assert table["method"] == ["seconds", "vs dense", "density", "TTFT / roofline", "logit error"]
     assert table["tri_mix"][1].startswith("no measurable difference (-")
     assert table["streaming"] == ["0.500", "-50 % (-50 to -49)", "0.500", "1.50", "2.5e-01"]
     assert table["dense"] == ["1.000", "0.500", "1.50"], "dense is compared with nothing"

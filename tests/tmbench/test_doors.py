@@ -80,8 +80,8 @@ def test_no_arrow_but_those_allowed():
 
 def test_the_doors_form_no_circle():
     order = list(TopologicalSorter(DOORS).static_order())
-    floors = [order.index(name) for name in ("results", "methods", "models", "engine", "measure", "cli")]
-    assert floors == sorted(floors)
+    places = [order.index(name) for name in ("results", "methods", "models", "engine", "measure", "cli")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("package", [name for name in DOORS if name not in ("errors", "cli")])

@@ -318,7 +318,7 @@ def test_compiled_for_good(family, make_model, prompt):
 
 
 @pytest.mark.parametrize(("family", "fused"), [("llama", 0), ("qwen2", 0), ("gemma", 0), ("phi3", 1), ("gpt_neox", 1)])
-def test_the_floor_is_what_a_fast_prefill_multiplies(family, fused, make_model, prompt):
+def test_the_roofline_is_what_a_fast_prefill_multiplies(family, fused, make_model, prompt):
     """Counted by torch, operator by operator; a fused projection computes queries that nobody needs."""
     model = make_model(family, **FAMILIES[family])
     products = ("aten.mm", "aten.addmm")

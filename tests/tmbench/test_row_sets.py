@@ -1,4 +1,4 @@
-"""Rows measured in turns stay together: a run that dies between them leaves all of them to the next one."""
+"""Interleaved rows stay together: a run that dies between them leaves all of them to the next one."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ from tmbench.results.tables import read_all
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 torch.set_num_threads(1)
-roofline.matrix_rate = lambda device, dtype: 1e11
+roofline.gemm_throughput = lambda device, dtype: 1e11
 config = CONFIG_MAPPING["llama"](vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
 config.initializer_range = 0.2
@@ -220,8 +220,8 @@ def test_a_run_killed_at_any_point_between_its_rows_loses_no_figure(tmp_path):
     """Two processes for each point: one that is killed there, and the one that goes on."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    turns = "dense tri_mix minference streaming"
-    whole = sorted([name, turns, True, True] for name in turns.split())
+    methods = "dense tri_mix minference streaming"
+    whole = sorted([name, methods, True, True] for name in methods.split())
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert len(outcome) == 9
     for point, found in outcome.items():

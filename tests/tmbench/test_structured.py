@@ -1,4 +1,4 @@
-"""Structured weights: each feature, looked for in what a model's own layers hand to attention, and the coverage."""
+"""Structured weights: each feature, looked for in what a model's own layers hand to attention, and the density."""
 
 from __future__ import annotations
 
@@ -190,12 +190,12 @@ def test_the_published_budgets_cover_a_fifth_at_128k(build):
         q[:, :, -64:] = layer.self_attn.q_proj(hidden[:, -64:]).view(1, 64, heads, 128).transpose(1, 2)
         k = layer.self_attn.k_proj(hidden).view(1, length, 4, 128).transpose(1, 2)
         q[:, :, -64:], k = (rotated(x, *(turn[:, -x.shape[2] :] for turn in turns)) for x in (q[:, :, -64:], k))
-        coverage = {
+        density = {
             budget: VerticalSlash((budget,)).pairs(q, k) / (heads * length * (length + 1) / 2)
             for budget in ((512, 2048), (1000, 6096))
         }
     # All heads of an 8B model average to 0.15 to 0.25; so few of them scatter around that by 0.01.
-    assert all(0.14 <= part <= 0.26 for part in coverage.values()), coverage
+    assert all(0.14 <= part <= 0.26 for part in density.values()), density
 
 
 def rotated(x, cos, sin):

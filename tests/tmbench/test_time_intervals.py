@@ -96,7 +96,7 @@ def test_methods_that_take_equally_long_are_told_apart_in_one_case_of_twenty(kin
     assert wrong <= 70, "5 % of 1000, and three standard deviations"
 
 
-def test_rows_are_compared_in_turns_and_more_than_once():
+def test_rows_are_compared_interleaved_and_more_than_once():
     dense = row("1.0 1.1")
     assert compare_rows(row("1.0 1.1", interleaved="tri_mix"), dense) == APART
     assert compare_rows(row("1.0 1.1", rate=2e12), dense) == APART

@@ -37,7 +37,7 @@ RATE = 1e11
 @pytest.fixture
 def job(make_model, tmp_path, monkeypatch):
     # A large matrix product for every test would take longer than the tests.
-    monkeypatch.setattr(roofline, "matrix_rate", lambda device, dtype: RATE)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: RATE)
 
     def make(names=NAMES, lengths=(96, 160), dense_backend=None, parameters=None, **changes):
         model = make_model("llama")
@@ -65,9 +65,9 @@ def test_a_first_token_is_the_models_own(make_model, prompt):
     assert first.seconds > 0
 
 
-def test_the_matrix_rate_is_a_rate():
+def test_the_gemm_throughput_is_a_rate():
     start = time.perf_counter()
-    rate = roofline.matrix_rate(torch.device("cpu"), torch.float32, seconds=0)
+    rate = roofline.gemm_throughput(torch.device("cpu"), torch.float32, seconds=0)
     seconds = time.perf_counter() - start
     assert rate > 2 * 2 * 2048**3 / seconds, "two products and more fit into the time that all of it took"
     assert rate < 1e14
@@ -95,7 +95,7 @@ def test_rows_hold_what_was_measured(job):
         assert row.environment == work.environment.name
 
 
-def test_coverage_and_flop_are_counted_from_the_definition(job):
+def test_density_and_flop_are_counted_from_the_definition(job):
     work = job(lengths=(96,))
     work.run()
     rows = rows_of(work)
@@ -113,7 +113,7 @@ def test_coverage_and_flop_are_counted_from_the_definition(job):
     assert rows["tri_mix", 96].flop == linear + 4 * 16 * 4 * (2 * causal + triangle + 96)
 
 
-def test_the_coverage_of_a_dynamic_method_is_that_of_its_definition(job, tmp_path, make_model):
+def test_the_density_of_a_dynamic_method_is_that_of_its_definition(job, tmp_path, make_model):
     """Counted once, outside of the repeats, on the very prompt."""
     budgets = tmp_path / "budgets.json"
     budgets.write_text(json.dumps([{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)}] * 4))
@@ -174,7 +174,7 @@ def test_the_rate_is_measured_after_every_turn(job, monkeypatch):
     order = []
     real = ttft.first_token
     monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: order.append("pass") or real(prefill, ids))
-    monkeypatch.setattr(roofline, "matrix_rate", lambda *_: order.append("rate") or next(rates))
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda *_: order.append("rate") or next(rates))
     work = job(names=("dense", "streaming"), repeats=3)
     work.run()
     assert order == 2 * (["pass"] * 2 + ["pass", "pass", "rate"] * 3)

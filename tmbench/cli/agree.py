@@ -81,7 +81,7 @@ def _show(rows: Sequence[AgreeRow]) -> None:
     figures = ("same token", "first difference, median", "never differs")
     for length in sorted({row.length for row in rows}):
         shown = table(
-            f"Agreement with dense behind {counted(length, 'token')}", "method", *figures, "samples", right=figures
+            f"Token agreement with dense after {counted(length, 'token')}", "method", *figures, "samples", right=figures
         )
         for row in rows:
             if row.length == length and row.method != "dense":

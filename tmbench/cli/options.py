@@ -67,7 +67,8 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the
 ModelOption = Annotated[
     str,
     typer.Option(
-        help=f"tiny (embedded), a Hugging Face id, a checkpoint folder, or with drawn weights {', '.join(preset_names())}.",
+        help="tiny (embedded), a Hugging Face id, a checkpoint folder, or with synthetic weights "
+        f"{', '.join(preset_names())}.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -81,7 +82,7 @@ DtypeOption = Annotated[
 WeightsOption = Annotated[
     Literal["checkpoint", "random", "structured"],
     typer.Option(
-        help="Drawn weights need only the config: random, for which dynamic methods cost more, or structured, whose "
+        help="Synthetic weights need only the config: random, for which dynamic methods cost more, or structured, whose "
         "attention has bands, slashes, sinks and columns as trained heads have.",
         rich_help_panel=MACHINE,
     ),

@@ -81,8 +81,8 @@ BatchSizeOption = Annotated[
         show_default="what memory holds, up to 64; 1 on a CPU",
     ),
 ]
-# Scores of drawn weights say nothing, and times are not what this command is for: --weights and --dense-backend work as in
-# tmbench ttft, and its help has them.
+# Scores of synthetic weights say nothing, and times are not what this command is for: --weights and --dense-backend work as
+# in tmbench ttft, and its help has them.
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
 
 

@@ -55,7 +55,7 @@ def ttft(
 ) -> None:
     """Time from token ids on the device to the first new token on the host, with the cache filled for decoding.
 
-    Each length is warmed up, then all methods are measured in turns. Rows that are there already are not measured again.
+    Each length is warmed up, then all methods are interleaved. Rows that are there already are not measured again.
     """
     if dry_run and as_json:
         raise UserError("--dry-run prints a table of what would be measured, and --json rows: leave one of them out")
@@ -110,7 +110,7 @@ def _show(rows: Sequence[TtftRow]) -> None:
     from tmbench.report.time_intervals import interleaved
     from tmbench.report.ttft import NOT_INTERLEAVED
 
-    figures = ("seconds", "vs dense", "coverage", "over floor", "logit error")
+    figures = ("seconds", "vs dense", "density", "TTFT / roofline", "logit error")
     for length in sorted({row.length for row in rows}):
         here = [row for row in rows if row.length == length]
         timed = [row for row in here if row.ttft_median_s is not None]
@@ -142,7 +142,7 @@ def _figures(row: TtftRow, dense: TtftRow | None) -> list[str]:
 
 
 def _against(row: TtftRow, dense: TtftRow) -> str:
-    """The time against dense's in the same turns; rows of other runs say no more than that they are."""
+    """The time against dense's in the same rounds; rows of other runs say no more than that they are."""
     from tmbench.report.time_intervals import APART, NO_DIFFERENCE, TimeDifference, compare_rows
 
     found = compare_rows(row, dense)

@@ -1,4 +1,4 @@
-"""What part of the causal (query, key) pairs a prefill's attention really computed, counted beside it."""
+"""Density: the share of the causal (query, key) pairs that a prefill's attention really computed, counted beside it."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ class PairCounter:
         self.seconds += time.perf_counter() - start
 
     @property
-    def coverage(self) -> float | None:
-        """The part of the causal pairs, over all layers and heads: 1 for dense, None before any prefill."""
+    def density(self) -> float | None:
+        """The share of the causal pairs, over all layers and heads: 1 for dense, None before any prefill."""
         return self.pairs.total() / self.causal if self.causal else None

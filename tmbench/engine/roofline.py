@@ -1,6 +1,6 @@
-"""The floor under a time to first token: the arithmetic a method must do, at the matrix rate of this very device.
+"""The roofline of a time to first token: the arithmetic a method must do, at the GEMM throughput of this very device.
 
-TTFT over floor says how good the software is: 1.0 would be matrix products and nothing else.
+TTFT / roofline says how good the software is: 1.0 would be matrix products and nothing else.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def attention_flop(pairs: float, shape: Geometry) -> float:
     return shape.flop_per_pair * pairs
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
+def gemm_throughput(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
     """Floating-point operations per second that this device sustains now: large square products, one right after another.
 
     They run for about so many ``seconds``, at least two of them. A chip that has just read a long prompt is hot and slows
-    down, so what it reaches when cool would overstate the floor: measure between the prefills.
+    down, so what it reaches when cool would put the roofline too low: measure between the prefills.
     """
     size = 8192 if device.type == "cuda" else 2048
     generator = torch.Generator(device=device).manual_seed(0)

@@ -159,7 +159,7 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
             prompt_tokens=len(sample.ids),
             new_tokens=len(answer.tokens),
             seconds=answer.seconds,
-            coverage=answer.coverage,
+            coverage=answer.density,
             backends=answer.backends,
             prompt_hash=sample.prompt_hash,
             peak_memory=answer.peak,
@@ -189,4 +189,4 @@ def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: se
             ran |= session.applied.backends
         peak = session.peak.bytes
     seconds = time.perf_counter() - start - counter.seconds
-    return spec.prediction(loaded, item, Answer(new, seconds, counter.coverage, backends_name(ran), peak))
+    return spec.prediction(loaded, item, Answer(new, seconds, counter.density, backends_name(ran), peak))

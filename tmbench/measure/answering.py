@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote behind one sample's prompt, and how."""
+    """What a model wrote after one sample's prompt, and how."""
 
     tokens: Sequence[int]
     seconds: float
     """Of its prefill and of its decoding; where several decode together, of its share of that."""
-    coverage: float | None
+    density: float | None
     backends: str
     peak: int | None
     decode: str = PLAIN_LOOP
@@ -145,7 +145,7 @@ class Answering:
         answer = Answer(
             tokens=text.tokens,
             seconds=prefill + text.seconds,
-            coverage=counter.coverage,
+            density=counter.density,
             backends=backends_name(worker.ran),
             peak=text.peak,
             decode=self.batch.kind,

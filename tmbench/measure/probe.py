@@ -138,7 +138,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
         propose([1.0] * loaded.shape.layers, statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
 
     def kept_share(self, length: int) -> float:
-        """The part of the causal pairs that is not in the middle section."""
+        """The share of the causal pairs that is not in the middle section."""
         pairs = self.sections.pairs(length)
         return 1 - pairs[SECTIONS.index("middle")] / sum(pairs)
 

@@ -102,7 +102,7 @@ class SweepSpec(RowSpec[Row]):
     accuracy: AccuracySpec
 
     def timing(self, length: int) -> TtftSpec:
-        """What is timed at this length: dense anew, in turns with what has not been timed yet."""
+        """What is timed at this length: dense anew, interleaved with what has not been timed yet."""
         return replace(self.ttft, plans=self.plans[length], lengths=(length,), beside_dense=True)
 
     def asking(self, length: int) -> AccuracySpec:

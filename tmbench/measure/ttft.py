@@ -1,6 +1,6 @@
-"""Time to first token: every method of a run at one length, warmed up there, then measured in turns.
+"""Time to first token: every method of a run at one length, warmed up there, then interleaved.
 
-Methods are interleaved (A B C A B C) because a GPU slows down as it warms up and a CPU shares its cores: what changes over
+Methods are timed A B C A B C, because a GPU slows down as it warms up and a CPU shares its cores: what changes over
 time then changes all of them. Median, minimum, maximum and every repeat are kept. An item is one length with its methods, as
 nothing may come between their passes.
 """
@@ -56,7 +56,7 @@ class Timing:
     """Of the timed passes, in order."""
     warmup_s: float | None = None
     """Of the first warm-up, less what counting took."""
-    coverage: float | None = None
+    density: float | None = None
     flop: float = 0.0
     token: int | None = None
     same_token: bool | None = None
@@ -70,8 +70,8 @@ class Interleaved:
     """What one item yields."""
 
     index: int
-    rate: float
-    """Operations per second of large matrix products, measured after every turn: the median; 0 where nothing ran."""
+    throughput: float
+    """GEMM throughput in operations per second, measured after every round: the median; 0 where nothing ran."""
     timings: tuple[Timing, ...]
     """By method, in the item's order."""
 
@@ -128,7 +128,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     def parts(self, loaded: LoadedModel) -> Iterator[Part[TtftRow]]:
         """One part, shortest length first.
 
-        What was measured in turns stays together: what a run that died has not appended of it is appended first.
+        What was interleaved stays together: what a run that died has not appended of it is appended first.
         """
         self.prepare()
         finish(self.root, TtftRow, self.environment.device)
@@ -151,10 +151,10 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 yield [self._target(length, missing, [rows[length][number] for number in missing])]
 
     def _target(self, length: int, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
-        turns = " ".join(row.method for row in rows)
-        title = f"{turns} at {length}"
+        methods = " ".join(row.method for row in rows)
+        title = f"{methods} at {length}"
         item = TtftItem(title=title, length=length, plans=tuple(missing))
-        known = [replace(row, interleaved=turns) for row in rows]
+        known = [replace(row, interleaved=methods) for row in rows]
         return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
 
     def expected_flop(self, loaded: LoadedModel, plan: Plan, length: int) -> float:
@@ -167,24 +167,24 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         return needed_flop(loaded, pairs, length)
 
     def measure(self, item: TtftItem, worker: Worker) -> None:
-        """Warm all methods up, then time them in turns."""
+        """Warm all methods up, then time them interleaved."""
         loaded = worker.loaded
         ids = prompt_ids(self.prompt, item.length, loaded, self.seed)
         trials = [_Trial(self.plans[number]) for number in item.plans]
         work = [self.expected_flop(loaded, trial.plan, item.length) for trial in trials]
-        rates = []
-        for turn in range(self.warmup + self.repeats):
-            phase = "warm-up" if turn < self.warmup else f"repeat {turn - self.warmup + 1} of {self.repeats}"
+        throughputs = []
+        for number in range(self.warmup + self.repeats):
+            phase = "warm-up" if number < self.warmup else f"repeat {number - self.warmup + 1} of {self.repeats}"
             for trial, flop in zip(trials, work, strict=True):
                 worker.step(f"{trial.plan.method} at {item.length}, {phase}")
                 if trial.failure is None:
-                    _pass(self, loaded, trial, ids, timed=turn >= self.warmup, first=turn == 0)
+                    _pass(self, loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
                 worker.step(work=flop)
-            if turn >= self.warmup and any(trial.failure is None for trial in trials):
-                rates.append(roofline.matrix_rate(loaded.device, loaded.model.dtype))
+            if number >= self.warmup and any(trial.failure is None for trial in trials):
+                throughputs.append(roofline.gemm_throughput(loaded.device, loaded.model.dtype))
         dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
         timings = tuple(_timing(loaded, item.length, trial, dense) for trial in trials)
-        worker.keep(Interleaved(item.index, statistics.median(rates or [0.0]), timings))
+        worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))
 
 
 def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int) -> float:
@@ -254,7 +254,7 @@ def _timing(loaded: LoadedModel, length: int, trial: _Trial, dense: _Trial | Non
         backends,
         seconds=tuple(trial.seconds),
         warmup_s=trial.warmup_s,
-        coverage=trial.counter.coverage,
+        density=trial.counter.density,
         flop=needed_flop(loaded, [trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))], length),
         token=first.token,
         same_token=None if reference is None else first.token == reference.token,
@@ -265,11 +265,11 @@ def _timing(loaded: LoadedModel, length: int, trial: _Trial, dense: _Trial | Non
 
 def _rows(rows: Sequence[TtftRow], samples: Sequence[Interleaved]) -> list[TtftRow]:
     (sample,) = samples
-    return [_row(row, timing, sample.rate) for row, timing in zip(rows, sample.timings, strict=True)]
+    return [_row(row, timing, sample.throughput) for row, timing in zip(rows, sample.timings, strict=True)]
 
 
-def _row(row: TtftRow, timing: Timing, rate: float) -> TtftRow:
-    row = replace(row, backends=timing.backends, matrix_rate_flops=rate or None)
+def _row(row: TtftRow, timing: Timing, throughput: float) -> TtftRow:
+    row = replace(row, backends=timing.backends, matrix_rate_flops=throughput or None)
     if timing.failure is not None:
         return replace(row, status=timing.failure.status, error=timing.failure.error)
     median = statistics.median(timing.seconds)
@@ -279,10 +279,10 @@ def _row(row: TtftRow, timing: Timing, rate: float) -> TtftRow:
         ttft_min_s=min(timing.seconds),
         ttft_max_s=max(timing.seconds),
         samples_s=" ".join(f"{seconds:.6f}" for seconds in timing.seconds),
-        coverage=timing.coverage,
+        coverage=timing.density,
         flop=timing.flop,
-        floor_s=timing.flop / rate,
-        ttft_over_floor=median * rate / timing.flop,
+        floor_s=timing.flop / throughput,
+        ttft_over_floor=median * throughput / timing.flop,
         first_token=timing.token,
         same_token_as_dense=timing.same_token,
         logit_error=timing.logit_error,

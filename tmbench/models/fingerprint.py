@@ -2,7 +2,7 @@
 
 A checkpoint is known by the bytes of the files that it is loaded from, before its weights are: the configs, the tokenizer
 with its chat templates, and the weights. Other files, names of folders and times do not count, so a fresh copy is the same
-model. Of drawn weights the kind and the seed stand in place of the files of weights, and of the generation config.
+model. Of synthetic weights the kind and the seed stand in place of the files of weights, and of the generation config.
 
 Files count whole, but for weights that take more than ``WHOLE`` bytes together. Of a safetensors file of those its size and
 its header count, and of every tensor ``BLOCKS`` evenly spaced blocks, its first and its last bytes among them: a change of

@@ -292,7 +292,7 @@ def _family(name: str, config: Any) -> Any:
 
 
 def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The checkpoint's exact geometry with freshly drawn weights, made on the device itself; none on the meta device."""
+    """The checkpoint's exact geometry with random weights, made on the device itself; none on the meta device."""
     torch.manual_seed(RANDOM_SEED)
     with device:
         return family.from_config(config, dtype=dtype)

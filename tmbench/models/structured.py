@@ -64,7 +64,7 @@ QUERY_SLOW = 8.0
 BAND_WAVELENGTHS = (0.0, 100.0)
 SLASH_WAVELENGTHS = (400.0, 2500.0)
 HUMP_WAVELENGTHS = (3000.0, 16000.0)
-"""In tokens. The teeth of a comb are one wavelength apart and cost at least 64 keys each, so it sets the coverage."""
+"""In tokens. The teeth of a comb are one wavelength apart and cost at least 64 keys each, so it sets the density."""
 LOCAL_SHARE = 0.25
 """The part of the heads that have a local band on a wide hump instead of a comb of slashes."""
 SLASH_LOGITS, HUMP_LOGITS, BAND_LOGITS = (10.0, 14.0), (6.0, 9.0), (5.0, 8.0)

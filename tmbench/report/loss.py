@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of one model: inside of prompts, of the answers behind them, and of their first tokens."""
+"""Negative log-likelihoods of one model: inside of prompts, of the answers after them, and of their first tokens."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class RulerSection(Section[RulerSetting, RulerCell]):
 
     @cached_property
     def densities(self) -> dict[str, float]:
-        """The part of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
+        """The share of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
         found = {}
         for label in self.labels:
             parts = [cell.row.coverage for cell in self.measured(label) if cell.row.coverage is not None]

@@ -27,7 +27,7 @@ class Prediction:
     seconds: float
     """Of its prefill and its decoding; where several decode together, of its share of that."""
     coverage: float | None = None
-    """Part of the causal pairs that attention computed in the prefill; counted for a task's first sample only."""
+    """The density: the share of the causal pairs computed in the prefill; counted for a task's first sample only."""
     backends: str = ""
     """What ran, as "pattern:backend" joined by "+"."""
     prompt_hash: str = ""

@@ -1,4 +1,4 @@
-"""Rows of several files that belong together, as those measured in turns do: kept whole before each goes where it belongs.
+"""Rows of several files that belong together, as interleaved ones do: kept whole before each goes where it belongs.
 
 A row that is measured again without the others has nothing to be held against. So the rows of a set are first written to one
 file, ``unfinished-<hash>.rows`` beside their CSVs, which goes when all of them are appended. A process that dies in between

@@ -157,20 +157,22 @@ class TtftRow(Row):
     repeats: int
     warmup: int
     interleaved: str
-    """The methods measured in turns with this one."""
+    """The methods interleaved with this one, itself included."""
     ttft_median_s: float | None = None
     ttft_min_s: float | None = None
     ttft_max_s: float | None = None
     samples_s: str = ""
     """Every timed repeat, in order, joined by spaces."""
     coverage: float | None = None
-    """Part of the causal (query, key) pairs that attention computed, over all layers: 1 for dense."""
+    """The density: the share of the causal (query, key) pairs computed, over all layers; 1 for dense."""
     flop: float | None = None
     """Operations that this method must do: linear layers, and attention over the pairs it keeps. See ``tmbench.engine.roofline``."""
     matrix_rate_flops: float | None = None
-    """Operations per second of large matrix products on this device, measured between the prefills; the median."""
+    """GEMM throughput: operations per second of large matrix products, measured between the prefills; the median."""
     floor_s: float | None = None
+    """The roofline: ``flop`` at that throughput."""
     ttft_over_floor: float | None = None
+    """TTFT / roofline."""
     first_token: int | None = None
     same_token_as_dense: bool | None = None
     logit_error: float | None = None
@@ -207,7 +209,7 @@ class RulerRow(Row):
     predictions: str = ""
     """The JSONL file of predictions, relative to the CSV's folder."""
     coverage: float | None = None
-    """Part of the causal (query, key) pairs that attention computed over all layers, in the first sample's prefill."""
+    """The density: the share of the causal (query, key) pairs computed over all layers, in the first sample's prefill."""
     # Its quotes keep it from being the last column: see ``csv_text``.
     chat_template_kwargs: str = ""
     """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
@@ -282,7 +284,7 @@ class ProbeRow(Row):
     middle_probabilities_signed: float | None = None
     last_probabilities_signed: float | None = None
     kept_share: float | None = None
-    """Part of the causal pairs that are not in the middle section, which triangle attention computes."""
+    """Share of the causal pairs that are not in the middle section, which triangle attention computes."""
     prompt_tokens_mean: float | None = None
     probability_mean: float | None = None
     """The model's probability of the true next token."""

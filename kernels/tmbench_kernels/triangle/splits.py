@@ -1,4 +1,4 @@
-"""How a prompt's rows are schedule into tiles, and the last rows' keys into splits: alike for both triangle kernels."""
+"""How a prompt's rows are scheduled as tiles, and the last rows' keys into splits: alike for both triangle kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published model configurations to be timed with drawn weights: each file is one, as its publisher's config.json has it.
+"""Published model configurations, to be timed with synthetic weights: each file is one, its publisher's config.json.
 
 A preset costs what the real model costs wherever the data does not decide, and nothing is downloaded. Its name is that of
 its file, where ``_name_or_path`` is the checkpoint that it is the configuration of.

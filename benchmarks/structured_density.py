@@ -1,6 +1,6 @@
-"""What dynamic patterns cover on structured weights: run by hand on a CPU, a few minutes for each length and model.
+"""The density of dynamic patterns on structured weights: run by hand on a CPU, a few minutes for each length and model.
 
-    .venv/bin/python benchmarks/structured_coverage.py llama-3.1-8b 131072 >> benchmarks/structured_coverage.csv
+    .venv/bin/python benchmarks/structured_density.py llama-3.1-8b 131072 >> benchmarks/structured_density.csv
 
 Layers have the preset's heads of 128, its rotary embedding and its groups, but 32 heads and a hidden size of 1024: what a
 head selects does not depend on how wide the model around it is. Hidden states go from layer to layer by streaming attention,
@@ -33,7 +33,7 @@ PATTERNS: dict[str, Pattern] = {
 
 def main() -> None:
     if len(sys.argv) == 1:
-        print("model,length,layer,pattern,coverage")
+        print("model,length,layer,pattern,density")
         return
     name, length = sys.argv[1], int(sys.argv[2])
     model = _model(name)
