@@ -130,7 +130,8 @@ def losses(sources: Sources) -> str:
             name = "none: dense"
         elif cell.row.method == "tri_mix":
             layers = deep_layers(cell.row)
-            name = layers_text(layers, LAYERS)
+            what = {probe.proposed: "the proposal", tuple(range(LAYERS)): "all"}.get(layers, cell.row.layers_source)
+            name = f"{layers_text(layers, LAYERS)}: {what}"
             share = f"{sum(middles[layer] for layer in layers) / sum(middles.values()):.3f}"
         else:
             name = f"{cell.row.method}, no last rows"

@@ -13,6 +13,7 @@ from tmbench.report.ttft import TtftCell, TtftSection
 from tmbench.report.words import percent_text, significant
 from tmbench.report.writers import table_markdown
 from tmbench.results.predictions import read_predictions
+from tmbench.results.rows import ProbeRow
 from tmbench.results.words import length_name
 
 OWN = "[benchmarks/checkpoint](../benchmarks/checkpoint/README.md)"
@@ -27,20 +28,23 @@ def costs(sources: Sources) -> str:
         ["TTFT at 32K", *_times(own.ttft[0], 32768), OWN],
         ["TTFT at 128K", *_times(random, 131072), "[report](report.md)"],
     ]
-    probed = next(iter(own.probes[0].layers.values())).row
-    assert probed.seconds_per_sample is not None
-    seconds = f"{probed.seconds_per_sample:.0f} s a prompt"
-    rows.append(["probe at 32K", seconds, _device(probed.device_name), _gib(probed.peak_memory_bytes), OWN])
+    probed = _probed(sources)
+    rows.append(
+        [
+            "probe at 32K",
+            f"{probe_cost(sources, 'seconds')} a prompt",
+            _device(probed.device_name),
+            _gib(probed.peak_memory_bytes),
+            OWN,
+        ]
+    )
     for method in ("dense", "tri_mix"):
-        folder = ROOT / "benchmarks" / "checkpoint" / H100 / "ruler" / "predictions" / method
-        took = sorted(one.seconds for path in folder.glob("*.jsonl") for one in read_predictions(path).values())
+        took = _seconds(method)
         middle = f"{statistics.median(took):.1f} s a sample, the median of {len(took)}"
         ends = f"{took[0]:.1f} to {took[-1]:.1f}"
         rows.append([f"RULER at 128K, {method}", f"{middle}; {ends}", "H100 80 GB", NO_PEAK, OWN])
-    found = re.search(r"100% 0:(\d\d):(\d\d)", (ROOT / SEARCH).read_text(encoding="utf-8"))
-    assert found is not None
-    took_search = f"{60 * int(found[1]) + int(found[2])} s"
-    rows.append(["pattern search at 30000 tokens", took_search, "H100 80 GB", NO_PEAK, f"[what it printed](../{SEARCH})"])
+    printed = f"[what it printed](../{SEARCH})"
+    rows.append(["pattern search at 30000 tokens", search_time(sources), "H100 80 GB", NO_PEAK, printed])
     names = ("step", "measured", "on", "memory, peak", "rows")
     return table_markdown(Table("", columns(*names, texts=names), rows))
 
@@ -65,6 +69,45 @@ def _device(name: str) -> str:
 
 def _gib(peak: int | None) -> str:
     return NO_PEAK if not peak else f"{peak / 2**30:.1f} GiB"
+
+
+def _seconds(method: str, task: str = "*") -> list[float]:
+    """How long each sample of RULER at 128K took, the shortest first."""
+    folder = ROOT / "benchmarks" / "checkpoint" / H100 / "ruler" / "predictions" / method
+    return sorted(one.seconds for path in folder.glob(f"{task}-*.jsonl") for one in read_predictions(path).values())
+
+
+def sample_time(sources: Sources, what: str, name: str, samples: str = "") -> str:
+    """Of RULER at 128K: a method's mean seconds, the range of a task over methods, or a method's hours for many samples."""
+    if what == "range":
+        took = [one for method in ("dense", "tri_mix") for one in _seconds(method, name)]
+        return f"{min(took):.0f} to {max(took):.0f} s"
+    mean = statistics.fmean(_seconds(name))
+    return f"{mean:.1f}" if what == "mean" else f"{int(samples) * mean / 3600:.1f}"
+
+
+def _probed(sources: Sources) -> ProbeRow:
+    return next(iter(sources.checkpoint.probes[0].layers.values())).row
+
+
+def probe_cost(sources: Sources, what: str, prompts: str = "1") -> str:
+    """Of the probe at 32K: seconds a prompt, minutes for several, or gigabytes of memory at its peak."""
+    row = _probed(sources)
+    assert row.seconds_per_sample is not None
+    assert row.peak_memory_bytes is not None
+    texts = {
+        "seconds": f"{row.seconds_per_sample:.0f} s",
+        "minutes": f"{int(prompts) * row.seconds_per_sample / 60:.0f} minutes",
+        "memory": f"{row.peak_memory_bytes / 1e9:.1f} GB",
+    }
+    return texts[what]
+
+
+def search_time(sources: Sources) -> str:
+    """How long the pattern search took."""
+    found = re.search(r"100% 0:(\d\d):(\d\d)", (ROOT / SEARCH).read_text(encoding="utf-8"))
+    assert found is not None
+    return f"{60 * int(found[1]) + int(found[2])} s"
 
 
 def published_scores(sources: Sources) -> str:
@@ -99,4 +142,7 @@ CHECKPOINT: dict[str, Block] = {
     "published-ruler": published_scores,
     "published-ttft": published_times,
     "time": time,
+    "sample-time": sample_time,
+    "probe-cost": probe_cost,
+    "search-time": search_time,
 }

@@ -14,6 +14,7 @@ from tmbench.results.words import length_name
 LENGTHS = ("32K", "64K", "128K")
 DYNAMIC = "benchmarks/dynamic_attention.csv"
 ATTENTION = "benchmarks/attention.csv"
+STRUCTURED = "benchmarks/structured_density.csv"
 BUDGETS = {
     "vertical_slash 512 2048": "MInference (512, 2048)",
     "vertical_slash 1000 6096": "MInference (1000, 6096)",
@@ -68,7 +69,7 @@ def selections(sources: Sources) -> str:
 
 def structured(sources: Sources) -> str:
     """The density of dynamic patterns on structured weights, the mean over the layers."""
-    lines = sources.lines("benchmarks/structured_density.csv")
+    lines = sources.lines(STRUCTURED)
     places = sorted({(line["model"], int(line["length"])) for line in lines})
     rows = []
     for model, length in places:
@@ -83,7 +84,7 @@ def structured(sources: Sources) -> str:
 
 
 def kernel(sources: Sources, figure: str, length: str, pattern: str, *implementation: str) -> str:
-    """One figure of benchmarks/attention.csv: ms, TFLOP/s, or how many times faster than dense attention."""
+    """One figure of benchmarks/attention.csv: ms, us, TFLOP, TFLOP/s, or how many times faster than dense attention."""
     about = {"pattern": pattern, "implementation": " ".join(implementation), "length": tokens(length)}
     return _figure(line_of(sources.lines(ATTENTION), **about), figure)
 
@@ -96,7 +97,60 @@ def dynamic(sources: Sources, figure: str, length: str, pattern: str, backend: s
 def _figure(line: Line, figure: str) -> str:
     if figure == "ms":
         return milliseconds(line["ms_median"])
+    if figure == "us":
+        return f"{1000 * float(line['ms_median']):.0f}"
+    if figure == "tflop":
+        return f"{4 * int(line['head_dim']) * int(line['pairs']) / 1e12:#.3g}".removesuffix(".")
     return f"{float(line[{'times': 'times_dense', 'tflops': 'tflops'}[figure]]):.0f}"
+
+
+def more_than_window(sources: Sources, length: str) -> str:
+    """How much longer the whole pattern takes than flash-attn 4 takes for its window alone."""
+    lines = [one for one in sources.lines(ATTENTION) if (one["pattern"], one["length"]) == ("triangle", tokens(length))]
+    whole, window = (
+        float(line_of(lines, implementation=name)["ms_median"]) for name in ("cuda-hopper", "flash-attn-4 window only")
+    )
+    if whole <= window:
+        raise ValueError(f"the whole pattern takes no longer than its window at {length}")
+    return f"{whole / window - 1:.0%}".replace("%", " %")
+
+
+def of_dense(sources: Sources, what: str, *shares: str) -> str:
+    """flash-attn 4 over blocks at random, its throughput in percent of its own dense attention's.
+
+    The least of all lengths and shares of the blocks for ``least``, from the least to the greatest for ``range``.
+    """
+    lines = sources.lines(DYNAMIC)
+    found = []
+    for length in map(tokens, ("64K", "128K")):
+        dense = line_of(lines, pattern="dense", backend="flash-attn-4", length=length)
+        for share in shares:
+            about = {"backend": "flash-attn-4", "parameters": share, "length": length}
+            found.append(float(line_of(lines, pattern="random_blocks", **about)["tflops"]) / float(dense["tflops"]))
+    ends = [f"{100 * value:.0f}" for value in (min(found), max(found))]
+    return f"{ends[0]} %" if what == "least" else f"{ends[0]} to {ends[1]} %"
+
+
+def hopper_against_flash_attn(sources: Sources, length: str, *patterns: str) -> str:
+    """How much longer or shorter attention alone takes in our Hopper kernel than in flash-attn 4, over the same lists."""
+    changes = []
+    for pattern in patterns:
+        lines = [one for one in sources.lines(DYNAMIC) if (one["pattern"], one["length"]) == (pattern, tokens(length))]
+        own, other = (float(line_of(lines, backend=name)["attend_ms"]) for name in ("cuda-hopper", "flash-attn-4"))
+        changes.append(100 * (own / other - 1))
+    low, high = min(changes), max(changes)
+    if low < 0 < high:
+        raise ValueError(f"at {length} some of {', '.join(patterns)} take longer and some do not")
+    ends = sorted({f"{abs(change):.0f}" for change in (low, high)}, key=int)
+    return f"{' to '.join(ends)} % {'more' if low > 0 else 'less'}"
+
+
+def density_range(sources: Sources, model: str, length: str) -> str:
+    """The densities of MInference's two budgets on structured weights, the means over the layers."""
+    lines = [one for one in sources.lines(STRUCTURED) if (one["model"], one["length"]) == (model, tokens(length))]
+    budgets = [name for name in BUDGETS if name.startswith("vertical_slash")]
+    means = [statistics.fmean(float(one["density"]) for one in lines if one["pattern"] == name) for name in budgets]
+    return f"{100 * min(means):.0f} to {100 * max(means):.0f} %"
 
 
 def intervals(sources: Sources) -> str:
@@ -113,5 +167,9 @@ KERNELS: dict[str, Block] = {
     "structured-density": structured,
     "kernel": kernel,
     "dynamic": dynamic,
+    "more-than-window": more_than_window,
+    "of-dense": of_dense,
+    "hopper-against-flash-attn": hopper_against_flash_attn,
+    "density-range": density_range,
     "intervals": intervals,
 }

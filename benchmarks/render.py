@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from accuracy_figures import FIGURES
 from accuracy_tables import ACCURACY
 from checkpoint_tables import CHECKPOINT
 from kernel_pages import page
 from kernel_tables import KERNELS
+from probe_figures import PROBE_FIGURES
 from sources import ROOT, Block, Sources
+from training_figures import TRAINING
 
 from tmbench.report.pictures import figures
 from tmbench.report.writers import report_markdown
@@ -28,7 +31,7 @@ PAGES = {
     "interval_coverage.csv": "interval-coverage.md",
 }
 """The pages that are rendered whole, by the CSV that each is rendered from."""
-BLOCKS: dict[str, Block] = ACCURACY | CHECKPOINT | KERNELS
+BLOCKS: dict[str, Block] = ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | KERNELS | TRAINING
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 
 
@@ -40,7 +43,7 @@ def rendered(sources: Sources) -> Iterator[tuple[Path, str]]:
         yield docs / name, page(ROOT / "benchmarks" / csv)
     whole = {"report.md", *PAGES.values()}
     marked = [path for path in sorted(docs.glob("*.md")) if path.name not in whole]
-    for path in (ROOT / "README.md", *marked, ROOT / "tmbench" / "models" / "tiny" / "README.md"):
+    for path in (ROOT / "README.md", *marked, ROOT / "tmbench/models/tiny/README.md", ROOT / "training/README.md"):
         yield path, filled(path.read_text(encoding="utf-8"), sources)
 
 

@@ -29,6 +29,11 @@ class Sources:
         """What a checkpoint of 8B parameters takes."""
         return build(ROOT / "benchmarks" / "checkpoint")
 
+    @cached_property
+    def probes(self) -> Report:
+        """Further probes of the embedded model."""
+        return build(ROOT / "benchmarks" / "probes")
+
     def lines(self, path: str) -> list[Line]:
         """The lines of a CSV, its path from the root of the repository on."""
         with (ROOT / path).open(encoding="utf-8", newline="") as file:

@@ -10,43 +10,80 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def render(monkeypatch):
+@pytest.fixture(scope="module")
+def render():
     """benchmarks/render.py as a module, with its neighbours."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import render
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import render
 
-    return render
+        yield render
 
 
-def test_rendering_changes_no_page(render):
-    pages = dict(render.rendered(render.Sources()))
-    assert {"report.md", "accuracy.md", "attention.md", "README.md"} <= {path.name for path in pages}
+@pytest.fixture(scope="module")
+def sources(render):
+    return render.Sources()
+
+
+def test_rendering_changes_no_page(render, sources):
+    pages = dict(render.rendered(sources))
+    assert {"report.md", "accuracy.md", "attention.md"} <= {path.name for path in pages}
+    assert {ROOT, ROOT / "training", ROOT / "tmbench/models/tiny"} <= {
+        path.parent for path in pages if path.stem == "README"
+    }
     for path, text in pages.items():
         assert text == path.read_text(encoding="utf-8"), f"{path} is not as rendered: run make figures"
 
 
-def test_a_figure_that_was_typed_over_is_rendered_anew(render):
+def test_a_figure_that_was_typed_over_is_rendered_anew(render, sources):
     text = "a <!-- rows: kernel ms 128K triangle cuda-hopper -->9.99<!-- /rows --> b"
-    assert render.filled(text, render.Sources()) == text.replace("9.99", "2.97")
+    assert render.filled(text, sources) == text.replace("9.99", "2.97")
+
+
+@pytest.mark.parametrize(
+    ("marker", "error"),
+    [
+        ("lost 4K minference 1", "minference at 4K loses nothing"),
+        ("points 4K tri_mix", "5 methods are tri_mix"),
+        ("points 4K tri_mix:1,2", "0 methods are tri_mix:1,2"),
+        (
+            "hopper-against-flash-attn 128K xattention flex_prefill",
+            "some of xattention, flex_prefill take longer and some do",
+        ),
+        ("more-than-window 2K", "takes no longer than its window"),
+    ],
+)
+def test_a_figure_that_its_sentence_would_belie_is_refused(render, sources, marker, error):
+    with pytest.raises(ValueError, match=error):
+        render.filled(f"a <!-- rows: {marker} -->1<!-- /rows --> b", sources)
+
+
+def test_no_name_of_a_figure_stands_for_two(render):
+    tables = (render.ACCURACY, render.FIGURES, render.PROBE_FIGURES, render.CHECKPOINT, render.KERNELS, render.TRAINING)
+    assert sum(map(len, tables)) == len(render.BLOCKS)
 
 
 @pytest.mark.parametrize("text", ["<!-- rows: nonsense -->\n<!-- /rows -->", "<!-- rows: intervals -->", "<!-- /rows -->"])
-def test_a_marker_that_names_nothing_or_has_no_end_is_refused(render, text):
+def test_a_marker_that_names_nothing_or_has_no_end_is_refused(render, sources, text):
     with pytest.raises(ValueError, match=r"nothing is rendered under the name|a marker of rows has no end"):
-        render.filled(text, render.Sources())
+        render.filled(text, sources)
 
 
 def test_no_line_of_a_sentence_begins_with_a_marker():
     """Markdown would take the line out of its paragraph."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "training/README.md",
+        *ROOT.glob("tmbench/*/*/*.md"),
+    ):
         lines = page.read_text(encoding="utf-8").splitlines()
         assert all(re.fullmatch(r"<!-- [^>]* -->", line) for line in lines if line.startswith("<!--")), page.name
 
 
-def test_pictures_are_those_of_the_report_and_of_these_names(render):
+def test_pictures_are_those_of_the_report_and_of_these_names(render, sources):
     kept = {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
-    assert kept == render.pictures(render.Sources())
+    assert kept == render.pictures(sources)
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     shown = {name for page in pages for name in re.findall(r"figures/([^)]*\.png)", page.read_text(encoding="utf-8"))}
     assert shown
