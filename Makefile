@@ -37,7 +37,7 @@ demo: install  ## Time four methods, run the 13 RULER tasks and render the repor
 
 test: lint types unit  ## Lint, check the types, and run every test
 
-test-fast: install  ## Run the tests that take no more than a moment each
+test-fast: install  ## Run the tests that are not marked slow, in less than a minute
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 lint: install  ## Check style, formatting and spelling

@@ -46,6 +46,7 @@ def check(attend_lists, make_qkv, measure_errors):
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40 if GPU else 8))
 def test_any_lists(check, seed):
     """Lists of any budget, empty ones and such without the own block among them, for any shape."""
@@ -67,17 +68,20 @@ def test_a_head_with_an_empty_list_gets_zeros(check):
     assert out[0, 1].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend_lists", ["block_sparse.triton_backend"], indirect=True)
 @pytest.mark.parametrize("dim", [192, 256])
 def test_wide_heads(check, dim):
     check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, heads=2, kv_heads=1, dim=dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
 def test_any_scale(check, scale):
     check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, scale=scale)
 
 
+@pytest.mark.slow
 def test_strides(check):
     def columns_first(*tensors):
         return tuple(x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in tensors)
@@ -85,6 +89,7 @@ def test_strides(check):
     check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, change=columns_first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [XAttention(threshold=0.5), FlashPrefill(alpha=0.5), BlockTopK(2)], ids=repr)
 def test_what_patterns_select(attend_lists, make_structured_qkv, measure_errors, pattern):
     q, k, v = (x.to(DEVICE) for x in make_structured_qkv(500, heads=2, kv_heads=1, dtype=torch.float16))

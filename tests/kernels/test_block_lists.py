@@ -46,6 +46,7 @@ def test_lists_are_ascending_and_hold_each_block_of_the_map_once(length, block, 
     assert torch.equal(lists.to_map(), block_map.tril())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 300), st.sampled_from([16, 64, 128]), st.sampled_from([0.0, 0.2, 0.7, 1.0]), st.integers(0, 99))
 def test_mask_and_pairs_against_loops(length, block, density, seed):
@@ -67,6 +68,7 @@ def test_what_follows_a_list_is_not_read(make_qkv):
     assert torch.equal(backend.attend_lists(q, k, v, filled, 0.3), backend.attend_lists(q, k, v, lists, 0.3))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 700),
@@ -88,6 +90,7 @@ def test_attention_on_given_lists(make_qkv, assert_exact, length, block, density
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "batch"), [(4, 4, 64, 1), (2, 1, 96, 2), (3, 1, 128, 1)])
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 640])

@@ -53,6 +53,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300, 1101])
 def test_selection_is_the_definition(make_qkv, make_structured_qkv, pattern, length):
@@ -71,6 +72,7 @@ def test_the_patterns_of_these_tests_are_sparse(make_structured_qkv, pattern):
     assert 0.1 < pattern.pairs(q, k) / Dense().pairs(q, k) < 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize(("heads", "kv_heads", "batch", "scale"), [(2, 2, 1, None), (4, 2, 2, 0.4), (3, 1, 1, 0.1)])
 def test_attention_over_the_selection(make_structured_qkv, assert_exact, pattern, heads, kv_heads, batch, scale):
@@ -78,6 +80,7 @@ def test_attention_over_the_selection(make_structured_qkv, assert_exact, pattern
     assert_exact(pattern.attend(q, k, v, scale=scale), q, k, v, pattern.mask(q, k, scale=scale), scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_16_bit_tensors_are_summed_in_float32(make_structured_qkv, assert_exact, pattern, dtype):
@@ -107,6 +110,7 @@ def test_layout_in_memory_does_not_matter(make_structured_qkv, pattern):
     assert torch.equal(pattern.select(*twice).to_map(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 2**15])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_tiles_do_not_change_the_selection(make_structured_qkv, monkeypatch, pattern, elements):
@@ -116,6 +120,7 @@ def test_tiles_do_not_change_the_selection(make_structured_qkv, monkeypatch, pat
     assert torch.equal(pattern.select(q, k).to_map(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run in any case")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_kernels_do_not_change_the_selection(make_structured_qkv, monkeypatch, pattern):
@@ -170,6 +175,7 @@ def test_the_memory_counter_counts():
     assert memory.peak == 4 * 1500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", DEFAULTS, ids=repr)
 @pytest.mark.parametrize("length", [131072, 131000])
 def test_selection_at_128k_reads_nothing_back_and_fits_8_gib(pattern, length):

@@ -36,6 +36,7 @@ def case(make_qkv, lengths, capacity, **shape):
     return (new_q, new_k, new_v), k_cache, v_cache, places, scale, torch.cat(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (8, 1, 40), (32, 2, 128), (2, 2, 256)])
 @pytest.mark.parametrize("lengths", [[0], [700], [0, 1, 63, 64, 65, 511]])

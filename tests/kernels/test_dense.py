@@ -14,6 +14,7 @@ def test_mask_and_pairs(make_qkv):
     assert Dense().pairs(q, k) == 2 * 6 * int(mask.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "batch"), [(4, 4, 64, 1), (4, 2, 96, 2), (6, 1, 128, 1)])
 @pytest.mark.parametrize("length", [1, 63, 300])

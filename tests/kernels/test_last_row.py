@@ -29,6 +29,7 @@ def test_triangle(make_qkv, assert_exact, length, n_init, n_local, last_n):
     check(Triangle(n_init, n_local, last_n), q, k, v, assert_exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "pattern",

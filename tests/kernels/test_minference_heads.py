@@ -34,6 +34,7 @@ def mask_of_one_head(head, q, k, scale):
     return alone.mask(q[None, None], k[None, None], scale=scale)[0, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     heads=st.lists(entries, min_size=6, max_size=6),
@@ -55,6 +56,7 @@ def test_each_head_is_what_it_is_alone(make_qkv, assert_exact, heads, kv_heads, 
     assert_exact(pattern.attend(q, k, v, scale=0.4), q, k, v, expected, 0.4)
 
 
+@pytest.mark.slow
 def test_block_sparse_heads_leave_blocks_out_of_long_prompts_only(make_qkv, assert_exact):
     heads = (HeadPattern("block_sparse"), HeadPattern("stream_llm", 8, 64))
     q, k, v = make_qkv(101 * 64 + 5, heads=2, kv_heads=2, dim=8)
@@ -101,6 +103,7 @@ def check_one_launch(request, make_structured_qkv, measure_errors):
     torch.use_deterministic_algorithms(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30 if GPU else 6))
 def test_one_launch_serves_all_kinds(check_one_launch, seed):
     draw = random.Random(seed)

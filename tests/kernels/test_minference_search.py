@@ -52,6 +52,7 @@ def mask_of(entry, attention):
     return mask
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     length=st.integers(2, 500),
@@ -85,6 +86,7 @@ def test_the_candidates_are_the_published_ones_in_their_order():
     assert search.FIRST_ROW == 2500
 
 
+@pytest.mark.slow
 def test_heads_of_a_known_kind_are_found():
     """A window, many columns, and blocks that differ from query block to query block: each has its own winner."""
     length, random = 6144, torch.Generator().manual_seed(0)

@@ -44,6 +44,7 @@ def by_hand(q, k, v, grad_out, sections, scale):
     return q.grad, k.grad, v.grad, sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "sections"),
     [
@@ -65,6 +66,7 @@ def test_sums_and_gradients_are_those_of_autograd(heads, kv_heads, length, secti
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_types_are_added_up_in_float32(dtype):
     q, k, v, grad_out = drawn(4, 2, 75, dtype)

@@ -20,6 +20,7 @@ def test_mask_and_pairs_against_loops(length, n_init, n_local, last_n):
     assert pattern.pairs(q, q) == 6 * sum(map(sum, expected))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(1, 900), n_init=counts, n_local=counts, last_n=counts, seed=st.integers(0, 2**16))
 def test_any_sizes_against_masked_softmax(make_qkv, assert_exact, length, n_init, n_local, last_n, seed):
@@ -28,6 +29,7 @@ def test_any_sizes_against_masked_softmax(make_qkv, assert_exact, length, n_init
     assert_exact(pattern.attend(q, k, v), q, k, v, pattern.mask(q, k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "batch"), [(4, 4, 64, 1), (4, 2, 96, 2), (6, 1, 128, 1)])
 @pytest.mark.parametrize("length", [1, 129, 645])
@@ -38,6 +40,7 @@ def test_shapes_and_types(make_qkv, assert_exact, dtype, heads, kv_heads, dim, b
     assert_exact(pattern.attend(q, k, v, scale=0.3), q, k, v, pattern.mask(q, k), 0.3)
 
 
+@pytest.mark.slow
 def test_the_wide_windows_of_streaming(make_qkv, assert_exact):
     q, k, v = make_qkv(4100, heads=1, kv_heads=1, dim=16)
     pattern = Triangle(16, 3072, 0)
@@ -73,6 +76,7 @@ def test_negative_sizes_are_refused_by_name(field):
         Triangle(**{field: -1})
 
 
+@pytest.mark.slow
 def test_length_65536_on_sampled_queries():
     """Too long for anything quadratic: one head's logits alone would take 17 GB."""
     torch.manual_seed(0)

@@ -52,6 +52,7 @@ def attend(request, make_qkv, measure_errors, monkeypatch):
 COUNTS = (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200, 512, 700)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(120 if GPU else 12))
 def test_any_sizes(attend, seed):
     """Lengths, splits of the pattern and shapes that are no multiple of anything."""
@@ -70,21 +71,25 @@ def test_any_sizes(attend, seed):
     attend(pattern, length, dtype=dtype, seed=seed, **shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 192, 256])
 def test_head_sizes(attend, dim):
     attend.split_from(0)
     attend(Triangle(5, 70, 40), 200, heads=2, kv_heads=1, dim=dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 6, 16, 20, 71])
 def test_group_sizes(attend, groups):
     attend(Triangle(5, 40, 20), 150, heads=groups, kv_heads=1, dim=64)
 
 
+@pytest.mark.slow
 def test_values_of_another_width(attend):
     attend(Triangle(5, 40, 20), 150, change=lambda q, k, v: (q, k, v[..., :32]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -100,16 +105,19 @@ def test_any_strides(attend, change):
     attend(Triangle(5, 70, 40), 150, change=change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.3, 1e-3, 0.0, -0.2])
 def test_scales(attend, scale):
     attend(Triangle(5, 70, 40), 200, scale=scale)
 
 
+@pytest.mark.slow
 def test_queries_without_keys_give_zeros(attend):
     out = attend(Triangle(0, 0, 20), 200)
     assert not out[:, :, :180].any()
 
 
+@pytest.mark.slow
 def test_one_softmax_over_sinks_and_window(attend):
     """A sink that outweighs the window by e^60 in some heads, and a window that outweighs the sinks in the others."""
 

@@ -29,12 +29,14 @@ def random_map(batch, heads, blocks, density, seed):
     return torch.rand(batch, heads, blocks, blocks, generator=torch.Generator().manual_seed(seed)) < density
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 24), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_any_map(batch, heads, blocks, density, seed):
     check(random_map(batch, heads, blocks, density, seed))
 
 
+@pytest.mark.slow
 def test_rows_that_are_full_and_rows_that_are_empty():
     block_map = random_map(1, 2, 33, 0.5, 1)
     block_map[0, 0, ::2] = True
@@ -42,6 +44,7 @@ def test_rows_that_are_full_and_rows_that_are_empty():
     check(block_map)
 
 
+@pytest.mark.slow
 def test_maps_that_are_views():
     """One map for all heads, as dense prompts have it, and one whose columns are not neighbours in memory."""
     block_map = random_map(1, 1, 20, 0.5, 2)
@@ -50,6 +53,7 @@ def test_maps_that_are_views():
     check(torch.stack([block_map, ~block_map], dim=-1)[..., 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 15, 16, 17, 50])
 def test_a_count_is_carried_from_tile_to_tile(blocks):
     """With tiles that are small, so that the interpreter has few rows to walk through."""

@@ -15,6 +15,7 @@ from tmbench_kernels.xattention import _sum_strides
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 700])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 40)])
 def test_weights_of_mean_keys(make_qkv, length, heads, kv_heads, dim):
@@ -29,6 +30,7 @@ def test_weights_of_mean_keys(make_qkv, length, heads, kv_heads, dim):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_more_blocks_than_a_tile(make_qkv):
     from tmbench_kernels.flash_prefill.triton_backend import mean_weights
 
@@ -37,6 +39,7 @@ def test_more_blocks_than_a_tile(make_qkv):
     torch.testing.assert_close(mean_weights(q, means, 1.0), _weights(q, means, range(130), 1.0), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 400), st.integers(1, 40), st.integers(1, 2), st.sampled_from([-0.7, 0.0, 0.1, 3.0]), st.integers(0, 99)
@@ -52,6 +55,7 @@ def test_sums_of_the_last_queries_shares(length, last, batch, scale, seed):
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_last_queries_see_more_keys_than_a_tile():
     from tmbench_kernels.triton_scores import sum_shares
 
@@ -61,6 +65,7 @@ def test_the_last_queries_see_more_keys_than_a_tile():
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from([1, 2, 8, 16, 128]),

@@ -69,6 +69,7 @@ def random_selection(length, heads, density, seed):
     return Selection(columns, distances)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "budget"), [(1, (5, 5)), (40, (35, 60)), (150, (0, 0)), (331, (60, 130)), (260, (31, 180))]
 )
@@ -99,6 +100,7 @@ def test_ties_go_to_the_smaller_index(make_qkv):
     assert chosen.distances[0, 0].nonzero().flatten().tolist() == list(range(130))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 700), st.sampled_from([0.002, 0.01, 0.03, 0.3]), st.integers(0, 2**16))
 def test_definition_and_converter_follow_the_published_converter(length, density, seed):
@@ -115,6 +117,7 @@ def test_definition_and_converter_follow_the_published_converter(length, density
     assert torch.equal(later[0, 0], seen[first:])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 1200), st.sampled_from([0.001, 0.01, 0.1, 0.9]), st.sampled_from([0.0, 1.2, 1e9]), st.integers(0, 99))
 def test_attention_on_given_indices(make_qkv, assert_exact, length, density, small_block_cost, seed):
@@ -132,6 +135,7 @@ def test_attention_on_given_indices(make_qkv, assert_exact, length, density, sma
     assert pairs == int(mask.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "batch"), [(4, 4, 64, 1), (2, 1, 96, 2), (3, 1, 128, 1)])
 @pytest.mark.parametrize("length", [1, 333, 640])

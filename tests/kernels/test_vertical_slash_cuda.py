@@ -59,6 +59,7 @@ def check(attend_index, make_qkv, measure_errors):
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40 if GPU else 8))
 def test_any_selection(check, seed):
     """Few and many columns and distances, runs that join and runs that do not, and heads that differ."""
@@ -73,6 +74,7 @@ def test_any_selection(check, seed):
     check(columns, distances, kv_heads=kv_heads, dim=draw.choice([16, 40, 64, 128]), seed=seed)
 
 
+@pytest.mark.slow
 def test_columns_between_runs_and_beyond(check):
     columns, distances = (torch.zeros(1, 1, 700, dtype=torch.bool) for _ in range(2))
     columns[..., [0, 100, 101, 299, 300, 301, 555, 699]] = True
@@ -81,6 +83,7 @@ def test_columns_between_runs_and_beyond(check):
     assert 0.2 < mask.float().mean() < 0.4
 
 
+@pytest.mark.slow
 def test_more_columns_than_a_tile_between_two_runs(check):
     columns, distances = (torch.zeros(1, 1, 700, dtype=torch.bool) for _ in range(2))
     columns[..., 5:400] = True
@@ -97,6 +100,7 @@ def test_a_query_without_a_key_gets_zeros(check):
     assert out[0, 1, 3:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "scale"), [(192, None), (256, None), (64, 0.0), (64, -0.3)])
 def test_widths_and_scales(check, dim, scale):
     columns, distances = (torch.zeros(1, 2, 200, dtype=torch.bool) for _ in range(2))
@@ -105,6 +109,7 @@ def test_widths_and_scales(check, dim, scale):
     check(columns, distances, dim=dim, scale=scale)
 
 
+@pytest.mark.slow
 def test_strides(check):
     columns, distances = (torch.zeros(1, 2, 200, dtype=torch.bool) for _ in range(2))
     columns[..., ::13] = True
@@ -116,6 +121,7 @@ def test_strides(check):
     )
 
 
+@pytest.mark.slow
 def test_what_the_pattern_selects(attend_index, make_structured_qkv, measure_errors):
     """By way of the pattern, whose budgets bound the index."""
     pattern = VerticalSlash(((30, 50), (200, 120)))
@@ -129,6 +135,7 @@ def test_what_the_pattern_selects(attend_index, make_structured_qkv, measure_err
     assert error <= 2 * plain_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_pairs_of_an_index(seed):
     from tmbench_kernels.vertical_slash.triton_backend import build_index, count_pairs

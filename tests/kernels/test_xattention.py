@@ -62,6 +62,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", CASES, ids=repr)
 def test_definition_and_selection_follow_the_published_rule(make_qkv, make_structured_qkv, pattern):
     for make, length, scale in (

@@ -21,6 +21,7 @@ def samples(plain_tokenizer: Any, sources: Any) -> list[Example]:
     return made
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_back(tmp_path: Path, samples: list[Example]) -> None:
     paths = write_dataset(tmp_path, iter(samples))
     assert paths == [tmp_path / task / "validation.jsonl" for task in ("niah_multivalue", "vt", "qa_2")]
@@ -31,6 +32,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, samples: list[Example]) ->
     assert [path.name for path in (tmp_path / "vt").iterdir()] == ["validation.jsonl"]
 
 
+@pytest.mark.slow
 def test_lines_have_the_published_fields(tmp_path: Path, samples: list[Example]) -> None:
     write_dataset(tmp_path, samples)
     published = ["index", "input", "outputs", "length", "length_w_model_temp", "answer_prefix"]
@@ -129,6 +131,7 @@ def test_missing_empty_and_mismatched_data_are_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path, "vt")
 
 
+@pytest.mark.slow
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, samples: list[Example]) -> None:
     write_dataset(tmp_path, samples[3:6])
     before = (tmp_path / "vt/validation.jsonl").read_bytes()

@@ -119,6 +119,7 @@ def test_what_is_counted_is_what_is_read(one: tuple[PreTrainedTokenizerFast, tup
         assert counted == [len(encode_prompt(tokenizer, text, add_special_tokens=special)) for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["niah_single_1", "vt", "cwe", "qa_1"])
 def test_samples_fill_their_length_with_what_is_read(task: str, sources: Sources, family: Family) -> None:
     """An end token that is not read takes no room, so the samples are those of the tokenizer without one."""

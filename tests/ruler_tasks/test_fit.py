@@ -24,6 +24,7 @@ def tokens(example: Example, tokenizer: Any, special: bool = True) -> int:
     return len(ids) - (special and getattr(tokenizer, "eos_token_id", None) == ids[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
 @pytest.mark.parametrize("length", [2048, 4099, 16384])
 def test_fits_and_fills(task: str, length: int, bos_tokenizer: Any, sources: Sources) -> None:
@@ -34,6 +35,7 @@ def test_fits_and_fills(task: str, length: int, bos_tokenizer: Any, sources: Sou
         assert example.length >= (0.90 if task in COARSE and length < 4096 else 0.97) * length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
 def test_fits_under_every_kind_of_tokenizer(task: str, any_tokenizer: Any, sources: Sources) -> None:
     length = max(4097, minimum_length(task, any_tokenizer, sources=sources))
@@ -42,6 +44,7 @@ def test_fits_under_every_kind_of_tokenizer(task: str, any_tokenizer: Any, sourc
         assert example.length >= 0.95 * length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
 def test_shortest_lengths_work_and_shorter_ones_are_refused(task: str, plain_tokenizer: Any, sources: Sources) -> None:
     least = minimum_length(task, plain_tokenizer, sources=sources)
@@ -54,6 +57,7 @@ def test_shortest_lengths_work_and_shorter_ones_are_refused(task: str, plain_tok
             examples(task, length, [0], tokenizer=plain_tokenizer, sources=sources)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
 def test_frame_stands_around_the_task_and_is_counted(task: str, bos_tokenizer: Any, sources: Sources) -> None:
     frame = Frame("<s>system: be brief\nuser: ", "\nassistant: of course,", add_special_tokens=False)

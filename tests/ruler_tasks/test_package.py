@@ -36,6 +36,7 @@ def test_thirteen_tasks_in_the_published_order_with_the_published_budgets() -> N
         TASKS["new"] = TASKS["vt"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_needs_are_what_is_read(plain_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in TASKS.values():
         own = Sources(offline=True)

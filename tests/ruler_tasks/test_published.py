@@ -144,6 +144,7 @@ def drawn(slow_tokenizer: Any, published_sources: Sources) -> Any:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "length", "chat"), DRAWN)
 def test_samples_are_those_that_the_published_code_drew(drawn: Any, task: str, length: int, chat: bool) -> None:
     samples = drawn(task, length, range(4), frame=CHAT if chat else Frame())
@@ -154,6 +155,7 @@ def test_samples_are_those_that_the_published_code_drew(drawn: Any, task: str, l
     assert all(sample.max_new_tokens == TASKS[task].tokens_to_generate for sample in samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["niah_multikey_1", "vt", "cwe", "fwe", "qa_1"])
 def test_a_sample_is_the_same_whichever_are_asked_for(drawn: Any, slow_tokenizer: Any, task: str) -> None:
     whole = drawn(task, 4096, range(5))

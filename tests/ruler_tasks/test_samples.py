@@ -25,6 +25,10 @@ def make(task: str, length: int, indices: Any, tokenizer: Any, sources: Sources,
     return list(examples(task, length, indices, tokenizer=tokenizer, sources=sources, **options))
 
 
+pytestmark = pytest.mark.slow
+"""All tasks are drawn before the first one looks at them."""
+
+
 @pytest.fixture(scope="module")
 def twenty(plain_tokenizer: Any, sources: Sources) -> dict[str, list[Example]]:
     return {task: make(task, 4096, range(20), plain_tokenizer, sources) for task in TASKS}

@@ -62,6 +62,7 @@ def test_wrong_input_is_one_clear_sentence() -> None:
         score("ruler", ["a"], [["a"]])
 
 
+@pytest.mark.slow
 @given(st.text(), st.lists(st.text(min_size=1), min_size=1, max_size=5))
 def test_part_is_whether_all_is_positive(prediction: str, references: list[str]) -> None:
     every = TASKS["vt"].score(prediction, references)
@@ -70,6 +71,7 @@ def test_part_is_whether_all_is_positive(prediction: str, references: list[str])
     assert (every > 0) == (any_of_them == 1)
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(alphabet="ABCxyz", min_size=1), min_size=1, max_size=5))
 def test_all_references_written_out_score_full(references: list[str]) -> None:
     assert TASKS["cwe"].score(", ".join(references).swapcase(), references) == 1.0

@@ -83,6 +83,7 @@ def rows_of(root):
     return {(row.method, row.task, row.length): row for row in read_all(root, RulerRow)}
 
 
+@pytest.mark.slow
 def test_all_methods_answer_the_same_samples(job, answers):
     work = job()
     assert sum(step.work for step in work.steps()) == 2 * 2 * 3
@@ -153,6 +154,7 @@ def test_predictions_are_kept_and_scored_from_the_file(job, answers):
     assert row.score == 100 * sum(line["score"] for line in lines) / 3
 
 
+@pytest.mark.slow
 def test_more_samples_only_add(job, answers):
     job(samples=2).run()
     before = len(answers)
@@ -184,6 +186,7 @@ def answered_wrongly(monkeypatch):
     monkeypatch.setattr(accuracy, "_answer", answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [2, 3])
 def test_an_overwrite_killed_before_its_row_leaves_no_older_score(job, answers, monkeypatch, samples):
     """The last answer is kept, its row is not: the next run makes the row of the newer answers and asks nothing."""
@@ -219,6 +222,7 @@ def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypa
     assert [row.score for row in rows] == [100.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_row_without_memory_has_no_predictions_and_is_not_asked_again(job, answers, monkeypatch):
     real = accuracy._answer
 
@@ -255,6 +259,7 @@ def test_predictions_of_the_first_release_have_no_coverage(job, answers):
     assert {(row.score, row.coverage) for row in rows_of(work.root).values()} == {(100.0, None), (0.0, None)}
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch):
     whole = job(root=job().root / "whole")
     whole.run()
@@ -294,6 +299,7 @@ def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job
     assert before["dense", "vt", 1024].backends == "dense:sdpa"
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
     real = accuracy._answer
 
@@ -310,6 +316,7 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
     assert rows["streaming", "vt", 1024].status == rows["dense", "niah_single_1", 1024].status == "ok"
 
 
+@pytest.mark.slow
 def test_real_answers_decode_what_the_model_generates(job):
     work = job(samples=1, tasks=("vt",), plans=[plan_of(ModelShape("", 4, 4), "dense")])
     work.run()
@@ -328,6 +335,7 @@ def test_real_answers_decode_what_the_model_generates(job):
     assert ids.shape[1] + 30 <= 1024
 
 
+@pytest.mark.slow
 def test_what_an_answer_costs_does_not_hold_what_counting_costs(job, tmp_path, monkeypatch):
     """The pairs of a dynamic pattern are those of its definition, and the time that counting takes is taken off."""
     budgets = tmp_path / "budgets.json"
@@ -402,6 +410,7 @@ def edit_kept(root, **changes):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"prompt_hash": ""}, {"prompt_hash": "0" * 12}, {"outputs": ["another"]}])
 def test_what_was_answered_to_another_prompt_or_scored_by_other_references_is_asked_again(job, answers, changes, tokenizer):
     work = job(tasks=("vt",))
@@ -430,6 +439,7 @@ def test_a_row_that_its_samples_do_not_make_is_made_anew(job, answers):
     assert rows_of(work.root)["dense", "vt", 1024].score == 0.0
 
 
+@pytest.mark.slow
 def test_rows_name_the_backends_that_ran(job, monkeypatch):
     """Not those that would run for the nominal length, and none where attention was not reached."""
     monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
@@ -448,6 +458,7 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     assert [(row.status, row.backends) for row in rows_of(other.root).values()] == [("failed", "")]
 
 
+@pytest.mark.slow
 def test_a_failure_behind_attention_still_names_what_ran(job, monkeypatch):
     real = Session.generate
 

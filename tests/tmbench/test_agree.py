@@ -66,6 +66,7 @@ def rows_of(root):
     return {row.method: row for row in read_all(root, AgreeRow)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "streaming", "tri_mix"])
 def test_choices_are_greedy_decoding_up_to_the_first_that_differs(make_model, prompt, method):
     model, ids = make_model("llama"), prompt(60)
@@ -179,6 +180,7 @@ def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
     assert read_choices(other)[1].reference == (7,) * 12
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
     real = agree.follow
 
@@ -270,6 +272,7 @@ def test_choices_behind_another_prompt_are_made_again(job, texts):
     assert sum(step.measured for step in work.steps()) == 0
 
 
+@pytest.mark.slow
 def test_rows_name_the_backends_that_ran(job, monkeypatch):
     """Not those that would run for the nominal length, and none where attention was not reached."""
     monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")

@@ -47,6 +47,7 @@ def test_dense_equals_the_plain_model(family, make_model, prompt):
     assert session.backends == {"dense:sdpa"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_triangle_in_all_layers_equals_the_plain_model_under_its_mask(family, make_model, prompt):
     model, ids = make_model(family, **FAMILIES[family]), prompt(67, 2)
@@ -119,6 +120,7 @@ def test_the_model_is_restored_after_an_error(make_model, prompt):
         torch.testing.assert_close(model(ids).logits, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parameters", "pattern"),
     [

@@ -56,6 +56,7 @@ def together(model, plan, prompts, most, *, size, kind=EAGER, batch=None):
     return [found[number] for number in range(len(prompts))], batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "tri_mix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_are_those_of_the_plain_loop(family, method, make_model, texts):
@@ -68,6 +69,7 @@ def test_texts_are_those_of_the_plain_loop(family, method, make_model, texts):
     assert batch.slots == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_a_text_that_ends_makes_room_for_the_next(size, make_model, texts):
     model = make_model("llama").to(DEVICE)
@@ -91,6 +93,7 @@ def test_a_batch_leaves_the_model_as_it_was(make_model, texts):
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.slow
 def test_compiled_layers_decode_the_same(make_model, texts, graphs):
     model = make_model("llama").to(DEVICE)
     model.generation_config.eos_token_id = None

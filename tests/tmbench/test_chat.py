@@ -212,6 +212,7 @@ def folder(name, template):
 ASK = ("ruler", "--offline", "--model", "chatty", "--method", "dense", "--length", "1K", "--task", "vt", "--samples", "1")
 
 
+@pytest.mark.slow
 def test_rows_with_other_variables_are_other_rows_and_other_sections(tmbench):
     folder("chatty", QWEN3)
     code, _, err = tmbench(*ASK, "--apply-chat-template", "--json")
@@ -232,6 +233,7 @@ def test_rows_with_other_variables_are_other_rows_and_other_sections(tmbench):
         assert report.count(words) == 1
 
 
+@pytest.mark.slow
 def test_prepared_data_of_a_template_have_one_bos(tmbench):
     folder("chatty", "{{ bos_token }}" + TURNS + "[a]")
     code, _, _ = tmbench("ruler-data", *ASK[1:4], *ASK[6:], "--output", "made", "--apply-chat-template")

@@ -29,6 +29,7 @@ def rename_layer(weights, old, new):
         weights[key.replace(f"layers.{old}.", f"layers.{new}.")] = weights.pop(key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -82,6 +83,7 @@ def cut(path, part):
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 28\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -181,6 +183,7 @@ def test_a_home_folder_is_found(copy, monkeypatch):
     assert loaded.model_hash == loading.load(str(copy), device="cpu").model_hash
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoints_own_is_not_run_and_that_is_said(copy, tmbench):
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     change(copy / "config.json", lambda config: config | {"auto_map": own})
@@ -329,6 +332,7 @@ VISION = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "text", "vision"),
     [
@@ -375,6 +379,7 @@ def test_the_text_of_a_model_that_reads_images_too(family, text, vision, tmp_pat
     assert rows[0]["flop"] == 512 * (layer + keys) + once + 4 * 16 * pairs
 
 
+@pytest.mark.slow
 def test_a_plan_builds_no_weights(copy, tmbench, monkeypatch):
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)
     code, out, err = tmbench("ttft", "--model", str(copy), "--length", "1K", "--dry-run", "--device", "cpu")
@@ -391,6 +396,7 @@ def test_a_plan_builds_no_weights(copy, tmbench, monkeypatch):
     assert "131072" in out
 
 
+@pytest.mark.slow
 def test_a_plan_refuses_what_a_run_would(copy, tmbench):
     change_weights(copy, lambda weights: weights.pop("model.norm.weight"))
     for given, sentence in (
@@ -408,6 +414,7 @@ def test_a_plan_refuses_what_a_run_would(copy, tmbench):
     assert "lacks 1 weight of the model" in err
 
 
+@pytest.mark.slow
 def test_a_failed_row_says_why_on_the_screen(tmbench, monkeypatch):
     from tmbench.measure import ttft
 

@@ -26,6 +26,7 @@ from tmbench.results.tables import read_all
 COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "report", "list", "env")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("patterns", "search"), ("patterns", "show")])
 def test_help_comes_at_once(command):
     start = time.perf_counter()
@@ -61,6 +62,7 @@ def test_no_panel_of_a_command_has_more_than_8_options():
     assert {"weights", "dense_backend"} <= {option.name for option in shown["ttft"]}
 
 
+@pytest.mark.slow
 def test_ttft_to_report(tmbench, tmp_path):
     code, out, err = tmbench(*FAST_TTFT, "--method", "dense", "--method", "tri_mix", "--n-local", "32", "--json")
     assert code == 0
@@ -109,6 +111,7 @@ def test_json_has_no_number_that_is_not_finite(capsys):
     assert [(row["logit_error"], row["coverage"]) for row in json.loads(out)] == [(None, 0.5)]
 
 
+@pytest.mark.slow
 def test_compilation_is_a_choice(tmbench, monkeypatch):
 
     monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", "eager")
@@ -123,6 +126,7 @@ def test_compilation_is_a_choice(tmbench, monkeypatch):
     assert "--compile needs a compiler" in err
 
 
+@pytest.mark.slow
 def test_ruler_and_its_data(tmbench):
     common = ("--task", "niah_single_1", "--length", "1K", "--samples", "2")
     code, _, _ = tmbench("ruler-data", "--output", "data", *common, "--offline")
@@ -142,6 +146,7 @@ def test_ruler_and_its_data(tmbench):
     assert not Path("other").exists(), "no task is measured before all can be read"
 
 
+@pytest.mark.slow
 def test_samples_drawn_as_the_reference_draws_them_are_rows_of_their_own(tmbench):
     common = ("--task", "vt", "--length", "1K", "--samples", "2")
     for drawing in ((), ("--samples-as", "reference")):
@@ -169,6 +174,7 @@ def test_data_for_a_task_that_does_not_fit_is_not_begun(tmbench):
     assert not Path("data").exists()
 
 
+@pytest.mark.slow
 def test_patterns_are_searched_shown_and_used(tmbench):
     code, out, err = tmbench(*SEARCH)
     assert code == 0, err
@@ -207,6 +213,7 @@ def test_budgets_of_many_kinds_are_shown_as_ranges(tmbench):
     assert lines["all"] == ["17", "1"]
 
 
+@pytest.mark.slow
 def test_a_preset_is_timed_with_random_weights(tmbench, monkeypatch, make_model, tmp_path):
     """A small one stands in for the presets, which no CPU should be asked to build."""
     make_model("llama").config.save_pretrained(tmp_path / "saved")
@@ -244,6 +251,7 @@ def test_a_preset_is_timed_with_random_weights(tmbench, monkeypatch, make_model,
         assert "small-8m is a preset, a config without a tokenizer" in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_a_dense_backend_can_be_forced(tmbench):
     for forced in ((), ("--dense-backend", "sdpa")):
         assert tmbench(*FAST_TTFT, "--method", "dense", *forced)[0] == 0
@@ -254,6 +262,7 @@ def test_a_dense_backend_can_be_forced(tmbench):
     assert [row.parameters for row in read_all(Path("results"), RulerRow)] == ["dense_backend=sdpa"]
 
 
+@pytest.mark.slow
 def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
     texts = (
         "flexprefill:gamma=0.9,tau=0.2,min_budget=256",
@@ -273,6 +282,7 @@ def test_parameters_behind_a_methods_name_reach_the_rows(tmbench):
         assert dict(mixed.settings) == expected | {"layers": "4-", "n_init": 8, "last_n": 128}
 
 
+@pytest.mark.slow
 def test_agree_to_report(tmbench):
     common = ("agree", "--length", "256", "--new-tokens", "4", "--samples", "2", "--device", "cpu", "--method", "streaming")
     code, out, err = tmbench(*common, "--n-local", "16", "--json")
@@ -295,6 +305,7 @@ def test_agree_to_report(tmbench):
 SHORT_PROBE = ("probe", "--length", "700", "--samples", "1", "--device", "cpu", "--n-local", "64", "--last-n", "16")
 
 
+@pytest.mark.slow
 def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     code, out, err = tmbench(*SHORT_PROBE, "--plot", "plots/probe.png", "--accuracy-budget", "0.2")
     assert code == 0, err
@@ -335,6 +346,7 @@ def test_a_probe_chooses_the_layers_of_later_runs(tmbench):
     assert "probe of vt at 700, depth, time budget 0.9, logits" in out
 
 
+@pytest.mark.slow
 def test_losses_of_methods(tmbench):
     methods = ("--method", "dense", "--method", "tri_mix", "--layers", "2,5-7", "--n-local", "64", "--last-n", "16")
     code, out, err = tmbench("probe", "--loss", *methods, "--length", "700", "--samples", "1", "--device", "cpu", "--json")
@@ -379,6 +391,7 @@ def test_list_and_env(tmbench):
     assert backends["vertical slashes"]["cuda-hopper"] == "runs on cuda, not on cpu"
 
 
+@pytest.mark.slow
 def test_a_terminal_of_ascii_and_a_full_device(tmp_path):
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*PROGRAM, "list"], env=ascii_only, capture_output=True, text=True, check=True)

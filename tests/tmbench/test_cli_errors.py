@@ -21,6 +21,7 @@ def patterns_of_another_model(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -215,6 +216,7 @@ def test_budgets_for_another_model(tmbench, patterns_of_another_model):
     assert "2 layers" in err
 
 
+@pytest.mark.slow
 def test_a_corrupt_csv_is_named_and_kept(tmbench):
     assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
     path = next(Path("results").glob("*/ttft/dense.csv"))
@@ -241,6 +243,7 @@ def test_a_folder_that_is_a_file(tmbench):
     assert "--output-dir: " in err
 
 
+@pytest.mark.slow
 def test_a_failure_in_part_is_exit_code_1(tmbench, monkeypatch):
     from tmbench.measure import ttft
 
@@ -275,6 +278,7 @@ def refused(outcome):
     return " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_inputs_without_an_end(tmbench, endless):
     tiny = ("--device", "cpu")
     assert "is a pipe or a device: give a file" in refused(tmbench("patterns", "show", str(endless)))
@@ -300,6 +304,7 @@ def test_results_without_an_end(tmbench, endless):
     assert "probe.csv cannot be read: Not a regular file" in refused(tmbench("ttft", "--layers", "probe.csv"))
 
 
+@pytest.mark.slow
 def test_a_results_folder_that_leads_into_itself(tmbench):
     assert tmbench(*FAST_TTFT, "--method", "dense")[0] == 0
     Path("results/again").symlink_to("../results")

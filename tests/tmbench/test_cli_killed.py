@@ -28,6 +28,7 @@ def lines_in(folder: Path, pattern: str) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob(pattern))
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_rows_and_exits_with_130(tmp_path):
     process = start(
         "ttft", "--method", "dense", "--length", "256", "--length", "16K", "--device", "cpu", cwd=tmp_path

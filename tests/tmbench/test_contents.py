@@ -45,6 +45,7 @@ def nothing_measured(err: str) -> bool:
     return "nothing was measured: " in err
 
 
+@pytest.mark.slow
 def test_answers_of_other_weights_are_not_taken(tmbench, ckpt):
     vt = (*RULER, "--task", "vt", "--json")
     scores = []
@@ -68,6 +69,7 @@ def test_answers_of_other_weights_are_not_taken(tmbench, ckpt):
     assert (json.loads(out)[0]["score"], nothing_measured(err)) == (100.0, True), "the same files are the same model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "kind"), [(TTFT, TtftRow), (AGREE, AgreeRow), (PROBE, ProbeRow), (LOSS, LossRow)])
 def test_each_command_measures_other_weights_anew_and_says_when_it_measured_nothing(tmbench, ckpt, command, kind):
     said, hashes = [], []
@@ -98,6 +100,7 @@ def test_a_sweep_measures_other_weights_anew(tmbench, ckpt):
     assert len(read_all(Path("results"), TtftRow)) == len(read_all(Path("results"), RulerRow)) == 2 * 3
 
 
+@pytest.mark.slow
 def test_a_probe_of_other_weights_proposes_no_layers(tmbench, ckpt):
     assert tmbench(*PROBE)[0] == 0
     tri_mix = (*TTFT[:3], "--method", "tri_mix", *TTFT[5:])
@@ -130,6 +133,7 @@ def answers_kept() -> list[list[str]]:
     return [[json.loads(line)["outputs"][0] for line in path.read_text().splitlines()] for path in paths]
 
 
+@pytest.mark.slow
 def test_answers_to_replaced_questions_are_not_taken(tmbench, ckpt):
     Path("data").mkdir()
     asked = (*RULER, "--task", "qa_1", "--data-dir", "data", "--json")
@@ -146,6 +150,7 @@ def test_answers_to_replaced_questions_are_not_taken(tmbench, ckpt):
     assert "older data 1" in out
 
 
+@pytest.mark.slow
 def test_answers_to_edited_data_are_not_taken(tmbench, ckpt):
     """An edit of any sample counts, not of the first alone."""
     common = ("--task", "vt", "--length", "1K", "--offline")
@@ -162,6 +167,7 @@ def test_answers_to_edited_data_are_not_taken(tmbench, ckpt):
     assert (json.loads(out)[0]["score"], nothing_measured(err)) == (66.67, True)
 
 
+@pytest.mark.slow
 def test_budgets_of_an_edited_file_are_others(tmbench, ckpt):
     budgets = ("--patterns", "budgets.json", "--json")
     minference = (*TTFT[:3], "--method", "minference", *TTFT[5:], *budgets)
@@ -177,6 +183,7 @@ def test_budgets_of_an_edited_file_are_others(tmbench, ckpt):
     assert len(read_all(Path("results"), TtftRow)) == 2
 
 
+@pytest.mark.slow
 def test_other_files_beside_the_weights_count_too(tmbench, ckpt):
     for name, fields in (("generation_config.json", {"temperature": 0.5}), ("tokenizer_config.json", {"extra": 1})):
         assert not nothing_measured(tmbench(*TTFT)[2])

@@ -63,6 +63,7 @@ def transformers_own(model, ids, count, **plain):
         model.generation_config = own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "tri_mix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_generate_under_a_plain_config(family, method, make_model, prompt):
@@ -78,6 +79,7 @@ def test_tokens_are_those_of_generate_under_a_plain_config(family, method, make_
     assert got.shape == (2, 16)
 
 
+@pytest.mark.slow
 def test_tokens_of_the_embedded_model_are_those_of_generate():
     loaded = load("tiny", device="cpu")
     text = "VAR AB = 3. " * 60 + "Which variables hold 3?"
@@ -87,6 +89,7 @@ def test_tokens_of_the_embedded_model_are_those_of_generate():
         assert generate(loaded.model, ids, 24).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", STEERING)
 def test_no_key_of_a_generation_config_steers(key, make_model, prompt):
     model, ids = make_model("llama"), prompt(40)
@@ -107,6 +110,7 @@ def test_the_keys_do_steer_transformers_own(make_model, prompt):
     assert model.generate(ids, generation_config=config)[:, 40:].tolist() != expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
 def test_a_config_without_a_cache_changes_no_figure_and_adds_no_prefill(family, make_model, prompt, monkeypatch):
     model, ids = make_model(family, num_key_value_heads=4), prompt(40)

@@ -81,6 +81,7 @@ def test_no_line_of_a_sentence_begins_with_a_marker():
         assert all(re.fullmatch(r"<!-- [^>]* -->", line) for line in lines if line.startswith("<!--")), page.name
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_report_and_of_these_names(render, sources):
     kept = {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
     assert kept == render.pictures(sources)

@@ -41,6 +41,7 @@ def first_release(path: Path) -> None:
     path.write_text(text.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_a_row_is_read_if_it_is_whole_wherever_it_was_cut(tmp_path, row):
     append(tmp_path, row)
@@ -68,6 +69,7 @@ def test_what_is_appended_keeps_a_whole_row_without_its_line_end(tmp_path, row, 
         assert path.read_bytes().count(b"\n") == 1 + len([*first, *kept, row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_a_row_of_the_first_release_is_never_read_with_a_cut_value(tmp_path, row):
     """Its last value may be the beginning of a longer one: then the file is refused, and nothing is taken from it."""
@@ -147,6 +149,7 @@ def test_a_last_line_with_too_many_fields_is_damaged_and_not_cut(tmp_path):
 ENTRY = {"index": 4, "prediction": 'a "b" {c} é\u2028', "numbers": [1.5, {"a": 12}], "seconds": 0.125}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", [b"", BOM])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("before", [0, 1])

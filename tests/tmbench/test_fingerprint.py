@@ -55,6 +55,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_every_file_that_is_read_counts(checkpoint, edit):
     before = content_hash(str(checkpoint), "checkpoint")
@@ -95,6 +96,7 @@ def test_drawn_weights_are_known_by_what_they_are_drawn_for(checkpoint):
     assert len(presets) == 4
 
 
+@pytest.mark.slow
 def test_rows_have_the_hash_that_is_known_before_loading(checkpoint):
     loaded = loading.load(str(checkpoint), device="cpu")
     assert loaded.row_fields()["model_hash"] == loaded.shape.model_hash == content_hash(str(checkpoint), "checkpoint")

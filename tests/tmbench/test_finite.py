@@ -107,6 +107,7 @@ FIGURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_model_that_overflows_is_a_failed_row_with_the_remedy(command, overflowing, tmp_path):
     rows = Jobs(overflowing(), tmp_path).rows(command)
@@ -123,12 +124,14 @@ def test_a_model_that_overflows_is_a_failed_row_with_the_remedy(command, overflo
     assert not list(tmp_path.glob("*/*/*/*/*.jsonl")), "no sample is kept that came of it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_remedy_does(command, overflowing, tmp_path):
     rows = Jobs(overflowing(torch.bfloat16), tmp_path).rows(command)
     assert {row.status for row in rows.values()} == {"ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS])
 def test_every_method_says_so(name, overflowing, prompt):
     """A pattern that chooses by the data is handed no numbers to choose by."""
@@ -138,6 +141,7 @@ def test_every_method_says_so(name, overflowing, prompt):
         generate(loaded.model, prompt(300), 2)
 
 
+@pytest.mark.slow
 def test_a_sweep_fails_as_its_parts_do(overflowing, tmp_path):
     jobs = Jobs(overflowing(), tmp_path)
     variant = MethodSpec.of("tri_mix").with_layers(jobs.loaded.shape, starting_layer=1)
@@ -151,6 +155,7 @@ def test_a_sweep_fails_as_its_parts_do(overflowing, tmp_path):
     assert len(read_all(tmp_path, TtftRow)) == len(read_all(tmp_path, RulerRow)) == 2
 
 
+@pytest.mark.slow
 def test_a_search_is_one_sentence_and_leaves_nothing_to_go_on_from(overflowing, tmp_path):
     work = search_of(overflowing(), tmp_path)
     with pytest.raises(
@@ -160,6 +165,7 @@ def test_a_search_is_one_sentence_and_leaves_nothing_to_go_on_from(overflowing, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_search_looks_at_the_logits_too(overflowing, tmp_path):
     """The last layer's overflow is in no layer's attention."""
     loaded = overflowing(torch.float32)
@@ -181,6 +187,7 @@ def probe_of(loaded, root):
     return Bound(probe.ProbeSpec, loaded, **about, budget=Budget(0.3), window=Triangle(3, 7, 5))
 
 
+@pytest.mark.slow
 def test_a_probe_of_logits_that_are_no_numbers_is_a_failed_row(overflowing, tmp_path):
     loaded = overflowing(torch.float32)
     with torch.no_grad():
@@ -192,6 +199,7 @@ def test_a_probe_of_logits_that_are_no_numbers_is_a_failed_row(overflowing, tmp_
     assert "the logits of the prompt's last token are not finite in float32: the weights may be damaged" in row.error
 
 
+@pytest.mark.slow
 def test_gradients_that_are_no_numbers_are_a_failed_row(make_model, tokenizer, tmp_path):
     """Logits of 1e30 are numbers, and so are values of 1e10; what differentiates the one by the other's weights is not."""
     model = make_model("llama")
@@ -232,6 +240,7 @@ def fill(value, start=5, end=6):
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [fill(math.nan), fill(math.inf), fill(-math.inf, 0, None)])
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_every_step_of_decoding_is_looked_at(change, place, overflowing, prompt, spoiled):
@@ -263,6 +272,7 @@ def test_the_losses_of_a_prompt_are_looked_at(overflowing, prompt, spoiled):
         under_plan.losses(loaded.model, plans_of(loaded, "dense")[0], prompt(40), [5, 6])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_tokens_that_a_model_masks_are_no_failure(command, overflowing, tmp_path):
     """A padded vocabulary: the same figures as without the padding, and not NaN for the distance to dense."""

@@ -51,6 +51,7 @@ def measured(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["md", "csv", "json"])
 def test_an_old_report_stays_where_the_new_one_does_not_fit(measured, form):
     old = measured / "out" / "report"
@@ -64,6 +65,7 @@ def test_an_old_report_stays_where_the_new_one_does_not_fit(measured, form):
     assert [path.name for path in old.parent.iterdir()] == ["report"], "no piece is left beside it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [

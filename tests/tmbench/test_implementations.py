@@ -53,6 +53,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_each_part_gets_its_own_attention_back(parts, fails, llava, prompt):
@@ -76,6 +77,7 @@ def test_each_part_gets_its_own_attention_back(parts, fails, llava, prompt):
     assert not llava._forward_pre_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
 def test_fast_prefills_leave_the_other_parts_alone(kind, llava, prompt, monkeypatch):
     monkeypatch.setattr("tmbench.engine.compiled_layers.BACKEND", "eager")
@@ -100,6 +102,7 @@ def test_a_method_that_is_refused_leaves_the_parts_as_they_were(llava, monkeypat
     assert names(llava) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["argument", "generation config", "config"])
 @pytest.mark.parametrize("method", ["streaming", "tri_mix"])
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"do_sample": True}])

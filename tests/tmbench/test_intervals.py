@@ -63,6 +63,7 @@ def test_both_ends_are_where_the_samples_become_forty_times_less_likely(task):
     assert (found.pairs, found.differing) == (len(task), sum(value != 0 for value in task))
 
 
+@pytest.mark.slow
 def test_the_ends_over_tasks_are_the_best_split_of_the_mean_among_them():
     # Unequal tasks: each has the mean of its best candidate, and any other split of the same average costs as much or more.
     tasks = [[0.0] * 50 + [40.0] * 10, [-100.0] * 5 + [0.0] * 5, [-20.0] * 10 + [0.0] * 20]
@@ -141,6 +142,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tasks", "samples"), CASES)
 def test_the_interval_holds_and_no_word_is_wrong_where_losses_are_rare(name, tasks, samples):
     coverage = script("interval_coverage")
@@ -150,6 +152,7 @@ def test_the_interval_holds_and_no_word_is_wrong_where_losses_are_rare(name, tas
     assert max(found["false_gain"], found["false_loss"], found["loss_missed"]) <= 0.039
 
 
+@pytest.mark.slow
 def test_a_loss_of_a_point_is_seen_by_500_samples_of_13_tasks():
     coverage = script("interval_coverage")
     for name in ("1 % lose 100", "one point of the average, half of one task lose 26"):
@@ -166,6 +169,7 @@ def test_the_page_and_the_sentence_in_the_docs_are_those_of_the_simulation():
     assert rows[["false_gain", "false_loss", "loss_missed"]].astype(float).to_numpy().max() <= 0.025
 
 
+@pytest.mark.slow
 def test_lines_of_the_simulation_are_made_again_by_its_seeds():
     coverage = script("interval_coverage")
     rows = pd.read_csv(ROOT / "benchmarks" / "interval_coverage.csv")
@@ -177,6 +181,7 @@ def test_lines_of_the_simulation_are_made_again_by_its_seeds():
         assert {key: row[key] for key in found} == pytest.approx(found, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mean", "draw"),
     [
@@ -194,6 +199,7 @@ def test_the_interval_holds_the_truth_in_95_of_100_experiments(mean, draw):
     assert held / experiments >= 0.95
 
 
+@pytest.mark.slow
 def test_the_interval_of_an_average_over_tasks_holds_the_truth():
     rng = np.random.default_rng(12)
     rates = [0.0, 0.02, 0.3, 0.5]
@@ -233,6 +239,7 @@ def test_more_samples_must_differ_where_each_loses_little():
     assert difference([[-20.0] * 21 + [0.0] * 100]).verdict == LOSS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [0.1, 1.0, 5.0, 50.0])
 @pytest.mark.parametrize("tasks", [1, 2, 13])
 def test_as_many_samples_without_a_difference_exclude_a_loss_and_no_fewer(margin, tasks):
@@ -241,6 +248,7 @@ def test_as_many_samples_without_a_difference_exclude_a_loss_and_no_fewer(margin
     assert least == 1 or difference([[0.0] * (least - 1)] * tasks, margin).verdict == TOO_FEW
 
 
+@pytest.mark.slow
 def test_so_many_samples_as_needed_tell_a_method_that_loses_nothing_in_four_of_five_measurements():
     rng = np.random.default_rng(13)
 

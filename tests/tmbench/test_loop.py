@@ -115,6 +115,7 @@ def by_row(results):
     return sorted((without_times(one) for one in results), key=repr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spec_and_its_items_pickle_and_make_the_same_rows_elsewhere(kind, specs, loaded, tmp_path):
     here = run(specs(kind, tmp_path / "here"), InProcess(loaded))
@@ -127,6 +128,7 @@ def test_a_spec_and_its_items_pickle_and_make_the_same_rows_elsewhere(kind, spec
     assert len(here) == {"ttft": 6, "accuracy": 6, "agree": 3, "loss": 6, "probe": 20, "sweep": 6, "search": 4}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "search"])
 def test_what_is_handed_over_is_what_was_kept_and_a_second_run_measures_nothing(kind, specs, loaded, tmp_path):
     spec = specs(kind, tmp_path)
@@ -142,6 +144,7 @@ def test_what_is_handed_over_is_what_was_kept_and_a_second_run_measures_nothing(
     assert sum(len(csv_paths(tmp_path, row)) for row in {type(row) for row in first}) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_progress_ends_where_it_said(kind, specs, loaded, tmp_path):
     for _ in range(1 if kind == "search" else 2):
@@ -172,6 +175,7 @@ class Failing(Elsewhere):
             super().run(spec, jobs, tell)
 
 
+@pytest.mark.slow
 def test_an_item_that_fails_beside_others_makes_one_row_say_so_and_keeps_what_the_others_found(specs, loaded, tmp_path):
     spec = replace(specs("accuracy", tmp_path), tasks=("vt",), samples=5)
     executor = Failing(loaded, {"streaming on vt at 600, sample 2 of 5"})
@@ -191,6 +195,7 @@ def test_an_item_that_fails_beside_others_makes_one_row_say_so_and_keeps_what_th
     assert file.read_bytes().count(b"\n") == len(asked) - 1
 
 
+@pytest.mark.slow
 def test_a_method_waits_for_the_text_of_dense(specs, loaded, tmp_path):
     """Two rounds: whatever an executor does at once, no method follows a text that is not there."""
     executor = Elsewhere(loaded, workers=100)

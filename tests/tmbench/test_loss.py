@@ -34,6 +34,7 @@ def whole(model, ids, answer, mask=None):
     return values[: ids.shape[1] - 1], values[ids.shape[1] - 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize(
     ("family", "changes"), [("llama", {}), ("granite", {"logits_scaling": 3.0}), ("gpt_neox", {"num_key_value_heads": 4})]
@@ -130,6 +131,7 @@ def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
     assert [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")] == lines == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
     sample = loss._sample
 

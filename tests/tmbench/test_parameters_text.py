@@ -12,6 +12,7 @@ NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True)
 VALUES = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(min_size=1)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, VALUES | st.sampled_from(["16", "16-", "0.5", "nan", "1e5", 'a"b', "a b", "a=b", "\n", "é"])))
 def test_any_parameters_come_back_as_they_were(parameters):
     text = parameters_text(parameters)

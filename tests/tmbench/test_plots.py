@@ -55,6 +55,7 @@ def draw(report, directory):
     return save_all(figures(report), directory)
 
 
+@pytest.mark.slow
 def test_every_group_is_drawn(tmp_path):
     add_all(tmp_path)
     report = build(tmp_path)
@@ -135,6 +136,7 @@ def test_what_ran_out_of_memory_is_written_below(tmp_path):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2K", "4K", "8K", "16K"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "variants"), [((1.0, 1.0, 1.0), 1), ((1.0, 0.99, 0.1), 1), ((10.0, 9.9, 1.0), 1), ((1.0, 1.0, 0.1), 8)]
 )

@@ -60,6 +60,7 @@ def same(got, expected, tolerance=1e-5):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_cache_and_the_next_step_are_the_plain_models(family, method, make_model, prompt, graphs):
@@ -78,6 +79,7 @@ def test_logits_cache_and_the_next_step_are_the_plain_models(family, method, mak
             same(model(token, past_key_values=cache, use_cache=True).logits, following)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
 def test_bfloat16_agrees_within_its_noise(kind, make_model, prompt, graphs):
     model, ids = make_model("llama"), prompt(80)
@@ -87,6 +89,7 @@ def test_bfloat16_agrees_within_its_noise(kind, make_model, prompt, graphs):
     assert (got.float() - exact).square().mean().sqrt() < 0.06 * exact.square().mean().sqrt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 48])
 def test_any_length(length, make_model, prompt, graphs):
     model, ids = make_model("llama"), prompt(length)
@@ -98,6 +101,7 @@ def test_any_length(length, make_model, prompt, graphs):
         assert cache.get_seq_length() == length
 
 
+@pytest.mark.slow
 def test_layers_lengths_and_methods_share_graphs(make_model, prompt, graphs):
     model = make_model("llama", num_hidden_layers=10)
     for method in METHOD_NAMES:
@@ -111,12 +115,14 @@ def test_layers_lengths_and_methods_share_graphs(make_model, prompt, graphs):
     )
 
 
+@pytest.mark.slow
 def test_models_do_not_use_up_each_others_graphs(make_model, prompt, graphs):
     for hidden in range(16, 16 * 11, 16):
         read(make_model("llama", hidden_size=hidden, num_hidden_layers=2), prompt(40), COMPILED)
     assert len(graphs) == 30, "more models than torch keeps graphs for one function"
 
 
+@pytest.mark.slow
 def test_a_model_is_not_kept_alive(make_model, prompt, graphs):
     model = make_model("llama")
     read(model, prompt(40), COMPILED)
@@ -128,6 +134,7 @@ def test_a_model_is_not_kept_alive(make_model, prompt, graphs):
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_giving_up_is_an_error(make_model, prompt, graphs):
     model = make_model("llama", num_hidden_layers=12)
     for layer in model.model.layers:
@@ -138,6 +145,7 @@ def test_giving_up_is_an_error(make_model, prompt, graphs):
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PLAIN, EAGER, COMPILED])
 def test_the_model_is_restored(kind, make_model, prompt, graphs):
     model = make_model("llama")
@@ -163,6 +171,7 @@ def test_the_model_is_restored(kind, make_model, prompt, graphs):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 def test_decoding_inside_of_the_block_is_refused(kind, make_model, prompt, graphs):
     model = make_model("llama")
@@ -173,6 +182,7 @@ def test_decoding_inside_of_the_block_is_refused(kind, make_model, prompt, graph
             model(prompt(1), past_key_values=prefill.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 def test_the_cache_of_a_pass_is_let_go_before_the_next(kind, make_model, prompt, graphs):
     """By itself: gigabytes cannot wait for the garbage collector."""
@@ -193,6 +203,7 @@ def test_the_cache_of_a_pass_is_let_go_before_the_next(kind, make_model, prompt,
     assert gone == [True] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 @pytest.mark.parametrize("shared", ["input_layernorm", "self_attn.k_proj", "self_attn.q_proj"])
 def test_a_module_of_the_last_layer_may_serve_another_too(shared, kind, make_model, prompt, graphs):
@@ -208,6 +219,7 @@ def test_a_module_of_the_last_layer_may_serve_another_too(shared, kind, make_mod
                 same(kept, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 def test_the_last_layer_has_the_queries_that_a_dynamic_pattern_chooses_by(kind, make_model, prompt, graphs):
     model, ids = make_model("llama", max_position_embeddings=1024), prompt(901)
@@ -219,6 +231,7 @@ def test_the_last_layer_has_the_queries_that_a_dynamic_pattern_chooses_by(kind, 
     same(found[1], found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 @pytest.mark.parametrize("family", ["llama", "phi3", "mistral"])
 def test_the_cache_holds_keys_and_values_and_no_more(family, kind, make_model, prompt, graphs):
@@ -317,6 +330,7 @@ def test_compiled_for_good(family, make_model, prompt):
             same(kept, wanted, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "fused"), [("llama", 0), ("qwen2", 0), ("gemma", 0), ("phi3", 1), ("gpt_neox", 1)])
 def test_the_roofline_is_what_a_fast_prefill_multiplies(family, fused, make_model, prompt):
     """Counted by torch, operator by operator; a fused projection computes queries that nobody needs."""
@@ -335,6 +349,7 @@ def test_the_last_layer_needs_one_row_of_pairs():
     assert roofline.needed_pairs([100, 100, 12], heads=2, length=10) == 212
 
 
+@pytest.mark.slow
 def test_two_models_at_once(make_model, prompt, graphs):
     first, ids = make_model("llama"), prompt(30)
     second = AutoModelForCausalLM.from_config(copy.deepcopy(first.config)).eval()

@@ -64,6 +64,7 @@ def logit(model, ids):
     return model(ids, use_cache=False).logits[0, -1, TARGET]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("llama", {}), ("qwen3", {"num_key_value_heads": 1}), ("granite", {"attention_multiplier": 0.3, "logits_scaling": 3.0}),
@@ -88,6 +89,7 @@ def test_means_are_those_of_autograd_over_whole_matrices(family, changes, make_m
     assert found.probability == pytest.approx(float(model(ids).logits[0, -1].softmax(-1)[TARGET].detach()), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [30, 41])
 def test_signed_means_are_finite_differences(length, make_model, prompt, matrices):
     """What is added to all logits of a section moves the answer's logit by the sum of its gradients.
@@ -164,6 +166,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_length(make_model, prompt, monkeypatch):
     monkeypatch.setitem(section_gradients._BLOCK_ELEMENTS, "cpu", 2**14)
     model = make_model("llama", max_position_embeddings=4096)
@@ -213,6 +216,7 @@ def job(make_model, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_rows_are_means_over_samples_and_heads(job, tmp_path):
     measured = job()
     rows = measured.run()
@@ -233,6 +237,7 @@ def test_rows_are_means_over_samples_and_heads(job, tmp_path):
     assert rows[0].lost_share <= 0.3
 
 
+@pytest.mark.slow
 def test_a_killed_probe_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
     sample, asked = probe._sample, []
 
@@ -265,6 +270,7 @@ def test_a_killed_probe_goes_on_with_the_next_sample(job, tmp_path, monkeypatch)
     assert len(rows) == 20
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row(job, tmp_path, monkeypatch):
     def fail(spec, loaded, question):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -316,6 +322,7 @@ def test_half_precision_is_refused(job):
         made.check()
 
 
+@pytest.mark.slow
 def test_a_foreign_samples_file_is_named(job, tmp_path):
     job().run()
     path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))
@@ -327,6 +334,7 @@ def test_a_foreign_samples_file_is_named(job, tmp_path):
             job().run()
 
 
+@pytest.mark.slow
 def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
     rows = job().run()
     first, second = tmp_path / "plots" / "a.png", tmp_path / "b.png"
@@ -336,6 +344,7 @@ def test_a_plot_is_drawn_the_same_each_time(job, tmp_path):
     assert first.read_bytes() == second.read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
     rows = job(derivative="probabilities").run()
     job(lengths=[50]).run()
@@ -347,6 +356,7 @@ def test_every_probe_of_a_folder_is_drawn_by_its_own_derivative(job, tmp_path):
     assert paths[0].read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"prompt_hash": ""}, {"target": -1}])
 def test_what_was_read_of_another_prompt_or_towards_another_token_is_read_again(job, tmp_path, change):
     before = job().run()
@@ -360,6 +370,7 @@ def test_what_was_read_of_another_prompt_or_towards_another_token_is_read_again(
     assert sum(step.measured for step in job().steps()) == 0
 
 
+@pytest.mark.slow
 def test_files_of_the_first_release_are_read_but_not_gone_on_from(job, tmp_path):
     job().run()
     path = next(tmp_path.glob("*/probe/samples/dense/random-40-*.jsonl"))

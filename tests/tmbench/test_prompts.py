@@ -24,6 +24,7 @@ def tiny():
     return loading.load("tiny", device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kv", "random", "niah_single_2", "vt", "cwe"])
 @pytest.mark.parametrize("length", [1500, 2048])
 def test_prompts_are_exactly_as_long_as_asked(kind, length, tiny):
@@ -45,12 +46,14 @@ def ending(tiny):
     return replace(tiny, tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kv", "vt", "qa_1"])
 def test_no_prompt_ends_with_an_appended_end_token(kind, tiny, ending):
     assert prompt_ids(kind, 1500, ending).equal(prompt_ids(kind, 1500, tiny))
     assert list(questions(kind, 1500, 2, ending, 42)) == list(questions(kind, 1500, 2, tiny, 42))
 
 
+@pytest.mark.slow
 def test_an_appended_end_token_takes_nothing_from_ruler(tmbench, ending, tiny):
     shutil.copytree(Path(loading.__file__).parent / "tiny", "ends", ignore=shutil.ignore_patterns("__pycache__"))
     ending.tokenizer.backend_tokenizer.save("ends/tokenizer.json")
@@ -60,6 +63,7 @@ def test_an_appended_end_token_takes_nothing_from_ruler(tmbench, ending, tiny):
     assert found[0]["prompt_tokens_mean"] == found[1]["prompt_tokens_mean"]
 
 
+@pytest.mark.slow
 def test_a_key_value_prompt_asks_for_a_pair_that_it_holds(tiny):
     held = 0
     for seed in range(20):

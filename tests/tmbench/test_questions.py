@@ -16,6 +16,7 @@ def tiny():
     return loading.load("tiny", device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["kv", "vt", "niah_single_1", "fwe", "qa_1", "random"])
 def test_questions_fit_and_do_not_depend_on_their_number(task, tiny):
     asked = list(questions(task, 1501, 3, tiny, 42))

@@ -52,6 +52,7 @@ def thousand(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_thousand_rows(thousand, monkeypatch):
     reads: Counter[str] = Counter()
     read_lines = sample_scores.read_lines
@@ -71,6 +72,7 @@ def test_a_thousand_rows(thousand, monkeypatch):
     assert seconds < 6, "all three forms took a second and a half where this was written"
 
 
+@pytest.mark.slow
 def test_the_whole_command_takes_a_second_or_two_and_no_pandas(thousand):
     """Importing pandas alone takes longer than all tables of a thousand rows."""
     program = (

@@ -56,6 +56,7 @@ def test_a_row_comes_back_as_it_was(tmp_path):
 TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from('\\\n\r nr",'))
 
 
+@pytest.mark.slow
 @given(TEXTS, TEXTS, st.floats(0, allow_infinity=False), st.integers(0, 2**63 - 1) | st.none())
 def test_any_content_stays_one_line(tmp_path_factory, text, model, number, token):
     """An error loses the white space between its words, all else reads back as it was."""

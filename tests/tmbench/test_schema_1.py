@@ -247,6 +247,7 @@ def test_parameters_of_old_rows_are_read_as_todays_are_written():
         assert dict(found) == {"layers": text, "n_init": 8, "gamma": 0.9}
 
 
+@pytest.mark.slow
 def test_what_an_older_tmbench_measured_is_not_measured_again(tmbench):
     """Rows count, and of samples only those are asked that are new; the old files stay as they are."""
     methods = ("--device", "cpu", "--method", "dense", "--method", "tri_mix", "--n-local", "64", "--layers", "5,7")

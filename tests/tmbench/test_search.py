@@ -96,6 +96,7 @@ def stopped_at(work, layer, monkeypatch):
             work.run()
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_measures_nothing_twice(job, tmp_path, monkeypatch):
     whole = job(output=tmp_path / "whole.json").run()
     work = job()
@@ -129,6 +130,7 @@ def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
     assert not partial_path(job().output).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "name"), [({"length": 420}, "length"), ({"seed": 7}, "seed")])
 def test_a_partial_file_of_another_search_is_kept_and_named(job, monkeypatch, changes, name):
     stopped_at(job(), 1, monkeypatch)
@@ -140,6 +142,7 @@ def test_a_partial_file_of_another_search_is_kept_and_named(job, monkeypatch, ch
     assert not partial_path(job().output).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [b"hello\n", b'{"search": 3}\n', b"[1]\n", b'{"search": {}}\n{"layer": 0, "kept": [[1]]}\n', b'{"search": "\xff"}\n'],
@@ -165,6 +168,7 @@ def test_an_output_that_may_not_be_looked_at_is_one_sentence(job, monkeypatch):
         job().check()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_there_is_kept(job):
     job().run()
     before = job().output.read_text()
@@ -180,6 +184,7 @@ def test_a_prompt_without_queries_that_count_is_refused(job):
         job(length=100).run()
 
 
+@pytest.mark.slow
 def test_a_picture_of_few_kinds_and_of_many(tmp_path):
     few = [{0: HeadPattern(), 1: HeadPattern("stream_llm", 100, 800)}, {1: HeadPattern("block_sparse")}]
     many = [{head: HeadPattern("vertical_and_slash", 100 * head, 10 * layer) for head in range(4)} for layer in range(3)]

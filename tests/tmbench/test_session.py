@@ -33,6 +33,7 @@ def plan_of(model, name="tri_mix"):
     return plans.plan_of(model, name, **WINDOW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tri_mix", "minference"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_choices_and_losses_are_those_of_a_plain_prefill(family, method, make_model, prompt):
@@ -50,6 +51,7 @@ def test_answers_choices_and_losses_are_those_of_a_plain_prefill(family, method,
         torch.testing.assert_close(got[1], of_answer, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failed_sample_leaves_model_and_session_as_before(kind, make_model, prompt):
     model, ids = make_model("llama"), prompt(40)
@@ -98,6 +100,7 @@ def test_what_the_last_layer_and_the_mlps_see(kind, make_model, prompt):
     assert seen["last"] == [width]
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_not_compiled_again(graphs, make_model, prompt):
     model = make_model("llama")
     for method, every in (("tri_mix", False), ("minference", False), ("dense", True)):

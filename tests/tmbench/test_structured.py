@@ -61,6 +61,7 @@ def column_tokens(model):
     return model.model.embed_tokens.weight[:, structured.COLUMNS.start : structured.COLUMNS.stop].any(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", structured.FAMILIES)
 def test_every_layer_has_columns(build, read, family):
     """With every other key a column, slashes and noise average out: what is left is what being a column adds to a logit."""
@@ -79,6 +80,7 @@ def test_every_layer_has_columns(build, read, family):
             assert low * shrunk - 0.7 < added < high * shrunk + 0.7
 
 
+@pytest.mark.slow
 def test_every_layer_but_the_first_has_sinks(build, read):
     for layer, (q, k) in enumerate(read(build(), 4096)):
         columns, _ = last_query_mass(q, k, 128**-0.5, 64)
@@ -88,12 +90,14 @@ def test_every_layer_but_the_first_has_sinks(build, read):
         assert (first.mean() > 0.2) == (layer > 0)
 
 
+@pytest.mark.slow
 def test_one_head_of_the_first_layer_averages_over_all_keys(build, read):
     q, _ = read(build(), 300)[0]
     assert not q[0, 0].any()
     assert q[0, 1:].any()
 
 
+@pytest.mark.slow
 def test_slashes_are_a_wavelength_apart_and_bands_are_local(build, read):
     """The mean logit of each distance is a cosine of its head's wavelength, found here by a search over all wavelengths."""
     model = build()
@@ -145,6 +149,7 @@ def test_offsets_lie_where_the_first_peak_is():
     assert found >= 2
 
 
+@pytest.mark.slow
 def test_the_structure_lasts_through_all_layers(build):
     """The channels that projections read keep their part of the hidden state, whatever the layers add."""
     model = build(num_hidden_layers=24)
@@ -162,6 +167,7 @@ def test_the_structure_lasts_through_all_layers(build):
     assert (sinks[:, 8:].abs() < 0.1 * sinks[:, :1]).all(), "only the first positions are sinks"
 
 
+@pytest.mark.slow
 def test_a_seed_is_one_structure(build):
     first, again, other = build(), build(), build(seed=1)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
@@ -169,6 +175,7 @@ def test_a_seed_is_one_structure(build):
     assert not torch.equal(first.model.layers[1].self_attn.q_proj.weight, other.model.layers[1].self_attn.q_proj.weight)
 
 
+@pytest.mark.slow
 def test_biases_do_not_disturb(build):
     model = build("qwen2")
     biases = [value for name, value in model.named_parameters() if name.endswith(".bias")]
@@ -226,6 +233,7 @@ def test_heads_must_have_room_for_the_structure(make_model):
         structured.fill(make_model("llama", head_dim=4))
 
 
+@pytest.mark.slow
 def test_loading_says_what_the_weights_are(tmp_path):
     CONFIG_MAPPING["llama"](**SHAPE, max_position_embeddings=512).save_pretrained(tmp_path)
     loaded = loading.load(str(tmp_path), weights="structured", device="cpu", dtype="bfloat16")

@@ -136,6 +136,7 @@ def test_plans_are_dense_the_variants_and_their_controls_each_once(job):
     assert work.asking(200).plans == work.plans[200]
 
 
+@pytest.mark.slow
 def test_further_variants_are_interleaved_with_dense_and_no_other_again(job):
     few, more = [variant(n_local=16, last_n=0)], [variant(n_local=16, last_n=last) for last in (0, 10)]
     assert parameters(timed(job(few))) == [("dense", None, None), ("tri_mix", 16, 0)]
@@ -149,6 +150,7 @@ def test_further_variants_are_interleaved_with_dense_and_no_other_again(job):
     assert sorted(window) == [(16, 0), (16, 10)]
 
 
+@pytest.mark.slow
 def test_times_that_a_killed_sweep_had_measured_are_appended_by_the_next(job, monkeypatch):
     work = job([variant(n_local=16, last_n=last) for last in (0, 10)])
     monkeypatch.setattr(AccuracySpec, "parts", lambda spec, loaded: iter(()))

@@ -83,6 +83,7 @@ def spread(kind, generator, rounds):
     return np.exp(0.02 * generator.standard_normal(rounds)) * np.where(generator.random(rounds) < 0.2, 1.7, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["even", "skewed", "slow at times"])
 @pytest.mark.parametrize("rounds", [3, 5, 7, 10])
 def test_methods_that_take_equally_long_are_told_apart_in_one_case_of_twenty(kind, rounds):

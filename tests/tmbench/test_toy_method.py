@@ -66,6 +66,7 @@ def toy(monkeypatch):
     METHODS.update(before)
 
 
+@pytest.mark.slow
 def test_it_is_timed_asked_and_reported(tmbench, toy):
     methods = ("--method", "dense", "--method", "every_other:every=3,note=a b", "--method", "tri-mix-every-other:every=4")
     window = ("--layers", "5,7", "--n-local", "32")
@@ -155,6 +156,7 @@ def test_an_entry_point_brings_a_method_when_it_is_asked_for(brought):
         get_method("every")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("points", "words"),
     [

@@ -234,6 +234,7 @@ def test_markdown_csv_and_json(swept):
     assert entry["effects"][0]["verdict"] in {GAIN, TOO_FEW, "loss", "no measurable loss"}
 
 
+@pytest.mark.slow
 def test_the_plot_has_every_method_with_its_bars(swept, tmp_path):
     report = build(swept)
     figure = trade_off_figure(report.trade_offs[0])

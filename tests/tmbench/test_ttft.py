@@ -65,6 +65,7 @@ def test_a_first_token_is_the_models_own(make_model, prompt):
     assert first.seconds > 0
 
 
+@pytest.mark.slow
 def test_the_gemm_throughput_is_a_rate():
     start = time.perf_counter()
     rate = roofline.gemm_throughput(torch.device("cpu"), torch.float32, seconds=0)
@@ -73,6 +74,7 @@ def test_the_gemm_throughput_is_a_rate():
     assert rate < 1e14
 
 
+@pytest.mark.slow
 def test_rows_hold_what_was_measured(job):
     work = job()
     steps = work.steps()
@@ -113,6 +115,7 @@ def test_density_and_flop_are_counted_from_the_definition(job):
     assert rows["tri_mix", 96].flop == linear + 4 * 16 * 4 * (2 * causal + triangle + 96)
 
 
+@pytest.mark.slow
 def test_the_density_of_a_dynamic_method_is_that_of_its_definition(job, tmp_path, make_model):
     """Counted once, outside of the repeats, on the very prompt."""
     budgets = tmp_path / "budgets.json"
@@ -134,6 +137,7 @@ def test_the_density_of_a_dynamic_method_is_that_of_its_definition(job, tmp_path
     assert 0.2 < row.coverage < 0.95
 
 
+@pytest.mark.slow
 def test_rows_of_block_sparse_methods(job):
     """With next to no mass to cover, XAttention keeps the first block and the own one, whatever the data: 2 of 3 at most."""
     names = ("dense", "flexprefill", "tri_mix_xattention", "flashprefill")
@@ -214,6 +218,7 @@ def test_fidelity_is_measured_against_dense(job):
     assert rows["streaming", 96].logit_error > 0.01
 
 
+@pytest.mark.slow
 def test_rows_name_the_backends_that_ran(job, monkeypatch):
     """At other lengths or types another backend may serve: what ran counts, and nothing where nothing did."""
     monkeypatch.setattr(Plan, "backends", lambda plan, q, k, v: "dense:planned")
@@ -239,6 +244,7 @@ def test_without_dense_there_is_no_fidelity(job):
     assert rows_of(work)["streaming", 96].logit_error is None
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_are_skipped(job):
     job(lengths=(96,)).run()
     assert job(lengths=(96,)).pending_plans() == {}
@@ -259,6 +265,7 @@ def fail_for(monkeypatch, method, error):
     monkeypatch.setattr(ttft, "first_token", first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status"),
     [

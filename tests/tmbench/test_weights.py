@@ -30,6 +30,7 @@ def without_prefix(weights):
         weights[key.removeprefix("model.")] = weights.pop(key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
 @pytest.mark.parametrize(
     ("edit", "sentence"),
@@ -61,6 +62,7 @@ def test_weights_of_another_config_are_refused(copy, edit, sentence, plan_only):
         loading.load(str(copy), device="cpu", plan_only=plan_only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
 @pytest.mark.parametrize(
     "name",
@@ -77,6 +79,7 @@ def test_weights_without_a_use_here_are_not_minded(copy, name, plan_only):
     loading.load(str(copy), device="cpu", plan_only=plan_only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
 def test_a_base_model_has_no_head_unless_it_is_tied(copy, plan_only):
     change_weights(copy, without_prefix)
@@ -88,6 +91,7 @@ def test_a_base_model_has_no_head_unless_it_is_tied(copy, plan_only):
         loading.load(str(copy), device="cpu", plan_only=plan_only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
 def test_shards_and_their_index(make_model, tmp_path, plan_only):
     def load():
@@ -115,6 +119,7 @@ def test_shards_and_their_index(make_model, tmp_path, plan_only):
         load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan_only", [False, True], ids=["run", "plan"])
 def test_weights_in_pickles(copy, plan_only):
     class Evil:
@@ -142,6 +147,7 @@ def test_weights_in_pickles(copy, plan_only):
     assert not (copy / "ran").exists()
 
 
+@pytest.mark.slow
 def test_experts_that_a_checkpoint_keeps_one_by_one_are_found_by_a_plan(make_model, tmp_path):
     changes = {"num_local_experts": 4, "num_experts_per_tok": 2}
     make_model("mixtral", **changes).save_pretrained(tmp_path)

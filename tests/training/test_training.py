@@ -28,6 +28,7 @@ def writer(tokenizer):
     return writing.Writer(tokenizer.backend_tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [128, 256, 512, 1024, 4096])
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_rows_are_the_tokens_of_their_text(kind, length, tokenizer, writer):
@@ -41,6 +42,7 @@ def test_rows_are_the_tokens_of_their_text(kind, length, tokenizer, writer):
         assert all(row.ids[stop - 1] == writing.EOS for _, stop in row.answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_rows_fit_and_fill_their_length(kind, writer):
     draw = random.Random(kind)
@@ -49,6 +51,7 @@ def test_rows_fit_and_fill_their_length(kind, writer):
     assert max(sizes) > 0.75 * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_rows_are_worded_like_the_evaluation(kind, tokenizer, writer):
     from ruler_tasks import Sources, examples
@@ -73,6 +76,7 @@ def test_rows_are_worded_like_the_evaluation(kind, tokenizer, writer):
     assert shape(end) in tails
 
 
+@pytest.mark.slow
 def test_a_batch_marks_answers_and_padding(writer):
     ids, targets, answers, kinds = data.batch(random.Random(1), writer, 512, 8)
     assert ids.shape == targets.shape == answers.shape == (512 * 8,)
