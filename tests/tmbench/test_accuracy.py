@@ -20,7 +20,7 @@ from tmbench.engine.attention import applied
 from tmbench.engine.prefill import EAGER, PLAIN
 from tmbench.engine.session import Session
 from tmbench.errors import UserError
-from tmbench.measure import accuracy, keeping
+from tmbench.measure import answering, keeping
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.methods.plan import ModelShape, Plan
 from tmbench.models import loading
@@ -70,7 +70,7 @@ def answers(monkeypatch):
         about = (400, 5, 0.5, coverage, backends, sample.prompt_hash)
         return Prediction(sample.index, text, sample.references, score, *about)
 
-    monkeypatch.setattr(accuracy, "_answer", answer)
+    monkeypatch.setattr(answering, "alone", answer)
     return asked
 
 
@@ -104,8 +104,8 @@ def test_all_methods_answer_the_same_samples(job, answers):
 
 
 def test_answers_of_control_characters_are_null(job, answers, monkeypatch):
-    real = accuracy._answer
-    monkeypatch.setattr(accuracy, "_answer", lambda *a: replace(real(*a), prediction=["\x00\x07", "7", " "][a[2].index]))
+    real = answering.alone
+    monkeypatch.setattr(answering, "alone", lambda *a: replace(real(*a), prediction=["\x00\x07", "7", " "][a[2].index]))
     work = job(tasks=("vt",))
     work.run()
     assert [row.nulls for row in rows_of(work.root).values()] == [2, 2]
@@ -178,12 +178,12 @@ def test_a_run_again_hands_over_the_rows_that_were_there(job, answers):
 
 def answered_wrongly(monkeypatch):
     """Let every sample be answered anew, with nothing and in another time."""
-    real = accuracy._answer
+    real = answering.alone
 
     def answer(*given):
         return replace(real(*given), prediction="", score=0.0, seconds=0.25)
 
-    monkeypatch.setattr(accuracy, "_answer", answer)
+    monkeypatch.setattr(answering, "alone", answer)
 
 
 @pytest.mark.slow
@@ -209,12 +209,12 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_score(job, answers, 
 def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypatch):
     job(tasks=("vt",)).run()
     path = kept_predictions(job().root, rows_of(job().root)["dense", "vt", 1024]).path
-    real = accuracy._answer
-    monkeypatch.setattr(accuracy, "_answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = answering.alone
+    monkeypatch.setattr(answering, "alone", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         job(tasks=("vt",), overwrite=True).run()
     assert not path.exists()
-    monkeypatch.setattr(accuracy, "_answer", real)
+    monkeypatch.setattr(answering, "alone", real)
     answers.clear()
     rows = job(tasks=("vt",)).run()
     assert [entry[0] for entry in answers] == ["dense"] * 3
@@ -224,14 +224,14 @@ def test_what_a_killed_overwrite_took_away_is_asked_again(job, answers, monkeypa
 
 @pytest.mark.slow
 def test_a_row_without_memory_has_no_predictions_and_is_not_asked_again(job, answers, monkeypatch):
-    real = accuracy._answer
+    real = answering.alone
 
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(accuracy, "_answer", fail)
+    monkeypatch.setattr(answering, "alone", fail)
     first = job(tasks=("vt",)).run()
-    monkeypatch.setattr(accuracy, "_answer", real)
+    monkeypatch.setattr(answering, "alone", real)
     assert job(tasks=("vt",)).run() == first
     assert not answers
 
@@ -264,7 +264,7 @@ def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch
     whole = job(root=job().root / "whole")
     whole.run()
     work = job(root=job().root / "cut")
-    real, left = accuracy._answer, [8]
+    real, left = answering.alone, [8]
 
     def stop(*arguments):
         left[0] -= 1
@@ -272,10 +272,10 @@ def test_a_run_that_stops_goes_on_with_the_next_sample(job, answers, monkeypatch
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(accuracy, "_answer", stop)
+    monkeypatch.setattr(answering, "alone", stop)
     with pytest.raises(KeyboardInterrupt):
         work.run()
-    monkeypatch.setattr(accuracy, "_answer", real)
+    monkeypatch.setattr(answering, "alone", real)
     answers.clear()
     work.run()
     assert len(answers) == 12 - 7
@@ -301,14 +301,14 @@ def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job
 
 @pytest.mark.slow
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
-    real = accuracy._answer
+    real = answering.alone
 
     def fail(spec, loaded, item, ran):
         if spec.plans[item.plan].method == "dense" and item.task == "vt" and item.index == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(spec, loaded, item, ran)
 
-    monkeypatch.setattr(accuracy, "_answer", fail)
+    monkeypatch.setattr(answering, "alone", fail)
     work = job()
     work.run()
     rows = rows_of(work.root)

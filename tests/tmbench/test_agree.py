@@ -14,7 +14,7 @@ from bound_specs import Bound
 from plans import plan_of
 from tmbench.engine.session import Session
 from tmbench.errors import UserError
-from tmbench.measure import agree, keeping
+from tmbench.measure import keeping
 from tmbench.measure.agree import AgreeSpec
 from tmbench.methods.plan import Plan
 from tmbench.models import loading
@@ -58,7 +58,7 @@ def texts(monkeypatch):
         own = list(range(1, count + 1))
         return own if text is None else [token if place != 4 else 99 for place, token in enumerate(text)]
 
-    monkeypatch.setattr(agree, "follow", answer)
+    monkeypatch.setattr(Session, "follow", answer)
     return asked
 
 
@@ -146,7 +146,7 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts
     """The last choice is kept, its row is not: the next run makes the row of the newer choices and asks nothing."""
     job().run()
     before = rows_of(job().root)["streaming"]
-    monkeypatch.setattr(agree, "follow", lambda session, ids, count, text=None: list(text or range(1, count + 1)))
+    monkeypatch.setattr(Session, "follow", lambda session, ids, count, text=None: list(text or range(1, count + 1)))
     real = keeping.append
 
     def append(root, row):
@@ -159,7 +159,7 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts
         job(overwrite=True).run()
     assert rows_of(job().root)["streaming"] == before
     monkeypatch.setattr(keeping, "append", real)
-    monkeypatch.setattr(agree, "follow", None)
+    monkeypatch.setattr(Session, "follow", None)
     job().run()
     after = rows_of(job().root)["streaming"]
     assert (before.agreement, after.agreement) == (11 / 12, 1.0)
@@ -182,14 +182,14 @@ def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
 
 @pytest.mark.slow
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
-    real = agree.follow
+    real = Session.follow
 
     def fail(session, ids, count, text=None):
         if session.applied.plan.method == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(session, ids, count, text)
 
-    monkeypatch.setattr(agree, "follow", fail)
+    monkeypatch.setattr(Session, "follow", fail)
     failing = "streaming"
     work = job()
     work.run()
@@ -225,7 +225,7 @@ def test_a_file_that_is_not_ours_is_named(tmp_path, line):
 
 def test_the_report_has_agreement_with_its_interval(job, texts, monkeypatch):
     agreements = iter([12, 12, 12, 3, 6, 12])
-    monkeypatch.setattr(agree, "follow", lambda *_, **__: [1] * (n := next(agreements)) + [2] * (12 - n))
+    monkeypatch.setattr(Session, "follow", lambda *_, **__: [1] * (n := next(agreements)) + [2] * (12 - n))
     work = job()
     work.run()
     report = build(work.root)

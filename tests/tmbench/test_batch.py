@@ -13,7 +13,6 @@ from tmbench.engine.decode import greedy
 from tmbench.engine.decode_kind import step_kind
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
 from tmbench.engine.session import running
-from tmbench.measure.agree import follow
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -198,7 +197,7 @@ def test_texts_follow_tokens_that_are_given(make_model, texts):
     with torch.inference_mode():
         for ids, tokens in waiting:
             with running(model, plan, EAGER) as session:
-                expected.append(follow(session, ids, 12, tokens))
+                expected.append(session.follow(ids, 12, tokens))
         while waiting or batch.texts:
             while waiting and not batch.full:
                 ids, tokens = waiting.pop(0)

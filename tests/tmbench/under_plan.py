@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.session import Session, running
-from tmbench.measure import agree, loss
+from tmbench.measure import loss
 from tmbench.methods.plan import Plan, backends_name
 
 
 def follow(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLAIN) -> list[int]:
-    """As ``agree.follow``."""
-    with running(model, plan, kind) as session:
-        return agree.follow(session, *arguments)
+    """As ``Session.follow``."""
+    with torch.inference_mode(), running(model, plan, kind) as session:
+        return session.follow(*arguments)
 
 
 def losses(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLAIN) -> tuple[Tensor, Tensor, str]:

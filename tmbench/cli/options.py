@@ -72,6 +72,16 @@ ModelOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=64,
+        help="How many answers decode together at most. Prompts are read one by one, by the method.",
+        rich_help_panel=MACHINE,
+        show_default="what memory holds, up to 64; 1 on a CPU",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="A torch device.", rich_help_panel=MACHINE, show_default="cuda if there is one")
 ]

@@ -71,16 +71,6 @@ ChatKwargsOption = Annotated[
         show_default="thinking off",
     ),
 ]
-BatchSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=64,
-        help="How many answers decode together at most. Prompts are read one by one, by the method.",
-        rich_help_panel=o.MACHINE,
-        show_default="what memory holds, up to 64; 1 on a CPU",
-    ),
-]
 # Scores of synthetic weights say nothing, and times are not what this command is for: --weights and --dense-backend work as
 # in tmbench ttft, and its help has them.
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
@@ -97,7 +87,7 @@ def ruler(
     weights: UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    batch_size: BatchSizeOption = None,
+    batch_size: o.BatchSizeOption = None,
     attention: Attention = NO_ATTENTION,
     data: Annotated[
         Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)

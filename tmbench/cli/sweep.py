@@ -48,7 +48,7 @@ def sweep(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     compiled: o.CompileOption = None,
-    batch_size: r.BatchSizeOption = None,
+    batch_size: o.BatchSizeOption = None,
     data_dir: r.DataDirOption = None,
     wording: r.WordingOption = None,
     samples_as: r.SamplesAsOption = "tmbench",

@@ -108,6 +108,22 @@ def greedy(decoding: Decoding, max_new_tokens: int) -> Tensor:
         logits = decoding.read(new[-1])
 
 
+def follow(decoding: Decoding, count: int, given: Sequence[int] | None = None) -> list[int]:
+    """The likeliest token, the model's end tokens aside, at each of ``count`` places behind one prompt.
+
+    ``given`` are ``count`` tokens that are read behind the prompt; None reads the choices themselves.
+    """
+    ends = end_tokens(decoding.model)
+    chosen: list[int] = []
+    while True:
+        logits = decoding.logits[0]
+        logits[ends] = -torch.inf
+        chosen.append(int(logits.argmax()))
+        if len(chosen) == count:
+            return chosen
+        decoding.read(chosen[-1:] if given is None else [given[len(chosen) - 1]])
+
+
 def end_tokens(model: PreTrainedModel) -> list[int]:
     """The ids at which the checkpoint says that a text ends; ids outside of the vocabulary, such as -1, stand for none."""
     ends = model.generation_config.eos_token_id

@@ -6,7 +6,7 @@ decoded from that prefill's own cache, densely, by the model as transformers has
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.attention import Applied, applied_plan
 from tmbench.engine.compiled_layers import compiled
-from tmbench.engine.decode import Decoding, greedy
+from tmbench.engine.decode import Decoding, follow, greedy
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
@@ -63,6 +63,13 @@ class Session:
     def generate(self, ids: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``."""
         return greedy(self.read(ids), max_new_tokens)
+
+    def follow(self, ids: Tensor, count: int, given: Sequence[int] | None = None) -> list[int]:
+        """The likeliest tokens at each of ``count`` places behind a prompt ``[1, length]``, end tokens left out.
+
+        ``given`` are ``count`` tokens that are read one by one behind the prompt; None reads the choices themselves.
+        """
+        return follow(self.read(ids), count, given)
 
 
 @contextmanager

@@ -7,56 +7,46 @@ larger ``--samples`` only adds to what is there. A CSV row is the score over one
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 
-from tmbench.engine.density import PairCounter
-from tmbench.engine.session import compile_ahead, running
-from tmbench.measure.answering import Answer, Answering, batch_for
-from tmbench.measure.executor import Worker
+from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked
 from tmbench.measure.keeping import RowTarget
-from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
-from tmbench.methods.plan import Plan, backends_name
+from tmbench.measure.spec import Part, Step
 from tmbench.models.loading import LoadedModel
 from tmbench.results.predictions import Prediction, kept_predictions
 from tmbench.results.rows import RulerRow, now
-from tmbench.results.sample_files import highest
+from tmbench.results.sample_files import decoded, highest
 from tmbench.results.sample_scores import read_samples
 from tmbench.results.words import counted
 from tmbench.suites.suite import Sample, Suite
 
+NEW_TOKENS = 128
+"""As many as an answer of RULER has at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class AccuracyItem(Item):
+class AccuracyItem(AnswerItem):
     """One sample asked of one method."""
 
-    plan: int
-    """Which of the spec's."""
     task: str
     sample: Sample
     count: bool
     """Whether the pairs that attention computes are counted."""
-    room: int
-    """The tokens of the longest text of its round, answer included."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
+class AccuracySpec(AnswerSpec[RulerRow]):
     """What one ``tmbench ruler`` measures, or another suite's command."""
 
     suite: Suite
-    plans: Sequence[Plan]
     lengths: Sequence[int]
     tasks: Sequence[str]
     samples: int
-    batch_size: int | None = None
-    """How many texts decode together at most; None for as many as memory holds on a GPU, and one elsewhere."""
     save_samples: bool = False
     """Whether each prompt is kept with its prediction."""
 
@@ -84,7 +74,9 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = self.suite.row(**fields, time=now())
         title = f"{row.method} on {row.task} at {row.length}"
-        room = max(len(sample.ids) + sample.max_new_tokens for sample in samples)
+        # Of all tasks alike, where their texts fit, so that these decode together.
+        new = max(NEW_TOKENS, *(sample.max_new_tokens for sample in samples))
+        room = max(row.length, *(len(sample.ids) + sample.max_new_tokens for sample in samples))
         items = [
             AccuracyItem(
                 title=f"{title}, sample {place} of {len(samples)}",
@@ -94,6 +86,7 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
                 sample=sample,
                 count=place == 1,
                 room=room,
+                new=new,
             )
             for place, sample in enumerate(samples, start=1)
         ]
@@ -126,28 +119,16 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
                 coverage=predictions[0].coverage,
                 predictions=file,
                 peak_memory_bytes=highest(prediction.peak_memory for prediction in predictions),
-                decode="+".join(sorted({prediction.decode for prediction in predictions})),
-                batch_size=max(prediction.batch_size for prediction in predictions),
+                **decoded(predictions),
             )
         ]
 
-    def measure(self, item: AccuracyItem, worker: Worker) -> None:
-        """Have one method answer one sample."""
-        worker.keep(_answer(self, worker.loaded, item, worker.ran))
+    def asked(self, loaded: LoadedModel, item: AccuracyItem) -> Asked:
+        """The sample's prompt, to be answered."""
+        ids = torch.tensor([item.sample.ids], device=loaded.device)
+        return Asked(ids, item.sample.max_new_tokens, count=item.count)
 
-    def measure_all(self, given: Iterable[tuple[AccuracyItem, Worker]]) -> None:
-        """Have samples answered together where the model and the device allow it, else one by one."""
-        following = iter(given)
-        if (first := next(following, None)) is None:
-            return
-        item, worker = first
-        batch = batch_for(self, worker.loaded, item.room, item.sample.max_new_tokens)
-        if batch is None:
-            super().measure_all(chain([first], following))
-        else:
-            Answering(self, worker.loaded, batch).run(chain([first], following))
-
-    def prediction(self, loaded: LoadedModel, item: AccuracyItem, answer: Answer) -> Prediction:
+    def sample(self, loaded: LoadedModel, item: AccuracyItem, answer: Answer) -> Prediction:
         """What is kept of one answer."""
         sample = item.sample
         text = str(loaded.need_tokenizer(self.suite.title).decode(answer.tokens, skip_special_tokens=True))
@@ -171,22 +152,3 @@ class AccuracySpec(RowSpec[RulerRow], ItemSpec[RulerRow]):
 def _belongs(item: AccuracyItem, kept: Prediction) -> bool:
     """What was answered to another prompt, or scored by other references, says nothing of this sample."""
     return (kept.prompt_hash, kept.outputs) == (item.sample.prompt_hash, item.sample.references)
-
-
-@torch.inference_mode()
-def _answer(spec: AccuracySpec, loaded: LoadedModel, item: AccuracyItem, ran: set[str]) -> Prediction:
-    """One sample's answer, token by token; ``ran`` is given what ran, which is there of a failure too."""
-    sample = item.sample
-    ids = torch.tensor([sample.ids], device=loaded.device)
-    counter, plan = PairCounter(), spec.plans[item.plan]
-    compile_ahead(loaded.model, plan, spec.prefill, ids)
-    start = time.perf_counter()
-    with running(loaded.model, plan, spec.prefill) as session:
-        session.applied.observer = counter if item.count else None
-        try:
-            new = session.generate(ids, sample.max_new_tokens)[0].tolist()
-        finally:
-            ran |= session.applied.backends
-        peak = session.peak.bytes
-    seconds = time.perf_counter() - start - counter.seconds
-    return spec.prediction(loaded, item, Answer(new, seconds, counter.density, backends_name(ran), peak))

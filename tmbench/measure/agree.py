@@ -11,36 +11,29 @@ Choices go to a JSONL file beside the CSV, one line per sample, so that a killed
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tmbench.engine.decode import end_tokens
-from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UserError
-from tmbench.measure.executor import Worker
+from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked
 from tmbench.measure.keeping import RowTarget
-from tmbench.measure.spec import Item, ItemSpec, Part, Place, RowSpec, Step
-from tmbench.methods.plan import Plan, backends_name
+from tmbench.measure.spec import Part, Place, Step
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
-from tmbench.results.sample_files import highest
+from tmbench.results.sample_files import decoded, highest
 from tmbench.suites.prompts import check_prompt, prompt_ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgreeItem(Item):
+class AgreeItem(AnswerItem):
     """One prompt, and dense's text behind it, read by one method."""
 
-    plan: int
-    """Which of the spec's."""
     length: int
     prompt_hash: str
     text: tuple[int, ...] | None
@@ -48,11 +41,9 @@ class AgreeItem(Item):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgreeSpec(RowSpec[AgreeRow], ItemSpec[AgreeRow]):
-    """What one ``tmbench agree`` measures."""
+class AgreeSpec(AnswerSpec[AgreeRow]):
+    """What one ``tmbench agree`` measures. Dense is the first of its plans: the others are held against its text."""
 
-    plans: Sequence[Plan]
-    """Dense is the first: the others are held against its text."""
     lengths: Sequence[int]
     prompt: str = "kv"
     samples: int = 10
@@ -106,6 +97,8 @@ class AgreeSpec(RowSpec[AgreeRow], ItemSpec[AgreeRow]):
                 index=index,
                 obstacle="" if texts is None or wrote is not None else "dense wrote no text to follow",
                 plan=number,
+                room=row.length + self.new_tokens,
+                new=self.new_tokens,
                 length=row.length,
                 prompt_hash=prompt_hash,
                 text=None if wrote is None else wrote.chosen,
@@ -134,52 +127,30 @@ class AgreeSpec(RowSpec[AgreeRow], ItemSpec[AgreeRow]):
                 seconds_per_sample=statistics.mean(one.seconds for one in found),
                 choices=file,
                 peak_memory_bytes=highest(one.peak_memory for one in found),
+                **decoded(found),
             )
         ]
 
-    def measure(self, item: AgreeItem, worker: Worker) -> None:
-        """Have one method choose along one text."""
-        worker.keep(_choose(self, worker.loaded, item, worker.ran))
+    def asked(self, loaded: LoadedModel, item: AgreeItem) -> Asked:
+        """The prompt, and dense's text to read behind it."""
+        return Asked(self.ids(loaded, item.length, item.index), self.new_tokens, endless=True, given=item.text)
+
+    def sample(self, loaded: LoadedModel, item: AgreeItem, answer: Answer) -> Choices:
+        """What is kept of one text's choices."""
+        chosen = tuple(answer.tokens)
+        return Choices(
+            index=item.index,
+            chosen=chosen,
+            reference=chosen if item.text is None else item.text,
+            seconds=answer.seconds,
+            backends=answer.backends,
+            prompt_hash=item.prompt_hash,
+            peak_memory=answer.peak,
+            decode=answer.decode,
+            batch_size=answer.batch_size,
+        )
 
 
 def _belongs(item: AgreeItem, kept: Choices) -> bool:
     """Choices along another text of dense, for instance of another version of torch, say nothing of this one."""
     return kept.prompt_hash == item.prompt_hash and (item.text is None or kept.reference == item.text)
-
-
-@torch.inference_mode()
-def follow(session: Session, ids: Tensor, count: int, text: Sequence[int] | None = None) -> list[int]:
-    """The likeliest token, the model's end tokens aside, at each of ``count`` places behind a prompt.
-
-    Args:
-        ids: the prompt, ``[1, length]``, on the model's device; it is read with the plan's patterns.
-        text: ``count`` tokens that are read one by one behind the prompt, with dense attention over the full cache; None
-            reads the choices themselves, which is greedy decoding.
-    """
-    ends = end_tokens(session.model)
-    chosen: list[int] = []
-    decoding = session.read(ids)
-    while True:
-        logits = decoding.logits[0]
-        logits[ends] = -torch.inf
-        chosen.append(int(logits.argmax()))
-        if len(chosen) == count:
-            return chosen
-        decoding.read(chosen[-1:] if text is None else [text[len(chosen) - 1]])
-
-
-def _choose(spec: AgreeSpec, loaded: LoadedModel, item: AgreeItem, ran: set[str]) -> Choices:
-    """One sample's choices; ``ran`` is given what ran, which is there of a failure too."""
-    ids, plan = spec.ids(loaded, item.length, item.index), spec.plans[item.plan]
-    compile_ahead(loaded.model, plan, spec.prefill, ids)
-    start = time.perf_counter()
-    with running(loaded.model, plan, spec.prefill) as session:
-        try:
-            chosen = follow(session, ids, spec.new_tokens, item.text)
-        finally:
-            ran |= session.applied.backends
-        peak = session.peak.bytes
-    seconds = time.perf_counter() - start
-    reference = tuple(chosen) if item.text is None else item.text
-    backends = backends_name(session.applied.backends)
-    return Choices(item.index, tuple(chosen), reference, seconds, backends, item.prompt_hash, peak)

@@ -1,15 +1,18 @@
-"""Answers to many samples: prompts are read one by one by their methods, and what follows is decoded together."""
+"""What all measurements of decoded text share: prompts are read by their methods, and many texts decode together."""
 
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import chain, groupby
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tmbench.engine.batch import GRAPH, SIZES, Batch, Text
 from tmbench.engine.compiled_layers import Runners, compiled
@@ -18,16 +21,44 @@ from tmbench.engine.density import PairCounter
 from tmbench.engine.prefill import COMPILED
 from tmbench.engine.session import compile_ahead, running
 from tmbench.errors import UserError
-from tmbench.methods.plan import backends_name
+from tmbench.measure.executor import Worker
+from tmbench.measure.spec import Item, ItemSpec, R, RowSpec
+from tmbench.methods.plan import Plan, backends_name
+from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, attempt, describe
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY, PLAIN_LOOP
 
-if TYPE_CHECKING:
-    from tmbench.measure.accuracy import AccuracyItem, AccuracySpec
-    from tmbench.measure.executor import Worker
-    from tmbench.models.loading import LoadedModel
 
-    Given = tuple[AccuracyItem, Worker]
+@dataclass(frozen=True, kw_only=True)
+class AnswerItem(Item):
+    """One prompt that one method reads, and that is continued."""
+
+    plan: int
+    """Which of the spec's."""
+    room: int
+    """The most tokens that a text of its kind has, new ones included: texts with as much room decode together."""
+    new: int
+    """The most new tokens of a text of its kind."""
+
+
+Given = tuple[Any, Worker]
+"""An item, and whom to tell of it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be written behind one prompt."""
+
+    ids: Tensor
+    """``[1, length]``, on the model's device."""
+    most: int
+    """New tokens, at most."""
+    endless: bool = False
+    """Whether end tokens are never chosen, so that there are exactly so many."""
+    given: Sequence[int] | None = None
+    """So many tokens, read behind the prompt in place of those that are chosen; only for an endless text."""
+    count: bool = False
+    """Whether the pairs that attention computes in the prefill are counted."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +76,84 @@ class Answer:
     """How many texts were decoded together, itself among them."""
 
 
-def batch_for(spec: AccuracySpec, loaded: LoadedModel, room: int, new: int) -> Batch | None:
-    """A batch for texts of up to ``room`` tokens, ``new`` of them new; None where they are to be decoded one by one.
+@dataclass(frozen=True, kw_only=True)
+class AnswerSpec(RowSpec[R], ItemSpec[R]):
+    """A measurement whose samples are each made of one decoded text. Its items are ``AnswerItem``."""
 
-    Raises UserError where the user wants several at once and the model cannot do that.
-    """
-    wish, on_gpu = spec.batch_size, loaded.device.type == "cuda"
-    if (wish or 1) == 1 and not on_gpu:
-        return None
-    kind, obstacle = step_kind(loaded.model, spec.prefill, room)
-    if kind is None:
-        if wish is not None and wish > 1:
-            raise UserError(
-                f"--batch-size {wish}: {loaded.name} decodes one text at a time, {obstacle}: leave the option out"
-            )
-        return None
-    runners = compiled(loaded.model) if spec.prefill == COMPILED else Runners()
-    size = max(SIZES) if wish is None else wish
-    return Batch(loaded.model, room, new, size=size, graph=kind == GRAPH, runner=runners.decode_layer)
+    plans: Sequence[Plan]
+    batch_size: int | None = None
+    """How many texts decode together at most; None for as many as memory holds on a GPU, and one elsewhere."""
+
+    @abstractmethod
+    def asked(self, loaded: LoadedModel, item: Any) -> Asked:
+        """What an item's prompt is, and what is to be written behind it."""
+
+    @abstractmethod
+    def sample(self, loaded: LoadedModel, item: Any, answer: Answer) -> Any:
+        """What is kept of an item's text."""
+
+    def measure(self, item: Any, worker: Worker) -> None:
+        """Have one method continue one prompt, token by token."""
+        worker.keep(alone(self, worker.loaded, item, worker.ran))
+
+    def measure_all(self, given: Iterable[Given]) -> None:
+        """Have texts decoded together where the model and the device allow it, else one by one."""
+        for (room, new), alike in groupby(given, key=lambda one: (one[0].room, one[0].new)):
+            first = next(alike)
+            self._measure_alike(first[1].loaded, room, new, chain([first], alike))
+
+    def _measure_alike(self, loaded: LoadedModel, room: int, new: int, given: Iterable[Given]) -> None:
+        batch = self._batch(loaded, room, new)
+        if batch is None:
+            super().measure_all(given)
+        else:
+            Together(self, loaded, batch).run(given)
+
+    def _batch(self, loaded: LoadedModel, room: int, new: int) -> Batch | None:
+        """A batch for texts of up to ``room`` tokens, ``new`` of them new; None where they are to be decoded one by one.
+
+        Raises UserError where the user wants several at once and the model cannot do that.
+        """
+        wish, on_gpu = self.batch_size, loaded.device.type == "cuda"
+        if (wish or 1) == 1 and not on_gpu:
+            return None
+        kind, obstacle = step_kind(loaded.model, self.prefill, room)
+        if kind is None:
+            if wish is not None and wish > 1:
+                raise UserError(
+                    f"--batch-size {wish}: {loaded.name} decodes one text at a time, {obstacle}: leave the option out"
+                )
+            return None
+        runners = compiled(loaded.model) if self.prefill == COMPILED else Runners()
+        size = max(SIZES) if wish is None else wish
+        return Batch(loaded.model, room, new, size=size, graph=kind == GRAPH, runner=runners.decode_layer)
 
 
-class Answering:
-    """Samples that are answered together, each told to its own worker."""
+@torch.inference_mode()
+def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str]) -> Any:
+    """One sample, decoded token by token; ``ran`` is given what ran, which is there of a failure too."""
+    asked, plan = spec.asked(loaded, item), spec.plans[item.plan]
+    counter = PairCounter()
+    compile_ahead(loaded.model, plan, spec.prefill, asked.ids)
+    start = time.perf_counter()
+    with running(loaded.model, plan, spec.prefill) as session:
+        session.applied.observer = counter if asked.count else None
+        try:
+            if asked.endless:
+                tokens = session.follow(asked.ids, asked.most, asked.given)
+            else:
+                tokens = session.generate(asked.ids, asked.most)[0].tolist()
+        finally:
+            ran |= session.applied.backends
+        peak = session.peak.bytes
+    seconds = time.perf_counter() - start - counter.seconds
+    return spec.sample(loaded, item, Answer(tokens, seconds, counter.density, backends_name(ran), peak))
 
-    def __init__(self, spec: AccuracySpec, loaded: LoadedModel, batch: Batch) -> None:
+
+class Together:
+    """Samples whose texts decode together, each told to its own worker."""
+
+    def __init__(self, spec: AnswerSpec[Any], loaded: LoadedModel, batch: Batch) -> None:
         self.spec = spec
         self.loaded = loaded
         self.batch = batch
@@ -78,7 +163,7 @@ class Answering:
 
     @torch.inference_mode()
     def run(self, given: Iterable[Given]) -> None:
-        """Answer all; the next is taken when there is room for it."""
+        """Measure all; the next is taken when there is room for it."""
         following = iter(given)
         while True:
             while not self.batch.full:
@@ -104,16 +189,16 @@ class Answering:
             worker.end(done)
 
     def _read(self, one: Given) -> Text:
-        (item, worker), sample = one, one[0].sample
-        ids = torch.tensor([sample.ids], device=self.loaded.device)
+        item, worker = one
+        asked = self.spec.asked(self.loaded, item)
         model, plan, kind = self.loaded.model, self.spec.plans[item.plan], self.spec.prefill
-        compile_ahead(model, plan, kind, ids, into=self.batch.free_slot)
+        compile_ahead(model, plan, kind, asked.ids, into=self.batch.free_slot)
         counter = PairCounter()
         start = time.perf_counter()
         with running(model, plan, kind) as session:
-            session.applied.observer = counter if item.count else None
+            session.applied.observer = counter if asked.count else None
             try:
-                text = self.batch.read(session, ids, sample.max_new_tokens)
+                text = self.batch.read(session, asked.ids, asked.most, endless=asked.endless, given=asked.given)
             finally:
                 worker.ran |= session.applied.backends
         self._at_work[text] = one, counter, time.perf_counter() - start - counter.seconds
@@ -151,5 +236,5 @@ class Answering:
             decode=self.batch.kind,
             batch_size=text.beside,
         )
-        worker.keep(self.spec.prediction(self.loaded, item, answer))
+        worker.keep(self.spec.sample(self.loaded, item, answer))
         worker.end(None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tmbench.results.rows import OK, AgreeRow
+from tmbench.results.rows import OK, PLAIN_LOOP, AgreeRow
 from tmbench.results.sample_files import Kept, read_samples_of
 
 
@@ -24,13 +24,17 @@ class Choices:
     reference: tuple[int, ...]
     """Dense's text, as long."""
     seconds: float
-    """Of the prefill and of reading the text."""
+    """Of its prefill and of reading the text; where several decode together, of its share of that."""
     backends: str = ""
     """What ran, as "pattern:backend" joined by "+"."""
     prompt_hash: str = ""
     """A hash of the prompt's token ids; "" in files of older versions."""
     peak_memory: int | None = None
     """Device memory at its peak in bytes, model included; None on the CPU."""
+    decode: str = PLAIN_LOOP
+    """How it was decoded, see ``AgreeRow.decode``."""
+    batch_size: int = 1
+    """How many samples decoded together at most, itself among them."""
 
     def __post_init__(self) -> None:
         if not self.chosen or len(self.chosen) != len(self.reference):

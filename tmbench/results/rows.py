@@ -246,6 +246,12 @@ class AgreeRow(Row):
     seconds_per_sample: float | None = None
     choices: str = ""
     """The JSONL file of choices, relative to the CSV's folder."""
+    decode: str = PLAIN_LOOP
+    """How texts were decoded, see ``RulerRow.decode``."""
+    batch_size: int = 1
+    """How many samples decoded together at most."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("decode", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from types import UnionType
@@ -41,6 +41,22 @@ def highest(peaks: Iterable[int | None]) -> int | None:
     found = list(peaks)
     known = [peak for peak in found if peak is not None]
     return max(known) if known and len(known) == len(found) else None
+
+
+class Decoded(Protocol):
+    """A sample whose text was decoded."""
+
+    @property
+    def decode(self) -> str: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+def decoded(samples: Sequence[Decoded]) -> dict[str, Any]:
+    """The columns that say how the samples of a row were decoded."""
+    ways = sorted({sample.decode for sample in samples})
+    return {"decode": "+".join(ways), "batch_size": max(sample.batch_size for sample in samples)}
 
 
 class Kept(Generic[S]):
