@@ -100,7 +100,8 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
         """Have texts decoded together where the model and the device allow it, else one by one."""
         for (room, new), alike in groupby(given, key=lambda one: (one[0].room, one[0].new)):
             first = next(alike)
-            self._measure_alike(first[1].loaded, room, new, chain([first], alike))
+            rest = chain([first], alike)  # noqa: B031 - it is read once
+            self._measure_alike(first[1].loaded, room, new, rest)
 
     def _measure_alike(self, loaded: LoadedModel, room: int, new: int, given: Iterable[Given]) -> None:
         batch = self._batch(loaded, room, new)
