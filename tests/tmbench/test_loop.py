@@ -98,7 +98,7 @@ class Elsewhere(InProcess):
         self.measured = []
 
     def run(self, spec, jobs, tell):
-        loaded, sent = self.open(spec), pickle.dumps(spec)
+        loaded, sent = self.open(spec.model), pickle.dumps(spec)
         while batch := [pickle.dumps(job) for job in islice(jobs, self.workers)]:
             for number, item in map(pickle.loads, reversed(batch)):
                 self.measured.append(item)
@@ -218,4 +218,4 @@ def test_an_executor_without_a_model_loads_that_of_the_spec(tmp_path):
     spec = AgreeSpec(model=source, environment=here, root=tmp_path, plans=[plan], lengths=(64,), samples=1, new_tokens=2)
     (row,) = run(spec, executor)
     assert (row.model, row.weights, row.status, row.dtype) == ("tiny", "checkpoint", "ok", "float32")
-    assert executor.open(spec) is executor.open(spec)
+    assert executor.open(source) is executor.open(spec.model)

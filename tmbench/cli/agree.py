@@ -8,7 +8,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
-from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.screen import console, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
@@ -36,6 +36,9 @@ def agree(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
+    executor: o.ExecutorOption = None,
+    workers: o.WorkersOption = None,
+    address: o.AddressOption = None,
     attention: Attention = NO_ATTENTION,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
@@ -52,31 +55,28 @@ def agree(
     if len(chosen) == 1:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
 
-    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.agree import AgreeSpec
-    from tmbench.measure.spec import ModelSource
-    from tmbench.models import loading
-    from tmbench.results import environment
+    from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.suites.prompts import check_kind
 
     check_kind(prompt)
-    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
+    plans = plans_for(chosen, attention, where, loaded, lengths, output_dir)
     spec = AgreeSpec(
-        model=ModelSource.of(loaded),
-        environment=environment.current(loaded.device),
+        **where.ask(place),
         root=output_dir,
-        plans=sorted(plans_for(chosen, attention, loaded, lengths, output_dir), key=lambda plan: plan.method != "dense"),
+        plans=sorted(plans, key=lambda plan: plan.method != "dense"),
         lengths=lengths,
         prompt=prompt,
         samples=samples,
         new_tokens=new_tokens,
         batch_size=batch_size,
         seed=seed,
-        prefill=kind_wanted(loaded.model, loaded.device, None),
+        prefill=where.ask(prefill_kind),
         overwrite=overwrite,
     )
-    print_measured(measure(spec, loaded), _show, as_json=as_json)
+    print_measured(measure(spec, where), _show, as_json=as_json)
 
 
 def _show(rows: Sequence[AgreeRow]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from tmbench_kernels.parameters import Parameter
 from tmbench_kernels.shared import OPTIONS
 
 if TYPE_CHECKING:
+    from tmbench.measure.executor import Executor
     from tmbench.models.loading import LoadedModel
 
 PANEL = "Attention"
@@ -157,18 +158,18 @@ def _kind(declared: Parameter) -> Any:
     return Path if declared.read is not None else type(declared.default)
 
 
-def plans_for(chosen: Sequence[MethodSpec], attention: Attention, loaded: LoadedModel, lengths: Sequence[int],
-              results: Path) -> list[Plan]:  # fmt: skip
+def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executor, loaded: LoadedModel,
+              lengths: Sequence[int], results: Path) -> list[Plan]:  # fmt: skip
     """One plan per method for this model, each checked against the model once, before anything is measured.
 
-    ``results`` is where ``--layers auto`` looks for a probe.
+    ``where`` has its weights, and ``results`` is where ``--layers auto`` looks for a probe.
     """
     from tmbench.models.attention_modules import attention_modules
 
     attention_modules(loaded.model)
     for name in dict.fromkeys(str(spec.values.get("dense_backend", "")) for spec in chosen):
         if name:
-            _check_dense_backend(name, loaded, lengths)
+            where.ask(partial(_check_dense_backend, name, lengths))
     deep = next(iter(attention.once().deep_layers(loaded, lengths, results)), None)
     plans = [replace(spec, layers=deep if spec.method.deep else None).plan(loaded.shape) for spec in chosen]
     for plan in plans:
@@ -180,7 +181,7 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, loaded: Loaded
     return plans
 
 
-def _check_dense_backend(name: str, loaded: LoadedModel, lengths: Sequence[int]) -> None:
+def _check_dense_backend(name: str, lengths: Sequence[int], loaded: LoadedModel) -> None:
     """Raise UserError where this backend is not installed or cannot serve the model, with those that can."""
     from tmbench_kernels import Dense
 

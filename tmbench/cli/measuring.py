@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from tmbench.cli.screen import print_rows, progress_bar, say_nothing_measured
+from tmbench.cli.options import refuse
+from tmbench.cli.screen import print_rows, progress_bar, say, say_nothing_measured
+from tmbench.results.words import counted
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from tmbench.measure.spec import Spec, Step
+    from tmbench.measure.executor import Executor
+    from tmbench.measure.spec import ModelSource, Spec, Step
     from tmbench.models.loading import LoadedModel
     from tmbench.results.rows import Row
 
@@ -20,12 +23,47 @@ if TYPE_CHECKING:
     AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-def measure(spec: Spec[R], loaded: LoadedModel, nothing: Callable[[int], None] = say_nothing_measured) -> list[R]:
-    """Measure in this process what is missing; all that was asked for, as it was kept.
+def opened(
+    source: ModelSource,
+    name: str | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    *,
+    plan_only: bool = False,
+) -> tuple[Executor, LoadedModel]:
+    """The executor of ``--executor``, which ``measure`` closes, and the model as far as this process has it.
+
+    With ``plan_only`` no weights are loaded anywhere, and nothing can be measured. Raises UserError for options that do not
+    go together, for what is not there, and for a model that cannot be loaded.
+    """
+    from tmbench.measure.executor import InProcess
+
+    if name is None:
+        refuse({"workers": workers}, "says how many workers --executor has, which is not given")
+    if name != "ray":
+        refuse({"address": address}, "is the cluster of --executor ray")
+    if plan_only:
+        loaded = source.load(plan_only=True)
+        return InProcess(loaded), loaded
+    executor: Executor = InProcess() if name is None else _workers(source, name, workers, address)
+    return executor, executor.open(source)
+
+
+def _workers(source: ModelSource, name: str, workers: int | None, address: str | None) -> Executor:
+    from tmbench.measure.processes import Processes
+    from tmbench.measure.workers import Workers
+
+    if name == "processes":
+        transport = Processes(source.device, workers)
+    say(f"{counted(transport.count, 'worker')} will load {source.name}")
+    return Workers(transport, say)
+
+
+def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = say_nothing_measured) -> list[R]:
+    """Measure what is missing; all that was asked for, as it was kept.
 
     ``nothing`` says that nothing was measured, given how many rows were there already.
     """
-    from tmbench.measure.executor import InProcess
     from tmbench.measure.loop import run
 
     bar = progress_bar()
@@ -46,10 +84,11 @@ def measure(spec: Spec[R], loaded: LoadedModel, nothing: Callable[[int], None] =
             bar.update(task, description=text)
 
     try:
-        rows = run(spec, InProcess(loaded), show)
+        rows = run(spec, executor, show)
         finish()
     finally:
         bar.stop()
+        executor.close()
     if not measured:
         nothing(len(rows))
     return rows

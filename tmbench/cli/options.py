@@ -109,6 +109,27 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Measure again what is there already.", rich_help_panel=OUTPUT)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.", rich_help_panel=OUTPUT)]
+ExecutorOption = Annotated[
+    Literal["processes", "ray"] | None,
+    typer.Option(
+        "--executor", rich_help_panel=MACHINE, show_default="this process",
+        help="Spread samples over workers, one for each GPU: processes of this machine, or Ray's actors.",
+    ),
+]  # fmt: skip
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=1, help="How many workers --executor has.", rich_help_panel=MACHINE,
+        show_default="one for each GPU, or one on the CPU",
+    ),
+]  # fmt: skip
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="The Ray cluster of --executor ray, such as auto or host:port.", rich_help_panel=MACHINE,
+        show_default="RAY_ADDRESS, else this machine alone",
+    ),
+]  # fmt: skip
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be measured, and stop.", rich_help_panel=OUTPUT)
 ]
@@ -136,8 +157,12 @@ def check_plot(path: Path | None) -> None:
         raise UserError(f"--plot {path} must be the name of a PNG file: let it end in .png")
 
 
-def lengths_for(loaded: LoadedModel, given: list[int] | None, wanted: tuple[int, ...]) -> list[int]:
+def lengths_for(
+    loaded: LoadedModel, given: list[int] | None, wanted: tuple[int, ...], *, longest_first: bool = False
+) -> list[int]:
     """The given lengths, each once; without any, those of the wanted ones that fit the model, or the longest that does.
+
+    With ``longest_first`` in that order: the fewer workers a run's end keeps busy, the shorter its last samples should be.
 
     Raises UserError for a given length that the model cannot read.
     """
@@ -148,4 +173,4 @@ def lengths_for(loaded: LoadedModel, given: list[int] | None, wanted: tuple[int,
     lengths = list(dict.fromkeys(given or fitting or [limit or wanted[0]]))
     for length in lengths:
         loaded.check_length(length)
-    return lengths
+    return sorted(lengths, reverse=True) if longest_first else lengths

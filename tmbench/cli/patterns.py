@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.measuring import measure
+from tmbench.cli.measuring import measure, opened
 from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
 
@@ -76,7 +76,6 @@ def search(
     """
     from tmbench.measure.search import SearchSpec, check_output
     from tmbench.measure.spec import ModelSource
-    from tmbench.models import loading
     from tmbench.models.attention_modules import attention_modules
     from tmbench.suites.prompts import check_kind
 
@@ -84,7 +83,7 @@ def search(
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
     check_output(output, overwrite=overwrite)
-    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
+    where, loaded = opened(ModelSource(model, weights, device, dtype))
     attention_modules(loaded.model)
     for note in loaded.notes:
         say(note)
@@ -93,7 +92,7 @@ def search(
     tokens = length or min(wanted, loaded.longest or wanted)
     loaded.check_length(tokens)
     spec = SearchSpec(
-        model=ModelSource.of(loaded),
+        model=where.ask(ModelSource.of),
         output=output,
         length=tokens,
         prompt=prompt,
@@ -101,7 +100,7 @@ def search(
         remap=remap,
         overwrite=overwrite,
     )
-    found = measure(spec, loaded, _nothing)
+    found = measure(spec, where, _nothing)
     _show([dict(enumerate(layer)) for layer in found], str(output))
     say(f"wrote {output}: tmbench ttft --method minference --patterns {output} uses it")
 

@@ -10,7 +10,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
-from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods.table import DEFAULT_METHODS
@@ -63,6 +63,9 @@ def probe(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    executor: o.ExecutorOption = None,
+    workers: o.WorkersOption = None,
+    address: o.AddressOption = None,
     attention: Attention = NO_ATTENTION,
     derivative: Annotated[
         Literal["logits", "probabilities"] | None,
@@ -119,12 +122,9 @@ def probe(
     budget = Budget(ACCURACY_BUDGET if (accuracy_budget, time_budget) == (None, None) else accuracy_budget, time_budget)
     chosen = attention.once().specs(methods if loss else [WINDOW_OF])
 
-    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.loss import LossSpec
     from tmbench.measure.probe import ProbeSpec
-    from tmbench.measure.spec import ModelSource
-    from tmbench.models import loading
-    from tmbench.results import environment
+    from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.suites.prompts import check_kind
     from tmbench_kernels import Triangle
 
@@ -132,26 +132,25 @@ def probe(
     for name in tasks:
         check_kind(name, "--task")
 
-    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     common: dict[str, Any] = {
-        "model": ModelSource.of(loaded),
+        **where.ask(place),
         "lengths": lengths,
         "tasks": tasks,
         "samples": samples,
-        "environment": environment.current(loaded.device),
         "root": output_dir,
         "seed": seed,
         "overwrite": overwrite,
     }
     if loss:
-        common |= {"prefill": kind_wanted(loaded.model, loaded.device, None)}
-        losses = LossSpec(**common, plans=plans_for(chosen, attention, loaded, lengths, output_dir))
-        print_measured(measure(losses, loaded), _show_losses, as_json=as_json)
+        common |= {"prefill": where.ask(prefill_kind)}
+        losses = LossSpec(**common, plans=plans_for(chosen, attention, where, loaded, lengths, output_dir))
+        print_measured(measure(losses, where), _show_losses, as_json=as_json)
         return
     choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
     spec = ProbeSpec(**common, budget=budget, window=Triangle(**chosen[0].values), **choice)
-    rows = measure(spec, loaded)
+    rows = measure(spec, where)
     if plot is not None:
         _draw(spec, plot, rows)
     print_measured(rows, partial(_show_lengths, spec), as_json=as_json)

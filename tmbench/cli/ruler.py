@@ -10,7 +10,7 @@ import typer
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
-from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.screen import console, progress_bar, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
@@ -88,6 +88,9 @@ def ruler(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
+    executor: o.ExecutorOption = None,
+    workers: o.WorkersOption = None,
+    address: o.AddressOption = None,
     attention: Attention = NO_ATTENTION,
     data: Annotated[
         Path | None, typer.Option(help="A data set that the reference RULER prepared.", rich_help_panel=o.PROMPTS)
@@ -120,34 +123,31 @@ def ruler(
         making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
-    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.accuracy import AccuracySpec
-    from tmbench.measure.spec import ModelSource
+    from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.models import loading
-    from tmbench.results import environment
 
     loading.check_has_tokenizer(model, "RULER")
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
-    loaded = loading.load(model, weights=weights, device=device, dtype=dtype)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     say_notes(suite, loaded.need_tokenizer("RULER"))
     spec = AccuracySpec(
-        model=ModelSource.of(loaded),
-        environment=environment.current(loaded.device),
+        **where.ask(place),
         root=output_dir,
         suite=suite,
-        plans=plans_for(chosen, attention, loaded, lengths, output_dir),
+        plans=plans_for(chosen, attention, where, loaded, lengths, output_dir),
         lengths=lengths,
         tasks=tasks,
         samples=samples,
         batch_size=batch_size,
         seed=seed,
-        prefill=kind_wanted(loaded.model, loaded.device, None),
+        prefill=where.ask(prefill_kind),
         overwrite=overwrite,
         save_samples=save_samples,
     )
-    print_measured(measure(spec, loaded), _show, as_json=as_json)
+    print_measured(measure(spec, where), _show, as_json=as_json)
 
 
 def ruler_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
-from tmbench.cli.measuring import measure
+from tmbench.cli.measuring import measure, opened
 from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods.plan import HALF, DeepLayers
@@ -47,6 +48,9 @@ def sweep(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    executor: o.ExecutorOption = None,
+    workers: o.WorkersOption = None,
+    address: o.AddressOption = None,
     compiled: o.CompileOption = None,
     batch_size: o.BatchSizeOption = None,
     data_dir: r.DataDirOption = None,
@@ -63,28 +67,26 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
-    from tmbench.engine.prefill_kind import kind_wanted
     from tmbench.measure.accuracy import AccuracySpec
-    from tmbench.measure.spec import ModelSource
+    from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.measure.sweep import SweepSpec, swept_method, swept_plans, variants
     from tmbench.measure.ttft import TtftSpec
     from tmbench.models import loading
-    from tmbench.results import environment
 
     several = variants(swept_method(method), attention.parameters)
     tasks = r.tasks_for(task)
     loading.check_has_tokenizer(model, "RULER")
     chat = r.chat_text(chat_template_kwargs, apply_chat_template)
     suite = r.suite_for(tasks, wording, data_dir, offline, samples_as, chat)
-    loaded = loading.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    source = ModelSource(model, weights, device, dtype)
+    where, loaded = opened(source, executor, workers, address, plan_only=dry_run)
+    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     r.say_notes(suite, loaded.need_tokenizer("RULER"))
     common: dict[str, Any] = {
-        "model": ModelSource.of(loaded),
-        "environment": environment.current(loaded.device),
+        **where.ask(place),
         "root": output_dir,
         "seed": seed,
-        "prefill": kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run),
+        "prefill": where.ask(partial(prefill_kind, compiled=compiled)),
     }
     half = common | {"plans": (), "lengths": ()}
     deep: list[DeepLayers | None] = [*attention.deep_layers(loaded, lengths, output_dir)]
@@ -103,7 +105,7 @@ def sweep(
     if dry_run:
         _show_plan(spec, loaded)
         return
-    rows = measure(spec, loaded, _nothing)
+    rows = measure(spec, where, _nothing)
     failed = [row for row in rows if row.status != "ok"]
     _show(spec, loaded)
     say_failures(failed)

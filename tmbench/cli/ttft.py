@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
-from tmbench.cli.measuring import measure, print_measured
+from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
@@ -46,6 +47,7 @@ def ttft(
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    executor: Annotated[str | None, typer.Option(hidden=True)] = None,
     compiled: o.CompileOption = None,
     attention: Attention = NO_ATTENTION,
     output_dir: o.OutputDirOption = o.RESULTS,
@@ -59,39 +61,40 @@ def ttft(
     """
     if dry_run and as_json:
         raise UserError("--dry-run prints a table of what would be measured, and --json rows: leave one of them out")
+    if executor is not None:
+        raise UserError(
+            "--executor does not go with ttft, whose methods are timed in turns on one device with nothing beside them: "
+            "leave it out, and to use several GPUs start tmbench ttft once for each length"
+        )
     methods = list(method or DEFAULT_METHODS)
     chosen = attention.once().specs(methods)
 
-    from tmbench.engine.prefill_kind import kind_wanted
-    from tmbench.measure.spec import ModelSource
+    from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.measure.ttft import TtftSpec
-    from tmbench.models import loading
-    from tmbench.results import environment
     from tmbench.suites.prompts import check_kind
 
     if prompt is not None:
         check_kind(prompt)
-    loaded = loading.load(model, weights=weights, device=device, dtype=dtype, plan_only=dry_run)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), plan_only=dry_run)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     spec = TtftSpec(
-        model=ModelSource.of(loaded),
-        environment=environment.current(loaded.device),
+        **where.ask(place),
         root=output_dir,
-        plans=plans_for(chosen, attention, loaded, lengths, output_dir),
+        plans=plans_for(chosen, attention, where, loaded, lengths, output_dir),
         lengths=lengths,
         prompt=prompt or ("kv" if loaded.tokenizer is not None else "random"),
         repeats=repeats,
         warmup=warmup,
         seed=seed,
         overwrite=overwrite,
-        prefill=kind_wanted(loaded.model, loaded.device, compiled, planned=dry_run),
+        prefill=where.ask(partial(prefill_kind, compiled=compiled)),
     )
     if dry_run:
         spec.check(loaded)
         _show_plan(spec, loaded)
         return
     order = [plan.method for plan in spec.plans]
-    rows = sorted(measure(spec, loaded), key=lambda row: (row.length, order.index(row.method)))
+    rows = sorted(measure(spec, where), key=lambda row: (row.length, order.index(row.method)))
     print_measured(rows, _show, as_json=as_json)
 
 

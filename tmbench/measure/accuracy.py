@@ -58,7 +58,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
         """One part, task by task: every method has answered a task before the next one begins."""
         name = self.suite.title
         total = len(self.lengths) * len(self.tasks) * len(self.plans) * self.samples
-        yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded))
+        yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded), independent=True)
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[RowTarget[RulerRow, Prediction]]]:
         tokenizer = loaded.need_tokenizer(self.suite.title)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from tmbench.measure.spec import Item, ItemSpec, ModelSource, Spec
+from tmbench.measure.spec import Item, ItemSpec, ModelSource
 from tmbench.methods.plan import backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure
@@ -28,6 +28,7 @@ class Message:
     """Of an item that ended: what ran, also where it failed, as "pattern:backend" joined by "+"."""
 
 
+T = TypeVar("T")
 Tell = Callable[[Message], None]
 Job = tuple[int, Item]
 """An item, and its number in the run of a round."""
@@ -40,30 +41,53 @@ class Executor(Protocol):
     jobs and tells messages in the thread that called it.
     """
 
-    def open(self, spec: Spec[Any]) -> LoadedModel:
-        """The spec's model as the loop needs it: its tokenizer and its geometry; weights may be elsewhere."""
+    elsewhere: ClassVar[bool]
+    """Whether items are measured by other processes: this one may then prepare more of them meanwhile."""
+
+    def open(self, source: ModelSource) -> LoadedModel:
+        """The model as the loop needs it, its tokenizer and its geometry, loaded once; weights may be elsewhere.
+
+        Raises ValueError for another model than the one that is loaded, and UserError as ``ModelSource.load``.
+        """
+
+    def ask(self, question: Callable[[LoadedModel], T]) -> T:
+        """What a function that pickles says of the opened model where its weights are; raises UserError as it does."""
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Have every job measured, and return when the last one has ended; raises UserError as ``ItemSpec.measure``."""
 
+    def close(self) -> None:
+        """Let all workers go, whatever they are doing."""
+
 
 class InProcess:
-    """Measures one item after the other in this process, with the model that a command has loaded, or loading it."""
+    """Measures one item after the other in this process, with a model that was loaded before, or loading it."""
+
+    elsewhere: ClassVar[bool] = False
 
     def __init__(self, loaded: LoadedModel | None = None) -> None:
         self._loaded = loaded
+        self._asked: ModelSource | None = None
 
-    def open(self, spec: Spec[Any]) -> LoadedModel:
-        """The spec's model, loaded once; raises ValueError for a spec of another model than the one that is here."""
+    def open(self, source: ModelSource) -> LoadedModel:
+        """The model, loaded once; raises as ``Executor.open``."""
         if self._loaded is None:
-            self._loaded = spec.model.load()
-        if ModelSource.of(self._loaded) != spec.model:
-            raise ValueError(f"this executor holds {ModelSource.of(self._loaded)}, not {spec.model}")
+            self._loaded, self._asked = source.load(), source
+        if source not in (self._asked, ModelSource.of(self._loaded)):
+            raise ValueError(f"this executor holds {ModelSource.of(self._loaded)}, not {source}")
         return self._loaded
+
+    def ask(self, question: Callable[[LoadedModel], T]) -> T:
+        """What a function says of the model."""
+        assert self._loaded is not None, "no model was opened"
+        return question(self._loaded)
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Measure every job; the next is taken when the spec has room for it, which most have when one has ended."""
-        work(spec, jobs, self.open(spec), tell)
+        work(spec, jobs, self.open(spec.model), tell)
+
+    def close(self) -> None:
+        """There is no worker to let go."""
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, count
 from typing import Any, Generic
 
+from tmbench.measure.ahead import ahead
 from tmbench.measure.executor import Executor, Job, Message
 from tmbench.measure.keeping import Target
 from tmbench.measure.spec import Item, R, Spec, Step
@@ -27,47 +28,66 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
         rows.extend(step.rows)
         show(step)
 
-    loaded = executor.open(spec)
+    loaded = executor.open(spec.model)
     spec.check(loaded)
     for part in spec.parts(loaded):
         told(Step(part=part))
-        for targets in part.rounds:
+        one_round = part.independent and executor.elsewhere
+        for targets in [ahead(_together(part.rounds))] if one_round else part.rounds:
             if isinstance(targets, Step):
                 told(targets)
             else:
                 part.spec.prepare()
-                here = _Round(targets, part.spec.overwrite, told)
+                here = _Round(targets, part.spec.overwrite, show)
                 executor.run(part.spec, here.jobs(), here.hear)
+                rows.extend(here.in_order())
     return rows
+
+
+def _together(rounds: Iterable[Step[R] | Iterable[Target[R, Any]]]) -> Iterator[Step[R] | Target[R, Any]]:
+    """The targets of all rounds as those of one."""
+    for one in rounds:
+        yield from [one] if isinstance(one, Step) else one
 
 
 class _Round(Generic[R]):
     """Targets whose items may be measured in any order. They are opened one by one, as jobs are asked for."""
 
-    def __init__(self, targets: Sequence[Target[R, Any]], overwrite: bool, show: Callable[[Step[R]], None]) -> None:
+    def __init__(
+        self, targets: Iterable[Step[R] | Target[R, Any]], overwrite: bool, show: Callable[[Step[R]], None]
+    ) -> None:
         self.targets = targets
         self.overwrite = overwrite
         self.show = show
-        self.running: dict[int, tuple[Target[R, Any], Item]] = {}
+        self.running: dict[int, tuple[int, Target[R, Any], Item]] = {}
+        self.rows: dict[int, Sequence[R]] = {}
+        """By the number of their target."""
+
+    def in_order(self) -> Iterator[R]:
+        """All rows, in the order of the targets, whichever ended first."""
+        return chain.from_iterable(self.rows[place] for place in sorted(self.rows))
 
     def jobs(self) -> Iterator[Job]:
         numbers = count()
-        for target in self.targets:
+        for place, target in enumerate(self.targets):
+            if isinstance(target, Step):
+                self._tell(place, target)
+                continue
             there = target.open(self.overwrite)
             before = sum(item.work for item in target.items) - sum(item.work for item in target.waiting)
             if there or before:
                 many = f" {counted(int(before), target.unit)}" if target.waiting else ""
-                self.show(Step(f"{target.title}:{many} measured before", before, tuple(there)))
+                self._tell(place, Step(f"{target.title}:{many} measured before", before, tuple(there)))
             if not there:
-                self._settle(target)
+                self._settle(place, target)
             while target.waiting:
                 number, item = next(numbers), target.waiting.popleft()
-                self.running[number] = target, item
+                self.running[number] = place, target, item
                 target.running += 1
                 yield number, item
 
     def hear(self, message: Message) -> None:
-        target, item = self.running[message.number]
+        place, target, item = self.running[message.number]
         if message.sample is not None:
             target.add(item, message.sample)
         if not message.ended:
@@ -77,9 +97,13 @@ class _Round(Generic[R]):
         target.running -= 1
         dropped = target.end(message.failure, message.backends)
         self.show(Step(work=sum(one.work for one in (item, *dropped) if not one.tells), measured=1))
-        self._settle(target)
+        self._settle(place, target)
 
-    def _settle(self, target: Target[R, Any]) -> None:
+    def _settle(self, place: int, target: Target[R, Any]) -> None:
         """Keep what the target makes once nothing of it is left to be measured."""
         if not target.waiting and not target.running:
-            self.show(Step(rows=tuple(target.finish())))
+            self._tell(place, Step(rows=tuple(target.finish())))
+
+    def _tell(self, place: int, step: Step[R]) -> None:
+        self.rows[place] = step.rows or self.rows.get(place, ())
+        self.show(step)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from tmbench.engine.prefill import PLAIN, Kind
+from tmbench.engine.prefill_kind import kind_wanted
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel, Weights
 from tmbench.results import environment
@@ -36,18 +37,21 @@ class ModelSource:
     """Which model to load, and how."""
 
     name: str
-    weights: Weights
-    device: str
-    dtype: str
+    weights: Weights = "checkpoint"
+    device: str | None = None
+    """None takes a GPU where there is one."""
+    dtype: str | None = None
+    """None takes bfloat16 on a GPU and float32 elsewhere."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelSource:
         """What loads the same model once more."""
         return cls(loaded.name, loaded.weights, str(loaded.device), loaded.dtype)
 
-    def load(self) -> LoadedModel:
-        """The model on its device; raises as ``tmbench.models.loading.load``."""
-        return loading.load(self.name, weights=self.weights, device=self.device, dtype=self.dtype)
+    def load(self, *, plan_only: bool = False) -> LoadedModel:
+        """The model on its device, or its geometry alone; raises as ``tmbench.models.loading.load``."""
+        how: dict[str, Any] = {"weights": self.weights, "device": self.device, "dtype": self.dtype}
+        return loading.load(self.name, **how, plan_only=plan_only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,8 @@ class Part(Generic[R]):
     """How much work it is."""
     rounds: Iterable[Step[R] | Sequence[Target[R, Any]]]
     """A round is made once the one before has ended: it may read that one's samples. Steps say what is being prepared."""
+    independent: bool = False
+    """Whether no round reads another's samples: one may then begin before the one before has ended."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,16 @@ class ItemSpec(Spec[R]):
         for item, worker in given:
             worker.step(item.title)
             worker.end(attempt(partial(self.measure, item, worker)))
+
+
+def place(loaded: LoadedModel) -> dict[str, Any]:
+    """The fields of a RowSpec that are known where the model is loaded: its source and the environment."""
+    return {"model": ModelSource.of(loaded), "environment": environment.current(loaded.device)}
+
+
+def prefill_kind(loaded: LoadedModel, compiled: bool | None = None) -> Kind:
+    """How this model reads prompts where it is loaded; raises UserError as ``kind_wanted``."""
+    return kind_wanted(loaded.model, loaded.device, compiled, planned=loaded.planned_for is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,39 @@
+"""What is made in a thread of its own, a little ahead of its use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the next ones made while one is used; raises what making them raises, behind those made before."""
+    made: Queue[tuple[T] | BaseException | None] = Queue(maxsize=1)
+    given_up = Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((item,))
+                if given_up.is_set():
+                    return
+            made.put(None)
+        except BaseException as error:
+            made.put(error)
+
+    # A daemon, as who ends the run does not wait for what would be made next.
+    Thread(target=make, name="ahead", daemon=True).start()
+    try:
+        while (one := made.get()) is not None:
+            if isinstance(one, BaseException):
+                raise one
+            yield one[0]
+    finally:
+        given_up.set()
+        with suppress(Empty):
+            made.get_nowait()
