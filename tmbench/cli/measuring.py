@@ -50,11 +50,17 @@ def opened(
 
 
 def _workers(source: ModelSource, name: str, workers: int | None, address: str | None) -> Executor:
-    from tmbench.measure.processes import Processes
-    from tmbench.measure.workers import Workers
+    from tmbench.measure.workers import Transport, Workers
 
+    transport: Transport
     if name == "processes":
+        from tmbench.measure.processes import Processes
+
         transport = Processes(source.device, workers)
+    else:
+        from tmbench.measure.ray_actors import Actors
+
+        transport = Actors(source.device, workers, address)
     say(f"{counted(transport.count, 'worker')} will load {source.name}")
     return Workers(transport, say)
 

@@ -133,7 +133,13 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
 
     def asked(self, loaded: LoadedModel, item: AgreeItem) -> Asked:
         """The prompt, and dense's text to read behind it."""
-        return Asked(self.ids(loaded, item.length, item.index), self.new_tokens, endless=True, given=item.text)
+        ids = self.ids(loaded, item.length, item.index)
+        if of_ids(ids[0].tolist()) != item.prompt_hash:
+            raise UserError(
+                f"--prompt {self.prompt} reads otherwise where it is measured than where the run was started, as the essays or "
+                "questions there are others: have the same files on all machines, or use --prompt kv"
+            )
+        return Asked(ids, self.new_tokens, endless=True, given=item.text)
 
     def sample(self, loaded: LoadedModel, item: AgreeItem, answer: Answer) -> Choices:
         """What is kept of one text's choices."""
