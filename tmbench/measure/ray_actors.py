@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
@@ -25,6 +26,14 @@ from tmbench.results.words import counted
 ADDRESS = "RAY_ADDRESS"
 STORE = 2**27
 """Bytes of the object store of a Ray of this machine alone: what passes through it are prompts and answers."""
+
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""What Ray reads when it is imported: it would report to its makers, and write between our lines."""
 
 
 class Actor:
@@ -87,8 +96,11 @@ class Actors:
         kind, _, number = (device or "").partition(":")
         if number:
             raise UserError(f"--device {device} is one device, and Ray gives each worker its own: give --device {kind}")
+        address = address or os.environ.get(ADDRESS)
+        if address:
+            _check_address(address)
         self.ray = _ray()
-        self._join(address or os.environ.get(ADDRESS), workers or 1)
+        self._join(address, workers or 1)
         has = {name: int(self.ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU")}
         unit = "GPU" if kind in ("", "cuda") and has["GPU"] else "CPU"
         if kind == "cuda" and unit == "CPU":
@@ -151,13 +163,21 @@ class Actors:
         self.ray.shutdown()
 
 
+def _check_address(address: str) -> None:
+    """Raise UserError for an address where nothing answers, for which Ray would wait minutes, or of Ray's client."""
+    if "://" in address:
+        raise UserError(f"--address {address} is of Ray's client, which no worker can tell through: give auto on a node")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--address {address} does not answer ({error}): give that of a running Ray cluster") from error
+
+
 def _ray() -> Any:
     """The package, told beforehand to print nothing and to report nothing; raises UserError where it is not installed."""
-    os.environ |= {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
+    os.environ |= {name: value for name, value in QUIET.items() if name not in os.environ}
     try:
         import ray
     except ImportError as error:
