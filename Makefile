@@ -12,7 +12,7 @@ DEMO_RULER_LENGTH ?= 2K
 DEMO_SAMPLES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types unit figures dist lock clean
+.PHONY: help install install-ray demo test test-fast lint types unit figures dist lock lock-ray clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@# Tests compile the Hopper kernel. Its compiler comes with a PyTorch for CUDA, and is brought here for one without.
 	@if $(BIN)/python -c 'import sys, torch; raise SystemExit(sys.platform != "linux" or torch.version.cuda is not None)'; then \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NVRTC); fi
+	@touch $@
+
+install-ray: $(VENV)/installed-ray  ## Add Ray, which --executor ray needs
+
+$(VENV)/installed-ray: requirements-ray.lock $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-ray.lock
 	@touch $@
 
 demo: install  ## Time four methods, run the 13 RULER tasks and render the report, on the embedded model
@@ -54,7 +60,7 @@ types: install  ## Check the types
 	$(BIN)/mypy --config-file tests/mypy.ini tests/tmbench
 	$(BIN)/mypy --config-file tests/mypy.ini tests/training
 
-unit: install  ## Run every test, on two cores
+unit: install install-ray  ## Run every test, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 figures: install  ## Render the figures and pictures in the docs from what was measured
@@ -68,8 +74,13 @@ dist: install  ## Build the wheel into dist/
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \
-	  | sed -e '/^pip==/d' -e '/^nvidia-cuda-nvrtc==/d' -e 's/+cpu//' -e 's/^\(triton\|cuda-.*\)==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
+	  | grep -vxFf requirements-ray.lock | sed -e '/^pip==/d' -e '/^nvidia-cuda-nvrtc==/d' -e 's/+cpu//' -e 's/^\(triton\|cuda-.*\)==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+lock-ray: install-ray  ## Write requirements-ray.lock from what is installed now and is not in requirements.lock
+	{ sed '/^#/!d' requirements-ray.lock; $(BIN)/python -m pip freeze --exclude-editable \
+	  | grep -v "$$(sed -n 's/^\([^=]*\)==.*/^\1==/p' requirements.lock)" | sed '/^nvidia-cuda-nvrtc==/d'; } > requirements-ray.lock.new
+	mv requirements-ray.lock.new requirements-ray.lock
 
 clean:  ## Remove .venv and the demo's results
 	rm -rf $(VENV) $(DEMO) build dist

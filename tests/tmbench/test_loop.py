@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
+from tmbench.errors import UserError
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
+from tmbench.measure.ahead import ahead
 from tmbench.measure.executor import InProcess, work
 from tmbench.measure.loop import run
 from tmbench.measure.loss import LossSpec
@@ -92,12 +96,16 @@ def specs(loaded):
 class Elsewhere(InProcess):
     """As several workers elsewhere would: all that passes is pickled, and the last job of those at work ends first."""
 
+    elsewhere = True
+
     def __init__(self, loaded, workers=3):
         super().__init__(loaded)
         self.workers = workers
         self.measured = []
+        self.rounds = 0
 
     def run(self, spec, jobs, tell):
+        self.rounds += 1
         loaded, sent = self.open(spec.model), pickle.dumps(spec)
         while batch := [pickle.dumps(job) for job in islice(jobs, self.workers)]:
             for number, item in map(pickle.loads, reversed(batch)):
@@ -202,6 +210,49 @@ def test_a_method_waits_for_the_text_of_dense(specs, loaded, tmp_path):
     run(specs("agree", tmp_path), executor)
     texts = [item.text for item in executor.measured]
     assert [text is None for text in texts] == [True] * 3 + [False] * 6
+
+
+def test_tasks_do_not_wait_for_each_other_where_samples_are_measured_elsewhere(specs, loaded, tmp_path):
+    executor = Elsewhere(loaded)
+    rows = run(specs("accuracy", tmp_path), executor)
+    assert executor.rounds == 1
+    assert [(row.task, row.method) for row in rows] == [
+        (task, method) for task in ("niah_single_1", "vt") for method in ("dense", "streaming", "minference")
+    ], "in the order in which they were asked for, whichever ended first"
+
+
+def test_what_is_made_ahead_is_made_while_the_one_before_is_used_and_fails_behind_it():
+    made = []
+
+    def make():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise UserError("no more")
+
+    items = ahead(make())
+    assert next(items) == 0
+    deadline = time.monotonic() + 30
+    while made != [0, 1, 2] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [0, 1, 2]
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(UserError, match="no more"):
+        next(items)
+
+
+def test_what_is_made_ahead_ends_with_who_wanted_it():
+    def make():
+        try:
+            yield from range(1000)
+        finally:
+            ended.set()
+
+    ended = threading.Event()
+    items = ahead(make())
+    assert next(items) == 0
+    items.close()
+    assert ended.wait(30)
 
 
 def test_an_executor_refuses_another_model(specs, loaded, tmp_path):
