@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -179,14 +180,16 @@ def test_a_ray_worker_without_the_package_is_one_sentence(tmp_path):
     import ray
 
     port = "23911"
+    interpreter: Any = sys._base_executable  # type: ignore[attr-defined]
     paths = {str(Path(module).parents[1]) for module in (ray.__file__, psutil.__file__)}
     head = subprocess.Popen(
-        [sys._base_executable, "-m", "ray.scripts.scripts", "start", "--head", "--port", port, "--num-cpus", "1", "--block",
+        [interpreter, "-m", "ray.scripts.scripts", "start", "--head", "--port", port, "--num-cpus", "1", "--block",
          "--include-dashboard=false"],
         env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}, cwd=tmp_path, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
+        assert head.stdout is not None
         assert any("Ray runtime started" in line for line in head.stdout)
         run = start(*RULER, "--executor", "ray", "--address", f"127.0.0.1:{port}", cwd=tmp_path, stderr=subprocess.PIPE)
         _, err = run.communicate(timeout=120)

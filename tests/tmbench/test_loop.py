@@ -107,6 +107,7 @@ class Elsewhere(InProcess):
     def run(self, spec, jobs, tell):
         self.rounds += 1
         loaded, sent = self.open(spec.model), pickle.dumps(spec)
+        jobs = filter(None, jobs)
         while batch := [pickle.dumps(job) for job in islice(jobs, self.workers)]:
             for number, item in map(pickle.loads, reversed(batch)):
                 self.measured.append(item)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def loads(monkeypatch):
 class Handle:
     def __init__(self, number):
         self.number = number
-        self.orders = SimpleQueue()
+        self.orders: SimpleQueue[Any] = SimpleQueue()
 
     def send(self, order):
         self.orders.put(order)
@@ -54,8 +55,8 @@ class Threads:
     def __init__(self, count=2, change=lambda number, told: told):
         self.count = count
         self.change = change
-        self.heard = SimpleQueue()
-        self.started = []
+        self.heard: SimpleQueue[Any] = SimpleQueue()
+        self.started: list[int] = []
 
     def start(self, number, source):
         handle = Handle(number)
@@ -96,6 +97,8 @@ class ToySpec(ItemSpec):
     """What was begun: how many items its worker held then, itself included, and its index."""
     deadly: dict = field(default_factory=dict)
     """How many workers an item kills before one lives, by its index."""
+    calls: list[list[int]] = field(default_factory=list)
+    """What was begun in each call of ``measure_all``."""
     held: int = 1
     """How many items a worker holds at a time."""
     keeps_first: bool = False
@@ -119,11 +122,15 @@ class ToySpec(ItemSpec):
             worker.keep(Sample(item.index))
 
     def measure_all(self, given):
-        holding, more = [], iter(given)
+        holding: list[Any] = []
+        more = iter(given)
+        begun: list[int] = []
+        self.calls.append(begun)
         while True:
             while len(holding) < self.held and (one := next(more, None)):
                 holding.append(one)
                 self.log.append((len(holding), one[0].index))
+                begun.append(one[0].index)
             if not holding:
                 return
             for item, worker in holding:
@@ -160,7 +167,8 @@ def test_every_item_is_measured_once():
 
 
 def test_what_a_lost_worker_held_is_measured_again_each_item_alone():
-    spec, said = ToySpec(model=TINY, held=4, deadly={1: 1}), []
+    spec = ToySpec(model=TINY, held=4, deadly={1: 1})
+    said: list[str] = []
     assert run(Threads(1), spec, 6, said.append) == (list(range(6)), {})
     again = [(held, index) for held, index in spec.log[4:] if index in (1, 2, 3)]
     assert again == [(1, 1), (1, 2), (1, 3)]
@@ -173,6 +181,19 @@ def test_an_item_that_ends_two_workers_fails_and_those_beside_it_do_not():
     assert samples == [0, 1, 3, 4, 5, 6, 7]
     assert failures == {2: "2 workers ended while measuring it, the last one killed by SIGTEST"}
     assert spec.deadly == {2: 7}
+
+
+def test_no_worker_holds_items_of_two_rounds():
+    """A spec may make room by the first item that it is given, as those of its round are alike."""
+    jobs = [None if number % 7 == 6 else (number, Item(title="", index=number)) for number in range(40)]
+    spec, ended = ToySpec(model=TINY, held=4, deadly={3: 1, 16: 1}), []
+    executor = Workers(Threads(2))
+    executor.open(TINY)
+    executor.run(spec, iter(jobs), lambda message: ended.append(message.number) if message.ended else None)
+    assert sorted(ended) == [job[0] for job in jobs if job]
+    assert {len({index // 7 for index in call}) for call in spec.calls} == {1}
+    assert [3] in spec.calls
+    assert [16] in spec.calls
 
 
 def test_a_sample_that_was_kept_is_not_measured_again():

@@ -40,9 +40,10 @@ def parse_length(text: str) -> int:
     return int(length)
 
 
-MEASURED, MACHINE, OUTPUT, PROMPTS = (
+MEASURED, MACHINE, WORKERS, OUTPUT, PROMPTS = (
     "What is measured",
     "Model and machine",
+    "Several GPUs",
     "Output",
     "Prompts",
 )
@@ -112,21 +113,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the rows as JSON
 ExecutorOption = Annotated[
     Literal["processes", "ray"] | None,
     typer.Option(
-        "--executor", rich_help_panel=MACHINE, show_default="this process",
+        "--executor", rich_help_panel=WORKERS, show_default="this process",
         help="Spread samples over workers, one for each GPU: processes of this machine, or Ray's actors.",
     ),
 ]  # fmt: skip
 WorkersOption = Annotated[
     int | None,
     typer.Option(
-        "--workers", min=1, help="How many workers --executor has.", rich_help_panel=MACHINE,
+        "--workers", min=1, help="How many workers --executor has.", rich_help_panel=WORKERS,
         show_default="one for each GPU, or one on the CPU",
     ),
 ]  # fmt: skip
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        "--address", help="The Ray cluster of --executor ray, such as auto or host:port.", rich_help_panel=MACHINE,
+        "--address", help="The Ray cluster of --executor ray, such as auto or host:port.", rich_help_panel=WORKERS,
         show_default="RAY_ADDRESS, else this machine alone",
     ),
 ]  # fmt: skip

@@ -44,17 +44,17 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
     return rows
 
 
-def _together(rounds: Iterable[Step[R] | Iterable[Target[R, Any]]]) -> Iterator[Step[R] | Target[R, Any]]:
-    """The targets of all rounds as those of one."""
+def _together(rounds: Iterable[Step[R] | Iterable[Target[R, Any]]]) -> Iterator[Step[R] | Target[R, Any] | None]:
+    """The targets of all rounds as those of one, None behind each."""
     for one in rounds:
-        yield from [one] if isinstance(one, Step) else one
+        yield from [one] if isinstance(one, Step) else [*one, None]
 
 
 class _Round(Generic[R]):
     """Targets whose items may be measured in any order. They are opened one by one, as jobs are asked for."""
 
     def __init__(
-        self, targets: Iterable[Step[R] | Target[R, Any]], overwrite: bool, show: Callable[[Step[R]], None]
+        self, targets: Iterable[Step[R] | Target[R, Any] | None], overwrite: bool, show: Callable[[Step[R]], None]
     ) -> None:
         self.targets = targets
         self.overwrite = overwrite
@@ -67,9 +67,12 @@ class _Round(Generic[R]):
         """All rows, in the order of the targets, whichever ended first."""
         return chain.from_iterable(self.rows[place] for place in sorted(self.rows))
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Iterator[Job | None]:
         numbers = count()
         for place, target in enumerate(self.targets):
+            if target is None:
+                yield None
+                continue
             if isinstance(target, Step):
                 self._tell(place, target)
                 continue

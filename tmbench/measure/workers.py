@@ -60,6 +60,8 @@ class _Worker:
     working: bool = False
     """Whether it is in a round; else it waits for an order, or loads."""
     running: dict[int, Item] = field(default_factory=dict)
+    round: int | None = None
+    """Of the jobs that it was given since it began to measure."""
     alone: bool = False
     """Whether it measures an item again that a worker was lost to."""
     lost: int = 0
@@ -67,10 +69,13 @@ class _Worker:
 
 
 class _Jobs:
-    """The jobs of a round: those that were never given out, and those that have to be done again."""
+    """The jobs of a run: those that were never given out, and those that have to be done again."""
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
+    def __init__(self, jobs: Iterable[Job | None]) -> None:
         self._new = iter(jobs)
+        self._next: tuple[int, Job] | None = None
+        """The round of a job, and that job, which was asked for by a worker that is in another round."""
+        self._round = 0
         self._again: deque[Job] = deque()
         self._kept: dict[int, set[Place]] = defaultdict(set)
         self._lost: dict[int, int] = defaultdict(int)
@@ -79,18 +84,33 @@ class _Jobs:
     @property
     def more(self) -> bool:
         """Whether a worker that is free should ask."""
-        return bool(self._again) or not self._exhausted
+        return bool(self._again) or self._next is not None or not self._exhausted
 
     def next_for(self, worker: _Worker) -> Job | None:
         """The next job of a worker; None where it has to end its round first, or there is none."""
-        if worker.alone:
-            return None
+        begun = worker.alone or worker.round is not None
         if self._again and not worker.running:
-            worker.alone = True
-            return self._again.popleft()
-        job = None if self._exhausted else next(self._new, None)
-        self._exhausted = job is None
+            worker.alone = not begun
+            return None if begun else self._again.popleft()
+        if worker.alone or (found := self._look()) is None:
+            return None
+        number, job = found
+        if worker.round not in (None, number):
+            return None
+        worker.round, self._next = number, None
         return job
+
+    def _look(self) -> tuple[int, Job] | None:
+        """The job that is given out next, and its round."""
+        while self._next is None and not self._exhausted:
+            match next(self._new, self):
+                case _Jobs():
+                    self._exhausted = True
+                case None:
+                    self._round += 1
+                case job:
+                    self._next = self._round, job
+        return self._next
 
     def kept(self, number: int, item: Item, sample: Any) -> None:
         self._kept[number].add((item.file, sample.index))
@@ -160,13 +180,13 @@ class Workers:
             if asked not in self._workers:
                 raise UserError("a worker ended when it was asked about the model: run again")
 
-    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
         """Have every job measured by whoever is free first."""
         given = _Jobs(jobs)
         while True:
             for worker in self._workers:
                 if worker.loaded and not worker.working and given.more:
-                    worker.working, worker.alone = True, False
+                    worker.working, worker.round, worker.alone = True, None, False
                     worker.handle.send(Measure(spec))
             if not given.more and not any(worker.working for worker in self._workers):
                 return
