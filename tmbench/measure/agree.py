@@ -136,8 +136,8 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
         ids = self.ids(loaded, item.length, item.index)
         if of_ids(ids[0].tolist()) != item.prompt_hash:
             raise UserError(
-                f"--prompt {self.prompt} reads otherwise where it is measured than where the run was started, as the essays or "
-                "questions there are others: have the same files on all machines, or use --prompt kv"
+                f"--prompt {self.prompt} reads otherwise where it is measured than where the run was started, as the "
+                "essays or questions there are others: have the same files on all machines, or use --prompt kv"
             )
         return Asked(ids, self.new_tokens, endless=True, given=item.text)
 
