@@ -34,9 +34,9 @@ from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 
 COLUMNS = [
-    "time", "device", "torch", "triton", "transformers", "model", "weights", "dtype", "method", "length", "new_tokens",
-    "way", "batch_size", "samples", "seconds_per_sample", "prefill_s", "step_ms", "weights_ms", "peak_gib", "same_choices",
-    "largest_gap",
+    "run", "time", "device", "torch", "triton", "transformers", "model", "weights", "dtype", "method", "length",
+    "new_tokens", "way", "batch_size", "samples", "seconds_per_sample", "prefill_s", "step_ms", "weights_ms", "peak_gib",
+    "same_choices", "largest_gap",
 ]  # fmt: skip
 
 
@@ -68,12 +68,13 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> li
     if step is None:
         raise SystemExit(f"{options.model} decodes one text at a time, {obstacle}")
     known = {
+        "run": options.run,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
-        "model": options.model,
+        "model": options.name or options.model,
         "weights": options.weights,
         "dtype": loaded.dtype,
         "method": options.method,
@@ -93,7 +94,7 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> li
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         batch = Batch(model, length + new, new, size=size, graph=True, runner=compiled(model).decode_layer)
-        _together(batch, plan, kind, prompts[:2], min(new, 10))
+        _together(batch, plan, kind, prompts[:1], min(new, 10))
         asked = prompts[: max(options.samples // batch.slots, 1) * batch.slots]
         _wait()
         start = time.perf_counter()
@@ -220,7 +221,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 64], help="Batch sizes; fewer where memory holds fewer.")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--plain", type=int, default=2, help="Answers that are decoded one by one.")
-    return parser.parse_args()
+    parser.add_argument("--name", help="What to call a checkpoint that lies in a folder.")
+    options = parser.parse_args()
+    # Only what ran in one process is compared.
+    options.run = datetime.now(UTC).strftime("%Y%m%d%H%M%S")
+    return options
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from accuracy_figures import FIGURES
 from accuracy_tables import ACCURACY
 from checkpoint_tables import CHECKPOINT
+from decoding_tables import DECODING_TABLES
 from kernel_pages import page
 from kernel_tables import KERNELS
 from probe_figures import PROBE_FIGURES
@@ -31,7 +32,7 @@ PAGES = {
     "interval_coverage.csv": "interval-coverage.md",
 }
 """The pages that are rendered whole, by the CSV that each is rendered from."""
-BLOCKS: dict[str, Block] = ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | KERNELS | TRAINING
+BLOCKS: dict[str, Block] = ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | DECODING_TABLES | KERNELS | TRAINING
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 
 
