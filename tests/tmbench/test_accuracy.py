@@ -76,7 +76,7 @@ def answers(monkeypatch):
 
 def samples_of(work, task, length):
     """The samples that every method is asked."""
-    return work.suite.samples(task, length, work.samples, work.seed, work.loaded.tokenizer)
+    return work.suite.samples(task, length, range(work.samples), work.seed, work.loaded.tokenizer)
 
 
 def rows_of(root):
@@ -125,7 +125,7 @@ def test_cwe_of_tiny_at_4k_is_of_two_kinds_and_each_sample_says_which(job, token
     """As docs/accuracy.md and the model's card have it: many small tokens leave some samples no room for 30 repeats."""
     work = job(tasks=("cwe",), samples=10)
     kinds = {}
-    for example in work.suite.examples("cwe", 4096, 10, 42, tokenizer):
+    for example in work.suite.examples("cwe", 4096, range(10), 42, tokenizer):
         counts = Counter(re.findall(r"\d+\. (\S+)", example.input.rpartition("Here is a numbered list")[2]))
         kinds[example.index] = {counts[word] for word in example.outputs}
         assert kinds[example.index] == {example.parameters["freq_cw"]}

@@ -116,9 +116,8 @@ def test_signed_means_are_finite_differences(length, make_model, prompt, matrice
 
 
 def propose_for(model, ids, budget=0.0, rule="rank"):
-    about: dict[str, Any] = dict.fromkeys(("model", "environment", "root", "lengths", "tasks", "samples"))
-    spec = ProbeSpec(**about, budget=Budget(budget), rule=rule)
-    return probe.proposed(gradients(model, ids, TARGET, SMALL)[0].means.mean(1), 0.5, spec).layers
+    wish = probe.Proposing(Budget(budget), rule)
+    return probe.proposed(gradients(model, ids, TARGET, SMALL)[0].means.mean(1), 0.5, wish).layers
 
 
 def last_logits(model, ids, layers):
@@ -222,7 +221,7 @@ def test_rows_are_means_over_samples_and_heads(job, tmp_path):
     rows = measured.run()
     assert [(row.layer, row.head) for row in rows] == [(layer, head) for layer in range(4) for head in (None, *range(4))]
     assert read_all(tmp_path, ProbeRow) == rows
-    asked = list(questions("random", 40, 2, measured.loaded, 42))
+    asked = list(questions("random", 40, range(2), measured.loaded, 42))
     ids = [torch.tensor([question.prompt]) for question in asked]
     found = [gradients(measured.loaded.model, x, q.answer[0], SMALL)[0].means for x, q in zip(ids, asked, strict=True)]
     means = torch.stack(found).mean(0)
@@ -304,7 +303,7 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_measured(changes, w
 def test_prompts_that_do_not_fill_their_length_are_refused_before_they_are_differentiated(job, tmp_path, monkeypatch):
     """A task's prompts may take less of a length than they might: whether they have a middle shows when they are made."""
     monkeypatch.setattr(probe, "_sample", lambda *given: pytest.fail("this one was measured"))
-    asked = list(questions("random", 40, 2, job().loaded, 42))
+    asked = list(questions("random", 40, range(2), job().loaded, 42))
     short = replace(asked[1], prompt=asked[1].prompt[:14])
     monkeypatch.setattr(probe, "questions", lambda *about: iter([asked[0], short]))
     with pytest.raises(UserError, match="--length 40 leaves no pair .* as a prompt has 14 tokens of it"):

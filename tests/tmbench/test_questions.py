@@ -19,21 +19,21 @@ def tiny():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["kv", "vt", "niah_single_1", "fwe", "qa_1", "random"])
 def test_questions_fit_and_do_not_depend_on_their_number(task, tiny):
-    asked = list(questions(task, 1501, 3, tiny, 42))
+    asked = list(questions(task, 1501, range(3), tiny, 42))
     assert [question.index for question in asked] == [0, 1, 2]
     assert len({question.prompt for question in asked}) == 3
     assert all(1300 < len(question.prompt) + len(question.answer) <= 1501 for question in asked)
-    assert next(questions(task, 1501, 1, tiny, 42)) == asked[0]
-    assert next(questions(task, 1501, 1, tiny, 7)).prompt != asked[0].prompt
+    assert next(questions(task, 1501, range(1), tiny, 42)) == asked[0]
+    assert next(questions(task, 1501, range(1), tiny, 7)).prompt != asked[0].prompt
 
 
 def test_answers_are_those_of_their_prompts(tiny):
-    for question in questions("kv", 1500, 3, tiny, 42):
+    for question in questions("kv", 1500, range(3), tiny, 42):
         text, answer = tiny.tokenizer.decode(question.prompt), tiny.tokenizer.decode(question.answer)
         asked = re.search(r'stored under "([0-9a-f-]{36})" is "$', text)
         assert asked
         assert f'"{asked[1]}": "{answer}"' in text
-    for question in questions("vt", 1500, 2, tiny, 42):
+    for question in questions("vt", 1500, range(2), tiny, 42):
         text, answer = tiny.tokenizer.decode(question.prompt), tiny.tokenizer.decode(question.answer)
         first, *others = answer.split()
         asked = re.search(r"value ([0-9]+):$", text)
@@ -84,11 +84,11 @@ def test_an_answer_without_a_token_is_refused():
 def test_what_is_too_short_names_the_least_length(tiny):
     for task in ("kv", "vt"):
         with pytest.raises(UserError, match=f"--length 40 is too short for {task}") as refused:
-            list(questions(task, 40, 1, tiny, 42))
+            list(questions(task, 40, range(1), tiny, 42))
         needed = re.search(r"(\d+)( tokens here)?$", str(refused.value))
         assert needed
         least = int(needed[1])
-        assert list(questions(task, least + 8, 1, tiny, 42))
+        assert list(questions(task, least + 8, range(1), tiny, 42))
 
 
 def test_rows_know_the_wording_of_rulers_tasks():

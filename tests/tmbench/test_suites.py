@@ -45,12 +45,12 @@ class Count(Suite):
         if min(lengths) < self.least:
             raise UserError(f"--length {min(lengths)} is too short to count")
 
-    def samples(self, task, length, count, seed, tokenizer):
+    def samples(self, task, length, places, seed, tokenizer):
         step = 1 if task == "up" else -1
-        texts = [(f"{seed + index}, {seed + index + step}, ", str(seed + index + 2 * step)) for index in range(count)]
+        texts = [(f"{seed + index}, {seed + index + step}, ", str(seed + index + 2 * step)) for index in places]
         return [
             Sample(index, text, tuple(tokenizer(text)["input_ids"])[:length], (answer,), 3, "numbers")
-            for index, (text, answer) in enumerate(texts)
+            for index, (text, answer) in zip(places, texts, strict=True)
         ]
 
     def score(self, task, answer, references):

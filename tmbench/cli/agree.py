@@ -42,6 +42,7 @@ def agree(
     attention: Attention = NO_ATTENTION,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
+    shard: o.ShardOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """How long greedy decoding stays with dense's, and how often the next token is dense's along a long answer.
@@ -54,6 +55,7 @@ def agree(
     chosen = attention.once().specs(methods)
     if len(chosen) == 1:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
+    part = o.shard_of(shard, overwrite)
 
     from tmbench.measure.agree import AgreeSpec
     from tmbench.measure.spec import ModelSource, place, prefill_kind
@@ -75,8 +77,9 @@ def agree(
         seed=seed,
         prefill=where.ask(prefill_kind),
         overwrite=overwrite,
+        shard=part,
     )
-    print_measured(measure(spec, where), _show, as_json=as_json)
+    print_measured(spec, measure(spec, where), _show, as_json=as_json)
 
 
 def _show(rows: Sequence[AgreeRow]) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from tmbench.cli.options import refuse
-from tmbench.cli.screen import print_rows, progress_bar, say, say_nothing_measured
+from tmbench.cli.screen import print_rows, progress_bar, say, say_failures, say_nothing_measured
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from tmbench.measure.executor import Executor
-    from tmbench.measure.spec import ModelSource, Spec, Step
+    from tmbench.measure.spec import ModelSource, RowSpec, Spec, Step
     from tmbench.models.loading import LoadedModel
     from tmbench.results.rows import Row
 
@@ -71,6 +71,7 @@ def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = 
     ``nothing`` says that nothing was measured, given how many rows were there already.
     """
     from tmbench.measure.loop import run
+    from tmbench.measure.spec import RowSpec
 
     bar = progress_bar()
     begun: list[tuple[TaskID, str]] = []
@@ -95,16 +96,27 @@ def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = 
     finally:
         bar.stop()
         executor.close()
-    if not measured:
+    if not measured and (not isinstance(spec, RowSpec) or spec.shard is None):
         nothing(len(rows))
     return rows
 
 
-def print_measured(rows: Sequence[AnyRow], show: Callable[[Sequence[AnyRow]], None], *, as_json: bool) -> None:
-    """Print the rows, as JSON or by ``show``; exit code 1 where one of them has no figures."""
+def print_measured(
+    spec: RowSpec[Any], rows: Sequence[AnyRow], show: Callable[[Sequence[AnyRow]], None], *, as_json: bool
+) -> None:
+    """Print the rows, as JSON or by ``show``; exit code 1 where one of them has no figures.
+
+    A shard has no rows but those that say why it failed.
+    """
     if as_json:
         print_rows(rows)
-    else:
+    elif spec.shard is None:
         show(rows)
+    if spec.shard is not None:
+        say_failures(rows)
+        say(
+            f"shard {spec.shard} is measured, under {spec.root / spec.shard.folder}; once all {spec.shard.of} are, "
+            f"tmbench merge {spec.root} makes the rows"
+        )
     if any(row.status != "ok" for row in rows):
         raise typer.Exit(1)

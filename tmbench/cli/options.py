@@ -20,6 +20,7 @@ from tmbench_kernels.parameters import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from tmbench.models.loading import LoadedModel
+    from tmbench.results.shards import Shard
 
 UNITS = {"k": 2**10, "m": 2**20}
 
@@ -110,6 +111,13 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Measure again what is there already.", rich_help_panel=OUTPUT)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.", rich_help_panel=OUTPUT)]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="K/N", rich_help_panel=OUTPUT, show_default=False,
+        help="Measure the K-th of N parts of the samples, from 1, for tmbench merge to make rows of.",
+    ),
+]  # fmt: skip
 ExecutorOption = Annotated[
     Literal["processes", "ray"] | None,
     typer.Option(
@@ -150,6 +158,19 @@ def refuse(given: Mapping[str, Any], why: str) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise UserError(f"--{name} {why}: leave it out")
+
+
+def shard_of(text: str | None, overwrite: bool = False) -> Shard | None:
+    """The shard of ``--shard``; raises UserError for a text that is none, and beside ``--overwrite``."""
+    from tmbench.results.shards import Shard
+
+    if text is None:
+        return None
+    if overwrite:
+        raise UserError(
+            "--overwrite does not go with --shard, as all shards would have to be measured again: give another --output-dir"
+        )
+    return Shard.parse(text)
 
 
 def check_plot(path: Path | None) -> None:

@@ -103,6 +103,7 @@ def probe(
     ] = None,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
+    shard: o.ShardOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Which layers need the middle of the attention matrix: gradients by section, and a proposal for --layers.
@@ -118,6 +119,9 @@ def probe(
         other |= {attention.choice.removeprefix("--"): attention.choice or None}
         o.refuse({"method": method, **other}, "needs --loss, as a probe is of dense attention")
     o.check_plot(plot)
+    part = o.shard_of(shard, overwrite)
+    if part is not None:
+        o.refuse({"plot": plot}, "needs the samples of all shards, and this is one of them")
     methods = list(method or DEFAULT_METHODS)
     budget = Budget(ACCURACY_BUDGET if (accuracy_budget, time_budget) == (None, None) else accuracy_budget, time_budget)
     chosen = attention.once().specs(methods if loss else [WINDOW_OF])
@@ -142,18 +146,19 @@ def probe(
         "root": output_dir,
         "seed": seed,
         "overwrite": overwrite,
+        "shard": part,
     }
     if loss:
         common |= {"prefill": where.ask(prefill_kind)}
         losses = LossSpec(**common, plans=plans_for(chosen, attention, where, loaded, lengths, output_dir))
-        print_measured(measure(losses, where), _show_losses, as_json=as_json)
+        print_measured(losses, measure(losses, where), _show_losses, as_json=as_json)
         return
     choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
     spec = ProbeSpec(**common, budget=budget, window=Triangle(**chosen[0].values), **choice)
     rows = measure(spec, where)
     if plot is not None:
         _draw(spec, plot, rows)
-    print_measured(rows, partial(_show_lengths, spec), as_json=as_json)
+    print_measured(spec, rows, partial(_show_lengths, spec), as_json=as_json)
 
 
 def _draw(spec: ProbeSpec, plot: Path, rows: Sequence[ProbeRow]) -> None:

@@ -103,6 +103,7 @@ def ruler(
     offline: OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
+    shard: o.ShardOption = None,
     save_samples: Annotated[
         bool, typer.Option("--save-samples", help="Keep each prompt with its prediction.", rich_help_panel=o.OUTPUT)
     ] = False,
@@ -115,6 +116,7 @@ def ruler(
     methods = list(method or DEFAULT_METHODS)
     chosen = attention.once().specs(methods)
     tasks = tasks_for(task)
+    part = o.shard_of(shard, overwrite)
     if data is not None and not length:
         raise UserError("--data needs --length: the length that its samples were prepared for")
     if data is not None:
@@ -146,8 +148,9 @@ def ruler(
         prefill=where.ask(prefill_kind),
         overwrite=overwrite,
         save_samples=save_samples,
+        shard=part,
     )
-    print_measured(measure(spec, where), _show, as_json=as_json)
+    print_measured(spec, measure(spec, where), _show, as_json=as_json)
 
 
 def ruler_data(
@@ -181,7 +184,7 @@ def ruler_data(
         for tokens in lengths:
             for name in tasks:
                 bar.update(shown, description=f"{name} at {tokens}")
-                examples = suite.examples(name, tokens, samples, seed, tokenizer)
+                examples = suite.examples(name, tokens, range(samples), seed, tokenizer)
                 with o.naming("--output", DatasetError):
                     write_dataset(output / str(tokens) / "data", _advance(bar, shown, tokens, examples))
         bar.update(shown, description="RULER data written")

@@ -11,7 +11,7 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
-from tmbench.cli.measuring import measure, opened
+from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods.plan import HALF, DeepLayers
@@ -60,6 +60,7 @@ def sweep(
     chat_template_kwargs: r.ChatKwargsOption = None,
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
+    shard: o.ShardOption = None,
     dry_run: o.DryRunOption = False,
 ) -> None:
     """Ablations: every combination of the given values of a method's triangle, timed and asked, with dense beside them.
@@ -67,6 +68,8 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
+    part = o.shard_of(shard)
+
     from tmbench.measure.accuracy import AccuracySpec
     from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.measure.sweep import SweepSpec, swept_method, swept_plans, variants
@@ -86,6 +89,7 @@ def sweep(
         **where.ask(place),
         "root": output_dir,
         "seed": seed,
+        "shard": part,
         "prefill": where.ask(partial(prefill_kind, compiled=compiled)),
     }
     half = common | {"plans": (), "lengths": ()}
@@ -106,6 +110,10 @@ def sweep(
         _show_plan(spec, loaded)
         return
     rows = measure(spec, where, _nothing)
+    if part is not None:
+        say("a shard only asks, as times are taken in turns: merge all shards, then run this without --shard")
+        print_measured(spec, rows, say_failures, as_json=False)
+        return
     failed = [row for row in rows if row.status != "ok"]
     _show(spec, loaded)
     say_failures(failed)

@@ -95,7 +95,7 @@ def ttft(
         return
     order = [plan.method for plan in spec.plans]
     rows = sorted(measure(spec, where), key=lambda row: (row.length, order.index(row.method)))
-    print_measured(rows, _show, as_json=as_json)
+    print_measured(spec, rows, _show, as_json=as_json)
 
 
 def _show_plan(spec: TtftSpec, loaded: LoadedModel) -> None:

@@ -7,15 +7,18 @@ larger ``--samples`` only adds to what is there. A CSV row is the score over one
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked
 from tmbench.measure.keeping import RowTarget
+from tmbench.measure.shard import row_target
 from tmbench.measure.spec import Part, Step
 from tmbench.models.loading import LoadedModel
 from tmbench.results.predictions import Prediction, kept_predictions
@@ -57,48 +60,54 @@ class AccuracySpec(AnswerSpec[RulerRow]):
     def parts(self, loaded: LoadedModel) -> Iterator[Part[RulerRow]]:
         """One part, task by task: every method has answered a task before the next one begins."""
         name = self.suite.title
-        total = len(self.lengths) * len(self.tasks) * len(self.plans) * self.samples
+        turns = range(len(self.lengths) * len(self.tasks))
+        total = len(self.plans) * sum(len(self.places(self.samples, turn)) for turn in turns)
         yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded), independent=True)
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[RowTarget[RulerRow, Prediction]]]:
         tokenizer = loaded.need_tokenizer(self.suite.title)
-        for length in self.lengths:
-            for task in self.tasks:
-                yield Step(f"{task} at {length}: preparing {counted(self.samples, 'sample')}")
-                samples = self.suite.samples(task, length, self.samples, self.seed, tokenizer)
-                known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
-                known |= {"length": length, "task": task, "samples": len(samples)}
-                yield [self._target(number, samples, known) for number in range(len(self.plans))]
+        for turn, (length, task) in enumerate(product(self.lengths, self.tasks)):
+            count = self.suite.available(task, length, self.samples)
+            own = self.places(count, turn)
+            yield Step(f"{task} at {length}: preparing {counted(len(own), 'sample')}")
+            # What the samples are made of is told by the first one.
+            places = sorted({0, *own})
+            samples = self.suite.samples(task, length, places, self.seed, tokenizer)
+            known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
+            known |= {"length": length, "task": task, "samples": count}
+            asked = {place: sample for place, sample in zip(places, samples, strict=True) if place in own}
+            yield [self._target(number, asked, known) for number in range(len(self.plans))]
 
-    def _target(self, number: int, samples: Sequence[Sample], known: dict[str, Any]) -> RowTarget[RulerRow, Prediction]:
+    def _target(self, number: int, samples: Mapping[int, Sample], known: dict[str, Any]) -> RowTarget[RulerRow, Prediction]:
+        """One method's row; ``samples`` by their place among all of the row."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = self.suite.row(**fields, time=now())
         title = f"{row.method} on {row.task} at {row.length}"
         # Of all tasks alike, where their texts fit, so that these decode together.
-        new = max(NEW_TOKENS, *(sample.max_new_tokens for sample in samples))
-        room = max(row.length, *(len(sample.ids) + sample.max_new_tokens for sample in samples))
+        new = max([NEW_TOKENS, *(sample.max_new_tokens for sample in samples.values())])
+        room = max([row.length, *(len(sample.ids) + sample.max_new_tokens for sample in samples.values())])
         items = [
             AccuracyItem(
-                title=f"{title}, sample {place} of {len(samples)}",
+                title=f"{title}, sample {place + 1} of {row.samples}",
                 index=sample.index,
                 plan=number,
                 task=row.task,
                 sample=sample,
-                count=place == 1,
+                count=place == 0,
                 room=room,
                 new=new,
             )
-            for place, sample in enumerate(samples, start=1)
+            for place, sample in samples.items()
         ]
         file = kept_predictions(self.root, row)
-        return RowTarget(
+        return row_target(
+            self,
             title,
             items,
             {"": file},
-            root=self.root,
             rows=[row],
-            make=partial(self._rows, file.name),
-            stands=lambda have: not read_samples(self.root, asdict(have), have.kind).missing,
+            make=partial(answer_rows, self.suite, file.name),
+            stands=partial(answers_stand, self.root),
             belongs=_belongs,
             more=self._more,
         )
@@ -106,22 +115,6 @@ class AccuracySpec(AnswerSpec[RulerRow]):
     def _more(self, item: AccuracyItem) -> dict[str, Any]:
         chosen: dict[str, Any] = {"parameters": dict(item.sample.parameters)} if item.sample.parameters else {}
         return chosen | ({"prompt": item.sample.prompt} if self.save_samples else {})
-
-    def _rows(self, file: str, rows: Sequence[RulerRow], predictions: Sequence[Prediction]) -> list[RulerRow]:
-        (row,) = rows
-        answers = [prediction.prediction for prediction in predictions]
-        return [
-            replace(
-                row,
-                **self.suite.figures(row.task, answers, [prediction.outputs for prediction in predictions]),
-                prompt_tokens_mean=statistics.mean(prediction.prompt_tokens for prediction in predictions),
-                seconds_per_sample=statistics.mean(prediction.seconds for prediction in predictions),
-                coverage=predictions[0].coverage,
-                predictions=file,
-                peak_memory_bytes=highest(prediction.peak_memory for prediction in predictions),
-                **decoded(predictions),
-            )
-        ]
 
     def asked(self, loaded: LoadedModel, item: AccuracyItem) -> Asked:
         """The sample's prompt, to be answered."""
@@ -147,6 +140,29 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             decode=answer.decode,
             batch_size=answer.batch_size,
         )
+
+
+def answer_rows(suite: Suite, file: str, rows: Sequence[RulerRow], predictions: Sequence[Prediction]) -> list[RulerRow]:
+    """The row of what was answered, ``file`` being the name that it is to give of the predictions."""
+    (row,) = rows
+    answers = [prediction.prediction for prediction in predictions]
+    return [
+        replace(
+            row,
+            **suite.figures(row.task, answers, [prediction.outputs for prediction in predictions]),
+            prompt_tokens_mean=statistics.mean(prediction.prompt_tokens for prediction in predictions),
+            seconds_per_sample=statistics.mean(prediction.seconds for prediction in predictions),
+            coverage=next((one.coverage for one in predictions if one.coverage is not None), None),
+            predictions=file,
+            peak_memory_bytes=highest(prediction.peak_memory for prediction in predictions),
+            **decoded(predictions),
+        )
+    ]
+
+
+def answers_stand(root: Path, have: RulerRow) -> bool:
+    """Whether the predictions that a row names make its score."""
+    return not read_samples(root, asdict(have), have.kind).missing
 
 
 def _belongs(item: AccuracyItem, kept: Prediction) -> bool:

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from tmbench.errors import UserError
 from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked
 from tmbench.measure.keeping import RowTarget
+from tmbench.measure.shard import row_target
 from tmbench.measure.spec import Part, Place, Step
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
@@ -70,27 +72,29 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[AgreeRow]]:
         """One part; at each length dense writes in a first round what the others follow in a second."""
-        total = len(self.lengths) * len(self.plans) * self.samples
+        total = len(self.plans) * sum(len(self.places(self.samples, turn)) for turn in range(len(self.lengths)))
         yield Part(self, "agreement", "agreement measured", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[AgreeRow] | Sequence[RowTarget[AgreeRow, Choices]]]:
-        for length in self.lengths:
-            hashes = [of_ids(self.ids(loaded, length, number)[0].tolist()) for number in range(self.samples)]
+        for turn, length in enumerate(self.lengths):
+            own = self.places(self.samples, turn)
+            hashes = {n: of_ids(self.ids(loaded, length, n)[0].tolist()) for n in sorted({0, *own})}
             known = {**self.common(loaded), "length": length, "prompt": self.prompt, "prompt_hash": hashes[0]}
+            hashes = {number: hashes[number] for number in own}
             known |= {"samples": self.samples, "new_tokens": self.new_tokens}
             dense = self._target(0, known, hashes, None)
             yield [dense]
             yield [self._target(number, known, hashes, dense.samples) for number in range(1, len(self.plans))]
 
     def _target(
-        self, number: int, known: dict[str, Any], hashes: Sequence[str], texts: Mapping[Place, Choices] | None
+        self, number: int, known: dict[str, Any], hashes: Mapping[int, str], texts: Mapping[Place, Choices] | None
     ) -> RowTarget[AgreeRow, Choices]:
-        """One method's row; ``texts`` are dense's samples, None for dense itself."""
+        """One method's row; ``hashes`` are of the prompts by number, ``texts`` dense's samples, None for dense itself."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = AgreeRow(**fields, time=now())
         title = f"{row.method} at {row.length}"
         items = []
-        for index, prompt_hash in enumerate(hashes):
+        for index, prompt_hash in hashes.items():
             wrote = None if texts is None else texts.get(("", index))
             item = AgreeItem(
                 title=f"{title}, sample {index + 1} of {self.samples}",
@@ -105,31 +109,16 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
             )
             items.append(item)
         file = kept_choices(self.root, row)
-        return RowTarget(
+        return row_target(
+            self,
             title,
             items,
             {"": file},
-            root=self.root,
             rows=[row],
-            make=partial(self._rows, file.name),
-            stands=lambda have: bool(choices_of(self.root, asdict(have))),
+            make=partial(choice_rows, file.name),
+            stands=partial(choices_stand, self.root),
             belongs=_belongs,
         )
-
-    def _rows(self, file: str, rows: Sequence[AgreeRow], found: Sequence[Choices]) -> list[AgreeRow]:
-        (row,) = rows
-        return [
-            replace(
-                row,
-                agreement=statistics.mean(one.agreement for one in found),
-                divergence_median=statistics.median(one.divergence for one in found),
-                identical=sum(one.divergence == self.new_tokens for one in found) / len(found),
-                seconds_per_sample=statistics.mean(one.seconds for one in found),
-                choices=file,
-                peak_memory_bytes=highest(one.peak_memory for one in found),
-                **decoded(found),
-            )
-        ]
 
     def asked(self, loaded: LoadedModel, item: AgreeItem) -> Asked:
         """The prompt, and dense's text to read behind it."""
@@ -155,6 +144,28 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
             decode=answer.decode,
             batch_size=answer.batch_size,
         )
+
+
+def choice_rows(file: str, rows: Sequence[AgreeRow], found: Sequence[Choices]) -> list[AgreeRow]:
+    """The row of what was chosen, ``file`` being the name that it is to give of the choices."""
+    (row,) = rows
+    return [
+        replace(
+            row,
+            agreement=statistics.mean(one.agreement for one in found),
+            divergence_median=statistics.median(one.divergence for one in found),
+            identical=sum(one.divergence == row.new_tokens for one in found) / len(found),
+            seconds_per_sample=statistics.mean(one.seconds for one in found),
+            choices=file,
+            peak_memory_bytes=highest(one.peak_memory for one in found),
+            **decoded(found),
+        )
+    ]
+
+
+def choices_stand(root: Path, have: AgreeRow) -> bool:
+    """Whether the choices that a row names make its agreement."""
+    return bool(choices_of(root, asdict(have)))
 
 
 def _belongs(item: AgreeItem, kept: Choices) -> bool:

@@ -92,7 +92,7 @@ class Target(ABC, Generic[R, S]):
         if overwrite:
             for file in self.files.values():
                 file.clear()
-        kept = {(name, number): one for name, file in self.files.items() for number, one in file.read().items()}
+        kept = {(name, number): one for name, file in self.files.items() for number, one in self.read(file).items()}
         wanted = {place: item for item in self.items for place in item.places}
         self.samples = {n: one for n, one in kept.items() if n in wanted and self._belongs(wanted[n], one)}
         if not overwrite and (there := self.there(list(kept.values()))):
@@ -104,6 +104,10 @@ class Target(ABC, Generic[R, S]):
             if left := item.without(self.samples):
                 self.waiting.append(left)
         return ()
+
+    def read(self, file: SampleFile[S]) -> Mapping[int, S]:
+        """The samples of one of its files; raises UserError for one that is not ours."""
+        return file.read()
 
     def add(self, item: Item, sample: Any) -> None:
         """Keep a sample; raises UserError where its file does not take it."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UnsupportedModelError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
+from tmbench.measure.shard import row_target
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
-from tmbench.results.loss_samples import LossSample
+from tmbench.results.loss_samples import LossSample, kept_losses
 from tmbench.results.rows import LossRow, now
-from tmbench.results.sample_files import Kept, highest
+from tmbench.results.sample_files import highest
 from tmbench.results.words import counted
 from tmbench.suites.questions import Question, check_task, questions, wording_hash
 
@@ -72,29 +74,27 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[LossRow]]:
         """One part, task by task: dense comes in a first round, as the others' rows are held against its samples."""
-        total = len(self.lengths) * len(self.tasks) * len(self.plans) * self.samples
+        turns = range(len(self.lengths) * len(self.tasks))
+        total = len(self.plans) * sum(len(self.places(self.samples, turn)) for turn in turns)
         yield Part(self, "Loss", "Losses measured", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[LossRow] | Sequence[RowTarget[LossRow, LossSample]]]:
         own = [number for number, plan in enumerate(self.plans) if plan.method == "dense"]
         others = [number for number, plan in enumerate(self.plans) if plan.method != "dense"]
-        for length in self.lengths:
-            for task in self.tasks:
-                yield Step(f"{task} at {length}: preparing {counted(self.samples, 'prompt')}")
-                asked = list(questions(task, length, self.samples, loaded, self.seed))
-                known = {**self.common(loaded), "length": length, "task": task, "samples": self.samples}
-                known |= {"wording_hash": wording_hash(task), "source": ""}
-                if own:
-                    targets = [self._target(number, known, asked, {}) for number in own]
-                    yield targets
-                    dense = {index: sample for (_, index), sample in targets[-1].samples.items()}
-                else:
-                    # Its samples of an earlier run do: a row keeps what it is held against.
-                    dense = self._file(_row(METHODS["dense"].plan(loaded.shape), known)).read()
-                yield [self._target(number, known, asked, dense) for number in others]
-
-    def _file(self, row: LossRow) -> Kept[LossSample]:
-        return Kept(self.root, row, row.task, LossSample)
+        for turn, (length, task) in enumerate(product(self.lengths, self.tasks)):
+            places = self.places(self.samples, turn)
+            yield Step(f"{task} at {length}: preparing {counted(len(places), 'prompt')}")
+            asked = list(questions(task, length, places, loaded, self.seed))
+            known = {**self.common(loaded), "length": length, "task": task, "samples": self.samples}
+            known |= {"wording_hash": wording_hash(task), "source": ""}
+            if own:
+                targets = [self._target(number, known, asked, {}) for number in own]
+                yield targets
+                dense = {index: sample for (_, index), sample in targets[-1].samples.items()}
+            else:
+                # Its samples of an earlier run do: a row keeps what it is held against.
+                dense = kept_losses(self.root, _row(METHODS["dense"].plan(loaded.shape), known)).read()
+            yield [self._target(number, known, asked, dense) for number in others]
 
     def _target(
         self, number: int, known: Mapping[str, Any], asked: Sequence[Question], dense: Mapping[int, LossSample]
@@ -103,21 +103,21 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         title = f"{row.method} on {row.task} at {row.length}"
         items = [
             LossItem(
-                title=f"{title}, sample {question.index + 1} of {len(asked)}",
+                title=f"{title}, sample {question.index + 1} of {self.samples}",
                 index=question.index,
                 plan=number,
                 question=question,
             )
             for question in asked
         ]
-        file = self._file(row)
-        return RowTarget(
+        file = kept_losses(self.root, row)
+        return row_target(
+            self,
             title,
             items,
             {"": file},
-            root=self.root,
             rows=[row],
-            make=partial(_rows, file.name, dense),
+            make=partial(loss_rows, file.name, dense),
             belongs=_belongs,
         )
 
@@ -136,7 +136,7 @@ def _belongs(item: LossItem, kept: LossSample) -> bool:
     return (kept.prompt_hash, kept.answer_hash) == (item.question.prompt_hash, item.question.answer_hash)
 
 
-def _rows(
+def loss_rows(
     file: str, dense: Mapping[int, LossSample], rows: Sequence[LossRow], samples: Sequence[LossSample]
 ) -> list[LossRow]:
     """The means, and how far they are from dense's over the same samples, where it has read them all."""

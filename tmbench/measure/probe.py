@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ from tmbench.engine.memory import PeakMemory
 from tmbench.errors import UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
+from tmbench.measure.shard import row_target
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.layers import Budget, Proposal, Rule, propose
 from tmbench.methods.plan import Plan, backends_name
@@ -67,6 +69,15 @@ class Gradients:
     """Of the true next token."""
     likeliest: bool
     """Whether it is the likeliest."""
+
+
+@dataclass(frozen=True)
+class Proposing:
+    """How layers are proposed."""
+
+    budget: Budget
+    rule: Rule = "rank"
+    derivative: Derivative = "logits"
 
 
 @dataclass(frozen=True)
@@ -163,26 +174,29 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[ProbeRow]]:
         """One part, length by length; each makes a row for every head and every layer's mean."""
-        total = len(self.lengths) * len(self.tasks) * self.samples
+        turns = range(len(self.lengths) * len(self.tasks))
+        total = sum(len(self.places(self.samples, turn)) for turn in turns)
         yield Part(self, "Probe", "Probed", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[ProbeRow] | Sequence[RowTarget[ProbeRow, ProbeSample]]]:
+        turns = count()
         for length in self.lengths:
             asked: list[Question] = []
             failure: Failure | None = None
             for task in self.tasks:
-                yield Step(f"{task} at {length}: preparing {counted(self.samples, 'prompt')}")
-                made = attempt(partial(self._asked, loaded, task, length))
+                own = self.places(self.samples, next(turns))
+                yield Step(f"{task} at {length}: preparing {counted(len(own), 'prompt')}")
+                made = attempt(partial(self._asked, loaded, task, length, own))
                 if isinstance(made, Failure):
                     failure = made
                 else:
                     asked += made
-            if failure is None:
+            if failure is None and asked:
                 self.check_prompts(loaded, length, [len(one.prompt) for one in asked])
             yield [self._target(loaded, length, asked, failure)]
 
-    def _asked(self, loaded: LoadedModel, task: str, length: int) -> list[Question]:
-        return list(questions(task, length, self.samples, loaded, self.seed))
+    def _asked(self, loaded: LoadedModel, task: str, length: int, numbers: Sequence[int]) -> list[Question]:
+        return list(questions(task, length, numbers, loaded, self.seed))
 
     def _target(
         self, loaded: LoadedModel, length: int, asked: Sequence[Question], failure: Failure | None
@@ -199,18 +213,23 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
             for question in asked
         ]
         row = replace(self.row(loaded, self.task, length), sample_files="+".join(file.name for file in files.values()))
-        return RowTarget(
+        return row_target(
+            self,
             f"{self.task} at {length}",
             items if failure is None else (),
             files,
-            root=self.root,
             rows=[row],
-            make=partial(_rows, self),
+            make=partial(gradient_rows, self.proposing),
             belongs=_belongs,
             failure=failure,
-            # A proposal that is asked for again counts as the newest: it is what --layers auto takes.
-            latest=lambda row: (row.status, row.model, row.model_hash),
+            latest=rivals,
+            wish=asdict(self.proposing),
         )
+
+    @property
+    def proposing(self) -> Proposing:
+        """How layers are proposed."""
+        return Proposing(self.budget, self.rule, self.derivative)
 
     def measure(self, item: ProbeItem, worker: Worker) -> None:
         """Differentiate one prompt's answer."""
@@ -218,6 +237,11 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
             worker.keep(_sample(self, worker.loaded, item.question))
         finally:
             release_memory()
+
+
+def rivals(row: ProbeRow) -> tuple[Any, ...]:
+    """What rows have in common of which the newest counts: of a proposal that was asked for again --layers auto takes it."""
+    return row.status, row.model, row.model_hash
 
 
 def _belongs(item: ProbeItem, kept: ProbeSample) -> bool:
@@ -320,14 +344,14 @@ def _short(value: float) -> float | None:
     return None if value != value else float(f"{value:.6g}")
 
 
-def _rows(spec: ProbeSpec, known: Sequence[ProbeRow], samples: Sequence[ProbeSample]) -> list[ProbeRow]:
+def gradient_rows(proposing: Proposing, known: Sequence[ProbeRow], samples: Sequence[ProbeSample]) -> list[ProbeRow]:
     """Each layer's mean and its heads, over all samples, with the proposal in the layers' rows."""
     (row,) = known
     means = torch.tensor([[[[[torch.nan if x is None else x for x in section] for section in head] for head in layer]
                            for layer in sample.means] for sample in samples], dtype=torch.float64).mean(0)  # fmt: skip
     by_layer = means.mean(1)
     kept = statistics.mean(sample.kept_share for sample in samples)
-    proposal = proposed(by_layer, kept, spec)
+    proposal = proposed(by_layer, kept, proposing)
     peaks = [sample.peak_memory for sample in samples if sample.peak_memory is not None]
     common = replace(
         row,
@@ -343,7 +367,7 @@ def _rows(spec: ProbeSpec, known: Sequence[ProbeRow], samples: Sequence[ProbeSam
     for layer in range(len(means)):
         said: dict[str, Any] = {
             "triangle": layer in proposal.layers,
-            "proposal": f"{spec.rule}, {spec.budget}, {spec.derivative}",
+            "proposal": f"{proposing.rule}, {proposing.budget}, {proposing.derivative}",
             "lost_share": proposal.lost,
             "pairs_share": proposal.pairs,
         }
@@ -352,10 +376,10 @@ def _rows(spec: ProbeSpec, known: Sequence[ProbeRow], samples: Sequence[ProbeSam
     return rows
 
 
-def proposed(by_layer: Tensor, kept: float, spec: ProbeSpec) -> Proposal:
+def proposed(by_layer: Tensor, kept: float, proposing: Proposing) -> Proposal:
     """The proposal for layers' means ``[layers, sections, measures]``; raises ValueError where they are not finite."""
-    middle = by_layer[:, SECTIONS.index("middle"), MEASURES.index(spec.derivative)]
-    return propose([float(value) for value in middle], kept, spec.budget, spec.rule)
+    middle = by_layer[:, SECTIONS.index("middle"), MEASURES.index(proposing.derivative)]
+    return propose([float(value) for value in middle], kept, proposing.budget, proposing.rule)
 
 
 def _figures(means: Tensor) -> dict[str, Any]:

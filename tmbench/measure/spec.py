@@ -21,6 +21,7 @@ from tmbench.models.loading import LoadedModel, Weights
 from tmbench.results import environment
 from tmbench.results.environment import Environment
 from tmbench.results.failures import attempt
+from tmbench.results.shards import Shard
 
 if TYPE_CHECKING:
     from tmbench.measure.executor import Worker
@@ -178,10 +179,16 @@ class RowSpec(Spec[R]):
     seed: int = 42
     prefill: Kind = PLAIN
     """How the model reads prompts; ``tmbench.engine.prefill_kind`` says what it can do."""
+    shard: Shard | None = None
+    """Which part of the samples is measured; None for all."""
 
     def prepare(self) -> None:
         """Keep the environment beside the rows that will name it; raises UserError for a folder that does not take it."""
-        environment.write_record(self.root, self.environment)
+        environment.write_record(self.root / self.shard.folder if self.shard else self.root, self.environment)
+
+    def places(self, count: int, turn: int) -> list[int]:
+        """Which of the first ``count`` samples of a task are to be measured, by the task's turn in the run, from 0."""
+        return [place for place in range(count) if self.shard is None or self.shard.takes(place, turn)]
 
     def common(self, loaded: LoadedModel) -> dict[str, Any]:
         """The columns that all rows of the run have in common."""

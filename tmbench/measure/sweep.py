@@ -115,9 +115,9 @@ class SweepSpec(RowSpec[Row]):
             replace(half, lengths=tuple(self.plans)).check(loaded)
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[Any]]:
-        """The two halves of each length, times first."""
+        """The two halves of each length, times first; of a shard only the answers, as times are taken in turns."""
         for length in self.plans:
-            for times in self.timing(length).parts(loaded):
+            for times in self.timing(length).parts(loaded) if self.shard is None else ():
                 yield replace(times, title=f"times at {length}", finished=f"timed at {length}")
             for answers in self.asking(length).parts(loaded):
                 yield replace(answers, title=f"{answers.title} at {length}", finished=f"asked at {length}")

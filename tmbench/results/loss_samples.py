@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmbench.results.rows import OK, LossRow
-from tmbench.results.sample_files import read_samples_of
+from tmbench.results.sample_files import Kept, read_samples_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class LossSample:
         """Whether both are of one prompt and one answer, as far as is known."""
         pairs = ((self.prompt_hash, other.prompt_hash), (self.answer_hash, other.answer_hash))
         return all(own == told or "" in (own, told) for own, told in pairs)
+
+
+def kept_losses(root: Path, row: LossRow) -> Kept[LossSample]:
+    """The file of the losses of a row's samples."""
+    return Kept(root, row, row.task, LossSample)
 
 
 def losses_of(root: Path, row: LossRow) -> Mapping[int, LossSample]:

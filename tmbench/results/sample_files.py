@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from tmbench.results.files import append_line, read_lines, writable
 from tmbench.results.rows import Row
@@ -69,14 +70,29 @@ class Kept(Generic[S]):
     """
 
     def __init__(self, root: Path, row: Row, task: str, kind: type[S], folder: str = "samples") -> None:
+        self._root = root
         self._folder = csv_path(root, type(row), row.device, row.method).parent
-        self._kind = kind
+        self.kind = kind
         self.path = self._folder / folder / row.method / f"{task}-{row.length}-{row.digest}.jsonl"
 
     @property
     def name(self) -> str:
         """The path as a row beside it gives it."""
         return str(self.path.relative_to(self._folder))
+
+    @classmethod
+    def at(cls, root: Path, row: Row, name: str, kind: type[S]) -> Self:
+        """The file that a row of this results folder gives this name."""
+        made = cls(root, row, "", kind)
+        made.path = made._folder / name
+        return made
+
+    def within(self, root: Path) -> Self:
+        """The file of the same samples in another results folder."""
+        other = copy(self)
+        other._root = root
+        other._folder, other.path = (root / path.relative_to(self._root) for path in (self._folder, self.path))
+        return other
 
     def clear(self) -> None:
         """Take the file away; raises UserError where the folder does not let it go."""
@@ -85,7 +101,12 @@ class Kept(Generic[S]):
 
     def read(self) -> dict[int, S]:
         """The samples by their number; raises UserError for a file that tmbench did not write."""
-        return read_samples_of(self.path, self._kind)
+        return read_samples_of(self.path, self.kind)
+
+    def join(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines of other files of such samples, all or none; raises UserError where the folder does not take them."""
+        if lines := [json.dumps(entry, ensure_ascii=False) for entry in entries]:
+            append_line(self.path, "\n".join(lines))
 
     def add(self, sample: Any, **more: Any) -> None:
         """Append a sample, with whatever else its line is to say, whole or not at all."""
@@ -100,6 +121,14 @@ def read_samples_of(path: Path, kind: type[S]) -> dict[int, S]:
     what = getattr(kind, "what", "a sample")
     remedy = getattr(kind, "remedy", "move the file away, or use --overwrite")
     return {sample.index: sample for sample in read_lines(path, _parser(kind), what, remedy)}
+
+
+def read_entries_of(path: Path, kind: type[S]) -> dict[int, tuple[S, dict[str, Any]]]:
+    """As ``read_samples_of``, each sample with all that its line says, of which the sample is a part."""
+    parse = _parser(kind)
+    remedy = getattr(kind, "remedy", "move the file away")
+    lines = read_lines(path, lambda entry: (parse(entry), entry), getattr(kind, "what", "a sample"), remedy)
+    return {sample.index: (sample, entry) for sample, entry in lines}
 
 
 def _parser(kind: type[S]) -> Callable[[Any], S]:

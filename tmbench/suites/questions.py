@@ -8,7 +8,7 @@ there. Tokens of white space before the answer, which some tokenizers split off,
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,25 +70,25 @@ def wording_hash(task: str) -> str:
     return load_wording().hash if task in TASKS else ""
 
 
-def questions(task: str, length: int, count: int, loaded: LoadedModel, seed: int) -> Iterator[Question]:
-    """The first questions of a task: prompt and answer, or the room that RULER leaves it, take at most ``length`` tokens.
+def questions(task: str, length: int, numbers: Iterable[int], loaded: LoadedModel, seed: int) -> Iterator[Question]:
+    """Questions of a task by number: prompt and answer, or the room that RULER leaves it, take at most ``length`` tokens.
 
     Question 17 is the same whether 20 or 500 are asked for. Raises as ``check_task`` does.
     """
     check_task(task, length, loaded)
     if task == "random":
         vocabulary = loaded.model.config.get_text_config().vocab_size
-        for index in range(count):
+        for index in numbers:
             ids = random.Random(f"{seed}/{index}").choices(range(vocabulary), k=length)
             yield Question(task, index, tuple(ids[:-1]), (ids[-1],), "random")
         return
     tokenizer = loaded.need_tokenizer(f"--task {task}")
     if task == "kv":
-        for index in range(count):
+        for index in numbers:
             prompt, answer = _key_value_ids(length, tokenizer, f"{seed}/{index}")
             yield Question(task, index, prompt, answer, "uuids")
         return
-    for example in examples(task, length, range(count), tokenizer=tokenizer, seed=seed, sources=offline_sources()):
+    for example in examples(task, length, numbers, tokenizer=tokenizer, seed=seed, sources=offline_sources()):
         wanted = example.outputs if TASKS[task].metric == "all" else example.outputs[:1]
         prompt, answer = split(example.prompt, " " + " ".join(wanted), tokenizer)
         yield Question(task, example.index, prompt, answer, example.source)

@@ -127,13 +127,18 @@ class Ruler(Suite):
         except DatasetError as error:
             raise UserError(f"--data: {error}") from error
 
+    def available(self, task: str, length: int, count: int) -> int:
+        """Of prepared samples there may be fewer; raises UserError for those that cannot be used."""
+        return count if self.data is None else len(self._prepared(task, length, count))
+
     def examples(
-        self, task: str, length: int, count: int, seed: int, tokenizer: PreTrainedTokenizerBase
+        self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> Iterable[Example]:
         """The samples of a task as ``ruler_tasks`` has them; raises UserError for prepared ones that cannot be used."""
         if self.data is not None:
-            return self._prepared(task, length, count)
-        return self._drawn(task, length, range(count), seed, tokenizer, self.chat(tokenizer).frame)
+            prepared = self._prepared(task, length, max(places, default=-1) + 1)
+            return [prepared[place] for place in places]
+        return self._drawn(task, length, places, seed, tokenizer, self.chat(tokenizer).frame)
 
     def _drawn(
         self,
@@ -147,8 +152,10 @@ class Ruler(Suite):
         making: dict[str, Any] = {"wording": self.texts, "sources": self.sources, "samples_as": self.samples_as}
         return ruler_tasks.examples(task, length, indices, tokenizer=tokenizer, seed=seed, frame=frame, **making)
 
-    def samples(self, task: str, length: int, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
-        """The first samples, each with the ids that the model reads."""
+    def samples(
+        self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Sample]:
+        """The samples at these places, each with the ids that the model reads."""
         special = self.chat(tokenizer).frame.add_special_tokens
         return [
             Sample(
@@ -160,7 +167,7 @@ class Ruler(Suite):
                 example.source,
                 dict(example.parameters),
             )
-            for example in self.examples(task, length, count, seed, tokenizer)
+            for example in self.examples(task, length, places, seed, tokenizer)
         ]
 
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:

@@ -58,9 +58,15 @@ class Suite(ABC):
     ) -> None:
         """Raise UserError where a task has no samples, so many of them, of one of the lengths."""
 
+    def available(self, task: str, length: int, count: int) -> int:
+        """How many of a task's first ``count`` samples there are; all, where they are drawn."""
+        return count
+
     @abstractmethod
-    def samples(self, task: str, length: int, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
-        """The first samples of a task, the same for every method; fewer than ``count`` where there are no more.
+    def samples(
+        self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Sample]:
+        """The samples of a task at these places, counted from 0 and ascending, the same for every method.
 
         ``length`` is the budget of prompt and answer together, in tokens. Raises UserError as ``check`` does.
         """
