@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, info, patterns, probe, report, ruler, sweep, ttft
+from tmbench.cli import agree, info, merge, patterns, probe, report, ruler, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 
@@ -44,6 +44,7 @@ app.command("agree")(agree.agree)
 app.command("sweep")(sweep.sweep)
 app.add_typer(patterns.app, name="patterns")
 app.command("probe")(probe.probe)
+app.command("merge")(merge.merge)
 app.command("report")(report.report)
 app.command("list")(info.list_)
 app.command("env")(info.env)

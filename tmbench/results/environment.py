@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmbench import __version__
-from tmbench.results.files import replace_file, writable
+from tmbench.results.files import read_file, readable, replace_file, writable
 
 PACKAGES = (
     "torch",
@@ -102,12 +102,28 @@ def current(device: torch.device) -> Environment:
 
 def write_record(root: Path, environment: Environment) -> Path:
     """Keep the whole environment beside the CSVs whose rows name it."""
-    path = root / environment.device / "environments" / f"{environment.name}.json"
+    path = _record_path(root, environment.device, environment.name)
+    _write_once(path, json.dumps(asdict(environment), indent=2) + "\n")
+    return path
+
+
+def copy_record(source: Path, root: Path, device: str, name: str) -> None:
+    """Keep an environment of another results folder beside the rows that name it; raises UserError where it cannot be."""
+    path = _record_path(source, device, name)
+    with readable(path):
+        content = read_file(path)
+    _write_once(_record_path(root, device, name), content)
+
+
+def _record_path(root: Path, device: str, name: str) -> Path:
+    return root / device / "environments" / f"{name}.json"
+
+
+def _write_once(path: Path, content: str | bytes) -> None:
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            replace_file(path, json.dumps(asdict(environment), indent=2) + "\n")
-    return path
+            replace_file(path, content)
 
 
 def _device(device: torch.device) -> tuple[str, str, int]:
