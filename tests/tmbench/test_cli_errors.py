@@ -102,6 +102,7 @@ def patterns_of_another_model(tmp_path_factory):
         (("patterns", "show", "none.json", "--plot", "a.xyz"), "--plot a.xyz must be the name of a PNG file"),
         (("probe", "--dtype", "float16", "--device", "cpu"), "--dtype float16 cannot hold gradients as small as these"),
         (("probe", "--model", "llama-3.1-8b"), "is a preset, a config without weights: add --weights random"),
+        (("ruler", "--plan", "--json"), "--plan or --dry-run prints a table of what would be measured, and --json rows"),
         (("ruler", "--shard", "3"), "--shard 3 is no part of a run: give for instance 3/16, from 1/16 to 16/16"),
         (("agree", "--shard", "17/16"), "--shard 17/16 is no part of a run: give for instance 3/16"),
         (("probe", "--shard", "0/4"), "--shard 0/4 is no part of a run"),

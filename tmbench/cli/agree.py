@@ -9,6 +9,7 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
+from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
@@ -44,11 +45,13 @@ def agree(
     overwrite: o.OverwriteOption = False,
     shard: o.ShardOption = None,
     as_json: o.JsonOption = False,
+    plan: o.PlanOption = False,
 ) -> None:
     """How long greedy decoding stays with dense's, and how often the next token is dense's along a long answer.
 
     A length is the prompt's; the answer comes on top. Dense is always measured: it writes the answers.
     """
+    check_plan(plan, as_json)
     methods = list(method or DEFAULT_METHODS)
     if "dense" not in methods:
         methods.insert(0, "dense")
@@ -62,7 +65,7 @@ def agree(
     from tmbench.suites.prompts import check_kind
 
     check_kind(prompt)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     plans = plans_for(chosen, attention, where, loaded, lengths, output_dir)
     spec = AgreeSpec(
@@ -79,6 +82,9 @@ def agree(
         overwrite=overwrite,
         shard=part,
     )
+    if plan:
+        show_plan(spec, loaded, workers)
+        return
     print_measured(spec, measure(spec, where), _show, as_json=as_json)
 
 

@@ -139,9 +139,13 @@ AddressOption = Annotated[
         show_default="RAY_ADDRESS, else this machine alone",
     ),
 ]  # fmt: skip
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would be measured, and stop.", rich_help_panel=OUTPUT)
-]
+PlanOption = Annotated[
+    bool,
+    typer.Option(
+        "--plan", "--dry-run", rich_help_panel=OUTPUT,
+        help="Print what would be measured, what is there and how long the rest will take, and stop.",
+    ),
+]  # fmt: skip
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
+from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods.table import DEFAULT_METHODS
@@ -105,6 +106,7 @@ def probe(
     overwrite: o.OverwriteOption = False,
     shard: o.ShardOption = None,
     as_json: o.JsonOption = False,
+    plan: o.PlanOption = False,
 ) -> None:
     """Which layers need the middle of the attention matrix: gradients by section, and a proposal for --layers.
 
@@ -119,6 +121,7 @@ def probe(
         other |= {attention.choice.removeprefix("--"): attention.choice or None}
         o.refuse({"method": method, **other}, "needs --loss, as a probe is of dense attention")
     o.check_plot(plot)
+    check_plan(plan, as_json)
     part = o.shard_of(shard, overwrite)
     if part is not None:
         o.refuse({"plot": plot}, "needs the samples of all shards, and this is one of them")
@@ -136,7 +139,7 @@ def probe(
     for name in tasks:
         check_kind(name, "--task")
 
-    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     common: dict[str, Any] = {
         **where.ask(place),
@@ -151,10 +154,16 @@ def probe(
     if loss:
         common |= {"prefill": where.ask(prefill_kind)}
         losses = LossSpec(**common, plans=plans_for(chosen, attention, where, loaded, lengths, output_dir))
+        if plan:
+            show_plan(losses, loaded, workers)
+            return
         print_measured(losses, measure(losses, where), _show_losses, as_json=as_json)
         return
     choice: dict[str, Any] = {"derivative": derivative or "logits", "rule": rule or "rank"}
     spec = ProbeSpec(**common, budget=budget, window=Triangle(**chosen[0].values), **choice)
+    if plan:
+        show_plan(spec, loaded, workers)
+        return
     rows = measure(spec, where)
     if plot is not None:
         _draw(spec, plot, rows)

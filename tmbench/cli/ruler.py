@@ -11,6 +11,7 @@ from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
+from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, progress_bar, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
@@ -108,11 +109,13 @@ def ruler(
         bool, typer.Option("--save-samples", help="Keep each prompt with its prediction.", rich_help_panel=o.OUTPUT)
     ] = False,
     as_json: o.JsonOption = False,
+    plan: o.PlanOption = False,
 ) -> None:
     """Accuracy on the 13 RULER tasks. All methods answer the same samples, and every prediction is kept.
 
     A length is the whole budget: prompt, special tokens and answer.
     """
+    check_plan(plan, as_json)
     methods = list(method or DEFAULT_METHODS)
     chosen = attention.once().specs(methods)
     tasks = tasks_for(task)
@@ -129,12 +132,16 @@ def ruler(
     from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.models import loading
 
-    loading.check_has_tokenizer(model, "RULER")
+    if not plan:
+        loading.check_has_tokenizer(model, "RULER")
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
-    say_notes(suite, loaded.need_tokenizer("RULER"))
+    if plan and loaded.tokenizer is None:
+        say(f"{loaded.name} has no tokenizer, so prompts are taken to fill their length, and it cannot be run")
+    else:
+        say_notes(suite, loaded.need_tokenizer("RULER"))
     spec = AccuracySpec(
         **where.ask(place),
         root=output_dir,
@@ -150,6 +157,9 @@ def ruler(
         save_samples=save_samples,
         shard=part,
     )
+    if plan:
+        show_plan(spec, loaded, workers)
+        return
     print_measured(spec, measure(spec, where), _show, as_json=as_json)
 
 

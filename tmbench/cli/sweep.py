@@ -12,10 +12,10 @@ from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
+from tmbench.cli.planning import show_plan
 from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods.plan import HALF, DeepLayers
-from tmbench.results.words import counted
 
 if TYPE_CHECKING:
     from tmbench.measure.sweep import SweepSpec
@@ -61,7 +61,7 @@ def sweep(
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     shard: o.ShardOption = None,
-    dry_run: o.DryRunOption = False,
+    plan: o.PlanOption = False,
 ) -> None:
     """Ablations: every combination of the given values of a method's triangle, timed and asked, with dense beside them.
 
@@ -82,7 +82,7 @@ def sweep(
     chat = r.chat_text(chat_template_kwargs, apply_chat_template)
     suite = r.suite_for(tasks, wording, data_dir, offline, samples_as, chat)
     source = ModelSource(model, weights, device, dtype)
-    where, loaded = opened(source, executor, workers, address, plan_only=dry_run)
+    where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     r.say_notes(suite, loaded.need_tokenizer("RULER"))
     common: dict[str, Any] = {
@@ -106,8 +106,8 @@ def sweep(
         raise UserError("a sweep needs at least two variants: give --layers, --n-init, --n-local or --last-n several times")
     if spec.plans[lengths[0]][1].layers_source == HALF:
         say(f"no starting layer is published for {loaded.name}, so triangle attention starts at half its depth")
-    if dry_run:
-        _show_plan(spec, loaded)
+    if plan:
+        show_plan(spec, loaded, workers)
         return
     rows = measure(spec, where, _nothing)
     if part is not None:
@@ -123,20 +123,6 @@ def sweep(
 
 def _nothing(rows: int) -> None:
     say_nothing_measured(rows, "tmbench ttft and tmbench ruler measure again with --overwrite")
-
-
-def _show_plan(spec: SweepSpec, loaded: LoadedModel) -> None:
-    for length, plans in spec.plans.items():
-        pending = spec.timing(length).pending(loaded).get(length, [])
-        flop = [spec.ttft.expected_flop(loaded, plan, length) for plan in plans]
-        shown = table(f"A sweep at {length} tokens", "method", "parameters", "operations", "time", right=("operations",))
-        for plan, own in zip(plans, flop, strict=True):
-            parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
-            state = "to measure" if plan in pending else "measured before"
-            shown.add_row(plan.method, parameters, f"{own / flop[0]:.1%}", state)
-        console().print(shown)
-        asked = f"{counted(len(spec.accuracy.tasks), 'task')} of {counted(spec.accuracy.samples, 'sample')} each"
-        console().print(f"and {asked}; samples that were answered before are not asked again", highlight=False)
 
 
 def _show(spec: SweepSpec, loaded: LoadedModel) -> None:

@@ -10,6 +10,7 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
+from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
@@ -18,8 +19,6 @@ from tmbench.results.words import counted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tmbench.measure.ttft import TtftSpec
-    from tmbench.models.loading import LoadedModel
     from tmbench.results.rows import TtftRow
 
 TINY_LENGTHS = (2048, 4096, 8192, 16384)
@@ -53,14 +52,13 @@ def ttft(
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
     as_json: o.JsonOption = False,
-    dry_run: o.DryRunOption = False,
+    plan: o.PlanOption = False,
 ) -> None:
     """Time from token ids on the device to the first new token on the host, with the cache filled for decoding.
 
     Each length is warmed up, then all methods are interleaved. Rows that are there already are not measured again.
     """
-    if dry_run and as_json:
-        raise UserError("--dry-run prints a table of what would be measured, and --json rows: leave one of them out")
+    check_plan(plan, as_json)
     if executor is not None:
         raise UserError(
             "--executor does not go with ttft, whose methods are timed in turns on one device with nothing beside them: "
@@ -75,7 +73,7 @@ def ttft(
 
     if prompt is not None:
         check_kind(prompt)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), plan_only=dry_run)
+    where, loaded = opened(ModelSource(model, weights, device, dtype), plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     spec = TtftSpec(
         **where.ask(place),
@@ -89,24 +87,12 @@ def ttft(
         overwrite=overwrite,
         prefill=where.ask(partial(prefill_kind, compiled=compiled)),
     )
-    if dry_run:
-        spec.check(loaded)
-        _show_plan(spec, loaded)
+    if plan:
+        show_plan(spec, loaded)
         return
-    order = [plan.method for plan in spec.plans]
+    order = [one.method for one in spec.plans]
     rows = sorted(measure(spec, where), key=lambda row: (row.length, order.index(row.method)))
     print_measured(spec, rows, _show, as_json=as_json)
-
-
-def _show_plan(spec: TtftSpec, loaded: LoadedModel) -> None:
-    pending = spec.pending(loaded)
-    shown = table(f"{loaded.name} on {spec.environment.device}", "tokens", "method", "parameters", "state")
-    for length in spec.lengths:
-        for plan in spec.plans:
-            parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
-            state = "to measure" if plan in pending.get(length, []) else "measured before"
-            shown.add_row(str(length), plan.method, parameters, state)
-    console().print(shown)
 
 
 def _show(rows: Sequence[TtftRow]) -> None:

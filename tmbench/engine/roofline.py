@@ -85,3 +85,25 @@ def _seconds(a: Tensor, b: Tensor, out: Tensor, products: int) -> float:
         torch.mm(a, b, out=out)
     synchronize(a.device)
     return time.perf_counter() - start
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """The bytes of the weights that a decoding step reads: all but the table of embeddings, of which it reads one row."""
+    table = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is table
+    own = {parameter for parameter in model.parameters() if tied or parameter is not table}
+    return sum(parameter.numel() * parameter.element_size() for parameter in own)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that this device reads and writes now, in copies too large for its caches."""
+    count = 2**28 if device.type == "cuda" else 2**25
+    source = torch.zeros(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(4):
+        target.copy_(source)
+    synchronize(device)
+    return 4 * 2 * 4 * count / (time.perf_counter() - start)

@@ -173,7 +173,7 @@ class RowTarget(Target[AnyRow, S]):
         """
         super().__init__(title, items, files, **more)
         self._root = root
-        self._rows = rows
+        self.rows = rows
         self._make = make
         self._stands = stands
         self._latest = latest
@@ -181,7 +181,7 @@ class RowTarget(Target[AnyRow, S]):
 
     def look(self) -> None:
         """What takes long to measure and is kept in rows alone is refused now by a file that will not take it."""
-        for row in self._rows:
+        for row in self.rows:
             if self.files:
                 self._before |= newest(self._root, type(row), row.device, row.method)
             else:
@@ -191,7 +191,7 @@ class RowTarget(Target[AnyRow, S]):
         """The row, where it was made of these samples or of more, or where memory did not suffice for them."""
         if self._stands is None:
             return ()
-        (row,) = self._rows
+        (row,) = self.rows
         have: Any = self._before.get(row.key)
         if have is None or have.status == FAILED or have.samples < len(self.items):
             return ()
@@ -203,7 +203,7 @@ class RowTarget(Target[AnyRow, S]):
         """Append the rows, unless the same are there."""
         samples = self.in_order()
         ran = [*self.backends, *chain.from_iterable(getattr(one, "backends", "").split("+") for one in samples)]
-        rows: Sequence[AnyRow] = [replace(row, time=now(), backends=backends_name(ran)) for row in self._rows]
+        rows: Sequence[AnyRow] = [replace(row, time=now(), backends=backends_name(ran)) for row in self.rows]
         if self.failure is not None:
             rows = [replace(row, status=self.failure.status, error=self.failure.error) for row in rows]
         else:

@@ -79,7 +79,7 @@ class ShardTarget(RowTarget[AnyRow, S]):
         """As ``Target``; what is to be measured makes a record that is there out of date."""
         there = super().open(overwrite)
         if self.waiting:
-            forget(self._root, self._shard, self._rows[0])
+            forget(self._root, self._shard, self.rows[0])
         return there
 
     def there(self, kept: Sequence[Any]) -> Sequence[AnyRow]:
@@ -89,7 +89,7 @@ class ShardTarget(RowTarget[AnyRow, S]):
     def finish(self) -> Sequence[AnyRow]:
         """Write the record; the row itself only where it says that the shard failed, and that is not kept."""
         self.in_order()
-        (row,) = self._rows
+        (row,) = self.rows
         places = [place for item in self.items for place in item.places if place in self.samples]
         own = {name: {n: self.samples[file, n].prompt_hash for file, n in places if file == name} for name in self.files}  # type: ignore[attr-defined]
         status, error = (self.failure.status, self.failure.error) if self.failure else (OK, "")

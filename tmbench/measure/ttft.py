@@ -136,7 +136,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         todo = {length: self._todo(own) for length, own in rows.items()}
         passes = self.warmup + self.repeats
         work = [
-            passes * self.expected_flop(loaded, self.plans[number], length)
+            passes * expected_flop(loaded, self.plans[number], length)
             for length, (missing, _) in todo.items()
             for number in missing
         ]
@@ -157,21 +157,12 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         known = [replace(row, interleaved=methods) for row in rows]
         return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
 
-    def expected_flop(self, loaded: LoadedModel, plan: Plan, length: int) -> float:
-        """Operations of one prefill, before it is known what a dynamic pattern keeps."""
-        heads = loaded.geometry.heads
-        shape = torch.empty(1, heads, length, 1, device="meta")
-        pairs = [
-            heads * causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns
-        ]
-        return needed_flop(loaded, pairs, length)
-
     def measure(self, item: TtftItem, worker: Worker) -> None:
         """Warm all methods up, then time them interleaved."""
         loaded = worker.loaded
         ids = prompt_ids(self.prompt, item.length, loaded, self.seed)
         trials = [_Trial(self.plans[number]) for number in item.plans]
-        work = [self.expected_flop(loaded, trial.plan, item.length) for trial in trials]
+        work = [expected_flop(loaded, trial.plan, item.length) for trial in trials]
         throughputs = []
         for number in range(self.warmup + self.repeats):
             phase = "warm-up" if number < self.warmup else f"repeat {number - self.warmup + 1} of {self.repeats}"
@@ -185,6 +176,14 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
         timings = tuple(_timing(loaded, item.length, trial, dense) for trial in trials)
         worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))
+
+
+def expected_flop(loaded: LoadedModel, plan: Plan, length: int) -> float:
+    """Operations of one prefill, before it is known what a dynamic pattern keeps."""
+    heads = loaded.geometry.heads
+    shape = torch.empty(1, heads, length, 1, device="meta")
+    pairs = [heads * causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns]
+    return needed_flop(loaded, pairs, length)
 
 
 def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int) -> float:

@@ -1,0 +1,173 @@
+"""What a spec will measure, what of it is there, and how long the rest will take, before a weight is loaded.
+
+Of each task one sample is made: it says in which file samples are kept. How many lie there is counted; whether each is of
+the very prompt that a run would give is seen by the run alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from ruler_tasks import TASKS
+from tmbench.measure.accuracy import AccuracySpec
+from tmbench.measure.agree import AgreeSpec
+from tmbench.measure.estimate import Asked, Estimator
+from tmbench.measure.keeping import RowTarget
+from tmbench.measure.loss import LossSpec
+from tmbench.measure.probe import ProbeSpec
+from tmbench.measure.spec import RowSpec, Step
+from tmbench.measure.sweep import SweepSpec
+from tmbench.measure.ttft import TtftSpec
+from tmbench.methods.plan import Plan
+from tmbench.methods.table import METHODS
+from tmbench.models.loading import LoadedModel
+from tmbench.results.rows import OUT_OF_MEMORY, TtftRow
+from tmbench.results.sample_files import Kept
+from tmbench.results.tables import newest
+
+PASS, SAMPLE = "pass", "sample"
+SamplesSpec = AccuracySpec | AgreeSpec | LossSpec | ProbeSpec
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one length."""
+
+    unit: str
+    """What is counted: samples of all tasks, or the passes of a time."""
+    length: int
+    plan: Plan
+    wanted: int
+    there: int
+    seconds: float
+    """Of all that is not there."""
+    bases: tuple[str, ...]
+    """Where that is from."""
+
+    @property
+    def left(self) -> int:
+        return self.wanted - self.there
+
+    def plus(self, other: Line) -> Line:
+        """Both together: two tasks of one method and length."""
+        bases = tuple(dict.fromkeys([*self.bases, *other.bases]))
+        wanted, there = self.wanted + other.wanted, self.there + other.there
+        return replace(self, wanted=wanted, there=there, seconds=self.seconds + other.seconds, bases=bases)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All lines, by length in the spec's order and then by method."""
+
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+    """What must be said of them, a sentence each."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(line.seconds for line in self.lines)
+
+
+def outlook(spec: RowSpec[Any], loaded: LoadedModel) -> Outlook:
+    """What there is to do. ``loaded`` needs no weights; raises UserError for what a run would refuse before it begins."""
+    if loaded.tokenizer is not None or not isinstance(spec, AccuracySpec):
+        spec.check(loaded)
+    asking = spec.accuracy if isinstance(spec, SweepSpec) else spec
+    batch_size = asking.batch_size if isinstance(asking, AccuracySpec) else None
+    estimator = Estimator(loaded, spec.environment, spec.root, spec.prefill, batch_size)
+    found: dict[tuple[Any, ...], Line] = {}
+    for line in _lines(spec, loaded, estimator):
+        about = line.unit, line.length, *line.plan.row_fields().values()
+        found[about] = found[about].plus(line) if about in found else line
+    return Outlook(tuple(found.values()), (estimator.words(),) if estimator.rated else ())
+
+
+def _lines(spec: RowSpec[Any], loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
+    if isinstance(spec, SweepSpec):
+        for length in spec.plans:
+            if spec.shard is None:
+                yield from _timed(spec.timing(length), loaded, estimator)
+            yield from _lines(spec.asking(length), loaded, estimator)
+    elif isinstance(spec, TtftSpec):
+        yield from _timed(spec, loaded, estimator)
+    elif isinstance(spec, AccuracySpec) and loaded.tokenizer is None:
+        yield from _unseen(spec, estimator)
+    elif isinstance(spec, SamplesSpec):
+        yield from _kept(spec, loaded, estimator)
+    else:
+        raise TypeError(f"{type(spec).__name__} has no outlook")
+
+
+def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
+    pending, passes = spec.pending(loaded), spec.warmup + spec.repeats
+    for length, plan in product(sorted(spec.lengths), spec.plans):
+        left = plan in pending.get(length, [])
+        estimate = estimator.sample(Asked(TtftRow, plan, length, spec.prompt)) if left else None
+        seconds, bases = (passes * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
+        yield Line(PASS, length, plan, passes, 0 if left else passes, seconds, bases)
+
+
+def _unseen(spec: AccuracySpec, estimator: Estimator) -> Iterator[Line]:
+    """Of a model without a tokenizer, which no sample can be made for: all is still to be measured."""
+    for turn, (length, task) in enumerate(product(spec.lengths, spec.tasks)):
+        count = len(spec.places(spec.samples, turn))
+        for plan in spec.plans:
+            estimate = estimator.sample(Asked(spec.suite.row, plan, length, task, TASKS[task].tokens_to_generate))
+            yield Line(SAMPLE, length, plan, count, 0, count * estimate.seconds, (estimate.basis,))
+
+
+def _kept(spec: SamplesSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
+    one = replace(spec, samples=1, shard=None)
+    for part in one.parts(loaded):
+        for targets in part.rounds:
+            for target in () if isinstance(targets, Step) else targets:
+                assert isinstance(target, RowTarget)
+                yield from _of_target(spec, loaded, target, estimator)
+
+
+def _of_target(spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, Any], estimator: Estimator) -> Iterator[Line]:
+    (row,) = target.rows
+    plan = _plan_of(spec, loaded, row)
+    have: Any = newest(spec.root, type(row), row.device, row.method).get(row.key)
+    for name, file in target.files.items():
+        assert isinstance(file, Kept)
+        task = name or getattr(row, "task", "")
+        count = spec.suite.available(task, row.length, spec.samples) if isinstance(spec, AccuracySpec) else spec.samples
+        places = spec.places(count, _turn(spec, row.length, task))
+        samples = {} if spec.overwrite else file.read()
+        if spec.shard is not None:
+            samples |= file.within(spec.root / spec.shard.folder).read()
+        there = [place for place in places if place in samples]
+        # What did not fit in memory is not tried again.
+        full = have is not None and have.status == OUT_OF_MEMORY and have.samples >= count and not spec.overwrite
+        left = 0 if full else len(places) - len(there)
+        estimate = None
+        if left:
+            (item,) = (item for item in target.items if item.file == name)
+            asked = Asked(type(row), plan, row.length, task or row.prompt, _new_tokens(spec, item))
+            estimate = estimator.sample(asked, [samples[place].seconds for place in there])
+        seconds, bases = (left * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
+        yield Line(SAMPLE, row.length, plan, len(places), len(places) - left, seconds, bases)
+
+
+def _plan_of(spec: SamplesSpec, loaded: LoadedModel, row: Any) -> Plan:
+    if isinstance(spec, ProbeSpec):
+        return METHODS["dense"].plan(loaded.shape)
+    about = row.method, row.parameters
+    return next(plan for plan in spec.plans if (plan.method, plan.row_fields()["parameters"]) == about)
+
+
+def _turn(spec: SamplesSpec, length: int, task: str) -> int:
+    tasks: Sequence[str] = ("",) if isinstance(spec, AgreeSpec) else spec.tasks
+    return list(product(spec.lengths, tasks)).index((length, task))
+
+
+def _new_tokens(spec: SamplesSpec, item: Any) -> int:
+    if isinstance(spec, AccuracySpec):
+        return int(item.sample.max_new_tokens)
+    if isinstance(spec, AgreeSpec):
+        return spec.new_tokens
+    return len(item.question.answer) if isinstance(spec, LossSpec) else 0
