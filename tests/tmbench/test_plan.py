@@ -13,7 +13,7 @@ from plans import plan_of
 from tmbench.cli.planning import duration
 from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
-from tmbench.measure import accuracy
+from tmbench.measure import answering
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
 from tmbench.measure.answering import Answer
@@ -68,11 +68,15 @@ def spec(loaded, tmp_path):
 def answers(monkeypatch):
     """Stands in for decoding: dense takes a second for a sample and one more for each before it, streaming half."""
 
-    def answer(spec, loaded, item, ran):
-        seconds = (1.0 + item.index) / (1 + item.plan)
-        return spec.prediction(loaded, item, Answer([5], seconds, 1.0, "dense:sdpa", None))
+    real = answering.alone
 
-    monkeypatch.setattr(accuracy, "_answer", answer)
+    def answer(spec, loaded, item, ran):
+        if not isinstance(spec, AccuracySpec):
+            return real(spec, loaded, item, ran)
+        seconds = (1.0 + item.index) / (1 + item.plan)
+        return spec.sample(loaded, item, Answer([5], seconds, 1.0, "dense:sdpa", None))
+
+    monkeypatch.setattr(answering, "alone", answer)
 
 
 def lines(work, loaded):
@@ -179,7 +183,7 @@ def test_what_did_not_fit_in_memory_is_not_planned_again(spec, loaded, monkeypat
     def answer(*given):
         raise MemoryError("no more")
 
-    monkeypatch.setattr(accuracy, "_answer", answer)
+    monkeypatch.setattr(answering, "alone", answer)
     work = spec(tasks=("vt",))
     assert {row.status for row in run(work, InProcess(loaded))} == {"out_of_memory"}
     assert [line.left for line in outlook(work, loaded).lines] == [0, 0]

@@ -14,7 +14,7 @@ import torch
 
 from plans import plan_of
 from tmbench.errors import UserError
-from tmbench.measure import accuracy
+from tmbench.measure import answering
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
 from tmbench.measure.answering import Answer
@@ -77,15 +77,19 @@ def answers(monkeypatch):
     """Stands in for decoding: what is answered, and how long it takes, depends on the sample's number and the method."""
     asked = []
 
+    real = answering.alone
+
     def answer(spec, loaded, item, ran):
+        if not isinstance(spec, AccuracySpec):
+            return real(spec, loaded, item, ran)
         asked.append((item.plan, item.task, item.index))
         ran.add(("dense:sdpa", "triangle:torch-banded")[item.plan])
         right = " ".join(item.sample.references) if item.index % (2 + item.plan) else ""
         tokens = loaded.tokenizer(right, add_special_tokens=False)["input_ids"]
         coverage = 0.5 if item.count else None
-        return spec.prediction(loaded, item, Answer(tokens, 1.0 + item.index, coverage, "+".join(ran), None))
+        return spec.sample(loaded, item, Answer(tokens, 1.0 + item.index, coverage, "+".join(ran), None))
 
-    monkeypatch.setattr(accuracy, "_answer", answer)
+    monkeypatch.setattr(answering, "alone", answer)
     return asked
 
 
@@ -136,11 +140,30 @@ def test_a_run_finds_all_that_was_merged(spec, loaded, answers, tmp_path):
 
 
 def test_every_sample_belongs_to_one_shard_and_few_samples_do_not_all_fall_to_the_first():
-    for turn in range(5):
-        taken = [[place for place in range(10) if Shard(number, 4).takes(place, turn)] for number in range(1, 5)]
+    tasks = [f"task {number}" for number in range(20)]
+    for task in tasks:
+        taken = [[place for place in range(10) if Shard(number, 4).takes(place, 600, task)] for number in range(1, 5)]
         assert sorted(chain(*taken)) == list(range(10))
-    first = {Shard(number, 4): number for number in range(1, 5)}
-    assert {next(number for shard, number in first.items() if shard.takes(0, turn)) for turn in range(4)} == {1, 2, 3, 4}
+    first = [number for task in tasks for number in range(1, 5) if Shard(number, 4).takes(0, 600, task)]
+    assert len(first) == len(tasks)
+    assert set(first) == {1, 2, 3, 4}
+
+
+def test_tasks_in_another_order_are_split_alike(spec, loaded, tmp_path):
+    split(spec("accuracy", tmp_path, tasks=("vt", "niah_single_1")), loaded, of=2, numbers=[1])
+    split(spec("accuracy", tmp_path, tasks=("niah_single_1", "vt")), loaded, of=2, numbers=[2])
+    assert [row.samples for row in merge([tmp_path], tmp_path).made] == [4] * 4
+
+
+def test_shards_that_are_split_otherwise_make_no_row(spec, loaded, tmp_path):
+    split(spec("accuracy", tmp_path, tasks=("vt",)), loaded, of=2)
+    path = next(tmp_path.glob("shards/1-of-2/*/ruler/records/dense*.json"))
+    entry = json.loads(path.read_text())
+    entry["own"][""].popitem()
+    path.write_text(json.dumps(entry))
+    with pytest.raises(UserError, match="the shards of dense on vt at 600 have 3 samples of 4, so they were split by other"):
+        merge([tmp_path], tmp_path)
+    assert read_all(tmp_path, RulerRow) == []
 
 
 def test_a_shard_goes_on_where_it_was_and_does_not_ask_what_the_folder_has(spec, loaded, answers, tmp_path):
@@ -180,23 +203,23 @@ def test_samples_that_were_taken_away_make_no_row(spec, loaded, tmp_path):
 
 
 def test_a_shard_that_fails_makes_the_row_of_a_run_that_fails_until_it_does_not(spec, loaded, tmp_path, monkeypatch):
-    work, real = spec("accuracy", tmp_path, tasks=("vt",)), accuracy._answer
+    work, real = spec("accuracy", tmp_path, tasks=("vt",)), answering.alone
 
     def answer(spec, loaded, item, ran):
         if item.plan == 1 and item.index == 1:
             raise MemoryError("no more")
         return real(spec, loaded, item, ran)
 
-    monkeypatch.setattr(accuracy, "_answer", answer)
+    monkeypatch.setattr(answering, "alone", answer)
     told = split(work, loaded)
-    assert [[(row.method, row.status, row.score) for row in rows] for rows in told] == [
-        [], [("streaming", "out_of_memory", None)], []
+    assert [[(row.method, row.status, row.score) for row in rows] for rows in sorted(told, key=len)] == [
+        [], [], [("streaming", "out_of_memory", None)]
     ]  # fmt: skip
     made = {row.method: row for row in merge([tmp_path], tmp_path).made}
     assert (made["dense"].status, made["streaming"].status) == ("ok", "out_of_memory")
     assert (made["streaming"].score, made["streaming"].error) == (None, "MemoryError: no more")
     assert merge([tmp_path], tmp_path).made == []
-    monkeypatch.setattr(accuracy, "_answer", real)
+    monkeypatch.setattr(answering, "alone", real)
     assert split(work, loaded) == [[], [], []]
     assert [(row.method, row.status) for row in merge([tmp_path], tmp_path).made] == [("streaming", "ok")]
     assert {row.status for row in read_all(tmp_path, RulerRow)} == {"ok"}

@@ -60,15 +60,14 @@ class AccuracySpec(AnswerSpec[RulerRow]):
     def parts(self, loaded: LoadedModel) -> Iterator[Part[RulerRow]]:
         """One part, task by task: every method has answered a task before the next one begins."""
         name = self.suite.title
-        turns = range(len(self.lengths) * len(self.tasks))
-        total = len(self.plans) * sum(len(self.places(self.samples, turn)) for turn in turns)
+        total = len(self.plans) * sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
         yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded), independent=True)
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[RowTarget[RulerRow, Prediction]]]:
         tokenizer = loaded.need_tokenizer(self.suite.title)
-        for turn, (length, task) in enumerate(product(self.lengths, self.tasks)):
+        for length, task in product(self.lengths, self.tasks):
             count = self.suite.available(task, length, self.samples)
-            own = self.places(count, turn)
+            own = self.places(count, length, task)
             yield Step(f"{task} at {length}: preparing {counted(len(own), 'sample')}")
             # What the samples are made of is told by the first one.
             places = sorted({0, *own})

@@ -72,12 +72,12 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[AgreeRow]]:
         """One part; at each length dense writes in a first round what the others follow in a second."""
-        total = len(self.plans) * sum(len(self.places(self.samples, turn)) for turn in range(len(self.lengths)))
+        total = len(self.plans) * sum(len(self.places(self.samples, length)) for length in self.lengths)
         yield Part(self, "agreement", "agreement measured", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[AgreeRow] | Sequence[RowTarget[AgreeRow, Choices]]]:
-        for turn, length in enumerate(self.lengths):
-            own = self.places(self.samples, turn)
+        for length in self.lengths:
+            own = self.places(self.samples, length)
             hashes = {n: of_ids(self.ids(loaded, length, n)[0].tolist()) for n in sorted({0, *own})}
             known = {**self.common(loaded), "length": length, "prompt": self.prompt, "prompt_hash": hashes[0]}
             hashes = {number: hashes[number] for number in own}

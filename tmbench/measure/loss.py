@@ -74,15 +74,14 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[LossRow]]:
         """One part, task by task: dense comes in a first round, as the others' rows are held against its samples."""
-        turns = range(len(self.lengths) * len(self.tasks))
-        total = len(self.plans) * sum(len(self.places(self.samples, turn)) for turn in turns)
+        total = len(self.plans) * sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
         yield Part(self, "Loss", "Losses measured", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[LossRow] | Sequence[RowTarget[LossRow, LossSample]]]:
         own = [number for number, plan in enumerate(self.plans) if plan.method == "dense"]
         others = [number for number, plan in enumerate(self.plans) if plan.method != "dense"]
-        for turn, (length, task) in enumerate(product(self.lengths, self.tasks)):
-            places = self.places(self.samples, turn)
+        for length, task in product(self.lengths, self.tasks):
+            places = self.places(self.samples, length, task)
             yield Step(f"{task} at {length}: preparing {counted(len(places), 'prompt')}")
             asked = list(questions(task, length, places, loaded, self.seed))
             known = {**self.common(loaded), "length": length, "task": task, "samples": self.samples}

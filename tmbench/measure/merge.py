@@ -166,6 +166,7 @@ def merge(roots: Sequence[Path], output: Path, show: Callable[[str, int, int], N
         )
     for own in groups.values():
         _check_alike(own)
+        _check_whole(own)
     merged = Merged()
     done, total = 0, sum(map(len, groups.values()))
     for kind, own in groups.items():
@@ -200,6 +201,19 @@ def _check_alike(groups: Iterable[_Group]) -> None:
                 if lacked:
                     theirs = next(part for part in other.parts if part.record.shard == lacked[0])
                     raise UserError(_differ(one.title, one.parts[0], theirs))
+
+
+def _check_whole(groups: Iterable[_Group]) -> None:
+    """Raise UserError where shards that have all finished do not have as many samples as their row."""
+    for group in groups:
+        own = _wanted(group.whole)
+        failed = any(part.record.status != OK for part in group.whole)
+        for numbers in () if failed else own.values():
+            if len(numbers) != (samples := group.parts[0].record.row.samples):
+                raise UserError(
+                    f"the shards of {group.title} have {len(numbers)} samples of {samples}, so they were split by other "
+                    "rules: run all of them again with one version of tmbench"
+                )
 
 
 def _differ(title: str, one: _Part, other: _Part) -> str:

@@ -6,7 +6,7 @@ the very prompt that a run would give is seen by the run alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -112,8 +112,8 @@ def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterato
 
 def _unseen(spec: AccuracySpec, estimator: Estimator) -> Iterator[Line]:
     """Of a model without a tokenizer, which no sample can be made for: all is still to be measured."""
-    for turn, (length, task) in enumerate(product(spec.lengths, spec.tasks)):
-        count = len(spec.places(spec.samples, turn))
+    for length, task in product(spec.lengths, spec.tasks):
+        count = len(spec.places(spec.samples, length, task))
         for plan in spec.plans:
             estimate = estimator.sample(Asked(spec.suite.row, plan, length, task, TASKS[task].tokens_to_generate))
             yield Line(SAMPLE, length, plan, count, 0, count * estimate.seconds, (estimate.basis,))
@@ -136,7 +136,7 @@ def _of_target(spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, An
         assert isinstance(file, Kept)
         task = name or getattr(row, "task", "")
         count = spec.suite.available(task, row.length, spec.samples) if isinstance(spec, AccuracySpec) else spec.samples
-        places = spec.places(count, _turn(spec, row.length, task))
+        places = spec.places(count, row.length, task)
         samples = {} if spec.overwrite else file.read()
         if spec.shard is not None:
             samples |= file.within(spec.root / spec.shard.folder).read()
@@ -158,11 +158,6 @@ def _plan_of(spec: SamplesSpec, loaded: LoadedModel, row: Any) -> Plan:
         return METHODS["dense"].plan(loaded.shape)
     about = row.method, row.parameters
     return next(plan for plan in spec.plans if (plan.method, plan.row_fields()["parameters"]) == about)
-
-
-def _turn(spec: SamplesSpec, length: int, task: str) -> int:
-    tasks: Sequence[str] = ("",) if isinstance(spec, AgreeSpec) else spec.tasks
-    return list(product(spec.lengths, tasks)).index((length, task))
 
 
 def _new_tokens(spec: SamplesSpec, item: Any) -> int:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import count
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -174,17 +174,15 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[ProbeRow]]:
         """One part, length by length; each makes a row for every head and every layer's mean."""
-        turns = range(len(self.lengths) * len(self.tasks))
-        total = sum(len(self.places(self.samples, turn)) for turn in turns)
+        total = sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
         yield Part(self, "Probe", "Probed", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[ProbeRow] | Sequence[RowTarget[ProbeRow, ProbeSample]]]:
-        turns = count()
         for length in self.lengths:
             asked: list[Question] = []
             failure: Failure | None = None
             for task in self.tasks:
-                own = self.places(self.samples, next(turns))
+                own = self.places(self.samples, length, task)
                 yield Step(f"{task} at {length}: preparing {counted(len(own), 'prompt')}")
                 made = attempt(partial(self._asked, loaded, task, length, own))
                 if isinstance(made, Failure):

@@ -186,9 +186,9 @@ class RowSpec(Spec[R]):
         """Keep the environment beside the rows that will name it; raises UserError for a folder that does not take it."""
         environment.write_record(self.root / self.shard.folder if self.shard else self.root, self.environment)
 
-    def places(self, count: int, turn: int) -> list[int]:
-        """Which of the first ``count`` samples of a task are to be measured, by the task's turn in the run, from 0."""
-        return [place for place in range(count) if self.shard is None or self.shard.takes(place, turn)]
+    def places(self, count: int, length: int, task: str = "") -> list[int]:
+        """Which of the first ``count`` samples of a task are to be measured."""
+        return [place for place in range(count) if self.shard is None or self.shard.takes(place, length, task)]
 
     def common(self, loaded: LoadedModel) -> dict[str, Any]:
         """The columns that all rows of the run have in common."""

@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from tmbench.errors import UserError, shortened
 from tmbench.results.files import read_file, readable, replace_file, writable
-from tmbench.results.rows import OK, SCHEMA_VERSION, Row
+from tmbench.results.rows import OK, SCHEMA_VERSION, Row, short_hash
 from tmbench.results.tables import csv_path
 from tmbench.results.values import field_text
 
@@ -50,12 +50,13 @@ class Shard:
         """Where it writes, in the results folder."""
         return Path(FOLDER) / f"{self.number}-of-{self.of}"
 
-    def takes(self, place: int, turn: int) -> bool:
-        """Whether a sample is its own, by the sample's place among its task's and the task's turn in the run.
+    def takes(self, place: int, length: int, task: str) -> bool:
+        """Whether the sample at this place among those of a task is its own, whatever else the run measures.
 
-        A turn begins with another shard, so that tasks of few samples do not all fall to the first ones.
+        Each task begins with a shard of its own, so that tasks of few samples do not all fall to the first ones.
         """
-        return (place + turn) % self.of == self.number - 1
+        first = int(short_hash(str(length), task), 16)
+        return (place + first) % self.of == self.number - 1
 
 
 @dataclass(frozen=True)
