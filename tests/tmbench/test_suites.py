@@ -14,7 +14,7 @@ from bound_specs import Bound
 from plans import plan_of
 from tmbench.engine.session import Session
 from tmbench.errors import UserError
-from tmbench.measure import accuracy
+from tmbench.measure import answering
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
@@ -101,7 +101,7 @@ def test_another_suite_is_measured_kept_and_gone_on_with(job, tmp_path, monkeypa
     for row in rows:
         lines = (tmp_path / row.device / "count" / row.predictions).read_text().splitlines()
         assert [json.loads(line)["outputs"] for line in lines] == [["44"], ["45"]] if row.task == "up" else [["40"], ["41"]]
-    monkeypatch.setattr(accuracy, "_answer", None)
+    monkeypatch.setattr(answering, "alone", None)
     assert job().run() == rows
     assert job(samples=1).run() == rows, "fewer samples than there are need nothing new"
 
