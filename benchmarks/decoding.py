@@ -15,6 +15,7 @@ import argparse
 import csv
 import statistics
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One length: first one by one, then together, at each size that was asked for."""
     model, new = loaded.model, options.new_tokens
     kind = kind_wanted(model, loaded.device, None)
@@ -82,14 +83,13 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> li
         "new_tokens": new,
         "weights_ms": round(1e3 * _weights_read(loaded), 3),
     }
-    found = []
     torch.cuda.reset_peak_memory_stats()
     plain = [_plain(loaded, plan, kind, ids, new) for ids in prompts[: options.plain]]
     if plain:
         read, whole = statistics.mean(one[0] for one in plain), statistics.mean(one[1] for one in plain)
         about = {"way": "plain", "batch_size": 1, "samples": len(plain), "seconds_per_sample": round(whole, 4)}
         about |= {"prefill_s": round(read, 4), "step_ms": round(1e3 * (whole - read) / (new - 1), 3), "peak_gib": _peak()}
-        found.append(known | about)
+        yield known | about
     for size in options.sizes:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -105,9 +105,8 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> li
         about |= {"step_ms": round(1e3 * _step(batch), 3), "peak_gib": _peak()}
         if plain:
             about |= _compare(batch, plan, kind, prompts[0], plain[0][2])
-        found.append(known | about)
+        yield known | about
         del batch
-    return found
 
 
 def _plain(loaded: LoadedModel, plan: Plan, kind: Kind, ids: Tensor, new: int) -> tuple[float, float, list[Tensor]]:
