@@ -137,7 +137,7 @@ class Estimator:
             return Work(PROBE * flop)
         if asked.kind is LossRow:
             flop += 2.0 * prompt * self.loaded.model.config.get_text_config().hidden_size * geometry.vocabulary
-        together = self.texts(asked.length) if asked.kind not in (AgreeRow, LossRow) else 1
+        together = 1 if asked.kind is LossRow else self.texts(asked.length)
         step = roofline.weight_bytes(self.loaded.model) / together + self._cache_bytes(asked.length)
         return Work(flop, max(asked.new - 1, 0) * step)
 

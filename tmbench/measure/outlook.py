@@ -14,6 +14,7 @@ from typing import Any
 from ruler_tasks import TASKS
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
+from tmbench.measure.answering import AnswerSpec
 from tmbench.measure.estimate import Asked, Estimator
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.loss import LossSpec
@@ -76,7 +77,7 @@ def outlook(spec: RowSpec[Any], loaded: LoadedModel) -> Outlook:
     if loaded.tokenizer is not None or not isinstance(spec, AccuracySpec):
         spec.check(loaded)
     asking = spec.accuracy if isinstance(spec, SweepSpec) else spec
-    batch_size = asking.batch_size if isinstance(asking, AccuracySpec) else None
+    batch_size = asking.batch_size if isinstance(asking, AnswerSpec) else None
     estimator = Estimator(loaded, spec.environment, spec.root, spec.prefill, batch_size)
     found: dict[tuple[Any, ...], Line] = {}
     for line in _lines(spec, loaded, estimator):
