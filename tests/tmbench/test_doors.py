@@ -21,9 +21,13 @@ DOORS = {
     "engine": {"models", "methods", "results", "tmbench_kernels"},
     "suites": {"models", "methods", "results", "ruler_tasks"},
     "measure": {"engine", "suites", "models", "methods", "results", "tmbench_kernels", "ruler_tasks"},
+    "executors": {"measure", "models", "results"},
     "report": {"methods", "results", "ruler_tasks", "tmbench_kernels"},
-    "cli": {"measure", "report", "engine", "suites", "models", "methods", "results", "ruler_tasks", "tmbench_kernels"},
-}
+    "cli": {
+        "executors", "measure", "report", "engine", "suites", "models", "methods", "results", "ruler_tasks",
+        "tmbench_kernels",
+    },
+}  # fmt: skip
 """What each package of tmbench may import beside itself, ``tmbench.errors`` and the version."""
 
 FOREIGN = {"torch": {"ruler_tasks"}, "transformers": {"ruler_tasks", "tmbench_kernels"}, "typer": set(DOORS) - {"cli"}}

@@ -19,17 +19,17 @@ import torch
 
 from command_lines import PROGRAM
 from plans import plan_of
+from tmbench.executors.processes import Processes
+from tmbench.executors.workers import Workers
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
 from tmbench.measure.executor import InProcess
 from tmbench.measure.loop import run
 from tmbench.measure.loss import LossSpec
 from tmbench.measure.probe import ProbeSpec
-from tmbench.measure.processes import Processes
 from tmbench.measure.spec import ModelSource, place
 from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.measure.ttft import TtftSpec
-from tmbench.measure.workers import Workers
 from tmbench.methods.layers import Budget
 from tmbench.methods.spec import MethodSpec
 from tmbench.results.rows import RulerRow

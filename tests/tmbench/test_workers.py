@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tmbench.errors import UserError
+from tmbench.executors.serving import Lost, Ready, serve
+from tmbench.executors.workers import Workers
 from tmbench.measure.executor import Message
-from tmbench.measure.serving import Lost, Ready, serve
 from tmbench.measure.spec import Item, ItemSpec, ModelSource
-from tmbench.measure.workers import Workers
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 

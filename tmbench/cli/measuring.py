@@ -50,15 +50,15 @@ def opened(
 
 
 def _workers(source: ModelSource, name: str, workers: int | None, address: str | None) -> Executor:
-    from tmbench.measure.workers import Transport, Workers
+    from tmbench.executors.workers import Transport, Workers
 
     transport: Transport
     if name == "processes":
-        from tmbench.measure.processes import Processes
+        from tmbench.executors.processes import Processes
 
         transport = Processes(source.device, workers)
     else:
-        from tmbench.measure.ray_actors import Actors
+        from tmbench.executors.ray_actors import Actors
 
         transport = Actors(source.device, workers, address)
     say(f"{counted(transport.count, 'worker')} will load {source.name}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tmbench.errors import UserError
-from tmbench.measure.serving import Lost, Told, serve
+from tmbench.executors.serving import Lost, Told, serve
 from tmbench.measure.spec import ModelSource
 from tmbench.results.failures import describe
 from tmbench.results.words import counted
@@ -80,7 +80,7 @@ class Handle:
 
 
 class Actors:
-    """The transport of ``tmbench.measure.workers`` within a Ray cluster."""
+    """The transport of ``tmbench.executors.workers`` within a Ray cluster."""
 
     def __init__(self, device: str | None = None, workers: int | None = None, address: str | None = None) -> None:
         """Join a cluster, or start one of this machine, and find out what it has.

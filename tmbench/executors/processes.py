@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tmbench.errors import UserError
-from tmbench.measure.serving import Lost, Told, serve
+from tmbench.executors.serving import Lost, Told, serve
 from tmbench.measure.spec import ModelSource
 from tmbench.results.words import counted
 
@@ -71,7 +71,7 @@ class Process:
 
 
 class Processes:
-    """The transport of ``tmbench.measure.workers`` within one machine."""
+    """The transport of ``tmbench.executors.workers`` within one machine."""
 
     def __init__(self, device: str | None = None, workers: int | None = None) -> None:
         """Find out where workers can be.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from tmbench.errors import UserError
+from tmbench.executors.serving import Answer, Ask, Done, Lost, Measure, Ready, Refused, Told, Wanted
 from tmbench.measure.executor import Job, Message, Tell
-from tmbench.measure.serving import Answer, Ask, Done, Lost, Measure, Ready, Refused, Told, Wanted
 from tmbench.measure.spec import Item, ItemSpec, ModelSource, Place
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
@@ -37,7 +37,7 @@ class Handle(Protocol):
 
 
 class Transport(Protocol):
-    """Starts workers somewhere, each of which runs ``tmbench.measure.serving.serve``."""
+    """Starts workers somewhere, each of which runs ``tmbench.executors.serving.serve``."""
 
     count: int
     """How many there are to be."""

@@ -1,4 +1,4 @@
-"""What a worker of ``tmbench.measure.workers`` does, in whatever process it is, and the words that it exchanges for it.
+"""What a worker of ``tmbench.executors.workers`` does, in whatever process it is, and the words that it exchanges for it.
 
 It loads the model and says so, then obeys orders: to answer a question, or to measure a round, for which it asks for one
 item after the other. To every ``Wanted`` it is given a job, or None where the round has no more for it.
