@@ -91,6 +91,8 @@ def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = 
             bar.update(task, description=text)
 
     try:
+        for note in executor.ask(spec.notes):
+            say(note)
         rows = run(spec, executor, show)
         finish()
     finally:

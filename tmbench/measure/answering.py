@@ -92,6 +92,18 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
     def sample(self, loaded: LoadedModel, item: Any, answer: Answer) -> Any:
         """What is kept of an item's text."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The most tokens of a text, its new ones included."""
+
+    def notes(self, loaded: LoadedModel) -> Sequence[str]:
+        """That a GPU decodes one text at a time, where it does: it then takes many times as long."""
+        if loaded.device.type != "cuda":
+            return ()
+        kind, obstacle = step_kind(loaded.model, self.prefill, self.longest)
+        return () if kind is not None else (f"{loaded.name} decodes one text at a time, {obstacle}: that takes long",)
+
     def measure(self, item: Any, worker: Worker) -> None:
         """Have one method continue one prompt, token by token."""
         worker.keep(alone(self, worker.loaded, item, worker.ran))

@@ -130,6 +130,10 @@ class Spec(ABC, Generic[R]):
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for what cannot be measured, before anything is."""
 
+    def notes(self, loaded: LoadedModel) -> Sequence[str]:
+        """What the user should know before it is measured, asked where the weights are."""
+        return ()
+
     def prepare(self) -> None:
         """Have there what samples and rows will refer to; called before every round."""
 

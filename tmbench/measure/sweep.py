@@ -114,6 +114,10 @@ class SweepSpec(RowSpec[Row]):
         for half in (self.ttft, self.accuracy):
             replace(half, lengths=tuple(self.plans)).check(loaded)
 
+    def notes(self, loaded: LoadedModel) -> Sequence[str]:
+        """Of its answers."""
+        return replace(self.accuracy, lengths=tuple(self.plans)).notes(loaded)
+
     def parts(self, loaded: LoadedModel) -> Iterator[Part[Any]]:
         """The two halves of each length, times first; of a shard only the answers, as times are taken in turns."""
         for length in self.plans:
