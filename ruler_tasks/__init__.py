@@ -2,47 +2,18 @@
 
 The tasks are those of Hsieh et al. 2024, "RULER: What's the Real Context Size of Your Long-Context Language Models?",
 arXiv 2404.06654. The package knows text and a tokenizer; it knows no model.
+
+Its modules are imported when something of them is first used, so that a command line can name its errors without them.
 """
 
-from ruler_tasks.dataset import read_dataset, write_dataset
-from ruler_tasks.encoding import encode_prompt
-from ruler_tasks.errors import (
-    DatasetError,
-    RulerError,
-    SeedError,
-    SourceError,
-    TaskLengthError,
-    UnknownTaskError,
-    WordingError,
-)
-from ruler_tasks.example import Example, Frame
-from ruler_tasks.scoring import count_nulls
-from ruler_tasks.sources import Sources
-from ruler_tasks.tasks import TASKS, SamplesAs, Task, examples, get_task, minimum_length, score
-from ruler_tasks.wording import Wording, load_wording
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "TASKS",
-    "DatasetError",
-    "Example",
-    "Frame",
-    "RulerError",
-    "SamplesAs",
-    "SeedError",
-    "SourceError",
-    "Sources",
-    "Task",
-    "TaskLengthError",
-    "UnknownTaskError",
-    "Wording",
-    "WordingError",
-    "count_nulls",
-    "encode_prompt",
-    "examples",
-    "get_task",
-    "load_wording",
-    "minimum_length",
-    "read_dataset",
-    "score",
-    "write_dataset",
-]
+if TYPE_CHECKING:
+    from ruler_tasks.exports import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {__name__} has no attribute {name}")
+        return getattr(import_module(f"{__name__}.exports"), name)
