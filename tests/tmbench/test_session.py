@@ -9,9 +9,10 @@ import torch
 
 import plans
 import under_plan
+from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind
 from tmbench.engine.prefill_state import PrefillState
-from tmbench.engine.session import compile_ahead, running
+from tmbench.engine.session import KeptOpen, compile_ahead, running
 from tmbench.errors import NotFiniteError
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -113,3 +114,28 @@ def test_what_is_compiled_ahead_is_not_compiled_again(graphs, make_model, prompt
         assert len(graphs) == made
     compile_ahead(other := make_model("llama"), plan_of(other), EAGER, prompt(40))
     assert len(graphs) == made
+
+
+def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt):
+    """What the prompt before ran says nothing of this one, and another plan is another session."""
+    model = make_model("llama")
+    before = [dict(vars(module)) for module in model.modules()]
+    both = [plans.plan_of(model, "dense"), plan_of(model)]
+    kept = KeptOpen(model, EAGER)
+    cache = KvCache(1, 60)
+    told, logits = [], []
+    with torch.inference_mode():
+        for number, length in ((0, 40), (0, 50), (1, 40), (0, 40)):
+            ids, slot = prompt(length), CacheSlot(cache, 0)
+            session = kept.under(both[number], ids, slot)
+            assert (session.applied.calls, session.applied.layers, session.applied.backends) == (0, set(), set())
+            logits.append(session.read_into(ids, slot))
+            told.append(sorted(session.applied.backends))
+        kept.close()
+        with running(model, both[0], EAGER) as session:
+            expected = session.read(prompt(40)).logits
+    assert told == [["dense:sdpa"], ["dense:sdpa"], ["dense:sdpa", "triangle:torch-banded"], ["dense:sdpa"]]
+    torch.testing.assert_close(logits[0], expected)
+    torch.testing.assert_close(logits[3], expected)
+    assert not torch.allclose(logits[2], expected)
+    assert [dict(vars(module)) for module in model.modules()] == before

@@ -65,6 +65,13 @@ class Applied:
     implementations: Implementations | None = None
     """What the model's parts run instead of their own attention."""
 
+    def forget(self) -> None:
+        """Forget what ran, for another prompt."""
+        self.calls = 0
+        self.layers.clear()
+        self.backends.clear()
+        self.observer = None
+
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
         if len(self.layers) != len(self.plan.patterns):

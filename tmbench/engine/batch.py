@@ -174,6 +174,11 @@ class Batch:
             self._plan()
         return text
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the next step calls the model; a recorded one does not."""
+        return self._graph is None
+
     def ended(self, text: Text) -> bool:
         """Whether a text that was read is complete."""
         return text not in self.texts

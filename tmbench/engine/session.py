@@ -7,8 +7,8 @@ decoded from that prefill's own cache, densely, by the model as transformers has
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,34 @@ def running(model: PreTrainedModel, plan: Plan, kind: Kind) -> Iterator[Session]
     """
     with applied_plan(model, plan) as applied:
         yield Session(model, applied, kind, PeakMemory(model.device))
+
+
+class KeptOpen:
+    """A model's session, kept open while the prompts of one plan follow each other: opening one looks at every module.
+
+    Close it before the model is used in any other way.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
+        self._model = model
+        self._kind = kind
+        self._plan: Plan | None = None
+        self._session: Session | None = None
+        self._stack = ExitStack()
+
+    def under(self, plan: Plan, ids: Tensor, slot: CacheSlot) -> Session:
+        """A session for one more prompt, ``ids`` ``[1, length]``, which is to go into ``slot``; compiles ahead for it."""
+        if self._session is None or self._plan is not plan:
+            self.close()
+            compile_ahead(self._model, plan, self._kind, ids, into=slot)
+            self._session, self._plan = self._stack.enter_context(running(self._model, plan, self._kind)), plan
+        self._session.applied.forget()
+        return replace(self._session, peak=PeakMemory(self._model.device))
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._session = None
+        self._stack.close()
 
 
 @torch.inference_mode()

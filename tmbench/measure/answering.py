@@ -19,7 +19,7 @@ from tmbench.engine.compiled_layers import Runners, compiled
 from tmbench.engine.decode_kind import step_kind
 from tmbench.engine.density import PairCounter
 from tmbench.engine.prefill import COMPILED
-from tmbench.engine.session import compile_ahead, running
+from tmbench.engine.session import KeptOpen, compile_ahead, running
 from tmbench.errors import UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.spec import Item, ItemSpec, R, RowSpec
@@ -170,6 +170,7 @@ class Together:
         self.spec = spec
         self.loaded = loaded
         self.batch = batch
+        self._session = KeptOpen(loaded.model, spec.prefill)
         self._at_work: dict[Text, tuple[Given, PairCounter, float]] = {}
         self._again: deque[Given] = deque()
         """Begun once, and given up where memory did not suffice for as many as there were."""
@@ -178,16 +179,19 @@ class Together:
     def run(self, given: Iterable[Given]) -> None:
         """Measure all; the next is taken when there is room for it."""
         following = iter(given)
-        while True:
-            while not self.batch.full:
-                one = self._again.popleft() if self._again else next(following, None)
-                if one is None:
-                    break
-                self._begin(one)
-            if self.batch.texts:
-                self._advance()
-            elif not self._again:
-                return
+        try:
+            while True:
+                while not self.batch.full:
+                    one = self._again.popleft() if self._again else next(following, None)
+                    if one is None:
+                        break
+                    self._begin(one)
+                if self.batch.texts:
+                    self._advance()
+                elif not self._again:
+                    return
+        finally:
+            self._session.close()
 
     def _begin(self, one: Given) -> None:
         item, worker = one
@@ -196,7 +200,9 @@ class Together:
         if not isinstance(done, Failure):
             if self.batch.ended(done):
                 self._end(done)
-        elif done.status == OUT_OF_MEMORY and self.batch.slots > 1:
+            return
+        self._session.close()
+        if done.status == OUT_OF_MEMORY and self.batch.slots > 1:
             self._fewer(one)
         else:
             worker.end(done)
@@ -204,20 +210,20 @@ class Together:
     def _read(self, one: Given) -> Text:
         item, worker = one
         asked = self.spec.asked(self.loaded, item)
-        model, plan, kind = self.loaded.model, self.spec.plans[item.plan], self.spec.prefill
-        compile_ahead(model, plan, kind, asked.ids, into=self.batch.free_slot)
+        session = self._session.under(self.spec.plans[item.plan], asked.ids, self.batch.free_slot)
         counter = PairCounter()
+        session.applied.observer = counter if asked.count else None
         start = time.perf_counter()
-        with running(model, plan, kind) as session:
-            session.applied.observer = counter if asked.count else None
-            try:
-                text = self.batch.read(session, asked.ids, asked.most, endless=asked.endless, given=asked.given)
-            finally:
-                worker.ran |= session.applied.backends
+        try:
+            text = self.batch.read(session, asked.ids, asked.most, endless=asked.endless, given=asked.given)
+        finally:
+            worker.ran |= session.applied.backends
         self._at_work[text] = one, counter, time.perf_counter() - start - counter.seconds
         return text
 
     def _advance(self) -> None:
+        if self.batch.runs_model:
+            self._session.close()
         ended = attempt(self.batch.advance)
         if not isinstance(ended, Failure):
             for text in ended:
