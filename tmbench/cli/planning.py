@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tmbench.cli.screen import console, table
 from tmbench.errors import UserError
 from tmbench.methods.table import METHODS
-from tmbench.results.words import counted
+from tmbench.results.words import batched, counted
 
 if TYPE_CHECKING:
     from tmbench.measure.outlook import Line
@@ -42,7 +42,7 @@ def show_plan(spec: RowSpec[Any], loaded: LoadedModel, workers: int | None = Non
     )  # fmt: skip
     for line in found.lines:
         share = expected_flop(loaded, line.plan, line.length) / expected_flop(loaded, dense, line.length)
-        shown.add_row(str(line.length), *_cells(line, f"{share:.1%}"))
+        shown.add_row(f"{batched(line.batch_size)}{line.length}", *_cells(line, f"{share:.1%}"))
     console().print(shown)
     if any(line.left for line in found.lines):
         place, unit = ("GPU", "GPU-hours") if loaded.device.type == "cuda" else ("CPU", "CPU-hours")

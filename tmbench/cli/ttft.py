@@ -14,7 +14,7 @@ from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
-from tmbench.results.words import counted
+from tmbench.results.words import batched, counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TINY_LENGTHS = (2048, 4096, 8192, 16384)
 LENGTHS = (32768, 65536, 131072)
+MOST_PROMPTS = 1024
+"""Of a batch: far more than any device holds of a length worth timing, and few enough to be made."""
 NOTICEABLE = 1.0
 """Seconds of compilation from which on they are told."""
 
@@ -31,6 +33,16 @@ NOTICEABLE = 1.0
 def ttft(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=MOST_PROMPTS,
+            help="How many different prompts of a length are read together; repeat for several.",
+            rich_help_panel=o.MEASURED,
+            show_default="1",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats.", rich_help_panel=o.MEASURED)] = 3,
     warmup: Annotated[int, typer.Option(min=1, help="Untimed passes before.", rich_help_panel=o.MEASURED)] = 1,
     prompt: Annotated[
@@ -56,7 +68,8 @@ def ttft(
 ) -> None:
     """Time from token ids on the device to the first new token on the host, with the cache filled for decoding.
 
-    Each length is warmed up, then all methods are interleaved. Rows that are there already are not measured again.
+    Of a batch it is the time to every prompt's first token. Each length is warmed up, then all methods are interleaved.
+    Rows that are there already are not measured again.
     """
     check_plan(plan, as_json)
     if executor is not None:
@@ -80,6 +93,7 @@ def ttft(
         root=output_dir,
         plans=plans_for(chosen, attention, where, loaded, lengths, output_dir),
         lengths=lengths,
+        batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
         prompt=prompt or ("kv" if loaded.tokenizer is not None else "random"),
         repeats=repeats,
         warmup=warmup,
@@ -91,7 +105,7 @@ def ttft(
         show_plan(spec, loaded)
         return
     order = [one.method for one in spec.plans]
-    rows = sorted(measure(spec, where), key=lambda row: (row.length, order.index(row.method)))
+    rows = sorted(measure(spec, where), key=lambda row: (row.length, row.batch_size, order.index(row.method)))
     print_measured(spec, rows, _show, as_json=as_json)
 
 
@@ -100,11 +114,13 @@ def _show(rows: Sequence[TtftRow]) -> None:
     from tmbench.report.ttft import NOT_INTERLEAVED
 
     figures = ("seconds", "vs dense", "density", "TTFT / roofline", "logit error")
-    for length in sorted({row.length for row in rows}):
-        here = [row for row in rows if row.length == length]
+    for length, batch_size in sorted({(row.length, row.batch_size) for row in rows}):
+        here = [row for row in rows if (row.length, row.batch_size) == (length, batch_size)]
         timed = [row for row in here if row.ttft_median_s is not None]
         dense = next((row for row in timed if row.method == "dense"), None)
-        shown = table(f"Time to first token of {counted(length, 'token')}", "method", *figures, right=figures)
+        names = figures + ("tokens/s",) * (batch_size > 1)
+        about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}"
+        shown = table(about, "method", *names, right=names)
         for row in here:
             shown.add_row(row.method, *_figures(row, dense))
         console().print(shown)
@@ -127,6 +143,7 @@ def _figures(row: TtftRow, dense: TtftRow | None) -> list[str]:
         f"{row.coverage:.3f}",
         f"{row.ttft_over_floor:.2f}",
         "" if row.logit_error is None or not compared else f"{row.logit_error:.1e}",
+        *[f"{row.tokens_per_second:,.0f}"] * (row.batch_size > 1),
     ]
 
 

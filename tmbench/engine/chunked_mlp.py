@@ -18,16 +18,18 @@ MLP_SHARE = 0.1
 
 
 def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
-    """The MLP over ``[batch, length, hidden]``, in chunks of tokens where it treats tokens one by one."""
+    """The MLP over ``[batch, length, hidden]``, in chunks of tokens of all texts where it treats tokens one by one."""
+    tokens = x.shape[0] * x.shape[1]
     if not _is_plain(mlp):
         run = forward_of
-    elif x.shape[1] > (chunk := _chunk(mlp, x)):
+    elif tokens > (chunk := _chunk(mlp, x)):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        inner, outer = (tensor.reshape(1, tokens, x.shape[2]) for tensor in (x, whole))
         # Of even size: a remainder of a few tokens would read all the weights once more.
-        size = math.ceil(x.shape[1] / math.ceil(x.shape[1] / chunk))
-        for start in range(0, x.shape[1], size):
+        size = math.ceil(tokens / math.ceil(tokens / chunk))
+        for start in range(0, tokens, size):
             part = slice(start, start + size)
-            whole[:, part] = run(mlp, x[:, part])
+            outer[:, part] = run(mlp, inner[:, part])
         return whole
     out: Tensor = run(mlp, x)
     return out.contiguous()
@@ -39,7 +41,7 @@ def _chunk(mlp: nn.Module, x: Tensor) -> int:
         return CHUNK
     width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=x.shape[-1])
     room = MLP_SHARE * torch.cuda.get_device_properties(x.device).total_memory
-    return max(CHUNK, int(room // (3 * width * x.element_size() * x.shape[0])))
+    return max(CHUNK, int(room // (3 * width * x.element_size())))
 
 
 def _is_plain(mlp: nn.Module) -> bool:

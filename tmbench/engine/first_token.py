@@ -1,4 +1,4 @@
-"""The first token: what TTFT measures."""
+"""The first token of each prompt of a batch: what TTFT measures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FirstToken:
-    """One prefill: the first new token, the logits it was taken from, and how long it took."""
+    """One prefill: each prompt's first new token, the logits it was taken from, and how long all took."""
 
-    token: int
+    tokens: tuple[int, ...]
     logits: Tensor
-    """``[vocabulary]``, float32, on the CPU."""
+    """``[batch, vocabulary]``, float32, on the CPU."""
     seconds: float
 
 
@@ -28,14 +28,14 @@ def synchronize(device: torch.device) -> None:
 
 @torch.inference_mode()
 def first_token(prefill: Callable[[Tensor], Tensor], ids: Tensor) -> FirstToken:
-    """Let ``prefill`` read ``ids`` ``[1, length]``, which lie on the model's device, and pick the likeliest next token.
+    """Let ``prefill`` read ``ids`` ``[batch, length]``, which lie on the model's device, and pick the likeliest next tokens.
 
-    Time to first token runs from the token ids on the device to the new token's id on the host, with the key-value cache
-    of every layer filled for decoding. ``prefill`` returns the last position's logits: see ``tmbench.engine.prefill``.
+    Time to first token runs from the token ids on the device to the ids of all new tokens on the host, with the key-value
+    cache of every layer filled for decoding. ``prefill`` returns the last position's logits: see ``tmbench.engine.prefill``.
     """
     synchronize(ids.device)
     start = time.perf_counter()
     logits = prefill(ids)
-    token = int(logits[0].argmax())
+    tokens = tuple(logits.argmax(-1).tolist())
     seconds = time.perf_counter() - start
-    return FirstToken(token, logits[0].float().cpu(), seconds)
+    return FirstToken(tokens, logits.float().cpu(), seconds)

@@ -21,7 +21,7 @@ FUSED = ("qkv", "query_key_value")
 
 
 def linear_flop(model: PreTrainedModel, length: int) -> float:
-    """Floating-point operations that the model's linear layers must do for the first token after a prompt.
+    """Floating-point operations that the model's linear layers must do for the first token after one prompt.
 
     All of them work on every position, except in the last layer: there only keys and values do, and all else is wanted at
     the last position alone. Counts ``nn.Linear`` modules: a mixture of experts keeps its weights elsewhere and is
@@ -54,7 +54,10 @@ def _key_value_features(module: nn.Linear, name: str, model: PreTrainedModel) ->
 
 
 def needed_pairs(pairs: Sequence[int], heads: int, length: int) -> int:
-    """(query, key) pairs that must be computed, of those that each layer's pattern keeps: of the last layer only one row."""
+    """(query, key) pairs that must be computed, of those that each layer's pattern keeps: of the last layer only one row.
+
+    ``heads`` are those of all prompts, as the pairs are.
+    """
     return sum(pairs[:-1]) + min(pairs[-1], heads * length)
 
 

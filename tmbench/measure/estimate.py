@@ -26,6 +26,7 @@ from tmbench.results.environment import Environment
 from tmbench.results.parameters_text import parse_parameters
 from tmbench.results.rows import OK, AgreeRow, LossRow, ProbeRow, Row, TtftRow
 from tmbench.results.tables import read_all
+from tmbench.results.words import batched
 
 PROBE = 4
 """Forward passes that a probe takes: its own, each layer's once more, and a backward pass of two."""
@@ -74,6 +75,8 @@ class Asked:
     """The task or the kind of prompt."""
     new: int = 0
     """Tokens that are decoded."""
+    batch_size: int = 1
+    """How many prompts are read together: several only where their first tokens are timed."""
 
 
 class Estimator:
@@ -132,7 +135,7 @@ class Estimator:
         """What the roofline counts of it."""
         geometry = self.loaded.geometry
         prompt = asked.length - (asked.new if asked.kind not in (TtftRow, AgreeRow) else 0)
-        flop = expected_flop(self.loaded, asked.plan, max(prompt, 1))
+        flop = expected_flop(self.loaded, asked.plan, max(prompt, 1), asked.batch_size)
         if asked.kind is ProbeRow:
             return Work(PROBE * flop)
         if asked.kind is LossRow:
@@ -167,22 +170,24 @@ class Estimator:
             own = row.method == asked.plan.method and row.settings == settings
             if seconds(row) is None or not (own or row.method == "dense"):
                 continue
-            batch = getattr(row, "batch_size", None) if self._batch_size else None
+            together = asked.batch_size if isinstance(row, TtftRow) else self._batch_size
+            other_batch = together is not None and getattr(row, "batch_size", together) != together
             far = abs(math.log(row.length / asked.length))
-            rank = not own, batch not in (None, self._batch_size), far, _task(row) != asked.task
+            rank = not own, other_batch, far, _task(row) != asked.task
             near.append((rank, row, asked.plan if own else dense))
         if not near:
             return None
         least = min(rank for rank, _, _ in near)
         # Of equally near rows the newest counts: what decodes may have become faster.
         _, row, plan = max((one for one in near if one[0] == least), key=lambda one: one[1].time)
-        there = Asked(kind, plan, row.length, _task(row), _new(row, asked.new))
-        here = Asked(kind, asked.plan, asked.length, asked.task, asked.new if kind is asked.kind else 0)
+        read = row.batch_size if isinstance(row, TtftRow) else 1
+        there = Asked(kind, plan, row.length, _task(row), _new(row, asked.new), read)
+        here = Asked(kind, asked.plan, asked.length, asked.task, asked.new if kind is asked.kind else 0, asked.batch_size)
         measured = seconds(row)
         assert measured is not None
         other, _, _, elsewhere = least
         words = "rows" + f" of {row.method}" * other + f" on {_task(row)}" * (elsewhere and kind is asked.kind)
-        words += f" at {row.length}" * (row.length != asked.length)
+        words += f" at {batched(read)}{row.length}" * ((row.length, read) != (asked.length, asked.batch_size))
         before, after = self.work(there), self.work(here)
         ratio = 1.0 if before == after else self._roofline(after) / self._roofline(before)
         return Estimate(measured * ratio, words)

@@ -47,6 +47,8 @@ class Line:
     """Of all that is not there."""
     bases: tuple[str, ...]
     """Where that is from."""
+    batch_size: int = 1
+    """How many prompts are read together."""
 
     @property
     def left(self) -> int:
@@ -81,7 +83,7 @@ def outlook(spec: RowSpec[Any], loaded: LoadedModel) -> Outlook:
     estimator = Estimator(loaded, spec.environment, spec.root, spec.prefill, batch_size)
     found: dict[tuple[Any, ...], Line] = {}
     for line in _lines(spec, loaded, estimator):
-        about = line.unit, line.length, *line.plan.row_fields().values()
+        about = line.unit, line.length, line.batch_size, *line.plan.row_fields().values()
         found[about] = found[about].plus(line) if about in found else line
     return Outlook(tuple(found.values()), (estimator.words(),) if estimator.rated else ())
 
@@ -103,12 +105,14 @@ def _lines(spec: RowSpec[Any], loaded: LoadedModel, estimator: Estimator) -> Ite
 
 
 def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
-    pending, passes = spec.pending(loaded), spec.warmup + spec.repeats
-    for length, plan in product(sorted(spec.lengths), spec.plans):
-        left = plan in pending.get(length, [])
-        estimate = estimator.sample(Asked(TtftRow, plan, length, spec.prompt)) if left else None
+    passes = spec.warmup + spec.repeats
+    pending = {batch_size: spec.pending(loaded, batch_size) for batch_size in sorted(spec.batch_sizes)}
+    for length, (batch_size, todo), plan in product(sorted(spec.lengths), pending.items(), spec.plans):
+        left = plan in todo.get(length, [])
+        asked = Asked(TtftRow, plan, length, spec.prompt, batch_size=batch_size)
+        estimate = estimator.sample(asked) if left else None
         seconds, bases = (passes * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
-        yield Line(PASS, length, plan, passes, 0 if left else passes, seconds, bases)
+        yield Line(PASS, length, plan, passes, 0 if left else passes, seconds, bases, batch_size)
 
 
 def _unseen(spec: AccuracySpec, estimator: Estimator) -> Iterator[Line]:

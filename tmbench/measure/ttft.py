@@ -1,8 +1,8 @@
-"""Time to first token: every method of a run at one length, warmed up there, then interleaved.
+"""Time to first token: every method of a run at one length and batch size, warmed up there, then interleaved.
 
 Methods are timed A B C A B C, because a GPU slows down as it warms up and a CPU shares its cores: what changes over
-time then changes all of them. Median, minimum, maximum and every repeat are kept. An item is one length with its methods, as
-nothing may come between their passes.
+time then changes all of them. Median, minimum, maximum and every repeat are kept. An item is one length and one batch size
+with their methods, as nothing may come between their passes. The prompts of a batch are all different and equally long.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -31,16 +32,18 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, attempt
 from tmbench.results.row_sets import finish
 from tmbench.results.rows import TtftRow, now
-from tmbench.suites.prompts import check_prompt, prompt_ids
+from tmbench.results.words import batched
+from tmbench.suites.prompts import batch_ids, check_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class TtftItem(Item):
-    """One length, and the methods that are interleaved there."""
+    """One length and batch size, and the methods that are interleaved there."""
 
     tells: ClassVar[bool] = True
 
     length: int
+    batch_size: int
     plans: tuple[int, ...]
     """Which of the spec's."""
 
@@ -59,8 +62,9 @@ class Timing:
     density: float | None = None
     flop: float = 0.0
     token: int | None = None
+    """Of the first prompt."""
     same_token: bool | None = None
-    """As dense's; None where dense did not run."""
+    """Whether every prompt's is dense's; None where dense did not run."""
     logit_error: float | None = None
     peak_memory: int | None = None
 
@@ -76,12 +80,18 @@ class Interleaved:
     """By method, in the item's order."""
 
 
+Shape = tuple[int, int]
+"""The length of prompts, and how many are read together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     """What one ``tmbench ttft`` measures."""
 
     plans: Sequence[Plan]
     lengths: Sequence[int]
+    batch_sizes: Sequence[int] = (1,)
+    """How many prompts are read together; each is measured at every length."""
     prompt: str = "kv"
     repeats: int = 3
     warmup: int = 1
@@ -92,9 +102,9 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         """Raise UserError for a prompt that cannot be made, or a length too short for it."""
         check_prompt(self.prompt, loaded, self.lengths)
 
-    def rows(self, loaded: LoadedModel, length: int) -> list[TtftRow]:
+    def rows(self, loaded: LoadedModel, length: int, batch_size: int) -> list[TtftRow]:
         """The row of each plan, as far as it is known before it is measured."""
-        prompt_hash = of_ids(prompt_ids(self.prompt, length, loaded, self.seed)[0].tolist())
+        prompt_hash = of_ids(batch_ids(self.prompt, length, loaded, self.seed, batch_size).flatten().tolist())
         found = []
         for plan in self.plans:
             fields: dict[str, Any] = {**self.common(loaded), **plan.row_fields()}
@@ -107,13 +117,14 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 repeats=self.repeats,
                 warmup=self.warmup,
                 interleaved="",
+                batch_size=batch_size,
             )
             found.append(row)
         return found
 
-    def pending(self, loaded: LoadedModel) -> dict[int, list[Plan]]:
+    def pending(self, loaded: LoadedModel, batch_size: int = 1) -> dict[int, list[Plan]]:
         """What is still to be measured at each length: a row with as many repeats is not measured again."""
-        todo = {length: self._todo(self.rows(loaded, length))[0] for length in self.lengths}
+        todo = {length: self._todo(self.rows(loaded, length, batch_size))[0] for length in self.lengths}
         return {length: [self.plans[number] for number in missing] for length, missing in todo.items() if missing}
 
     def _todo(self, rows: Sequence[TtftRow]) -> tuple[list[int], list[TtftRow]]:
@@ -126,76 +137,79 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         return missing, [row for number, row in enumerate(have) if row is not None and number not in missing]
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[TtftRow]]:
-        """One part, shortest length first.
+        """One part, shortest length first, and there the smallest batch.
 
         What was interleaved stays together: what a run that died has not appended of it is appended first.
         """
         self.prepare()
         finish(self.root, TtftRow, self.environment.device)
-        rows = {length: self.rows(loaded, length) for length in sorted(self.lengths)}
-        todo = {length: self._todo(own) for length, own in rows.items()}
+        shapes = sorted(product(self.lengths, self.batch_sizes))
+        rows = {shape: self.rows(loaded, *shape) for shape in shapes}
+        todo = {shape: self._todo(own) for shape, own in rows.items()}
         passes = self.warmup + self.repeats
         work = [
-            passes * expected_flop(loaded, self.plans[number], length)
-            for length, (missing, _) in todo.items()
+            passes * expected_flop(loaded, self.plans[number], *shape)
+            for shape, (missing, _) in todo.items()
             for number in missing
         ]
         yield Part(self, "TTFT", "TTFT measured", sum(work), self._rounds(rows, todo))
 
     def _rounds(
-        self, rows: Mapping[int, Sequence[TtftRow]], todo: Mapping[int, tuple[Sequence[int], Sequence[TtftRow]]]
+        self, rows: Mapping[Shape, Sequence[TtftRow]], todo: Mapping[Shape, tuple[Sequence[int], Sequence[TtftRow]]]
     ) -> Iterator[Step[TtftRow] | Sequence[RowTarget[TtftRow, Interleaved]]]:
-        for length, (missing, there) in todo.items():
+        for shape, (missing, there) in todo.items():
             yield Step(rows=tuple(there))
             if missing:
-                yield [self._target(length, missing, [rows[length][number] for number in missing])]
+                yield [self._target(shape, missing, [rows[shape][number] for number in missing])]
 
-    def _target(self, length: int, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
+    def _target(self, shape: Shape, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
+        length, batch_size = shape
         methods = " ".join(row.method for row in rows)
-        title = f"{methods} at {length}"
-        item = TtftItem(title=title, length=length, plans=tuple(missing))
+        title = f"{methods} at {batched(batch_size)}{length}"
+        item = TtftItem(title=title, length=length, batch_size=batch_size, plans=tuple(missing))
         known = [replace(row, interleaved=methods) for row in rows]
         return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
 
     def measure(self, item: TtftItem, worker: Worker) -> None:
         """Warm all methods up, then time them interleaved."""
         loaded = worker.loaded
-        ids = prompt_ids(self.prompt, item.length, loaded, self.seed)
+        ids = batch_ids(self.prompt, item.length, loaded, self.seed, item.batch_size)
         trials = [_Trial(self.plans[number]) for number in item.plans]
-        work = [expected_flop(loaded, trial.plan, item.length) for trial in trials]
+        work = [expected_flop(loaded, trial.plan, item.length, item.batch_size) for trial in trials]
         throughputs = []
         for number in range(self.warmup + self.repeats):
             phase = "warm-up" if number < self.warmup else f"repeat {number - self.warmup + 1} of {self.repeats}"
             for trial, flop in zip(trials, work, strict=True):
-                worker.step(f"{trial.plan.method} at {item.length}, {phase}")
+                worker.step(f"{trial.plan.method} at {batched(item.batch_size)}{item.length}, {phase}")
                 if trial.failure is None:
                     _pass(self, loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
                 worker.step(work=flop)
             if number >= self.warmup and any(trial.failure is None for trial in trials):
                 throughputs.append(roofline.gemm_throughput(loaded.device, loaded.model.dtype))
         dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
-        timings = tuple(_timing(loaded, item.length, trial, dense) for trial in trials)
+        timings = tuple(_timing(loaded, item, trial, dense) for trial in trials)
         worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))
 
 
-def expected_flop(loaded: LoadedModel, plan: Plan, length: int) -> float:
+def expected_flop(loaded: LoadedModel, plan: Plan, length: int, batch_size: int = 1) -> float:
     """Operations of one prefill, before it is known what a dynamic pattern keeps."""
     heads = loaded.geometry.heads
-    shape = torch.empty(1, heads, length, 1, device="meta")
-    pairs = [heads * causal_pairs(length) if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns]
-    return needed_flop(loaded, pairs, length)
+    shape = torch.empty(batch_size, heads, length, 1, device="meta")
+    every = batch_size * heads * causal_pairs(length)
+    pairs = [every if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns]
+    return needed_flop(loaded, pairs, length, batch_size)
 
 
-def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int) -> float:
-    """Operations of one prefill whose layers' patterns keep so many pairs."""
+def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int, batch_size: int = 1) -> float:
+    """Operations of one prefill of so many prompts, of which each layer's pattern keeps so many pairs in all."""
     geometry = loaded.geometry
-    needed = roofline.needed_pairs(pairs, geometry.heads, length)
-    return roofline.linear_flop(loaded.model, length) + roofline.attention_flop(needed, geometry)
+    needed = roofline.needed_pairs(pairs, batch_size * geometry.heads, length)
+    return batch_size * roofline.linear_flop(loaded.model, length) + roofline.attention_flop(needed, geometry)
 
 
 @dataclass
 class _Trial:
-    """One method at one length while it is being measured."""
+    """One method at one length and batch size while it is being measured."""
 
     plan: Plan
     failure: Failure | None = None
@@ -242,21 +256,22 @@ def _prefill(
     return token, peak
 
 
-def _timing(loaded: LoadedModel, length: int, trial: _Trial, dense: _Trial | None) -> Timing:
+def _timing(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> Timing:
     """What is told of a method, as plain data."""
     first, backends = trial.first, backends_name(trial.backends)
     if trial.failure is not None or first is None:
         return Timing(trial.failure, backends)
     reference = None if dense is None else dense.first
+    pairs = [trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))]
     return Timing(
         None,
         backends,
         seconds=tuple(trial.seconds),
         warmup_s=trial.warmup_s,
         density=trial.counter.density,
-        flop=needed_flop(loaded, [trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))], length),
-        token=first.token,
-        same_token=None if reference is None else first.token == reference.token,
+        flop=needed_flop(loaded, pairs, item.length, item.batch_size),
+        token=first.tokens[0],
+        same_token=None if reference is None else first.tokens == reference.tokens,
         logit_error=None if reference is None else _relative_rms(first.logits, reference.logits),
         peak_memory=trial.peak_memory,
     )

@@ -27,7 +27,8 @@ SECTIONS = tuple(field.name for field in fields(SectionGradients))
 FIGURES: Mapping[str, tuple[str, ...]] = {
     kind: tuple(names.split())
     for kind, names in {
-        "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes",
+        "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes "
+        "tokens_per_second",
         "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high",
         "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
         "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
@@ -162,6 +163,7 @@ def _(cell: TtftCell) -> Record:
         "percent_low": cell.percent_low,
         "percent_high": cell.percent_high,
         "time_verdict": cell.verdict,
+        "tokens_per_second": cell.row.tokens_per_second,
     }
 
 

@@ -39,9 +39,9 @@ class Setting:
 
 @dataclass(frozen=True, order=True)
 class TtftSetting(Setting):
-    """Of times: one prompt, read by one prefill."""
+    """Of times: one kind of prompt, so many of them read together by one prefill."""
 
-    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*Setting.BARE, ("older_prompt", 0))
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*Setting.BARE, ("older_prompt", 0), ("batch_size", 1))
 
     prompt: str
     prefill: str
@@ -49,15 +49,16 @@ class TtftSetting(Setting):
     seed: int
     older_prompt: int
     """Counts the prompts that read otherwise from the newest, 0, back."""
+    batch_size: int
 
     @classmethod
     def of(cls, row: TtftRow, older: int) -> TtftSetting:
-        return cls(*model_of(row), row.prompt, row.prefill, row.threads, row.seed, older)
+        return cls(*model_of(row), row.prompt, row.prefill, row.threads, row.seed, older, row.batch_size)
 
     @property
     def words(self) -> str:
         """The setting in words, without the model."""
-        return f"prompt {self.prompt}, {self.prefill} prefill, {machine_words(self.threads)}seed {self.seed}"
+        return times_words(self)
 
 
 @dataclass(frozen=True, order=True)
@@ -129,13 +130,17 @@ class RulerSetting(Setting):
 class TradeOffSetting(RulerSetting):
     """Of times and scores together."""
 
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*RulerSetting.BARE, ("batch_size", 1))
+
     prompt: str
     prefill: str
     """How the timed prompts were read."""
+    batch_size: int
+    """How many of these were read together."""
 
     @classmethod
     def joined(cls, scores: RulerSetting, times: TtftSetting) -> TradeOffSetting:
-        return cls(**vars(scores), prompt=times.prompt, prefill=times.prefill)
+        return cls(**vars(scores), prompt=times.prompt, prefill=times.prefill, batch_size=times.batch_size)
 
 
 @dataclass(frozen=True, order=True)
@@ -175,6 +180,12 @@ class ProbeSetting(Setting):
 def model_of(row: Row) -> tuple[str, str, str, str, str, str]:
     """What a row says of its device and model, in the order of ``Setting``."""
     return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash
+
+
+def times_words(about: TtftSetting | TradeOffSetting) -> str:
+    """How prompts were timed, in words."""
+    batches = f"batches of {about.batch_size}, " if about.batch_size > 1 else ""
+    return f"prompt {about.prompt}, {batches}{about.prefill} prefill, {machine_words(about.threads)}seed {about.seed}"
 
 
 def machine_words(threads: int) -> str:

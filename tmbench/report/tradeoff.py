@@ -10,7 +10,7 @@ from tmbench.report.effects import Effect, effects_of
 from tmbench.report.intervals import Difference
 from tmbench.report.ruler import RulerSection
 from tmbench.report.section import Cell, Section
-from tmbench.report.settings import TradeOffSetting, machine_words
+from tmbench.report.settings import TradeOffSetting, times_words
 from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import APART, FASTER, TimeDifference, compare_rows, time_text
 from tmbench.report.ttft import FEW_REPEATS, NOT_INTERLEAVED, TtftCell, TtftSection
@@ -75,10 +75,10 @@ class TradeOff(Section[TradeOffSetting, TradeOffCell]):
     @property
     def title(self) -> str:
         about = self.setting
-        setting = f"prompt {about.prompt}, {about.prefill} prefill, {machine_words(about.threads)}seed {about.seed}"
         template = f"{about.template}, " if about.chat_template else ""
         wording = f"wording {about.wording}, {about.drawn}{template}{self.scores.over}"
-        return f"Accuracy kept against time saved at {length_name(about.length)}: {about.subject}, {setting}, {wording}"
+        setting = f"{about.subject}, {times_words(about)}, {wording}"
+        return f"Accuracy kept against time saved at {length_name(about.length)}: {setting}"
 
     @cached_property
     def effects(self) -> list[Effect]:

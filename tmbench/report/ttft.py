@@ -193,6 +193,10 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             ]
             for cell in self.measured()
         ]
+        if self.setting.batch_size > 1:
+            names.append("tokens/s")
+            for line, cell in zip(lines, self.measured(), strict=True):
+                line.append(figure_text(cell.row.tokens_per_second, ",.0f"))
         peaks = [cell.row.peak_memory_bytes for cell in self.measured()]
         if any(peaks):
             names.append("peak GiB")

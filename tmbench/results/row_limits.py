@@ -9,7 +9,7 @@ from typing import Any
 
 from tmbench.errors import shortened
 
-COUNTED = frozenset(("length", "samples", "repeats", "new_tokens"))
+COUNTED = frozenset(("length", "samples", "repeats", "new_tokens", "batch_size"))
 """Columns of whole numbers from 1 on."""
 SHARES = frozenset(
     ("coverage", "agreement", "identical", "kept_share", "probability_mean", "answered", "lost_share", "pairs_share",

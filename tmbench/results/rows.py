@@ -108,7 +108,8 @@ class Row:
     def digest(self) -> str:
         """A hash of everything that was measured, for the names of files: the one that the first release gave it."""
         # A column that came later counts where it is not at what stands for it.
-        later = schema_1.ADDED
+        defaults = self.defaults()
+        later = {**schema_1.ADDED, **{name: defaults[name] for name in self.ADDED}}
         told = {name: value for name, value in self.key_columns.items() if name not in later or value != later[name]}
         return short_hash(*map(str, told.values()))
 
@@ -146,14 +147,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class TtftRow(Row):
-    """One time to first token: a method on a prompt of one length. Times in seconds."""
+    """One time to first token: a method on prompts of one length, read together. Times in seconds."""
 
     kind: ClassVar[str] = "ttft"
-    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prompt_hash")
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prompt_hash", "batch_size")
 
     prompt: str
     prompt_hash: str = ""
-    """A hash of the prompt's token ids."""
+    """A hash of the token ids of all prompts."""
     repeats: int
     warmup: int
     interleaved: str
@@ -164,9 +165,10 @@ class TtftRow(Row):
     samples_s: str = ""
     """Every timed repeat, in order, joined by spaces."""
     coverage: float | None = None
-    """The density: the share of the causal (query, key) pairs computed, over all layers; 1 for dense."""
+    """The density: the share of the causal (query, key) pairs computed, over all layers and prompts; 1 for dense."""
     flop: float | None = None
-    """Operations that this method must do: linear layers, and attention over the pairs it keeps. See ``tmbench.engine.roofline``."""
+    """Operations that this method must do: linear layers, and attention over the pairs it keeps, for all prompts. See
+    ``tmbench.engine.roofline``."""
     matrix_rate_flops: float | None = None
     """GEMM throughput: operations per second of large matrix products, measured between the prefills; the median."""
     floor_s: float | None = None
@@ -174,11 +176,23 @@ class TtftRow(Row):
     ttft_over_floor: float | None = None
     """TTFT / roofline."""
     first_token: int | None = None
+    """Of the first prompt."""
     same_token_as_dense: bool | None = None
+    """Whether every prompt's first token is dense's; empty where dense did not run."""
     logit_error: float | None = None
-    """RMS of (logits - dense logits) over the RMS of the dense logits, last position; empty where dense did not run."""
+    """RMS of (logits - dense logits) over the RMS of the dense logits, last positions of all prompts; empty where dense did
+    not run."""
     compile_s: float | None = None
     """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
+    batch_size: int = 1
+    """How many prompts, all different and of this length, were read together."""
+
+    ADDED: ClassVar[tuple[str, ...]] = ("batch_size",)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Prompt tokens read in a second, of all prompts, at the median time."""
+        return self.batch_size * self.length / self.ttft_median_s if self.ttft_median_s else None
 
 
 @dataclass(frozen=True, kw_only=True)

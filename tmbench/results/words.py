@@ -11,3 +11,8 @@ def length_name(length: int) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """So many of something: 1 task, 13 tasks. The noun is one of them; its plural has an s unless another is given."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def batched(batch_size: int) -> str:
+    """What stands before a length of which several prompts are read together: "4 x ", and nothing for one."""
+    return f"{batch_size} x " if batch_size > 1 else ""

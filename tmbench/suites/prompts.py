@@ -79,6 +79,20 @@ def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> T
     return torch.tensor([_cut_to(ids, length)], device=loaded.device)
 
 
+def batch_ids(kind: str, length: int, loaded: LoadedModel, seed: int, batch_size: int) -> Tensor:
+    """Token ids ``[batch_size, length]`` of different prompts on the model's device: prompt n is that of ``seed + n``.
+
+    Raises UserError where a length is too short for so many that differ.
+    """
+    ids = torch.cat([prompt_ids(kind, length, loaded, seed + number) for number in range(batch_size)])
+    if len({tuple(own) for own in ids.tolist()}) < batch_size:
+        raise UserError(
+            f"--batch-size {batch_size} takes as many different prompts, and those of --prompt {kind} are alike at --length "
+            f"{length}: give a longer one"
+        )
+    return ids
+
+
 def key_value_text(pairs: int, seed: int | str) -> str:
     """A JSON object of so many UUID pairs and a question for one of its values."""
     return key_value(pairs, seed)[0]
