@@ -23,7 +23,7 @@ NO_PEAK = "fits 80 GB, peak not kept"
 
 def costs(sources: Sources) -> str:
     """What each step took in time and memory."""
-    own, random = sources.checkpoint, only(sources.results.ttft, device=H200, model="llama-3.1-8b")
+    own, random = sources.checkpoint, only(sources.results.ttft, device=H200, model="llama-3.1-8b", batch_size=1)
     rows = [
         ["TTFT at 32K", *_times(own.ttft[0], 32768), OWN],
         ["TTFT at 128K", *_times(random, 131072), "[report](report.md)"],
@@ -130,8 +130,8 @@ def published_times(sources: Sources) -> str:
 def time(sources: Sources, section: str, label: str, length: str) -> str:
     """The median seconds of a method, in a section of the report."""
     found = {
-        "structured": only(sources.results.ttft, device=H100, weights="structured"),
-        "tiny": only(sources.results.ttft, device=EPYC),
+        "structured": only(sources.results.ttft, device=H100, weights="structured", batch_size=1),
+        "tiny": only(sources.results.ttft, device=EPYC, batch_size=1),
     }[section]
     (cell,) = [cell for cell in found.measured(label) if length_name(cell.row.length) == length]
     return f"{significant(cell.seconds)} s"

@@ -132,11 +132,25 @@ def lacking(path, column):
         csv.writer(file, lineterminator="\n").writerows([line[n] for n in kept] for line in lines)
 
 
-@pytest.fixture
-def added(monkeypatch):
+def test_rows_of_one_prompt_are_called_as_before_there_were_batches():
+    assert ROW.digest == "78c9666ba30c"
+    four = replace(ROW, batch_size=4)
+    assert four.key != ROW.key
+    assert four.digest != ROW.digest
+
+
+@pytest.mark.parametrize("size", [0, -4])
+def test_a_batch_of_nothing_is_named(tmp_path, size):
+    path = append(tmp_path, replace(ROW, batch_size=size))
+    with pytest.raises(CorruptResultsError, match=f"batch_size is {size}, less than 1"):
+        read(path, TtftRow)
+
+
+@pytest.fixture(params=["compile_s", "batch_size"])
+def added(monkeypatch, request):
     """A column that this schema did not have at first."""
-    monkeypatch.setattr(TtftRow, "ADDED", ("compile_s",))
-    return "compile_s"
+    monkeypatch.setattr(TtftRow, "ADDED", (request.param,))
+    return request.param
 
 
 def test_a_file_without_an_added_column_is_read_and_appended_to(tmp_path, added):
@@ -144,7 +158,7 @@ def test_a_file_without_an_added_column_is_read_and_appended_to(tmp_path, added)
     lacking(path, added)
     assert added not in path.read_text()
     assert read(path, TtftRow) == [ROW]
-    later = replace(ROW, compile_s=0.95)
+    later = replace(ROW, compile_s=0.95, batch_size=4)
     append(tmp_path, later)
     assert read(path, TtftRow) == [ROW, later]
     assert path.read_text().splitlines()[0] == ",".join(TtftRow.columns())

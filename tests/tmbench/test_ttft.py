@@ -354,7 +354,7 @@ def test_a_prompt_that_reads_otherwise_is_measured_anew(job, monkeypatch):
     work.run()
     assert rows_of(work)["dense", 96].prompt_hash == of_ids(prompt_ids("random", 96, work.loaded, 42)[0].tolist())
     assert not job(names=("dense",), lengths=(96,)).pending_plans()
-    monkeypatch.setattr(ttft, "prompt_ids", lambda kind, length, loaded, seed: torch.full((1, length), 7))
+    monkeypatch.setattr(ttft, "batch_ids", lambda kind, length, loaded, seed, size: torch.full((size, length), 7))
     again = job(names=("dense",), lengths=(96,))
     assert again.pending_plans()
     again.run()
