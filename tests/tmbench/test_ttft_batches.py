@@ -16,7 +16,7 @@ from report_rows import add_ruler, add_ttft
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.first_token import first_token
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared, tensors_of
 from tmbench.errors import UserError
 from tmbench.measure import ttft
 from tmbench.measure.outlook import outlook
@@ -85,7 +85,7 @@ def test_each_prompt_of_a_batch_is_read_as_it_is_alone(method, kind, loaded, bud
         with applied_plan(model, plan) as session, prepared(model, session, kind) as prefill:
             found = first_token(prefill, prompts)
             session.check_complete()
-            return found, [layer.keys for layer in prefill.cache.layers]
+            return found, tensors_of(prefill.cache)
 
     together, cache = read(ids)
     assert together.logits.shape == (3, 97)
@@ -93,8 +93,8 @@ def test_each_prompt_of_a_batch_is_read_as_it_is_alone(method, kind, loaded, bud
         alone, own = read(ids[number : number + 1])
         torch.testing.assert_close(together.logits[number : number + 1], alone.logits, rtol=1e-4, atol=1e-4)
         assert together.tokens[number : number + 1] == alone.tokens
-        for keys, expected in zip(cache, own, strict=True):
-            torch.testing.assert_close(keys[number : number + 1], expected, rtol=1e-4, atol=1e-4)
+        for kept, expected in zip(cache, own, strict=True):
+            torch.testing.assert_close(kept[number : number + 1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mlp_sees_no_more_than_a_chunk_of_all_prompts(loaded, short_chunks):
