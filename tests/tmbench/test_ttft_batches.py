@@ -26,7 +26,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.report.pictures import figures
 from tmbench.report.records import records
 from tmbench.report.report import build
-from tmbench.report.writers import report_markdown
+from tmbench.report.writers import report_csv, report_markdown
 from tmbench.results import environment
 from tmbench.results.rows import TtftRow
 from tmbench.results.tables import read_all
@@ -267,7 +267,9 @@ def test_a_report_says_tokens_per_second_where_a_batch_is_above_one(tmp_path):
     place = [column.name for column in details[1].columns].index("tokens/s")
     assert [row[place] for row in details[1].rows] == ["8,192", "16,384"]
     assert [record["tokens_per_second"] for record in records(four)] == [8192, 16384]
+    assert [record["tokens_per_second"] for record in records(one)] == [None, None]
     assert [record["batch_size"] for record in records(four)] == [4, 4]
+    assert [line for line in report_csv(build(tmp_path)).splitlines() if ",tokens_per_second," in line] != []
 
 
 def test_pictures_and_trade_offs_of_batches_have_names_of_their_own(tmp_path):

@@ -163,7 +163,7 @@ def _(cell: TtftCell) -> Record:
         "percent_low": cell.percent_low,
         "percent_high": cell.percent_high,
         "time_verdict": cell.verdict,
-        "tokens_per_second": cell.row.tokens_per_second,
+        "tokens_per_second": cell.tokens_per_second,
     }
 
 

@@ -56,6 +56,11 @@ class TtftCell(Cell[TtftRow]):
         return 100 * (self.row.ttft_median_s / self.dense.ttft_median_s - 1)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of batches above one: of a single prompt it would say what its time says."""
+        return self.row.tokens_per_second if self.row.batch_size > 1 else None
+
+    @property
     def percent_low(self) -> float | None:
         """The lower end of its 95 % interval."""
         return self.against.low if isinstance(self.against, TimeDifference) else None
@@ -196,7 +201,7 @@ class TtftSection(Section[TtftSetting, TtftCell]):
         if self.setting.batch_size > 1:
             names.append("tokens/s")
             for line, cell in zip(lines, self.measured(), strict=True):
-                line.append(figure_text(cell.row.tokens_per_second, ",.0f"))
+                line.append(figure_text(cell.tokens_per_second, ",.0f"))
         peaks = [cell.row.peak_memory_bytes for cell in self.measured()]
         if any(peaks):
             names.append("peak GiB")

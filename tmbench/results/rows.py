@@ -182,10 +182,10 @@ class TtftRow(Row):
     logit_error: float | None = None
     """RMS of (logits - dense logits) over the RMS of the dense logits, last positions of all prompts; empty where dense did
     not run."""
-    compile_s: float | None = None
-    """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
     batch_size: int = 1
     """How many prompts, all different and of this length, were read together."""
+    compile_s: float | None = None
+    """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
 
     ADDED: ClassVar[tuple[str, ...]] = ("batch_size",)
 
