@@ -82,7 +82,7 @@ def facts(loaded: LoadedModel) -> dict[str, str]:
     """What rows say of this place and of the model, but for what two machines of the same kind may differ in."""
     here = environment.current(loaded.device)
     columns = {name: str(value) for name, value in here.row_fields().items() if name != "environment"}
-    return columns | dict(here.packages) | loaded.row_fields()
+    return columns | dict(here.packages) | {name: str(value) for name, value in loaded.row_fields().items()}
 
 
 def serve(source: ModelSource, threads: int | None, receive: Receive, send: Send) -> None:

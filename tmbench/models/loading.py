@@ -7,6 +7,7 @@ has no checkpoint, and a folder of its name comes first.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
-from tmbench.models import fingerprint, structured
+from tmbench.models import fingerprint, parallel, sharding, structured
 from tmbench.models.attention_modules import windows
 from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
 from tmbench.models.geometry import Geometry, max_positions
@@ -54,6 +55,8 @@ class LoadedModel:
     """What it was made from: see ``content_hash``."""
     planned_for: torch.device | None = None
     """The device of a run that is only planned: the model then has a geometry and no weights."""
+    tensor_parallel_size: int = 1
+    """Over how many ranks it is split."""
     notes: tuple[str, ...] = ()
     """What was done on the user's behalf, a sentence each."""
 
@@ -76,10 +79,11 @@ class LoadedModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
-    def row_fields(self) -> dict[str, str]:
+    def row_fields(self) -> dict[str, str | int]:
         """The columns that a result row takes from here."""
         named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
-        return {**named, "weights": self.weights, "dtype": self.dtype}
+        how = {"weights": self.weights, "dtype": self.dtype, "tensor_parallel_size": self.tensor_parallel_size}
+        return {**named, **how}
 
     @property
     def max_length(self) -> int | None:
@@ -113,12 +117,15 @@ class LoadedModel:
         return min(limits, default=None)
 
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory."""
-        shape = self.geometry
+        """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory.
+
+        Of a model that is split those of one rank, which has a part of the heads.
+        """
+        shape, ranks = self.geometry, self.tensor_parallel_size
         one = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        q = one.expand(1, shape.heads, length, shape.qk_head_dim)
-        k = one.expand(1, shape.kv_heads, length, shape.qk_head_dim)
-        return q, k, one.expand(1, shape.kv_heads, length, shape.v_head_dim)
+        q = one.expand(1, shape.heads // ranks, length, shape.qk_head_dim)
+        k = one.expand(1, shape.kv_heads // ranks, length, shape.qk_head_dim)
+        return q, k, one.expand(1, shape.kv_heads // ranks, length, shape.v_head_dim)
 
     def need_tokenizer(self, wish: str, remedy: str = "use another --model") -> PreTrainedTokenizerBase:
         """The tokenizer, or a UserError that says what it was wanted for, and what to do."""
@@ -177,6 +184,8 @@ def load(
 ) -> LoadedModel:
     """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
 
+    Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own.
+
     Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
     weights of a preset, and for a family that structured weights are not made for.
     """
@@ -186,7 +195,7 @@ def load(
             f"--model {name} is a preset, a config without weights: add --weights random or --weights structured, or give "
             f"the real checkpoint, {read_preset(name)['_name_or_path']} or a folder"
         )
-    place = check_device(device or default_device())
+    place = parallel.device(check_device(device or default_device()))
     kind = check_dtype(dtype, place)
     path = model_path(name)
     disable_progress_bar()
@@ -203,6 +212,8 @@ def load(
             folder = _folder(name, revision)
             if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
                 check_planned(name, model, folder)
+        elif parallel.size() > 1:
+            model = _split(name, family, config, weights, _folder(name, revision), place, kind)
         elif weights != "checkpoint":
             model = _drawn(family, config, place, kind)
         else:
@@ -211,7 +222,7 @@ def load(
             )
             check_loaded(name, model, info)
             model = model.to(place)
-        if weights == "structured" and not plan_only:
+        if weights == "structured" and not plan_only and parallel.size() == 1:
             structured.fill(model, RANDOM_SEED)
     model.eval()
     return LoadedModel(
@@ -222,6 +233,7 @@ def load(
         revision=revision,
         model_hash=content_hash(name, weights, revision),
         planned_for=place if plan_only else None,
+        tensor_parallel_size=parallel.size(),
         notes=(f"{name} brings {NOT_RUN}: its family is transformers' own",) if hasattr(config, "auto_map") else (),
     )
 
@@ -296,6 +308,26 @@ def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -
     torch.manual_seed(RANDOM_SEED)
     with device:
         return family.from_config(config, dtype=dtype)
+
+
+def _split(
+    name: str, family: Any, config: Any, weights: Weights, folder: Path | None, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """The part of the model that this rank has, with the weights that the model would have on one device."""
+    model = _drawn(family, config, torch.device("meta"), dtype)
+    plan = sharding.plan_of(name, model, parallel.size())
+    if weights == "checkpoint":
+        if folder is not None and fingerprint.weight_files(folder):
+            check_planned(name, model, folder)
+        sharding.read(name, model, plan, folder, device)
+    elif weights == "random":
+        sharding.draw(model, plan, device, RANDOM_SEED)
+    else:
+        structured.fill(
+            model, RANDOM_SEED, begin=partial(sharding.make_real, model, device=device), end=partial(sharding.split, model, plan)
+        )
+        model.tie_weights()
+    return model
 
 
 def _tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:

@@ -24,7 +24,7 @@ structure. Which frequencies, offsets and strengths a head has is drawn from a s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,10 @@ _SWITCH = 20.0
 _SWITCH_AT = 0.7
 
 
+OfPart = Callable[[Any], None]
+"""What is done with a module of the model."""
+
+
 @dataclass(frozen=True)
 class HeadConstants:
     """What is the same in all queries or all keys of one layer, in each entry of a head before rotary embedding."""
@@ -103,8 +107,11 @@ def check_family(config: Any) -> None:
 
 
 @torch.no_grad()
-def fill(model: Any, seed: int = 0) -> None:
+def fill(model: Any, seed: int = 0, begin: OfPart = lambda part: None, end: OfPart = lambda part: None) -> None:
     """Give a model of one of ``FAMILIES`` structured weights, in place, on its device and in its type.
+
+    One part after the other, the embeddings, each layer, and what follows them. ``begin`` is called before a part is filled
+    and ``end`` when it is: what begins without memory may be given some, and be cut afterwards.
 
     The structure is the same on every device for one seed, the noise around it only for one device and type. Raises
     UserError for another family, or heads of fewer than 8 entries.
@@ -112,6 +119,7 @@ def fill(model: Any, seed: int = 0) -> None:
     config = model.config
     check_family(config)
     decoder = model.model
+    begin(decoder.rotary_emb)
     frequencies = decoder.rotary_emb.inv_freq.double().cpu()
     if len(frequencies) < FEWEST_PAIRS or config.hidden_size <= CHANNELS:
         raise UserError(
@@ -119,18 +127,25 @@ def fill(model: Any, seed: int = 0) -> None:
             f"not {2 * len(frequencies)} and {config.hidden_size}: use --weights random, or another --model"
         )
     draw = Generator().manual_seed(seed)
-    noise = Generator(device=model.device).manual_seed(seed)
+    begin(decoder.embed_tokens)
+    noise = Generator(device=decoder.embed_tokens.weight.device).manual_seed(seed)
     width = config.hidden_size
-    for parameter in model.parameters():
-        # The norms' weights stay 1; a bias would only add one constant to another.
-        if parameter.dim() > 1:
-            parameter.normal_(0, width**-0.5, generator=noise)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.zero_()
+
+    def make_noise(part: Any) -> None:
+        for name, parameter in part.named_parameters():
+            # The norms' weights stay 1; a bias would only add one constant to another.
+            if parameter.dim() > 1:
+                parameter.normal_(0, width**-0.5, generator=noise)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    make_noise(decoder.embed_tokens)
     _fill_embedding(decoder.embed_tokens.weight, draw)
+    end(decoder.embed_tokens)
     small = ADDED_SIZE * (2 * len(decoder.layers)) ** -0.5
     for index, layer in enumerate(decoder.layers):
+        begin(layer)
+        make_noise(layer)
         attention, mlp = layer.self_attn, layer.mlp
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         constants = draw_constants(frequencies, heads, kv_heads, draw, first_layer=index == 0)
@@ -142,7 +157,14 @@ def fill(model: Any, seed: int = 0) -> None:
             projection.weight[:, :CHANNELS] = 0
         for projection in (attention.o_proj, mlp.down_proj):
             projection.weight[:CHANNELS] = 0
-    _fill_first_token_detector(decoder.layers[0])
+        if index == 0:
+            _fill_first_token_detector(layer)
+        end(layer)
+    for part in (decoder.norm, model.lm_head):
+        begin(part)
+        if not config.tie_word_embeddings:
+            make_noise(part)
+        end(part)
 
 
 def draw_constants(

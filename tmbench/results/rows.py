@@ -61,10 +61,12 @@ class Row:
     prefill: str = "plain"
     """How the model read its prompts: "plain", as transformers runs it; "eager", without work that the first token does not
     need; "compiled", with compiled layers too."""
+    tensor_parallel_size: int = 1
+    """How many GPUs shared the model, each with a part of every layer's heads and MLP."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     peak_memory_bytes: int | None = None
-    """Device memory at its peak, model included; empty on the CPU."""
+    """Device memory at its peak, model included, of several GPUs the most that one had; empty on the CPU."""
     threads: int
     """CPU threads that torch used; 0 where the device is not the CPU."""
     device_name: str
@@ -81,9 +83,9 @@ class Row:
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
-        "prefill",
+        "prefill", "tensor_parallel_size",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ()
+    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size",)
     """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod
@@ -170,7 +172,8 @@ class TtftRow(Row):
     """Operations that this method must do: linear layers, and attention over the pairs it keeps, for all prompts. See
     ``tmbench.engine.roofline``."""
     matrix_rate_flops: float | None = None
-    """GEMM throughput: operations per second of large matrix products, measured between the prefills; the median."""
+    """GEMM throughput: operations per second of large matrix products, measured between the prefills; the median. Of several
+    GPUs it is the sum, as ``flop`` counts the whole model."""
     floor_s: float | None = None
     """The roofline: ``flop`` at that throughput."""
     ttft_over_floor: float | None = None
@@ -235,7 +238,7 @@ class RulerRow(Row):
     batch_size: int = 1
     """How many samples decoded together at most."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("decode", "batch_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "decode", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +268,7 @@ class AgreeRow(Row):
     batch_size: int = 1
     """How many samples decoded together at most."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("decode", "batch_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "decode", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,178 @@
+"""The ranks of a run that ``torchrun`` started, one process a GPU, and what they tell each other beside the model's own sums.
+
+This is the only place that reads torchrun's environment. Without torchrun there is one rank, and nothing here costs anything.
+What passes between ranks goes through the CPU, in a group of its own: a rank that waits for the next order disturbs no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from tmbench.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PATIENCE = 30.0
+"""Seconds that the others are given to come to where a rank has failed: out of memory they all are within moments."""
+_FOR_EVER = timedelta(days=365)
+"""Samples may be prepared for hours; a process that dies is torchrun's to see."""
+
+
+@dataclass
+class _Ranks:
+    rank: int
+    size: int
+    control: Any
+    """The group of what is told, which goes through the CPU."""
+    store: Any
+    watched: Any
+    """A connection of its own to the store, for the thread that watches."""
+    asked: int = 0
+    """How many exchanges have begun."""
+    done: int = 0
+    """How many have ended."""
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+_HERE: _Ranks | None = None
+
+
+def launched() -> bool:
+    """Whether torchrun started this process beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    """Which of the ranks this process is, from 0."""
+    return 0 if _HERE is None else _HERE.rank
+
+
+def size() -> int:
+    """How many ranks share the model."""
+    return 1 if _HERE is None else _HERE.size
+
+
+def device(place: torch.device) -> torch.device:
+    """The device of this rank, of that type; raises UserError for a numbered GPU, and where there are fewer than ranks."""
+    import torch
+
+    if size() == 1 or place.type != "cuda":
+        return place
+    if place.index is not None:
+        raise UserError(f"--device {place} is one GPU, and torchrun gives every process its own: leave the number out")
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    if here > there:
+        raise UserError(f"--nproc-per-node {here} needs as many GPUs, and there are {there}: give {there} or fewer")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def start() -> None:
+    """Meet the other ranks."""
+    global _HERE
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_FOR_EVER)
+    stores = [
+        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_FOR_EVER)
+        for _ in range(2)
+    ]
+    _HERE = _Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_FOR_EVER), *stores)
+    if _HERE.rank == 0:
+        threading.Thread(target=_watch, args=(_HERE,), daemon=True).start()
+
+
+def stop() -> None:
+    """Leave the others."""
+    global _HERE
+    import torch.distributed as dist
+
+    if _HERE is not None:
+        _HERE.stopped.set()
+        _HERE = None
+        dist.destroy_process_group()
+
+
+def send(order: Any) -> None:
+    """Rank 0 gives all others an order, which pickles."""
+    _broadcast([order])
+
+
+def receive() -> Any:
+    """The next order of rank 0."""
+    return _broadcast([None])[0]
+
+
+def _broadcast(orders: list[Any]) -> list[Any]:
+    import torch.distributed as dist
+
+    assert _HERE is not None, "there is one rank"
+    dist.broadcast_object_list(orders, src=0, group=_HERE.control)
+    return orders
+
+
+def exchanged(value: Any, trouble: str = "") -> list[Any]:
+    """What each rank has to say, by rank: all of them call this at the same point of their work.
+
+    ``trouble`` says why this rank's work has failed. The others may wait for it inside of a layer, and then they never come
+    here: rank 0 then says so in one sentence and ends the run. What was kept until then stays.
+    """
+    if _HERE is None:
+        return [value]
+    import torch.distributed as dist
+
+    _HERE.asked += 1
+    if trouble:
+        _HERE.store.set(_key(_HERE.asked), f"rank {_HERE.rank} of {_HERE.size} failed, {trouble}")
+    said: list[Any] = [None] * _HERE.size
+    dist.all_gather_object(said, value, group=_HERE.control)
+    _HERE.done += 1
+    return said
+
+
+def summed(value: Any) -> Any:
+    """The sum of a number over all ranks."""
+    return value if _HERE is None else sum(exchanged(value))
+
+
+def end(reason: str) -> None:
+    """End the run in the middle, with one sentence, where the ranks cannot go on together; torchrun ends the others."""
+    if rank() == 0:
+        print(f"Error: {reason}; what was measured before is kept", file=sys.stderr, flush=True)
+    else:
+        # Rank 0 is to say it first.
+        time.sleep(PATIENCE)
+    os._exit(1)
+
+
+def _key(number: int) -> str:
+    return f"tmbench/trouble/{number}"
+
+
+def _watch(ranks: _Ranks) -> None:
+    """Let no rank wait for one that has failed: the thread of rank 0 that sees to it."""
+    since: float | None = None
+    while not ranks.stopped.wait(1.0):
+        done = ranks.done
+        try:
+            failed = ranks.watched.check([_key(done + 1)])
+        except RuntimeError:
+            # The store goes with torchrun.
+            return
+        if not failed:
+            since = None
+        elif since is None:
+            since = time.monotonic()
+        elif time.monotonic() - since > PATIENCE and ranks.done == done:
+            end(f"{ranks.watched.get(_key(done + 1)).decode()}, and the others wait for it")
