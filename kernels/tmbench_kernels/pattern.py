@@ -69,6 +69,10 @@ class Pattern(Declared):
         """The pattern itself, for every layer."""
         return [self] * layers
 
+    def of_heads(self, heads: range) -> Pattern:
+        """The same for some of the query heads, as a rank has them of a model that is split: itself where all are alike."""
+        return self
+
     @property
     def candidates(self) -> tuple[Backend, ...]:
         """The backends to choose from, in order of preference."""

@@ -13,9 +13,10 @@ from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, info, merge, patterns, probe, report, ruler, sweep, ttft
+from tmbench.cli import agree, info, merge, patterns, probe, ranks, report, ruler, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
+from tmbench.models import parallel
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Print the version.")]
 
@@ -52,6 +53,13 @@ app.command("env")(info.env)
 
 def main() -> None:
     """Run the command line: bad input is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    if parallel.launched():
+        ranks.across(_main)
+    else:
+        _main()
+
+
+def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a letter shows a question mark for it.
         if isinstance(stream, io.TextIOWrapper):
@@ -73,6 +81,7 @@ def _run() -> None:
     """The command, and what it has left to write: where an output takes no more, a UserError says so."""
     try:
         try:
+            ranks.check_command(sys.argv[1:])
             app()
         finally:
             for stream in (sys.stdout, sys.stderr):

@@ -9,6 +9,7 @@ import typer
 
 from tmbench.cli.options import refuse
 from tmbench.cli.screen import print_rows, progress_bar, say, say_failures, say_nothing_measured
+from tmbench.models import parallel
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -42,10 +43,21 @@ def opened(
         refuse({"workers": workers}, "says how many workers --executor has, which is not given")
     if name != "ray":
         refuse({"address": address}, "is the cluster of --executor ray")
+    if parallel.size() > 1:
+        return _across_ranks(source, name, plan_only)
     if plan_only:
         loaded = source.load(plan_only=True)
         return InProcess(loaded), loaded
     executor: Executor = InProcess() if name is None else _workers(source, name, workers, address)
+    return executor, executor.open(source)
+
+
+def _across_ranks(source: ModelSource, name: str | None, plan_only: bool) -> tuple[Executor, LoadedModel]:
+    from tmbench.measure.ranks import AcrossRanks
+
+    refuse({"executor": name}, "does not go with torchrun, whose processes share one model: leave one of them out")
+    refuse({"plan": plan_only}, "does not go with torchrun: what a run takes on several GPUs is not known before")
+    executor = AcrossRanks()
     return executor, executor.open(source)
 
 

@@ -28,7 +28,9 @@ from tmbench.engine.rereading import Rereading
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.plan import ModelShape, Plan
 from tmbench.methods.spec import MethodSpec
+from tmbench.models import parallel
 from tmbench.models.attention_modules import PLACE, attention_modules
+from tmbench.models.geometry import Geometry
 from tmbench.results.words import counted
 from tmbench_kernels import Pattern
 
@@ -135,7 +137,7 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
     try:
         for module in modules:
-            setattr(module, PLACE, Slot(plan.patterns[module.layer_idx], session, module.layer_idx))
+            setattr(module, PLACE, Slot(_own(plan.patterns[module.layer_idx], model), session, module.layer_idx))
         implementations.use(IMPLEMENTATION)
         if any(module.config._attn_implementation != IMPLEMENTATION for module in modules):
             raise UnsupportedModelError(f"{type(model).__name__} did not accept an attention function from outside")
@@ -147,6 +149,15 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
         for module in modules:
             if hasattr(module, PLACE):
                 delattr(module, PLACE)
+
+
+def _own(pattern: Pattern, model: PreTrainedModel) -> Pattern:
+    """The pattern of the heads that this rank has, of a model that is split."""
+    ranks = parallel.size()
+    if ranks == 1:
+        return pattern
+    heads = Geometry.of(model).heads // ranks
+    return pattern.of_heads(range(parallel.rank() * heads, (parallel.rank() + 1) * heads))
 
 
 def _forget_lengths(model: PreTrainedModel) -> None:

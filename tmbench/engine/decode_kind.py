@@ -19,6 +19,7 @@ from tmbench.engine.session import running
 from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
+from tmbench.models import parallel
 from tmbench.models.attention_modules import windows
 from tmbench.results.failures import describe
 
@@ -34,6 +35,8 @@ def step_kind(model: PreTrainedModel, prefill: Kind, capacity: int) -> tuple[Ste
 
     A model is tried once: two short texts are continued together and one by one, and their logits compared.
     """
+    if parallel.size() > 1:
+        return None, "as its layers are split over several GPUs"
     if prefill == PLAIN:
         return None, "as its prompts are read as transformers reads them"
     if any("dynamic" in kind or "longrope" in kind for kind in _rope_types(model)):

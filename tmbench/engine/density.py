@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tmbench.engine.first_token import synchronize
+from tmbench.models import parallel
 from tmbench_kernels import Pattern
 
 
@@ -26,7 +27,7 @@ class PairCounter:
     """
 
     pairs: Counter[int] = field(default_factory=Counter)
-    """By layer, summed over batch and heads."""
+    """By layer, summed over batch and heads, those of all ranks."""
     causal: int = 0
     """What dense attention would have computed in the same calls."""
     seconds: float = 0.0
@@ -35,8 +36,9 @@ class PairCounter:
     def __call__(self, layer: int, pattern: Pattern, q: Tensor, k: Tensor, scale: float | None) -> None:
         synchronize(q.device)
         start = time.perf_counter()
-        self.pairs[layer] += pattern.pairs(q, k, scale=scale)
-        self.causal += q.shape[0] * q.shape[1] * causal_pairs(q.shape[2])
+        kept, heads = pattern.pairs(q, k, scale=scale), q.shape[1] * parallel.size()
+        self.pairs[layer] += parallel.summed(kept)
+        self.causal += q.shape[0] * heads * causal_pairs(q.shape[2])
         self.seconds += time.perf_counter() - start
 
     @property

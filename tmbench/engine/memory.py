@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tmbench.models import parallel
+
 
 class PeakMemory:
     """Counts from when it is made."""
@@ -15,8 +17,9 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int | None:
-        """The most that torch has held since, the model included; None on a CPU."""
-        return most_held(self._device)
+        """The most that torch has held since, the model included, of several ranks on any; None on a CPU."""
+        held = most_held(self._device)
+        return None if held is None else max(parallel.exchanged(held))
 
 
 def most_held(device: torch.device) -> int | None:

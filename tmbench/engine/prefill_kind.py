@@ -16,6 +16,7 @@ from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, decoder_layers,
 from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
+from tmbench.models import parallel
 from tmbench.models.attention_modules import attention_modules
 from tmbench.models.geometry import Geometry
 from tmbench.results.failures import describe
@@ -76,6 +77,9 @@ def _obstacle(model: PreTrainedModel) -> str:
     except UserError:
         raise
     except Exception as error:
+        if parallel.size() > 1:
+            # It may have failed on this rank alone, and then the ranks are no longer at the same place.
+            raise
         # A model that fails both ways fails in its measurement, which says how.
         return f"as a short prompt failed ({describe(error)})"
     expected, got = both

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tmbench.engine.first_token import synchronize
 from tmbench.models.attention_modules import parents, self_attentions
 from tmbench.models.geometry import Geometry
+from tmbench.models.sharding import Shard
 
 FUSED = ("qkv", "query_key_value")
 """Parts of the names under which one projection yields queries, keys and values."""
@@ -25,7 +26,8 @@ def linear_flop(model: PreTrainedModel, length: int) -> float:
 
     All of them work on every position, except in the last layer: there only keys and values do, and all else is wanted at
     the last position alone. Counts ``nn.Linear`` modules: a mixture of experts keeps its weights elsewhere and is
-    underestimated. What reads images beside the decoder has nothing to do for a text.
+    underestimated. What reads images beside the decoder has nothing to do for a text. Of a model that is split over ranks it
+    counts what all of them do together, but for what every one of them does.
     """
     last = max(self_attentions(model), key=lambda module: int(module.layer_idx))
     holder = parents(model)
@@ -41,7 +43,7 @@ def linear_flop(model: PreTrainedModel, length: int) -> float:
         if module in after:
             everywhere = _key_value_features(module, attention[module], model) if module in attention else 0
         outputs = everywhere * length + (module.out_features - everywhere)
-        flop += 2.0 * module.in_features * outputs
+        flop += 2.0 * module.in_features * outputs * (module.ranks if isinstance(module, Shard) else 1)
     return flop
 
 

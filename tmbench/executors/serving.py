@@ -40,7 +40,7 @@ class Ready:
     """The model is loaded."""
 
     source: ModelSource
-    facts: dict[str, str]
+    facts: dict[str, Any]
     """What all workers have in common, as their items make the same rows."""
 
 
@@ -78,11 +78,11 @@ Receive = Callable[[], Any]
 Send = Callable[[Told], None]
 
 
-def facts(loaded: LoadedModel) -> dict[str, str]:
+def facts(loaded: LoadedModel) -> dict[str, Any]:
     """What rows say of this place and of the model, but for what two machines of the same kind may differ in."""
     here = environment.current(loaded.device)
     columns = {name: str(value) for name, value in here.row_fields().items() if name != "environment"}
-    return columns | dict(here.packages) | {name: str(value) for name, value in loaded.row_fields().items()}
+    return columns | dict(here.packages) | loaded.row_fields()
 
 
 def serve(source: ModelSource, threads: int | None, receive: Receive, send: Send) -> None:

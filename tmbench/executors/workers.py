@@ -225,7 +225,7 @@ class Workers:
                     _hear(worker, told, given, tell)
         return answers
 
-    def _check_facts(self, facts: dict[str, str], who: str) -> None:
+    def _check_facts(self, facts: dict[str, Any], who: str) -> None:
         """Raise UserError where someone's rows would differ: of another device, other versions or another model."""
         assert self._ready is not None
         for name in facts | self._ready.facts:

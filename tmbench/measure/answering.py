@@ -21,11 +21,12 @@ from tmbench.engine.density import PairCounter
 from tmbench.engine.prefill import COMPILED
 from tmbench.engine.session import KeptOpen, compile_ahead, running
 from tmbench.errors import UserError
+from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
 from tmbench.measure.spec import Item, ItemSpec, R, RowSpec
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.loading import LoadedModel
-from tmbench.results.failures import Failure, attempt, describe
+from tmbench.results.failures import Failure, describe
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY, PLAIN_LOOP
 
 

@@ -37,6 +37,7 @@ from tmbench.engine.first_token import synchronize
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.memory import PeakMemory
 from tmbench.errors import UserError
+from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.shard import row_target
@@ -45,7 +46,7 @@ from tmbench.methods.layers import Budget, Proposal, Rule, propose
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.attention_modules import attention_modules, parents
 from tmbench.models.loading import LoadedModel
-from tmbench.results.failures import Failure, attempt, release_memory
+from tmbench.results.failures import Failure, release_memory
 from tmbench.results.parameters_text import parameters_text
 from tmbench.results.rows import ProbeRow, now
 from tmbench.results.sample_files import Kept

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.prefill_kind import kind_wanted
+from tmbench.measure.attempt import attempt
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel, Weights
 from tmbench.results import environment
 from tmbench.results.environment import Environment
-from tmbench.results.failures import attempt
 from tmbench.results.shards import Shard
 
 if TYPE_CHECKING:

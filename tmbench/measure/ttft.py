@@ -23,13 +23,15 @@ from tmbench.engine.density import PairCounter, causal_pairs
 from tmbench.engine.finite import check_logits
 from tmbench.engine.first_token import FirstToken, first_token
 from tmbench.engine.session import running
+from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget, timed_before
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.plan import Plan, backends_name
+from tmbench.models import parallel
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results.failures import Failure, attempt
+from tmbench.results.failures import Failure
 from tmbench.results.row_sets import finish
 from tmbench.results.rows import TtftRow, now
 from tmbench.results.words import batched
@@ -185,7 +187,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                     _pass(self, loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
                 worker.step(work=flop)
             if number >= self.warmup and any(trial.failure is None for trial in trials):
-                throughputs.append(roofline.gemm_throughput(loaded.device, loaded.model.dtype))
+                throughputs.append(parallel.summed(roofline.gemm_throughput(loaded.device, loaded.model.dtype)))
         dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
         timings = tuple(_timing(loaded, item, trial, dense) for trial in trials)
         worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))

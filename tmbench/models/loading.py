@@ -79,7 +79,7 @@ class LoadedModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
-    def row_fields(self) -> dict[str, str | int]:
+    def row_fields(self) -> dict[str, Any]:
         """The columns that a result row takes from here."""
         named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
         how = {"weights": self.weights, "dtype": self.dtype, "tensor_parallel_size": self.tensor_parallel_size}
@@ -323,9 +323,8 @@ def _split(
     elif weights == "random":
         sharding.draw(model, plan, device, RANDOM_SEED)
     else:
-        structured.fill(
-            model, RANDOM_SEED, begin=partial(sharding.make_real, model, device=device), end=partial(sharding.split, model, plan)
-        )
+        begin = partial(sharding.make_real, model, device=device)
+        structured.fill(model, RANDOM_SEED, begin, end=partial(sharding.split, model, plan))
         model.tie_weights()
     return model
 

@@ -1,6 +1,6 @@
-"""The ranks of a run that ``torchrun`` started, one process a GPU, and what they tell each other beside the model's own sums.
+"""The ranks of a run that ``torchrun`` started, one process a GPU, and what they tell each other beside the model's sums.
 
-This is the only place that reads torchrun's environment. Without torchrun there is one rank, and nothing here costs anything.
+This is the only place that reads torchrun's environment. Without torchrun there is one rank, and all this costs nothing.
 What passes between ranks goes through the CPU, in a group of its own: a rank that waits for the next order disturbs no GPU.
 """
 
@@ -84,11 +84,11 @@ def start() -> None:
     if torch.cuda.is_available() and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_FOR_EVER)
-    stores = [
-        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_FOR_EVER)
-        for _ in range(2)
-    ]
-    _HERE = _Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_FOR_EVER), *stores)
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    connect: Any = dist.TCPStore  # type: ignore[attr-defined]
+    store, watched = (connect(*where, is_master=False, timeout=_FOR_EVER) for _ in range(2))
+    control = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+    _HERE = _Ranks(dist.get_rank(), dist.get_world_size(), control, store, watched)
     if _HERE.rank == 0:
         threading.Thread(target=_watch, args=(_HERE,), daemon=True).start()
 

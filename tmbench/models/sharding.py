@@ -56,18 +56,19 @@ class Shard(nn.Linear):
             each = shape[axis] // self.ranks
             own = slice(parallel.rank() * each, (parallel.rank() + 1) * each)
             part = whole[own] if axis == 0 else whole[:, own]
-        return part.detach().clone(memory_format=torch.contiguous_format)
+        own_memory: Tensor = part.detach().clone(memory_format=torch.contiguous_format)
+        return own_memory
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            raise UnsupportedModelError("a model that is split over ranks is for inference alone: start tmbench without torchrun")
+            raise UnsupportedModelError("a model that is split over GPUs is for inference alone: leave torchrun out")
         if self.style == COLUMNS:
             return F.linear(input, self.weight, self.bias)
         out = F.linear(input, self.weight)
         if torch.compiler.is_compiling():
             from torch.distributed._functional_collectives import all_reduce
 
-            out = all_reduce(out, "sum", dist.group.WORLD)
+            out = all_reduce(out, "sum", list(range(self.ranks)))
         else:
             dist.all_reduce(out)
         return out if self.bias is None else out + self.bias
@@ -90,17 +91,23 @@ def plan_of(name: str, model: Any, ranks: int) -> Plan:
         if style is None or style in WHOLE or module is head or isinstance(module, nn.Embedding):
             continue
         if style not in (COLUMNS, ROWS) or key not in linear:
-            raise UserError(f"--model {name} is of the family {family}, whose {key} is split as {style}, which is not served: {remedy}")
+            raise UserError(
+                f"--model {name} is of the family {family}, whose {key} is split as {style}, which is not served: {remedy}"
+            )
         found[key] = style
     names = {module: key for key, module in model.named_modules()}
     for attention in self_attentions(model):
         own = [style for key, style in found.items() if key.startswith(f"{names[attention]}.")]
         if sorted(own) != [COLUMNS] * 3 + [ROWS]:
-            raise UserError(f"--model {name} is of the family {family}, for whose attention transformers has no such plan: {remedy}")
+            raise UserError(
+                f"--model {name} is of the family {family}, for whose attention transformers has no such plan: {remedy}"
+            )
     for key, style in found.items():
         features = linear[key].out_features if style == COLUMNS else linear[key].in_features
         if features % ranks:
-            raise UserError(f"--model {name} has {features} features in {key}, which {ranks} GPUs cannot share evenly: {remedy}")
+            raise UserError(
+                f"--model {name} has {features} features in {key}, which {ranks} GPUs cannot share evenly: {remedy}"
+            )
     return {linear[key]: (key, style) for key, style in found.items()}
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-from tmbench.errors import UserError
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY, Status
 
-T = TypeVar("T")
 _MEMORY_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -22,21 +18,6 @@ class Failure:
 
     status: Status
     error: str
-
-
-def attempt(work: Callable[[], T]) -> T | Failure:
-    """What the work returns, or why it failed; raises UserError, which the user must mend, as it is.
-
-    Memory is given back once the error is forgotten: its traceback holds on to what the failed work had allocated.
-    """
-    try:
-        return work()
-    except UserError:
-        raise
-    except Exception as error:
-        failure = Failure(OUT_OF_MEMORY if is_out_of_memory(error) else FAILED, describe(error))
-    release_memory()
-    return failure
 
 
 def is_out_of_memory(error: Exception) -> bool:

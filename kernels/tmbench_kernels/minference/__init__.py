@@ -67,6 +67,10 @@ class MInferenceHeads(Pattern):
         if not self.heads:
             raise ValueError("heads must hold at least one head")
 
+    def of_heads(self, heads: range) -> Pattern:
+        """The entries of these heads."""
+        return MInferenceHeads(tuple(self.heads[head] for head in heads))
+
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
         """Bool ``[batch, heads, length, length]``: each head by the definition of its kind."""
         batch, heads, length = q.shape[:3]

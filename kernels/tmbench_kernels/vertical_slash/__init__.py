@@ -84,6 +84,10 @@ class VerticalSlash(Pattern):
             if len(budget) != 2 or any(type(n) is not int or n < 0 for n in budget):
                 raise ValueError(f"budgets[{head}] must be two counts (columns, distances), not {budget!r}")
 
+    def of_heads(self, heads: range) -> Pattern:
+        """The budgets of these heads."""
+        return self if len(self.budgets) == 1 else VerticalSlash(tuple(self.budgets[head] for head in heads))
+
     def select(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Selection:
         """The columns and distances with the most attention from the last 64 queries, for each head of its budget.
 

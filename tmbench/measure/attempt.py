@@ -1,0 +1,60 @@
+"""Work that may fail, where a failure is a measurement: on all ranks that share a model, or on none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tmbench.errors import UserError
+from tmbench.models import parallel
+from tmbench.results.failures import Failure, describe, is_out_of_memory, release_memory
+from tmbench.results.rows import FAILED, OUT_OF_MEMORY
+
+T = TypeVar("T")
+_inside = 0
+"""How many attempts this one is within."""
+
+
+def attempt(work: Callable[[], T]) -> T | Failure:
+    """What the work returns, or why it failed; raises UserError, which the user must mend, as it is.
+
+    Memory is given back once the error is forgotten: its traceback holds on to what the failed work had allocated.
+    Where several ranks share the model, all of them call this, and what failed on one has failed on all.
+    """
+    global _inside
+    _inside += 1
+    failure, refused = None, ""
+    try:
+        done = work()
+    except UserError as error:
+        if parallel.size() == 1:
+            raise
+        refused = str(error)
+    except Exception as error:
+        failure = Failure(OUT_OF_MEMORY if is_out_of_memory(error) else FAILED, describe(error))
+    finally:
+        _inside -= 1
+    if failure is not None:
+        release_memory()
+    if parallel.size() > 1:
+        failure = _of_all(failure, refused)
+    return done if failure is None else failure
+
+
+def _of_all(failure: Failure | None, refused: str) -> Failure | None:
+    """What became of the work on all ranks; raises UserError where one of them did."""
+    trouble = refused or (failure.error if failure else "")
+    said = parallel.exchanged((_inside, failure, refused), trouble)
+    places, failures, refusals = zip(*said, strict=True)
+    if len(set(places)) > 1:
+        reason = next(filter(None, [*refusals, *(one.error for one in failures if one)]), "its work ended early")
+        parallel.end(f"one of {len(said)} GPUs failed where the others did not, {reason}")
+    if sentence := next(filter(None, refusals), ""):
+        raise UserError(sentence)
+    if len(failed := [rank for rank, one in enumerate(failures) if one]) == len(said):
+        return failure
+    if not failed:
+        return None
+    release_memory()
+    first: Failure = failures[failed[0]]
+    return Failure(first.status, f"on rank {failed[0]} of {len(said)}: {first.error}")

@@ -1,0 +1,126 @@
+"""One model on several GPUs: rank 0 runs the loop as ever, and the others do the same work as it, order by order.
+
+Rank 0 alone decides what is measured, keeps it and shows it. It gives out every order and every item before it begins one
+itself, so all ranks measure the same items in the same order, and tell nobody but it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+from tmbench.errors import UserError
+from tmbench.measure.attempt import attempt
+from tmbench.measure.executor import Job, Tell, work
+from tmbench.measure.serving import Ask, Measure
+from tmbench.measure.spec import ItemSpec, ModelSource
+from tmbench.models import parallel
+from tmbench.models.loading import LoadedModel
+from tmbench.results.failures import Failure, describe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Load:
+    """An order: load this rank's part of a model."""
+
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The last order: the run has ended, with this exit code."""
+
+    code: int
+
+
+class AcrossRanks:
+    """Rank 0: measures one item after the other, with its part of the model, as all other ranks do with theirs."""
+
+    elsewhere: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._loaded: LoadedModel | None = None
+        self._asked: ModelSource | None = None
+
+    def open(self, source: ModelSource) -> LoadedModel:
+        """This rank's part of the model, loaded once; raises as ``Executor.open``."""
+        if self._loaded is None:
+            parallel.send(Load(source))
+            self._loaded, self._asked = _together(source.load), source
+        if source not in (self._asked, ModelSource.of(self._loaded)):
+            raise ValueError(f"this executor holds {ModelSource.of(self._loaded)}, not {source}")
+        return self._loaded
+
+    def ask(self, question: Callable[[LoadedModel], T]) -> T:
+        """What a function says of the model, on this rank."""
+        assert self._loaded is not None, "no model was opened"
+        parallel.send(Ask(question))
+        return _together(partial(question, self._loaded))
+
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
+        """Have every job measured on all ranks."""
+        loaded = self.open(spec.model)
+        parallel.send(Measure(spec))
+        work(spec, _given(jobs), loaded, tell)
+
+    def close(self) -> None:
+        """The others wait for orders until rank 0 ends."""
+
+
+def _given(jobs: Iterable[Job | None]) -> Iterator[Job]:
+    for job in filter(None, jobs):
+        parallel.send(job)
+        yield job
+    parallel.send(None)
+
+
+def _together(step: Callable[[], T]) -> T:
+    """What all ranks do at once; raises UserError, for whatever reason one of them fails."""
+    done = attempt(step)
+    if isinstance(done, Failure):
+        raise UserError(
+            f"{parallel.size()} GPUs cannot share this model, {done.error}: give it more of them, or leave torchrun out"
+        )
+    return done
+
+
+class _EndedError(Exception):
+    """Rank 0 has ended."""
+
+
+def follow() -> int:
+    """What every rank but 0 does until rank 0 ends; its exit code."""
+    loaded: LoadedModel | None = None
+    while True:
+        order = parallel.receive()
+        try:
+            if isinstance(order, Stop):
+                return order.code
+            if isinstance(order, Load):
+                loaded = _together(order.source.load)
+            else:
+                assert loaded is not None, "no model was opened"
+                if isinstance(order, Ask):
+                    _together(partial(order.question, loaded))
+                else:
+                    work(order.spec, _received(), loaded, lambda message: None)
+        except _EndedError as end:
+            return int(end.args[0])
+        except UserError:
+            # Rank 0 has the same, and says it.
+            continue
+        except Exception as error:
+            # Rank 0 is elsewhere and cannot go on: what it is told ends the run.
+            said = describe(error)
+            parallel.exchanged((-1, None, said), said)
+
+
+def _received() -> Iterator[Job]:
+    while (job := parallel.receive()) is not None:
+        if isinstance(job, Stop):
+            raise _EndedError(job.code)
+        yield job
