@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tmbench.errors import UserError
-from tmbench.methods.plan import ModelShape, default_layers
+from tmbench.methods.plan import HALF, ModelShape, default_layers
 from tmbench.models import loading
 from tmbench.models.attention_modules import attention_modules
 from tmbench.models.loading import LoadedModel
@@ -103,6 +103,12 @@ def test_random_weights_do_not_lengthen_a_table_of_positions(tmp_path):
              "original_max_position_embeddings": 8192},
         ),
         ("qwen2.5-7b", 7_615_616_512, 28, 28, 4, 20, {"rope_type": "default", "rope_theta": 1000000.0}),
+        (
+            "llama-3.1-70b", 70_553_706_496, 80, 64, 8, None,
+            {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192},
+        ),
+        ("qwen2.5-72b", 72_706_203_648, 80, 64, 8, None, {"rope_type": "default", "rope_theta": 1000000.0}),
     ],
 )  # fmt: skip
 def test_presets_are_the_published_configurations(name, parameters, layers, heads, kv_heads, start, rope):
@@ -115,7 +121,9 @@ def test_presets_are_the_published_configurations(name, parameters, layers, head
     assert config.rope_parameters == rope
     assert loaded.max_length is None
     assert len(attention_modules(model)) == layers
-    assert default_layers(ModelShape.of(model))[:2] == (tuple(range(start, layers)), "published")
+    # Nothing is published for the large ones.
+    first, source = (layers // 2, HALF) if start is None else (start, "published")
+    assert default_layers(ModelShape.of(model))[:2] == (tuple(range(first, layers)), source)
 
 
 def test_a_preset_has_neither_weights_nor_tokenizer():

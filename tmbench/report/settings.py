@@ -14,7 +14,7 @@ from tmbench.results.words import counted
 class Setting:
     """The device and the model."""
 
-    BARE: ClassVar[tuple[tuple[str, object], ...]] = (("model_hash", ""),)
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (("model_hash", ""), ("tensor_parallel_size", 1))
     """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
 
     device: str
@@ -23,18 +23,22 @@ class Setting:
     weights: str
     dtype: str
     model_hash: str
+    tensor_parallel_size: int
+    """How many GPUs shared the model."""
 
     @property
     def base(self) -> Setting:
         """The device and the model alone: what times and accuracies of the same model have in common."""
-        return Setting(self.device, self.model, self.revision, self.weights, self.dtype, self.model_hash)
+        own = self.device, self.model, self.revision, self.weights, self.dtype, self.model_hash, self.tensor_parallel_size
+        return Setting(*own)
 
     @property
     def subject(self) -> str:
         """The model, in words."""
         revision = f" at {self.revision[:8]}" if self.revision else ""
         contents = f" (files {self.model_hash[:8]})" if self.model_hash else ""
-        return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}"
+        split = f", split over {self.tensor_parallel_size} GPUs" if self.tensor_parallel_size > 1 else ""
+        return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}{split}"
 
 
 @dataclass(frozen=True, order=True)
@@ -177,9 +181,9 @@ class ProbeSetting(Setting):
         return cls(*model_of(row), row.task, row.length, row.threads, row.seed, row.prefill, given, older)
 
 
-def model_of(row: Row) -> tuple[str, str, str, str, str, str]:
+def model_of(row: Row) -> tuple[str, str, str, str, str, str, int]:
     """What a row says of its device and model, in the order of ``Setting``."""
-    return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash
+    return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash, row.tensor_parallel_size
 
 
 def times_words(about: TtftSetting | TradeOffSetting) -> str:

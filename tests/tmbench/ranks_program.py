@@ -1,0 +1,85 @@
+"""What ``test_ranks`` starts on every rank: ``python ranks_program.py TASK FOLDER``, by torchrun or without it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tmbench.engine.density import PairCounter
+from tmbench.engine.prefill import EAGER
+from tmbench.engine.roofline import linear_flop
+from tmbench.engine.session import running
+from tmbench.measure.attempt import attempt
+from tmbench.methods.plan import Plan
+from tmbench.methods.spec import MethodSpec
+from tmbench.models import parallel
+from tmbench.models.loading import load
+from tmbench_kernels import MInferenceHeads
+from tmbench_kernels.minference import HeadPattern
+
+HEADS = MInferenceHeads(
+    (
+        HeadPattern("vertical_and_slash", 40, 60),
+        HeadPattern("stream_llm", 16, 64),
+        HeadPattern("vertical_and_slash", 200, 150),
+        HeadPattern("stream_llm", 4, 32),
+    )
+)
+
+
+def plans(shape):
+    named = {name: MethodSpec.of(name, {}).with_layers(shape, None, None).plan(shape) for name in ("dense", "tri_mix")}
+    return named | {"minference": Plan("minference", (HEADS,) * shape.layers)}
+
+
+def read(folder: Path) -> None:
+    """The logits of every kind of weights and method, and what is counted of them."""
+    ids = (torch.arange(700) * 37 % 3000 + 3)[None]
+    found = {}
+    for weights in ("checkpoint", "random", "structured"):
+        loaded = load("tiny", weights=weights, device="cpu", dtype="float32")
+        for method, plan in plans(loaded.shape).items():
+            counter = PairCounter()
+            with torch.inference_mode(), running(loaded.model, plan, EAGER) as session:
+                session.applied.observer = counter
+                new = session.generate(ids, 4)
+                with session.prefill() as prefill:
+                    logits = prefill(ids)
+            counted = dict(counter.pairs), counter.density, linear_flop(loaded.model, 700)
+            found[weights, method] = {"logits": logits, "new": new.tolist(), "counted": counted}
+        found[weights, "parameters"] = sum(parameter.numel() for parameter in loaded.model.model.layers.parameters())
+    torch.save(found, folder / f"{parallel.size()}-{parallel.rank()}.pt")
+
+
+def fail() -> None:
+    """Work that fails on one rank, at its end: all of them say so, and go on."""
+
+    def work() -> int:
+        if parallel.rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 7
+
+    print(attempt(work), attempt(lambda: 8), flush=True)
+
+
+def wait() -> None:
+    """Work that fails on one rank while the other waits for it."""
+    parallel.PATIENCE = 1.0
+
+    def work() -> None:
+        if parallel.rank() == 1:
+            raise RuntimeError("this GPU has had enough")
+        dist.all_reduce(torch.ones(4))
+
+    attempt(work)
+
+
+if __name__ == "__main__":
+    task, folder = sys.argv[1], Path(sys.argv[2])
+    if parallel.launched():
+        parallel.start()
+    {"read": lambda: read(folder), "fail": fail, "wait": wait}[task]()
+    parallel.stop()

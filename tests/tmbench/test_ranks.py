@@ -1,0 +1,126 @@
+"""A model that two ranks share, over gloo on the CPU: it answers as on one, and where one fails the other does not hang."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_lines import FAST_TTFT
+from report_rows import COMMON, TTFT
+from tmbench.cli import main
+from tmbench.errors import UserError
+from tmbench.models import parallel
+from tmbench.models.loading import load
+from tmbench.models.sharding import plan_of
+from tmbench.report.settings import TtftSetting
+from tmbench.results.rows import TtftRow
+from tmbench.results.tables import read_all
+
+PROGRAM = str(Path(__file__).with_name("ranks_program.py"))
+TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def run(*command: str, cwd: Path, seconds: float = 240.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_as_one_and_hold_a_half_each(tmp_path):
+    for start in ((sys.executable,), TWO):
+        done = run(*start, PROGRAM, "read", str(tmp_path), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    for about, expected in whole.items():
+        if about[1] == "parameters":
+            assert first[about] == second[about]
+            # Norms are whole on both.
+            assert expected / 2 <= first[about] < 0.51 * expected
+            continue
+        for part in (first[about], second[about]):
+            torch.testing.assert_close(part["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+            assert part["new"] == expected["new"]
+            assert part["counted"] == expected["counted"]
+    assert whole["checkpoint", "minference"]["counted"][1] < 0.9, "a pattern that keeps all would tell no heads apart"
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_has_failed_on_both_and_the_run_goes_on(tmp_path):
+    done = run(*TWO, PROGRAM, "fail", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reason = "on rank 1 of 2: OutOfMemoryError: CUDA out of memory"
+    assert done.stdout.count(f"Failure(status='out_of_memory', error='{reason}') 8") == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_ends_the_run_with_one_sentence(tmp_path):
+    done = run(*TWO, PROGRAM, "wait", str(tmp_path), cwd=tmp_path, seconds=60)
+    assert done.returncode == 1
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert sentence == (
+        "Error: rank 1 of 2 failed, RuntimeError: this GPU has had enough, and the others wait for it; "
+        "what was measured before is kept"
+    )
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence_for_all_ranks(tmp_path):
+    done = run(*TWO, "-m", "tmbench", "ttft", "--length", "64", "--prompt", "vt", "--device", "cpu", cwd=tmp_path)
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert sentence.startswith("Error: --length 64 is too short for --prompt vt")
+    # torchrun ends what is left once one rank has ended.
+    assert "exitcode  : 2" in done.stderr
+    assert "exitcode  : 1" not in done.stderr
+    assert "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (("probe",), "torchrun is for tmbench ttft, ruler, agree"),
+        ((*FAST_TTFT, "--plan"), "--plan does not go with torchrun"),
+        (("agree", "--executor", "processes", "--device", "cpu"), "--executor does not go with torchrun"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(monkeypatch, tmp_path, capsys, command, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["tmbench", *command])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith(f"Error: {sentence}")
+
+
+@pytest.mark.slow
+def test_rank_0_alone_prints_and_keeps_rows_that_name_the_gpus(tmp_path):
+    command = ("ttft", "--method", "dense", "--method", "streaming", "--length", "256", "--repeats", "1", "--device", "cpu")
+    done = run(*TWO, "-m", "tmbench", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Time to first token of 256 tokens") == 1
+    rows = read_all(tmp_path / "results", TtftRow)
+    assert sorted((row.method, row.status, row.tensor_parallel_size) for row in rows) == [
+        ("dense", "ok", 2),
+        ("streaming", "ok", 2),
+    ]
+
+
+def test_a_row_of_several_gpus_measured_something_else():
+    one = TtftRow(**{**COMMON, **TTFT})
+    assert one.tensor_parallel_size == 1
+    several = replace(one, tensor_parallel_size=4)
+    assert several.key != one.key
+    assert several.digest != one.digest
+    settings = [TtftSetting.of(row, 0) for row in (one, several)]
+    assert settings[0] != settings[1], "times of one and of four GPUs stand in no table together"
+    assert settings[1].subject == f"{settings[0].subject}, split over 4 GPUs"
+
+
+@pytest.mark.parametrize(("ranks", "reason"), [(3, "evenly: give --nproc-per-node"), (4, "4 query heads and 2 key heads")])
+def test_heads_that_cannot_be_shared_are_refused(ranks, reason):
+    with pytest.raises(UserError, match=reason):
+        plan_of("tiny", load("tiny", plan_only=True, device="cpu").model, ranks)
