@@ -25,7 +25,7 @@ def check_command(arguments: Sequence[str]) -> None:
 
 def across(run: Callable[[], None]) -> None:
     """Meet the other ranks, then run the command, or follow rank 0 and end with its exit code."""
-    from tmbench.measure.ranks import Stop, follow
+    from tmbench.executors.ranks import Stop, follow
 
     parallel.start()
     code = 1

@@ -190,7 +190,7 @@ class TtftRow(Row):
     compile_s: float | None = None
     """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("batch_size",)
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size")
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -62,9 +62,9 @@ ADDED: Final[Mapping[str, Any]] = {
     "dense_backend": "", "gamma": None, "tau": None, "min_budget": None, "stride": None, "threshold": None,
     "first_chunk": None, "alpha": None, "layers": "", "model_hash": "", "prefill": "plain", "peak_memory_bytes": None,
     "compile_s": None, "prompt_hash": "", "coverage": None, "data_hash": "", "samples_as": "tmbench",
-    "chat_template_kwargs": "", "tensor_parallel_size": 1,
+    "chat_template_kwargs": "",
 }  # fmt: skip
-"""Columns that files of the first release may lack, or have not, with what stands for them."""
+"""Columns that files of the first release may lack, with what stands for them."""
 NEVER_ABSENT: Final[Mapping[str, frozenset[str]]] = {"ttft": frozenset(("coverage",))}
 """Those of them that one kind of row always had."""
 

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from tmbench.errors import UserError
+from tmbench.executors.serving import Ask, Measure
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Job, Tell, work
-from tmbench.measure.serving import Ask, Measure
 from tmbench.measure.spec import ItemSpec, ModelSource
 from tmbench.models import parallel
 from tmbench.models.loading import LoadedModel
