@@ -155,3 +155,13 @@ def test_heads_that_do_not_fit_are_refused(make_qkv):
         MInferenceHeads(())
     with pytest.raises(ValueError, match="the pattern is for 3 heads, but q has 4"):
         MInferenceHeads((HeadPattern("stream_llm", 1, 1),) * 3).attend(*make_qkv(10))
+
+
+def test_a_part_of_the_heads_computes_what_they_do_among_all():
+    pattern = MInferenceHeads(tuple(HeadPattern("stream_llm", 4 + head, 30 + head) for head in range(4)))
+    slashes = VerticalSlash(tuple((40 + head, 60 + head) for head in range(4)))
+    q, k, v = (torch.randn(1, heads, 200, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    for whole in (pattern, slashes):
+        part = whole.of_heads(range(2, 4)).attend(q[:, 2:], k[:, 1:], v[:, 1:])
+        torch.testing.assert_close(part, whole.attend(q, k, v)[:, 2:])
+    assert VerticalSlash().of_heads(range(2, 4)) == VerticalSlash()

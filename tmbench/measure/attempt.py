@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from tmbench.errors import UserError
 from tmbench.models import parallel
-from tmbench.results.failures import Failure, describe, is_out_of_memory, release_memory
+from tmbench.results import failures
+from tmbench.results.failures import Failure, describe, is_out_of_memory
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def attempt(work: Callable[[], T]) -> T | Failure:
     finally:
         _inside -= 1
     if failure is not None:
-        release_memory()
+        failures.release_memory()
     if parallel.size() > 1:
         failure = _of_all(failure, refused)
     return done if failure is None else failure
@@ -45,16 +46,16 @@ def _of_all(failure: Failure | None, refused: str) -> Failure | None:
     """What became of the work on all ranks; raises UserError where one of them did."""
     trouble = refused or (failure.error if failure else "")
     said = parallel.exchanged((_inside, failure, refused), trouble)
-    places, failures, refusals = zip(*said, strict=True)
+    places, failed_as, refusals = zip(*said, strict=True)
     if len(set(places)) > 1:
-        reason = next(filter(None, [*refusals, *(one.error for one in failures if one)]), "its work ended early")
+        reason = next(filter(None, [*refusals, *(one.error for one in failed_as if one)]), "its work ended early")
         parallel.end(f"one of {len(said)} GPUs failed where the others did not, {reason}")
     if sentence := next(filter(None, refusals), ""):
         raise UserError(sentence)
-    if len(failed := [rank for rank, one in enumerate(failures) if one]) == len(said):
+    if len(failed := [rank for rank, one in enumerate(failed_as) if one]) == len(said):
         return failure
     if not failed:
         return None
-    release_memory()
-    first: Failure = failures[failed[0]]
+    failures.release_memory()
+    first: Failure = failed_as[failed[0]]
     return Failure(first.status, f"on rank {failed[0]} of {len(said)}: {first.error}")
