@@ -55,15 +55,19 @@ def read(folder: Path) -> None:
 
 
 def fail() -> None:
-    """Work that fails on one rank, at its end: all of them say so, and go on."""
+    """Work that fails on one rank, while the other counts or has ended: both say so, and go on."""
 
-    def work() -> int:
+    def work(last: bool) -> int:
         if parallel.rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return 7
+        return 7 if last else parallel.summed(1)
 
     # In one piece, as both write to the same place.
-    print(f"{attempt(work)} {attempt(lambda: 8)}\n", end="", flush=True)
+    print(
+        f"{attempt(lambda: work(False))} {attempt(lambda: work(True))} {attempt(lambda: parallel.summed(4))}\n",
+        end="",
+        flush=True,
+    )
 
 
 def wait() -> None:

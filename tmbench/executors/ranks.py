@@ -116,7 +116,7 @@ def follow() -> int:
         except Exception as error:
             # Rank 0 is elsewhere and cannot go on: what it is told ends the run.
             said = describe(error)
-            parallel.exchanged((-1, None, said), said)
+            parallel.exchanged((-1, None, said), said, ended=True)
 
 
 def _received() -> Iterator[Job]:

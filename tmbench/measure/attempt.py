@@ -24,38 +24,43 @@ def attempt(work: Callable[[], T]) -> T | Failure:
     """
     global _inside
     _inside += 1
-    failure, refused = None, ""
+    failure: Failure | None = None
+    followed: Failure | None = None
+    refused = ""
     try:
         done = work()
     except UserError as error:
         if parallel.size() == 1:
             raise
         refused = str(error)
+    except parallel.OtherRankError as error:
+        followed = Failure(FAILED, describe(error))
     except Exception as error:
         failure = Failure(OUT_OF_MEMORY if is_out_of_memory(error) else FAILED, describe(error))
     finally:
         _inside -= 1
-    if failure is not None:
+    if failure is not None or followed is not None:
         failures.release_memory()
     if parallel.size() > 1:
-        failure = _of_all(failure, refused)
+        failure = _of_all(failure, refused) or followed
     return done if failure is None else failure
 
 
 def _of_all(failure: Failure | None, refused: str) -> Failure | None:
     """What became of the work on all ranks; raises UserError where one of them did."""
     trouble = refused or (failure.error if failure else "")
-    said = parallel.exchanged((_inside, failure, refused), trouble)
+    said = parallel.exchanged((_inside, failure, refused), trouble, ended=True)
     places, failed_as, refusals = zip(*said, strict=True)
     if len(set(places)) > 1:
         reason = next(filter(None, [*refusals, *(one.error for one in failed_as if one)]), "its work ended early")
         parallel.end(f"one of {len(said)} GPUs failed where the others did not, {reason}")
     if sentence := next(filter(None, refusals), ""):
         raise UserError(sentence)
-    if len(failed := [rank for rank, one in enumerate(failed_as) if one]) == len(said):
-        return failure
+    failed = {rank: one for rank, one in enumerate(failed_as) if one}
     if not failed:
         return None
+    if len(failed) == len(said) and len({one.status for one in failed.values()}) == 1:
+        return failure
     failures.release_memory()
-    first: Failure = failed_as[failed[0]]
-    return Failure(first.status, f"on rank {failed[0]} of {len(said)}: {first.error}")
+    rank = next((rank for rank, one in failed.items() if one.status == OUT_OF_MEMORY), min(failed))
+    return Failure(failed[rank].status, f"on rank {rank} of {len(said)}: {failed[rank].error}")

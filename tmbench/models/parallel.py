@@ -25,6 +25,10 @@ _FOR_EVER = timedelta(days=365)
 """Samples may be prepared for hours; a process that dies is torchrun's to see."""
 
 
+class OtherRankError(RuntimeError):
+    """Another rank has failed in what this one is still at."""
+
+
 @dataclass
 class _Ranks:
     rank: int
@@ -39,6 +43,8 @@ class _Ranks:
     done: int = 0
     """How many have ended."""
     stopped: threading.Event = field(default_factory=threading.Event)
+    watch: threading.Thread | None = None
+    """Of rank 0: sees to it that no rank waits for one that has failed."""
 
 
 _HERE: _Ranks | None = None
@@ -90,7 +96,8 @@ def start() -> None:
     control = dist.new_group(backend="gloo", timeout=_FOR_EVER)
     _HERE = _Ranks(dist.get_rank(), dist.get_world_size(), control, store, watched)
     if _HERE.rank == 0:
-        threading.Thread(target=_watch, args=(_HERE,), daemon=True).start()
+        _HERE.watch = threading.Thread(target=_watch, args=(_HERE,), daemon=True)
+        _HERE.watch.start()
 
 
 def stop() -> None:
@@ -100,6 +107,9 @@ def stop() -> None:
 
     if _HERE is not None:
         _HERE.stopped.set()
+        if _HERE.watch is not None:
+            # A thread that is still in torch's code when the interpreter ends makes it abort.
+            _HERE.watch.join()
         _HERE = None
         dist.destroy_process_group()
 
@@ -122,23 +132,30 @@ def _broadcast(orders: list[Any]) -> list[Any]:
     return orders
 
 
-def exchanged(value: Any, trouble: str = "") -> list[Any]:
+def exchanged(value: Any, trouble: str = "", *, ended: bool = False) -> list[Any]:
     """What each rank has to say, by rank: all of them call this at the same point of their work.
 
-    ``trouble`` says why this rank's work has failed. The others may wait for it inside of a layer, and then they never come
-    here: rank 0 then says so in one sentence and ends the run. What was kept until then stays.
+    ``ended`` where a piece of work has ended, with ``trouble``, the reason, where it failed. A rank that is still within the
+    work then raises OtherRankError, and comes to its end too. One that waits inside of a layer cannot: rank 0 then ends the
+    run with one sentence. What was kept until then stays.
     """
     if _HERE is None:
         return [value]
     import torch.distributed as dist
 
-    _HERE.asked += 1
-    if trouble:
-        _HERE.store.set(_key(_HERE.asked), f"rank {_HERE.rank} of {_HERE.size} failed, {trouble}")
-    said: list[Any] = [None] * _HERE.size
-    dist.all_gather_object(said, value, group=_HERE.control)
-    _HERE.done += 1
-    return said
+    while True:
+        _HERE.asked += 1
+        if trouble:
+            _HERE.store.set(_key(_HERE.asked), f"rank {_HERE.rank} of {_HERE.size} failed, {trouble}")
+        said: list[Any] = [None] * _HERE.size
+        dist.all_gather_object(said, (ended, value, trouble), group=_HERE.control)
+        _HERE.done += 1
+        if all(one[0] == ended for one in said):
+            return [one[1] for one in said]
+        if not ended:
+            where = next(rank for rank, one in enumerate(said) if one[0])
+            why = said[where][2] or "it is no longer at the same place"
+            raise OtherRankError(f"rank {where} of {_HERE.size} failed, {why}")
 
 
 def summed(value: Any) -> Any:
