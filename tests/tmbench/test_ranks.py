@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +27,9 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
 def run(*command: str, cwd: Path, seconds: float = 240.0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False)
+    # As torchrun sets it for its ranks: threads that wait for one another take minutes on a machine with other work.
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds, check=False)
 
 
 @pytest.mark.slow
