@@ -365,7 +365,7 @@ def test_losses_of_methods(tmbench):
 def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
-    assert "llama-3.1-8b, qwen2.5-7b" in text
+    assert "llama-3.1-70b, llama-3.1-8b, qwen2.5-72b, qwen2.5-7b" in text
     assert "flash-attn-4, flash-attn-3, cudnn, flash-attn-2, sdpa" in text
 
 
