@@ -112,8 +112,6 @@ class Batch:
         self._is_end[end_tokens(model)] = True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._planned = False
-        self._prompt_bytes = 0
-        """What reading a prompt takes beside the model and the cache, the most so far."""
 
     @property
     def slots(self) -> int:
@@ -156,9 +154,6 @@ class Batch:
         check_logits(logits, self.model, "of the prompt's last token")
         first = int(self._choices(logits, torch.tensor([[endless]], device=logits.device)))
         text = Text(slot, most, [first], session.peak.bytes)
-        if held_before is not None and text.peak is not None:
-            grown = self.cache.bytes_per_slot * self.slots - before
-            self._prompt_bytes = max(self._prompt_bytes, text.peak - held_before - grown)
         if most > 1 and not bool(self._is_end[first]):
             self.texts.append(text)
             state = self._state
@@ -171,7 +166,8 @@ class Batch:
             state.written[slot], state.most[slot] = 1, most
             state.active[slot], state.broken[slot] = True, False
         if not self._planned:
-            self._plan()
+            grown = self.cache.bytes_per_slot * self.slots - before
+            self._plan(0 if held_before is None or text.peak is None else text.peak - held_before - grown)
         return text
 
     @property
@@ -252,14 +248,14 @@ class Batch:
             getattr(self._state, name)[:kept] = old[:kept]
         self._planned = True
 
-    def _plan(self) -> None:
-        """Make room for as many texts as memory holds beside what reading a prompt takes."""
+    def _plan(self, prompt_bytes: int) -> None:
+        """Make room for as many texts as memory holds beside what reading a prompt takes, model and cache aside."""
         slots, device = self.size, self.model.device
         if device.type == "cuda" and self.cache.bytes_per_slot:
             free, total = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             # Memory comes in pieces, and a recorded step keeps its own.
-            spare = free - self._prompt_bytes - 0.06 * total
+            spare = free - max(prompt_bytes, 0) - 0.06 * total
             slots = min(slots, 1 + max(0, int(spare // self.cache.bytes_per_slot)))
         slots = max(size for size in SIZES if size <= slots)
         if slots != self.slots:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.attention import applied_plan
 from tmbench.engine.batch import GRAPH, STEPPED, Batch, StepKind
-from tmbench.engine.decode import Decoding
 from tmbench.engine.decode_step import next_logits, prepared
 from tmbench.engine.kv_cache import CacheSlot, KvCache
-from tmbench.engine.prefill import EAGER, PLAIN, Kind, Prefill
+from tmbench.engine.prefill import EAGER, PLAIN, Kind
 from tmbench.engine.prefill_kind import agree
 from tmbench.engine.session import running
 from tmbench.errors import UserError
@@ -82,8 +80,8 @@ def _answers_alike(model: PreTrainedModel) -> bool:
     for slot, ids in enumerate(_prompts(model)):
         with running(model, plan, EAGER) as session:
             session.read_into(ids, CacheSlot(cache, slot))
-        with applied_plan(model, plan):
-            decoding = _plain(model, ids)
+        with running(model, plan, PLAIN) as session:
+            decoding = session.read(ids)
             expected.append([decoding.read([token]) for token in range(1, STEPS + 1)])
     got = []
     with prepared(model, cache, seqlens):
@@ -96,11 +94,6 @@ def _answers_alike(model: PreTrainedModel) -> bool:
         for slot in range(len(LENGTHS))
         for step in range(STEPS)
     )
-
-
-def _plain(model: PreTrainedModel, ids: Tensor) -> Decoding:
-    prefill = Prefill(model)
-    return Decoding(model, ids, prefill(ids), prefill.cache)
 
 
 def _decode(model: PreTrainedModel) -> None:

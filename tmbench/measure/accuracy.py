@@ -23,7 +23,7 @@ from tmbench.measure.spec import Part, Step
 from tmbench.models.loading import LoadedModel
 from tmbench.results.predictions import Prediction, kept_predictions
 from tmbench.results.rows import RulerRow, now
-from tmbench.results.sample_files import decoded, highest
+from tmbench.results.sample_files import decoded
 from tmbench.results.sample_scores import read_samples
 from tmbench.results.words import counted
 from tmbench.suites.suite import Sample, Suite
@@ -155,10 +155,8 @@ def answer_rows(suite: Suite, file: str, rows: Sequence[RulerRow], predictions: 
             row,
             **suite.figures(row.task, answers, [prediction.outputs for prediction in predictions]),
             prompt_tokens_mean=statistics.mean(prediction.prompt_tokens for prediction in predictions),
-            seconds_per_sample=statistics.mean(prediction.seconds for prediction in predictions),
             coverage=next((one.coverage for one in predictions if one.coverage is not None), None),
             predictions=file,
-            peak_memory_bytes=highest(prediction.peak_memory for prediction in predictions),
             **decoded(predictions),
         )
     ]

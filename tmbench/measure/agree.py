@@ -28,7 +28,7 @@ from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
-from tmbench.results.sample_files import decoded, highest
+from tmbench.results.sample_files import decoded
 from tmbench.suites.prompts import check_prompt, prompt_ids
 
 
@@ -160,9 +160,7 @@ def choice_rows(file: str, rows: Sequence[AgreeRow], found: Sequence[Choices]) -
             agreement=statistics.mean(one.agreement for one in found),
             divergence_median=statistics.median(one.divergence for one in found),
             identical=sum(one.divergence == row.new_tokens for one in found) / len(found),
-            seconds_per_sample=statistics.mean(one.seconds for one in found),
             choices=file,
-            peak_memory_bytes=highest(one.peak_memory for one in found),
             **decoded(found),
         )
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, asdict
@@ -48,6 +49,12 @@ class Decoded(Protocol):
     """A sample whose text was decoded."""
 
     @property
+    def seconds(self) -> float: ...
+
+    @property
+    def peak_memory(self) -> int | None: ...
+
+    @property
     def decode(self) -> str: ...
 
     @property
@@ -55,9 +62,13 @@ class Decoded(Protocol):
 
 
 def decoded(samples: Sequence[Decoded]) -> dict[str, Any]:
-    """The columns that say how the samples of a row were decoded."""
-    ways = sorted({sample.decode for sample in samples})
-    return {"decode": "+".join(ways), "batch_size": max(sample.batch_size for sample in samples)}
+    """The columns that say how the samples of a row were decoded, and what that took."""
+    return {
+        "decode": "+".join(sorted({sample.decode for sample in samples})),
+        "batch_size": max(sample.batch_size for sample in samples),
+        "seconds_per_sample": statistics.mean(sample.seconds for sample in samples),
+        "peak_memory_bytes": highest(sample.peak_memory for sample in samples),
+    }
 
 
 class Kept(Generic[S]):
