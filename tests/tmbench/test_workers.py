@@ -191,7 +191,9 @@ def test_no_worker_holds_items_of_two_rounds():
     executor.open(TINY)
     executor.run(spec, iter(jobs), lambda message: ended.append(message.number) if message.ended else None)
     assert sorted(ended) == [job[0] for job in jobs if job]
-    assert {len({index // 7 for index in call}) for call in spec.calls} == {1}
+    # A worker that asks after another has taken the round's last item is given none.
+    given = [call for call in spec.calls if call]
+    assert {len({index // 7 for index in call}) for call in given} == {1}
     assert [3] in spec.calls
     assert [16] in spec.calls
 
