@@ -256,6 +256,19 @@ def test_what_is_made_ahead_ends_with_who_wanted_it():
     assert ended.wait(30)
 
 
+def test_a_run_that_is_interrupted_leaves_no_thread_in_the_code_of_a_library(specs, loaded, tmp_path):
+    """The interpreter would end under it, and abort."""
+
+    class Interrupted(Elsewhere):
+        def run(self, spec, jobs, tell):
+            next(iter(jobs))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(specs("accuracy", tmp_path), Interrupted(loaded))
+    assert "ahead" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_an_executor_refuses_another_model(specs, loaded, tmp_path):
     spec = specs("ttft", tmp_path)
     with pytest.raises(ValueError, match="this executor holds .*'small'.*, not .*'other'"):

@@ -23,7 +23,7 @@ from tmbench.results.rows import TtftRow
 from tmbench.results.tables import read_all
 
 PROGRAM = str(Path(__file__).with_name("ranks_program.py"))
-TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def run(*command: str, cwd: Path, seconds: float = 240.0) -> subprocess.CompletedProcess[str]:

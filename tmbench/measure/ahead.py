@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T]) -> Generator[T, None, None]:
-    """The same items, the next ones made while one is used; raises what making them raises, behind those made before."""
+    """The same items, the next ones made while one is used; raises what making them raises, behind those made before.
+
+    Close it when no more are wanted, which waits for the item that is being made: a thread that is still in the code of a
+    library when the interpreter ends makes it abort.
+    """
     made: Queue[tuple[T] | BaseException | None] = Queue(maxsize=1)
     given_up = Event()
 
@@ -26,8 +30,9 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
         except BaseException as error:
             made.put(error)
 
-    # A daemon, as who ends the run does not wait for what would be made next.
-    Thread(target=make, name="ahead", daemon=True).start()
+    # A daemon, so that an impatient second Ctrl-C ends the run.
+    thread = Thread(target=make, name="ahead", daemon=True)
+    thread.start()
     try:
         while (one := made.get()) is not None:
             if isinstance(one, BaseException):
@@ -37,3 +42,4 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
         given_up.set()
         with suppress(Empty):
             made.get_nowait()
+        thread.join()

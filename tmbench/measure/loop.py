@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import chain, count
 from typing import Any, Generic
 
@@ -32,15 +33,18 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
     spec.check(loaded)
     for part in spec.parts(loaded):
         told(Step(part=part))
-        one_round = part.independent and executor.elsewhere
-        for targets in [ahead(_together(part.rounds))] if one_round else part.rounds:
-            if isinstance(targets, Step):
-                told(targets)
-            else:
-                part.spec.prepare()
-                here = _Round(targets, part.spec.overwrite, show)
-                executor.run(part.spec, here.jobs(), here.hear)
-                rows.extend(here.in_order())
+        with ExitStack() as stack:
+            rounds: Iterable[Step[R] | Iterable[Step[R] | Target[R, Any] | None]] = part.rounds
+            if part.independent and executor.elsewhere:
+                rounds = [stack.enter_context(closing(ahead(_together(part.rounds))))]
+            for targets in rounds:
+                if isinstance(targets, Step):
+                    told(targets)
+                else:
+                    part.spec.prepare()
+                    here = _Round(targets, part.spec.overwrite, show)
+                    executor.run(part.spec, here.jobs(), here.hear)
+                    rows.extend(here.in_order())
     return rows
 
 
