@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tmbench.engine import compiled_layers
 from tmbench.engine.density import PairCounter
-from tmbench.engine.prefill import EAGER
+from tmbench.engine.prefill import COMPILED, EAGER
 from tmbench.engine.roofline import linear_flop
 from tmbench.engine.session import running
 from tmbench.measure.attempt import attempt
@@ -20,6 +24,7 @@ from tmbench.models.loading import load
 from tmbench_kernels import MInferenceHeads
 from tmbench_kernels.minference import HeadPattern
 
+LENGTH = 701
 HEADS = MInferenceHeads(
     (
         HeadPattern("vertical_and_slash", 40, 60),
@@ -35,12 +40,13 @@ def plans(shape):
     return named | {"minference": Plan("minference", (HEADS,) * shape.layers)}
 
 
-def read(folder: Path) -> None:
+def read(folder: Path, *, context_parallel: bool = False) -> None:
     """The logits of every kind of weights and method, and what is counted of them."""
-    ids = (torch.arange(700) * 37 % 3000 + 3)[None]
-    found = {}
+    # Two prompts of an odd length, which ranks cannot share evenly.
+    ids = (torch.arange(2 * LENGTH) * 37 % 3000 + 3).view(2, LENGTH)
+    found: dict[tuple[str, str], Any] = {}
     for weights in ("checkpoint", "random", "structured"):
-        loaded = load("tiny", weights=weights, device="cpu", dtype="float32")
+        loaded = load("tiny", weights=weights, device="cpu", dtype="float32", context_parallel=context_parallel)
         for method, plan in plans(loaded.shape).items():
             counter = PairCounter()
             with torch.inference_mode(), running(loaded.model, plan, EAGER) as session:
@@ -48,9 +54,14 @@ def read(folder: Path) -> None:
                 new = session.generate(ids, 4)
                 with session.prefill() as prefill:
                     logits = prefill(ids)
-            counted = dict(counter.pairs), counter.density, linear_flop(loaded.model, 700)
+            counted = dict(counter.pairs), counter.density, linear_flop(loaded.model, LENGTH)
             found[weights, method] = {"logits": logits, "new": new.tolist(), "counted": counted}
+            if prefill.split is not None:
+                assert prefill.split.seconds > 0
         found[weights, "parameters"] = sum(parameter.numel() for parameter in loaded.model.model.layers.parameters())
+        if weights == "checkpoint":
+            with torch.inference_mode(), running(loaded.model, plan, COMPILED) as session, session.prefill() as prefill:
+                found["compiled", "logits"] = prefill(ids)
     torch.save(found, folder / f"{parallel.size()}-{parallel.rank()}.pt")
 
 
@@ -86,5 +97,9 @@ if __name__ == "__main__":
     task, folder = sys.argv[1], Path(sys.argv[2])
     if parallel.launched():
         parallel.start()
-    {"read": lambda: read(folder), "fail": fail, "wait": wait}[task]()
+    # As traced, which needs no C++ compiler.
+    compiled_layers.BACKEND = "eager"
+    context = partial(read, folder, context_parallel=True)
+    tasks: dict[str, Callable[[], None]] = {"read": partial(read, folder), "context": context, "fail": fail, "wait": wait}
+    tasks[task]()
     parallel.stop()

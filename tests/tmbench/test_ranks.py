@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from report_rows import COMMON, TTFT
 from tmbench.cli import main
 from tmbench.errors import UserError
 from tmbench.models import parallel
+from tmbench.models.context import check_split
 from tmbench.models.loading import load
 from tmbench.models.sharding import plan_of
 from tmbench.report.settings import TtftSetting
@@ -33,16 +35,21 @@ def run(*command: str, cwd: Path, seconds: float = 240.0) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_two_ranks_answer_as_one_and_hold_a_half_each(tmp_path):
-    for start in ((sys.executable,), TWO):
-        done = run(*start, PROGRAM, "read", str(tmp_path), cwd=tmp_path)
+@pytest.mark.parametrize("task", ["read", "context"])
+def test_two_ranks_answer_as_one_and_split_the_model_or_the_prompts(tmp_path, task):
+    for command in ((sys.executable, PROGRAM, "read"), (*TWO, PROGRAM, task)):
+        done = run(*command, str(tmp_path), cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
     whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for about, expected in whole.items():
         if about[1] == "parameters":
             assert first[about] == second[about]
             # Norms are whole on both.
-            assert expected / 2 <= first[about] < 0.51 * expected
+            assert expected / 2 <= first[about] < 0.51 * expected if task == "read" else first[about] == expected
+            continue
+        if about[0] == "compiled":
+            for part in (first[about], second[about]):
+                torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
             continue
         for part in (first[about], second[about]):
             torch.testing.assert_close(part["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
@@ -89,6 +96,7 @@ def test_bad_input_is_one_sentence_for_all_ranks(tmp_path):
         (("probe",), "torchrun is for tmbench ttft, ruler, agree"),
         ((*FAST_TTFT, "--plan"), "--plan does not go with torchrun"),
         (("agree", "--executor", "processes", "--device", "cpu"), "--executor does not go with torchrun"),
+        (("ttft", "--context-parallel", "--plan"), "--plan does not go with torchrun"),
     ],
 )
 def test_what_several_ranks_cannot_do_is_refused(monkeypatch, tmp_path, capsys, command, sentence):
@@ -113,15 +121,61 @@ def test_rank_0_alone_prints_and_keeps_rows_that_name_the_gpus(tmp_path):
     ]
 
 
-def test_a_row_of_several_gpus_measured_something_else():
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [("tensor_parallel_size", "split over 4 GPUs"), ("context_parallel_size", "prompts split over 4 GPUs")],
+)
+def test_a_row_of_several_gpus_measured_something_else(column, words):
     one = TtftRow(**{**COMMON, **TTFT})
-    assert one.tensor_parallel_size == 1
-    several = replace(one, tensor_parallel_size=4)
+    assert getattr(one, column) == 1
+    split: Any = {column: 4}
+    several = replace(one, **split)
     assert several.key != one.key
     assert several.digest != one.digest
     settings = [TtftSetting.of(row, 0) for row in (one, several)]
     assert settings[0] != settings[1], "times of one and of four GPUs stand in no table together"
-    assert settings[1].subject == f"{settings[0].subject}, split over 4 GPUs"
+    assert settings[1].subject == f"{settings[0].subject}, {words}"
+
+
+@pytest.mark.slow
+def test_a_row_of_split_prompts_says_how_long_its_gpus_waited_for_each_other(tmp_path):
+    command = ("ttft", "--method", "tri_mix", "--length", "256", "--repeats", "1", "--device", "cpu", "--context-parallel")
+    done = run(*TWO, "-m", "tmbench", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = read_all(tmp_path / "results", TtftRow)
+    assert (row.status, row.tensor_parallel_size, row.context_parallel_size) == ("ok", 1, 2)
+    assert row.communication_s is not None
+    assert row.ttft_median_s is not None
+    assert 0 < row.communication_s < row.ttft_median_s
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "reason"),
+    [
+        (
+            "llama",
+            {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+            "6 query heads and 3 key heads, which 2 GPUs",
+        ),
+        ("mistral", {"sliding_window": 64}, "layers with a sliding window, whose prompts are not split"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "that depend on a prompt's",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_split_are_refused(monkeypatch, make_model, family, config, reason):
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    with pytest.raises(UserError, match=reason):
+        check_split("small", make_model(family, **config))
+    check_split("small", make_model("llama"))
+
+
+def test_prompts_that_one_process_would_split_are_refused(tmbench):
+    code, _, err = tmbench("ttft", "--length", "256", "--context-parallel")
+    assert code == 2
+    assert err.startswith("Error: --context-parallel splits prompts over several GPUs: start the command by torchrun")
 
 
 @pytest.mark.parametrize(("ranks", "reason"), [(3, "evenly: give --nproc-per-node"), (4, "4 query heads and 2 key heads")])

@@ -37,6 +37,7 @@ def agree(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
+    context_parallel: o.ContextParallelOption = False,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
     address: o.AddressOption = None,
@@ -65,7 +66,8 @@ def agree(
     from tmbench.suites.prompts import check_kind
 
     check_kind(prompt)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
+    source = ModelSource(model, weights, device, dtype, context_parallel)
+    where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     plans = plans_for(chosen, attention, where, loaded, lengths, output_dir)
     spec = AgreeSpec(

@@ -99,6 +99,13 @@ WeightsOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+ContextParallelOption = Annotated[
+    bool,
+    typer.Option(
+        "--context-parallel", rich_help_panel=MACHINE,
+        help="Under torchrun, split each prompt over the GPUs and not the model, which each of them then holds.",
+    ),
+]  # fmt: skip
 CompileOption = Annotated[
     bool | None,
     typer.Option(

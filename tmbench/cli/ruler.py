@@ -89,6 +89,7 @@ def ruler(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
+    context_parallel: o.ContextParallelOption = False,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
     address: o.AddressOption = None,
@@ -136,7 +137,8 @@ def ruler(
         loading.check_has_tokenizer(model, "RULER")
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
+    source = ModelSource(model, weights, device, dtype, context_parallel)
+    where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     if plan and loaded.tokenizer is None:
         say(f"{loaded.name} has no tokenizer, so prompts are taken to fill their length, and it cannot be run")

@@ -59,6 +59,7 @@ def ttft(
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     executor: Annotated[str | None, typer.Option(hidden=True)] = None,
+    context_parallel: o.ContextParallelOption = False,
     compiled: o.CompileOption = None,
     attention: Attention = NO_ATTENTION,
     output_dir: o.OutputDirOption = o.RESULTS,
@@ -86,7 +87,8 @@ def ttft(
 
     if prompt is not None:
         check_kind(prompt)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), plan_only=plan)
+    source = ModelSource(model, weights, device, dtype, context_parallel)
+    where, loaded = opened(source, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
     spec = TtftSpec(
         **where.ask(place),

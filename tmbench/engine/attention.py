@@ -25,6 +25,7 @@ from tmbench.engine import operators
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.prefill_state import LayerPass, PrefillState
 from tmbench.engine.rereading import Rereading
+from tmbench.engine.token_split import all_heads, own_heads
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.plan import ModelShape, Plan
 from tmbench.methods.spec import MethodSpec
@@ -66,6 +67,8 @@ class Applied:
     """Of the prefills that ``tmbench.engine.prefill`` makes ready."""
     implementations: Implementations | None = None
     """What the model's parts run instead of their own attention."""
+    splits_prompts: bool = False
+    """Whether each rank has a part of a prompt's tokens, and in attention of the heads: see ``token_split``."""
 
     def forget(self) -> None:
         """Forget what ran, for another prompt."""
@@ -185,8 +188,10 @@ def _attention(
     _refuse_features(module, key, kwargs)
     prefill = slot.session.prefill
     if query.shape[2] == 1 and not prefill.active:
+        if slot.session.splits_prompts:
+            query = own_heads(query, query.shape[1] // parallel.size())
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return out, None
+        return all_heads(out) if slot.session.splits_prompts else out, None
     _refuse_calls(module, query, attention_mask, kwargs)
     prefill.keep(slot.layer, key, value)
     return prefill.layer.yielded(attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
@@ -239,7 +244,9 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
 
     Where the session wants the last row, that one alone: ``[batch, 1, heads, dim]``.
     """
-    session, queries = slot.session, query.shape[2]
+    session = slot.session
+    query, key, value = session.prefill.exchanged(slot.layer, query, key, value)
+    queries = query.shape[2]
     # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
     key, value = key[:, :, :queries], value[:, :, :queries]
     if session.observer is not None:
@@ -249,7 +256,7 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
     session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
     attend_by = slot.pattern.last_row if session.prefill.layer.last_row else slot.pattern.attend
     # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
-    return attend_by(query, key, value, scale=scale).transpose(1, 2).contiguous()
+    return session.prefill.returned(attend_by(query, key, value, scale=scale).transpose(1, 2).contiguous())
 
 
 def _mask(

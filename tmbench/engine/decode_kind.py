@@ -19,6 +19,7 @@ from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models import parallel
 from tmbench.models.attention_modules import windows
+from tmbench.models.rotary import depends_on_length
 from tmbench.results.failures import describe
 
 LENGTHS = (21, 33)
@@ -34,10 +35,10 @@ def step_kind(model: PreTrainedModel, prefill: Kind, capacity: int) -> tuple[Ste
     A model is tried once: two short texts are continued together and one by one, and their logits compared.
     """
     if parallel.size() > 1:
-        return None, "as its layers are split over several GPUs"
+        return None, "as several GPUs share it"
     if prefill == PLAIN:
         return None, "as its prompts are read as transformers reads them"
-    if any("dynamic" in kind or "longrope" in kind for kind in _rope_types(model)):
+    if depends_on_length(model):
         return None, "as its rotary embeddings depend on a text's length"
     if (window := min(windows(model).values(), default=0)) and window < capacity:
         return None, f"as a layer's sliding window of {window} tokens is shorter than its texts"
@@ -104,8 +105,3 @@ def _decode(model: PreTrainedModel) -> None:
         batch.read(session, _prompts(model)[0], STEPS)
     while batch.texts:
         batch.advance()
-
-
-def _rope_types(model: PreTrainedModel) -> set[str]:
-    kinds = [getattr(module, "rope_type", "") for module in model.modules()]
-    return {str(one) for kind in kinds for one in (kind.values() if isinstance(kind, dict) else [kind])}

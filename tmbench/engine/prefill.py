@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tmbench.engine import operators
 from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend
@@ -23,6 +23,7 @@ from tmbench.engine.compiled_layers import Runners, compiled, run_layer
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.last_position import narrow
+from tmbench.engine.token_split import TokenSplit, cache_of_own_heads
 from tmbench.models.attention_modules import PLACE, parents
 
 PLAIN: Final = "plain"
@@ -41,6 +42,8 @@ class Prefill:
         self.kind = kind
         self.cache: Any | None = None
         """Keys and values of every layer, ready for decoding once the ``with`` block is left; None before and on failure."""
+        self.split: TokenSplit | None = None
+        """How the last prompt was split over ranks; None where this process read all of it."""
         self._keep = keep_last(model)
 
     def __call__(self, ids: Tensor, into: CacheSlot | None = None) -> Tensor:
@@ -48,7 +51,7 @@ class Prefill:
 
         Keys and values go ``into`` a slot where one is given, which a plain prefill refuses by ValueError.
         """
-        self.cache = None
+        self.cache = self.split = None
         # Explicit, since a config may say otherwise.
         call: dict[str, Any] = {"input_ids": ids, "return_dict": True, **self._keep}
         if self.session is None or self.kind == PLAIN:
@@ -57,12 +60,20 @@ class Prefill:
             output = self.model(**call, use_cache=True)
             self.cache = cache_of(output)
         else:
-            cache = DynamicCache(config=self.model.config.get_text_config()) if into is None else into
-            with self.session.prefill.filling(cache):
+            cache = self._empty_cache() if into is None else into
+            if self.session.splits_prompts:
+                self.split = TokenSplit(ids.shape[1])
+                call |= self.split.call(ids)
+            with self.session.prefill.filling(cache, self.split):
                 output = self.model(**call, use_cache=False)
             self.cache = cache
         logits: Tensor = output.logits[:, -1]
-        return logits
+        return logits if self.split is None else self.split.from_last(logits)
+
+    def _empty_cache(self) -> Cache:
+        if self.session is not None and self.session.splits_prompts:
+            return cache_of_own_heads(self.model)
+        return DynamicCache(config=self.model.config.get_text_config())
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models import parallel
 from tmbench.models.attention_modules import attention_modules
+from tmbench.models.context import splits_prompts
 from tmbench.models.geometry import Geometry
 from tmbench.results.failures import describe
 
@@ -49,6 +50,8 @@ def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | N
     obstacle = _planned_obstacle(model) if planned else _obstacle(model)
     if compiled and obstacle:
         raise UserError(f"--compile: {type(model).__name__} cannot be compiled here, {obstacle}: leave the option out")
+    if obstacle and splits_prompts(model):
+        raise UserError(f"--context-parallel: prompts of {type(model).__name__} cannot be split, {obstacle}: leave it out")
     if obstacle:
         return PLAIN
     return COMPILED if wish else EAGER

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer
 
 from tmbench.engine.kv_cache import CacheSlot
+from tmbench.engine.token_split import OwnHeads, TokenSplit, all_heads
 
 
 @dataclass
@@ -65,15 +66,17 @@ class PrefillState:
     """The layer at work."""
     cache: Cache | CacheSlot | None = None
     """Where keys and values go; None outside of such a prefill."""
+    split: TokenSplit | None = None
+    """How the prompt is split over ranks; None where this process reads all of it."""
 
     @contextmanager
-    def filling(self, cache: Cache | CacheSlot) -> Iterator[None]:
+    def filling(self, cache: Cache | CacheSlot, split: TokenSplit | None = None) -> Iterator[None]:
         """Inside, the keys and values that attention is given go into ``cache``."""
-        self.cache = cache
+        self.cache, self.split = cache, split
         try:
             yield
         finally:
-            self.cache = None
+            self.cache = self.split = None
 
     @property
     def active(self) -> bool:
@@ -81,9 +84,27 @@ class PrefillState:
         return self.cache is not None
 
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put a layer's keys and values into the cache, where there is one to be filled."""
-        if self.cache is not None:
+        """Put a layer's keys and values into the cache, where there is one to be filled.
+
+        Of a prompt that is split it gets those that attention works on: see ``exchanged``.
+        """
+        if self.cache is not None and self.split is None:
             fill(self.cache, layer, key, value)
+
+    def exchanged(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention works on, of what the model hands it: where a prompt is split, all tokens of this rank's heads."""
+        if self.split is None:
+            return q, k, v
+        assert self.cache is not None
+        q, k, v = (self.split.to_heads(x) for x in (q, k, v))
+        fill(self.cache, layer, k, v)
+        return q, k, v
+
+    def returned(self, out: Tensor) -> Tensor:
+        """The way back of what attention yields, ``[batch, length, heads, dim]``, or its last row alone."""
+        if self.split is None:
+            return out
+        return all_heads(out) if self.layer.last_row else self.split.to_tokens(out)
 
 
 def fill(cache: Cache | CacheSlot, layer: int, key: Tensor, value: Tensor) -> None:
@@ -92,7 +113,7 @@ def fill(cache: Cache | CacheSlot, layer: int, key: Tensor, value: Tensor) -> No
     They are kept as they are, unless they are parts of something larger, which would stay in memory with them.
     """
     kept: Any = cache.layers[layer] if layer < len(cache.layers) else None
-    if type(kept) is DynamicLayer and kept.get_seq_length() == 0:
+    if type(kept) in (DynamicLayer, OwnHeads) and kept.get_seq_length() == 0:
         # Such a layer appends by concatenation, which copies keys at an eighth of the speed of a plain copy.
         cache.update(key[:, :, :0], value[:, :, :0], layer)
         kept.keys, kept.values = _alone(key), _alone(value)

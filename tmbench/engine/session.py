@@ -22,6 +22,7 @@ from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
 from tmbench.methods.plan import Plan
 from tmbench.models import parallel
+from tmbench.models.context import splits_prompts
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def running(model: PreTrainedModel, plan: Plan, kind: Kind) -> Iterator[Session]
     Raises UnsupportedModelError as ``tmbench.applied``.
     """
     with applied_plan(model, plan) as applied:
+        applied.splits_prompts = splits_prompts(model)
         yield Session(model, applied, kind, PeakMemory(model.device))
 
 

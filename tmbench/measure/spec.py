@@ -43,16 +43,20 @@ class ModelSource:
     """None takes a GPU where there is one."""
     dtype: str | None = None
     """None takes bfloat16 on a GPU and float32 elsewhere."""
+    context_parallel: bool = False
+    """Whether several ranks split its prompts, and not the model."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelSource:
         """What loads the same model once more."""
-        return cls(loaded.name, loaded.weights, str(loaded.device), loaded.dtype)
+        return cls(
+            loaded.name, loaded.weights, str(loaded.device), loaded.dtype, context_parallel=loaded.context_parallel_size > 1
+        )
 
     def load(self, *, plan_only: bool = False) -> LoadedModel:
         """The model on its device, or its geometry alone; raises as ``tmbench.models.loading.load``."""
         how: dict[str, Any] = {"weights": self.weights, "device": self.device, "dtype": self.dtype}
-        return loading.load(self.name, **how, plan_only=plan_only)
+        return loading.load(self.name, **how, context_parallel=self.context_parallel, plan_only=plan_only)
 
 
 @dataclass(frozen=True, kw_only=True)

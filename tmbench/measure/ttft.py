@@ -69,6 +69,7 @@ class Timing:
     """Whether every prompt's is dense's; None where dense did not run."""
     logit_error: float | None = None
     peak_memory: int | None = None
+    communication_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,8 @@ class _Trial:
     backends: set[str] = field(default_factory=set)
     """What has run, as "pattern:backend"."""
     peak_memory: int | None = None
+    communication: list[float] = field(default_factory=list)
+    """Seconds of the timed passes that attention waited for other ranks; none where each has the whole prompt."""
 
 
 def _pass(spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
@@ -250,6 +253,8 @@ def _prefill(
         session.applied.observer = trial.counter if count else None
         try:
             token = first_token(prefill, ids)
+            if prefill.split is not None:
+                trial.communication.append(prefill.split.seconds)
         finally:
             trial.backends |= session.applied.backends
         session.applied.check_complete()
@@ -276,6 +281,7 @@ def _timing(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | 
         same_token=None if reference is None else first.tokens == reference.tokens,
         logit_error=None if reference is None else _relative_rms(first.logits, reference.logits),
         peak_memory=trial.peak_memory,
+        communication_s=statistics.median(trial.communication[-len(trial.seconds) :]) if trial.communication else None,
     )
 
 
@@ -303,6 +309,7 @@ def _row(row: TtftRow, timing: Timing, throughput: float) -> TtftRow:
         same_token_as_dense=timing.same_token,
         logit_error=timing.logit_error,
         peak_memory_bytes=timing.peak_memory,
+        communication_s=timing.communication_s,
         compile_s=None if timing.warmup_s is None else max(0.0, timing.warmup_s - min(timing.seconds)),
     )
 

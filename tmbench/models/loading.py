@@ -28,6 +28,7 @@ from tmbench.methods.plan import ModelShape
 from tmbench.models import fingerprint, parallel, sharding, structured
 from tmbench.models.attention_modules import windows
 from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
+from tmbench.models.context import check_split, split_prompts
 from tmbench.models.geometry import Geometry, max_positions
 from tmbench.models.presets import preset_names, read_preset
 from tmbench.models.weights import check_loaded, check_planned
@@ -57,6 +58,8 @@ class LoadedModel:
     """The device of a run that is only planned: the model then has a geometry and no weights."""
     tensor_parallel_size: int = 1
     """Over how many ranks it is split."""
+    context_parallel_size: int = 1
+    """Over how many ranks each of its prompts is split, all of which hold the model."""
     notes: tuple[str, ...] = ()
     """What was done on the user's behalf, a sentence each."""
 
@@ -82,8 +85,8 @@ class LoadedModel:
     def row_fields(self) -> dict[str, Any]:
         """The columns that a result row takes from here."""
         named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
-        how = {"weights": self.weights, "dtype": self.dtype, "tensor_parallel_size": self.tensor_parallel_size}
-        return {**named, **how}
+        split = {name: getattr(self, name) for name in ("tensor_parallel_size", "context_parallel_size")}
+        return {**named, "weights": self.weights, "dtype": self.dtype, **split}
 
     @property
     def max_length(self) -> int | None:
@@ -119,9 +122,9 @@ class LoadedModel:
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory.
 
-        Of a model that is split those of one rank, which has a part of the heads.
+        Of several ranks those of one, which has a part of the heads.
         """
-        shape, ranks = self.geometry, self.tensor_parallel_size
+        shape, ranks = self.geometry, self.tensor_parallel_size * self.context_parallel_size
         one = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
         q = one.expand(1, shape.heads // ranks, length, shape.qk_head_dim)
         k = one.expand(1, shape.kv_heads // ranks, length, shape.qk_head_dim)
@@ -180,14 +183,16 @@ def load(
     weights: Weights = "checkpoint",
     device: str | None = None,
     dtype: str | None = None,
+    context_parallel: bool = False,
     plan_only: bool = False,
 ) -> LoadedModel:
     """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
 
-    Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own.
+    Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own; with
+    ``context_parallel`` the whole, and prompts are split instead.
 
     Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
-    weights of a preset, and for a family that structured weights are not made for.
+    weights of a preset, for a family that structured weights are not made for, and for what the ranks cannot split.
     """
     preset = is_preset(name)
     if preset and weights == "checkpoint":
@@ -207,12 +212,15 @@ def load(
         revision = str(getattr(config, "_commit_hash", None) or "")
         if weights == "structured":
             structured.check_family(config)
+        if context_parallel:
+            check_split(name, _drawn(family, config, torch.device("meta"), kind))
+        split = parallel.size() > 1 and not context_parallel
         if plan_only:
             model = _drawn(family, config, torch.device("meta"), kind)
             folder = _folder(name, revision)
             if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
                 check_planned(name, model, folder)
-        elif parallel.size() > 1:
+        elif split:
             model = _split(name, family, config, weights, _folder(name, revision), place, kind)
         elif weights != "checkpoint":
             model = _drawn(family, config, place, kind)
@@ -222,9 +230,11 @@ def load(
             )
             check_loaded(name, model, info)
             model = model.to(place)
-        if weights == "structured" and not plan_only and parallel.size() == 1:
+        if weights == "structured" and not plan_only and not split:
             structured.fill(model, RANDOM_SEED)
     model.eval()
+    if context_parallel:
+        split_prompts(model)
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
@@ -233,7 +243,8 @@ def load(
         revision=revision,
         model_hash=content_hash(name, weights, revision),
         planned_for=place if plan_only else None,
-        tensor_parallel_size=parallel.size(),
+        tensor_parallel_size=parallel.size() if split else 1,
+        context_parallel_size=parallel.size() if context_parallel else 1,
         notes=(f"{name} brings {NOT_RUN}: its family is transformers' own",) if hasattr(config, "auto_map") else (),
     )
 

@@ -14,7 +14,11 @@ from tmbench.results.words import counted
 class Setting:
     """The device and the model."""
 
-    BARE: ClassVar[tuple[tuple[str, object], ...]] = (("model_hash", ""), ("tensor_parallel_size", 1))
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (
+        ("model_hash", ""),
+        ("tensor_parallel_size", 1),
+        ("context_parallel_size", 1),
+    )
     """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
 
     device: str
@@ -25,12 +29,14 @@ class Setting:
     model_hash: str
     tensor_parallel_size: int
     """How many GPUs shared the model."""
+    context_parallel_size: int
+    """How many GPUs shared each prompt."""
 
     @property
     def base(self) -> Setting:
         """The device and the model alone: what times and accuracies of the same model have in common."""
-        own = self.device, self.model, self.revision, self.weights, self.dtype, self.model_hash, self.tensor_parallel_size
-        return Setting(*own)
+        own = self.device, self.model, self.revision, self.weights, self.dtype, self.model_hash
+        return Setting(*own, self.tensor_parallel_size, self.context_parallel_size)
 
     @property
     def subject(self) -> str:
@@ -38,6 +44,8 @@ class Setting:
         revision = f" at {self.revision[:8]}" if self.revision else ""
         contents = f" (files {self.model_hash[:8]})" if self.model_hash else ""
         split = f", split over {self.tensor_parallel_size} GPUs" if self.tensor_parallel_size > 1 else ""
+        if self.context_parallel_size > 1:
+            split += f", prompts split over {self.context_parallel_size} GPUs"
         return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}{split}"
 
 
@@ -181,9 +189,10 @@ class ProbeSetting(Setting):
         return cls(*model_of(row), row.task, row.length, row.threads, row.seed, row.prefill, given, older)
 
 
-def model_of(row: Row) -> tuple[str, str, str, str, str, str, int]:
+def model_of(row: Row) -> tuple[str, str, str, str, str, str, int, int]:
     """What a row says of its device and model, in the order of ``Setting``."""
-    return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash, row.tensor_parallel_size
+    split = row.tensor_parallel_size, row.context_parallel_size
+    return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash, *split
 
 
 def times_words(about: TtftSetting | TradeOffSetting) -> str:

@@ -63,6 +63,8 @@ class Row:
     need; "compiled", with compiled layers too."""
     tensor_parallel_size: int = 1
     """How many GPUs shared the model, each with a part of every layer's heads and MLP."""
+    context_parallel_size: int = 1
+    """How many GPUs shared each prompt, each with a part of its tokens, and in attention of the heads."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     peak_memory_bytes: int | None = None
@@ -83,9 +85,9 @@ class Row:
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
-        "prefill", "tensor_parallel_size",
+        "prefill", "tensor_parallel_size", "context_parallel_size",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size",)
+    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size")
     """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod
@@ -189,8 +191,10 @@ class TtftRow(Row):
     """How many prompts, all different and of this length, were read together."""
     compile_s: float | None = None
     """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
+    communication_s: float | None = None
+    """How long attention waited for tensors of the other GPUs that share the prompt, on the first of them; the median."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size", "communication_s")
 
     @property
     def tokens_per_second(self) -> float | None:
