@@ -20,7 +20,7 @@ from tmbench.measure.attempt import attempt
 from tmbench.methods.plan import Plan
 from tmbench.methods.spec import MethodSpec
 from tmbench.models import parallel
-from tmbench.models.loading import load
+from tmbench.models.loading import Weights, load
 from tmbench_kernels import MInferenceHeads
 from tmbench_kernels.minference import HeadPattern
 
@@ -42,27 +42,34 @@ def plans(shape):
 
 def read(folder: Path, *, context_parallel: bool = False) -> None:
     """The logits of every kind of weights and method, and what is counted of them."""
+    found: dict[tuple[str, str], Any] = {}
+    kinds: tuple[Weights, ...] = ("random", "structured", "checkpoint")
+    for weights in kinds:
+        found |= read_one(weights, context_parallel)
+    torch.save(found, folder / f"{parallel.size()}-{parallel.rank()}.pt")
+
+
+def read_one(weights: Weights, context_parallel: bool) -> dict[tuple[str, str], Any]:
+    found: dict[tuple[str, str], Any] = {}
     # Two prompts of an odd length, which ranks cannot share evenly.
     ids = (torch.arange(2 * LENGTH) * 37 % 3000 + 3).view(2, LENGTH)
-    found: dict[tuple[str, str], Any] = {}
-    for weights in ("checkpoint", "random", "structured"):
-        loaded = load("tiny", weights=weights, device="cpu", dtype="float32", context_parallel=context_parallel)
-        for method, plan in plans(loaded.shape).items():
-            counter = PairCounter()
-            with torch.inference_mode(), running(loaded.model, plan, EAGER) as session:
-                session.applied.observer = counter
-                new = session.generate(ids, 4)
-                with session.prefill() as prefill:
-                    logits = prefill(ids)
-            counted = dict(counter.pairs), counter.density, linear_flop(loaded.model, LENGTH)
-            found[weights, method] = {"logits": logits, "new": new.tolist(), "counted": counted}
-            if prefill.split is not None:
-                assert prefill.split.seconds > 0
-        found[weights, "parameters"] = sum(parameter.numel() for parameter in loaded.model.model.layers.parameters())
-        if weights == "checkpoint":
-            with torch.inference_mode(), running(loaded.model, plan, COMPILED) as session, session.prefill() as prefill:
-                found["compiled", "logits"] = prefill(ids)
-    torch.save(found, folder / f"{parallel.size()}-{parallel.rank()}.pt")
+    loaded = load("tiny", weights=weights, device="cpu", dtype="float32", context_parallel=context_parallel)
+    for method, plan in plans(loaded.shape).items():
+        counter = PairCounter()
+        with torch.inference_mode(), running(loaded.model, plan, EAGER) as session:
+            session.applied.observer = counter
+            new = session.generate(ids, 4)
+            with session.prefill() as prefill:
+                logits = prefill(ids)
+        counted = dict(counter.pairs), counter.density, linear_flop(loaded.model, LENGTH)
+        found[weights, method] = {"logits": logits, "new": new.tolist(), "counted": counted}
+        if prefill.split is not None:
+            assert prefill.split.seconds > 0
+    found[weights, "parameters"] = sum(parameter.numel() for parameter in loaded.model.model.layers.parameters())
+    if weights == "checkpoint":
+        with torch.inference_mode(), running(loaded.model, plan, COMPILED) as session, session.prefill() as prefill:
+            found["compiled", "logits"] = prefill(ids)
+    return found
 
 
 def fail() -> None:

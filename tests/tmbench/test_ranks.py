@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from command_lines import FAST_TTFT
 from report_rows import COMMON, TTFT
@@ -19,7 +21,7 @@ from tmbench.errors import UserError
 from tmbench.models import parallel
 from tmbench.models.context import check_split
 from tmbench.models.loading import load
-from tmbench.models.sharding import plan_of
+from tmbench.models.sharding import draw, plan_of
 from tmbench.report.settings import TtftSetting
 from tmbench.results.rows import TtftRow
 from tmbench.results.tables import read_all
@@ -56,6 +58,25 @@ def test_two_ranks_answer_as_one_and_split_the_model_or_the_prompts(tmp_path, ta
             assert part["new"] == expected["new"]
             assert part["counted"] == expected["counted"]
     assert whole["checkpoint", "minference"]["counted"][1] < 0.9, "a pattern that keeps all would tell no heads apart"
+
+
+def test_a_model_that_is_drawn_is_never_held_whole(monkeypatch):
+    """While it is drawn a rank holds its part, and one module of the whole."""
+
+    def held() -> int:
+        return sum(one.numel() for one in gc.get_objects() if type(one) is nn.Parameter and not one.is_meta)
+
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    model = load("tiny", plan_only=True, device="cpu").model
+    plan = plan_of("tiny", model, 2)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    before, most, init = held(), [], model._init_weights
+    monkeypatch.setattr(model, "_init_weights", lambda module: (most.append(held() - before), init(module)))
+    draw(model, plan, torch.device("cpu"), 0)
+    part = sum(parameter.numel() for parameter in model.parameters())
+    assert part < 0.75 * whole
+    assert part / 2 < max(most) <= part + largest < whole
 
 
 @pytest.mark.slow

@@ -119,6 +119,8 @@ def split(model: Any, plan: Plan, part: nn.Module) -> None:
             parent, _, name = key.rpartition(".")
             assert isinstance(module, nn.Linear)
             setattr(model.get_submodule(parent), name, Shard(module, style, parallel.size()))
+            # The plan holds the module, which must not hold the whole.
+            module._parameters.clear()
 
 
 def make_real(model: Any, part: nn.Module, device: torch.device) -> None:
