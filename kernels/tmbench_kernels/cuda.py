@@ -102,18 +102,18 @@ def refuses_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
 def imported(module: str, name: str) -> Callable[..., Tensor]:
     """A function of a module of this package, which is imported when it is first called: it takes Triton or more."""
 
-    def call(*given: Any) -> Tensor:
-        out: Tensor = getattr(import_module(f"tmbench_kernels.{module}"), name)(*given)
+    def call(*given: Any, **asked: Any) -> Tensor:
+        out: Tensor = getattr(import_module(f"tmbench_kernels.{module}"), name)(*given, **asked)
         return out
 
     return call
 
 
-def for_hopper(attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]) -> Backend:
+def for_hopper(attend: Callable[..., Tensor]) -> Backend:
     """A pattern's kernel in CUDA C++ for Hopper."""
-    return Backend("cuda-hopper", ("cuda",), attend, missing=missing_hopper, refuses=refuses_hopper)
+    return Backend("cuda-hopper", ("cuda",), attend, missing=missing_hopper, refuses=refuses_hopper, lse=True)
 
 
-def for_triton(attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]) -> Backend:
+def for_triton(attend: Callable[..., Tensor]) -> Backend:
     """A pattern's kernel in Triton."""
-    return Backend("triton", ("cuda",), attend, missing=missing_triton, refuses=refuses_triton)
+    return Backend("triton", ("cuda",), attend, missing=missing_triton, refuses=refuses_triton, softcap=True, lse=True)

@@ -1,7 +1,8 @@
 // What the kernels for Hopper share: PTX by name, the pipeline, and one consumer warpgroup's online softmax.
 //
 // The including file defines DIM and V_DIM, head sizes rounded up to 64; HALF, 1 for fp16 and 0 for bf16; WARPGROUP_ROWS, the
-// 64 query rows of a consumer warpgroup; KEYS, the 64 keys of a tile; STAGES, the depth of the pipeline.
+// 64 query rows of a consumer warpgroup; KEYS, the 64 keys of a tile; STAGES, the depth of the pipeline; LSE, 1 where the
+// log-sum-exp is written as well.
 
 #pragma once
 
@@ -208,6 +209,11 @@ __device__ __forceinline__ void gemm_qk(float (&s)[KEYS / 2], u32 q, u32 k) {
 __device__ __forceinline__ void gemm_pv(float (&o)[V_DIM / 2], const u32 (&probabilities)[KEYS / 4], u32 v, int add) {
 #pragma unroll
   for (int x = 0; x < KEYS / 16; x++) wgmma_rs(o, probabilities + 4 * x, matrix_descriptor(v + 2048 * x, K_HALF), x ? 1 : add);
+}
+
+// The log-sum-exp of a row, to base e, from its maximum, to base 2, and its sum; -inf for a row that sees no key.
+__device__ __forceinline__ float log_sum_exp(float row_max, float row_sum) {
+  return row_sum == 0.0f ? NEG_INFINITY : (row_max + __log2f(row_sum)) * 0.6931471805599453f;
 }
 
 // The factors 1 / row_sum of a thread's two rows; ``row_sum`` becomes that of the whole row.

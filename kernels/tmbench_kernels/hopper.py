@@ -135,7 +135,7 @@ def tensor_map(
 
 
 def header_macros(dim: int, v_dim: int, dtype: torch.dtype, **more: int) -> dict[str, int]:
-    """The macros of hopper.cuh for these head sizes, up to 128, and this type, fp16 or bf16, and ``more`` beside them."""
+    """The macros of hopper.cuh for these head sizes and this type, fp16 or bf16, and ``more`` beside them."""
     sizes = {"DIM": padded(dim), "V_DIM": padded(v_dim), "HALF": int(dtype == torch.float16)}
     return sizes | {"WARPGROUP_ROWS": WARPGROUP_ROWS, "KEYS": KEYS} | more
 

@@ -34,6 +34,14 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
 
 
+def logit_scales(scale: float, softcap: float) -> tuple[float, float | None]:
+    """What the kernels in Triton multiply logits with: before the power of two, and before the tanh where they are capped.
+
+    A capped logit is ``softcap * tanh(scale * logit / softcap)``, so its first factor is the cap.
+    """
+    return (softcap * LOG2_E, scale / softcap) if softcap else (scale * LOG2_E, None)
+
+
 def block_dim(dim: int) -> int:
     """The size of the tile that holds a head's values: a power of two."""
     return max(16, 1 << (dim - 1).bit_length())

@@ -5,6 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E_2 = tl.constexpr(2 * 1.4426950408889634)
+
+
+@triton.jit
+def soft_capped(s, cap_scale):
+    """``tanh(cap_scale * s)``, or ``s`` where cap_scale is None; the cap itself is in the scale that comes after."""
+    if cap_scale is not None:
+        x = s * cap_scale
+        # For a small x the difference from 1 would cancel what it is to tell.
+        s = tl.where(tl.abs(x) < 0.02, x - x * x * x / 3.0, 1.0 - 2.0 / (tl.exp2(x * LOG2_E_2) + 1.0))
+    return s
+
+
+@triton.jit
+def log_sum_exp(row_max, row_sum):
+    """To base e, of rows whose maximum is to base 2; -inf for a row that saw no key."""
+    return (row_max + tl.log2(row_sum)) * LN_2
+
 
 @triton.jit
 def softmax_step(s, v, scale_log2, acc, row_sum, row_max):
@@ -21,10 +40,11 @@ def softmax_step(s, v, scale_log2, acc, row_sum, row_max):
 
 @triton.jit
 def attend_tile(
-    q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, row_sum, row_max, KEYS: tl.constexpr
-):
+    q, k, v, first, limit, masked, position, reach, n_init, scale_log2, cap_scale, acc, row_sum, row_max,
+    KEYS: tl.constexpr,
+):  # fmt: skip
     """One step over the keys first..first+KEYS-1, of which those from ``limit`` on are not counted."""
-    s = tl.dot(q, k.T)
+    s = soft_capped(tl.dot(q, k.T), cap_scale)
     if masked:
         keys = first + tl.arange(0, KEYS)
         distance = position[:, None] - keys[None, :]

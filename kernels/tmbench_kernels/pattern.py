@@ -2,7 +2,8 @@
 
 Shapes, everywhere in this package: q ``[batch, heads, length, head_dim]``, k and v ``[batch, kv_heads, length, head_dim]``
 with ``heads`` a multiple of ``kv_heads``, any strides, fp32, fp16 or bf16. Grouped-query attention is native: query head
-``h`` reads key head ``h // (heads // kv_heads)``, and k and v are never repeated in memory.
+``h`` reads key head ``h // (heads // kv_heads)``, and k and v are never repeated in memory. v may be narrower or wider
+than q and k, as under multi-head latent attention: the output has v's head size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tmbench_kernels.parameters import Declared
@@ -31,17 +33,32 @@ class Backend:
 
     name: str
     devices: tuple[str, ...]
-    attend: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]
-    """``attend(pattern, q, k, v, scale)`` returns ``[batch, heads, length, head_dim]`` in q's type."""
+    attend: Callable[..., Tensor]
+    """``attend(pattern, q, k, v, scale)`` returns ``[batch, heads, length, v_dim]`` in q's type, in memory of its own.
+
+    By keyword it is given ``softcap``, where logits are to be capped, and ``lse``, a tensor as ``new_lse`` makes it that it
+    fills, where the log-sum-exp is asked for; neither otherwise, nor where the backend does not have it.
+    """
     missing: Callable[[], str] = _nothing
     """"" where the backend is installed, otherwise how to install it."""
     refuses: Callable[[Any, Tensor, Tensor, Tensor], str] = _nothing
     """``refuses(pattern, q, k, v)``: "" where the backend serves these tensors, otherwise why it does not."""
+    softcap: bool = False
+    """Whether it has soft-capped logits."""
+    lse: bool = False
+    """Whether it gives the log-sum-exp, and so serves learned sinks."""
 
-    def obstacle(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """Why the backend cannot attend over these tensors here; "" where it can. Their values do not matter."""
+    def obstacle(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> str:
+        """Why the backend cannot attend over these tensors here; "" where it can. Their values do not matter.
+
+        ``softcap`` and ``lse`` are what is asked for beside the output.
+        """
         if q.device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {q.device.type}"
+        if softcap and not self.softcap:
+            return "has no soft-capped logits"
+        if lse and not self.lse:
+            return "gives no log-sum-exp, which learned sinks take"
         return self.missing() or self.refuses(pattern, q, k, v)
 
 
@@ -78,30 +95,133 @@ class Pattern(Declared):
         """The backends to choose from, in order of preference."""
         return self.backends
 
-    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> Backend:
-        """The backend that serves these tensors; raises ValueError with the reasons where there is none."""
+    def backend(self, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> Backend:
+        """The backend that serves these tensors; raises ValueError with the reasons where there is none.
+
+        ``softcap`` is that of the logits; ``lse`` says whether the log-sum-exp is needed, as it is for learned sinks.
+        """
         for backend in self.candidates:
-            if not backend.obstacle(self, q, k, v):
+            if not backend.obstacle(self, q, k, v, softcap=softcap, lse=lse):
                 return backend
-        reasons = "; ".join(f"{backend.name} {backend.obstacle(self, q, k, v)}" for backend in self.candidates)
+        reasons = "; ".join(
+            f"{backend.name} {backend.obstacle(self, q, k, v, softcap=softcap, lse=lse)}" for backend in self.candidates
+        )
         raise ValueError(f"no backend of the pattern {self.name} serves these tensors: {reasons}")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Causal attention over the pattern's pairs: ``[batch, heads, length, head_dim]``, in q's type.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention over the pattern's pairs: ``[batch, heads, length, v_dim]``, in q's type.
 
-        ``scale`` multiplies the logits; None means ``head_dim ** -0.5``. Raises ValueError for shapes that do not fit, and
-        where no backend serves them.
+        Args:
+            q, k, v: one prefill.
+            scale: multiplies the logits; None means ``head_dim ** -0.5``.
+            softcap: caps them to ``softcap * tanh(logit / softcap)``; 0 leaves them as they are.
+            sinks: learned sinks ``[heads]``, one more logit in the denominator of each head's softmax, as gpt-oss has them.
+
+        A dynamic pattern selects by logits without cap and sinks, as the published rules do: a cap keeps the order of a
+        query's keys, and a sink takes the same part of all of them.
+
+        Raises ValueError for shapes that do not fit, and where no backend serves them.
         """
         check_shapes(q, k, v)
-        return self.backend(q, k, v).attend(self, q, k, v, default_scale(q, scale))
+        check_logits(q, softcap, sinks)
+        if sinks is None:
+            return self.compute(q, k, v, default_scale(q, scale), softcap=softcap)
+        lse = new_lse(q)
+        return add_sinks(self.compute(q, k, v, default_scale(q, scale), softcap=softcap, lse=lse), lse, sinks)
 
-    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def attend_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """``attend`` and the log-sum-exp of each query's logits over its keys, as ``new_lse`` has it; raises as it does."""
+        check_shapes(q, k, v)
+        check_logits(q, softcap, None)
+        lse = new_lse(q)
+        return self.compute(q, k, v, default_scale(q, scale), softcap=softcap, lse=lse), lse
+
+    def last_row(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """The last query's output alone, ``[batch, heads, 1, v_dim]``: all that the last layer of a prefill must yield.
 
         A dynamic pattern chooses by several of the last queries, so it computes all rows unless it knows better. A static
-        one reads no other query than the last: the rest of q may hold anything.
+        one reads no other query than the last: the rest of q may hold anything. Arguments and errors as ``attend`` has them.
         """
-        return self.attend(q, k, v, scale=scale)[:, :, -1:]
+        check_shapes(q, k, v)
+        check_logits(q, softcap, sinks)
+        if sinks is None:
+            return self.compute_last_row(q, k, v, default_scale(q, scale), softcap=softcap)
+        lse = new_lse(q[:, :, -1:])
+        return add_sinks(self.compute_last_row(q, k, v, default_scale(q, scale), softcap=softcap, lse=lse), lse, sinks)
+
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, lse: Tensor | None = None
+    ) -> Tensor:
+        """``attend`` without sinks, by the backend that serves, which also fills ``lse`` where it is given."""
+        backend = self.backend(q, k, v, softcap=softcap, lse=lse is not None)
+        return backend.attend(self, q, k, v, scale, **_asked(softcap, lse))
+
+    def compute_last_row(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, lse: Tensor | None = None
+    ) -> Tensor:
+        """``last_row`` without sinks; fills ``lse`` ``[batch, heads, 1]`` where it is given."""
+        whole = None if lse is None else new_lse(q)
+        out = self.compute(q, k, v, scale, softcap=softcap, lse=whole)
+        if lse is not None and whole is not None:
+            lse.copy_(whole[:, :, -1:])
+        return out[:, :, -1:]
+
+
+def _asked(softcap: float, lse: Tensor | None) -> dict[str, Any]:
+    """What a backend is given beside tensors and scale: only what is asked for, so that one without them takes neither."""
+    asked: dict[str, Any] = {}
+    if softcap:
+        asked["softcap"] = softcap
+    if lse is not None:
+        asked["lse"] = lse
+    return asked
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Room for the log-sum-exp of the queries' logits, to base e: ``[batch, heads, queries]``, contiguous.
+
+    In float32, or in float64 for float64 tensors. Backends put -inf for a query without a key.
+    """
+    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """An output ``[batch, heads, queries, v_dim]`` as one more logit for each head makes it; overwrites both tensors.
+
+    The logit has no value of its own: it only adds to the denominator, of which the keys' part is
+    ``exp(lse) / (exp(lse) + exp(sink))``, the sigmoid of the difference.
+    """
+    part = lse.sub_(sinks.to(lse)[:, None]).sigmoid_()
+    # Where a query without a key meets a sink of -inf the part is not a number; its output is zero in any case.
+    return out.mul_(part.nan_to_num_(nan=0.0)[..., None])
+
+
+def check_logits(q: Tensor, softcap: float, sinks: Tensor | None) -> None:
+    """Raise ValueError for a cap below zero, or sinks that are not one number for each query head."""
+    if not softcap >= 0:
+        raise ValueError(f"softcap must be 0, which caps nothing, or more, not {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
+        raise ValueError(f"sinks must be one number for each of {q.shape[1]} query heads, not {tuple(sinks.shape)}")
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

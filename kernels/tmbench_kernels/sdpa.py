@@ -1,7 +1,9 @@
-"""torch's scaled_dot_product_attention, called so that it never falls back to the kernel that holds every logit.
+"""Attention in torch, over any bias: what the torch backends of all patterns are made of.
 
+``sdpa`` is torch's scaled_dot_product_attention, called so that it never falls back to the kernel that holds every logit.
 torch picks that kernel, whose memory is quadratic, wherever a fused one refuses: for a v narrower or wider than q on the
-CPU, and for grouped heads on CUDA outside of FlashAttention. Both are arranged for here, without repeating k or v.
+CPU, and for grouped heads on CUDA outside of FlashAttention. Both are arranged for here, without repeating k or v. It has
+neither soft-capped logits nor the log-sum-exp; ``written_out`` has both, block of queries by block of queries.
 """
 
 from __future__ import annotations
@@ -9,6 +11,28 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tmbench_kernels.pattern import empty_output
+
+_LOGITS = {"cpu": 2**20, "cuda": 2**26}
+"""Logits that are held at a time where they are written out."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """``sdpa``, or ``written_out`` where logits are capped or their log-sum-exp is asked for."""
+    if not softcap and lse is None:
+        return sdpa(q, k, v, scale, bias=bias, causal=causal)
+    return written_out(q, k, v, scale, bias=bias, causal=causal, softcap=softcap, lse=lse)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -33,6 +57,58 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
         ]
         out = torch.stack(slices, dim=2).flatten(1, 2)
     return out[..., :width]
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """As ``sdpa``, with logits of at least float32 that are held for some queries at a time.
+
+    Logits are capped to ``softcap * tanh(logit / softcap)`` before the bias is added, unless that is 0. ``lse``
+    ``[batch, heads, queries]`` is filled with the log-sum-exp of each query's logits, -inf for a query without a key.
+    """
+    out = empty_output(q, v)
+    if q.device.type != "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    rows, keys = q.shape[2], k.shape[2]
+    step = max(1, _LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * keys))
+    for low in range(0, rows, step):
+        high = min(low + step, rows)
+        seen = min(high, keys) if causal else keys
+        logits = _grouped(q[:, :, low:high], k[:, :, :seen].transpose(2, 3), summed=True).mul_(scale)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        if bias is not None:
+            logits += bias[..., low:high, :] if bias.shape[-2] > 1 else bias
+        if causal:
+            positions = torch.arange(low, high, device=q.device)[:, None]
+            logits.masked_fill_(torch.arange(seen, device=q.device) > positions, -torch.inf)
+        total = logits.logsumexp(3)
+        if lse is not None:
+            lse[:, :, low:high] = total
+        # A query that sees no key has a total of -inf, and -inf - -inf is not a number.
+        weights = logits.sub_(total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp_()
+        out[:, :, low:high] = _grouped(weights.to(v.dtype), v[:, :, :seen])
+    return out
+
+
+def _grouped(a: Tensor, b: Tensor, *, summed: bool = False) -> Tensor:
+    """``a @ b`` for grouped heads: a ``[batch, heads, rows, n]``, b ``[batch, kv_heads, n, m]``; ``summed`` in float32."""
+    batch, heads, rows, _ = a.shape
+    a = a.reshape(batch * b.shape[1], heads // b.shape[1] * rows, a.shape[3])
+    b = b.flatten(0, 1)
+    # In 16 bits, which are left to the GPU, a product would be rounded to them.
+    half = summed and a.dtype in (torch.float16, torch.bfloat16)
+    out = torch.bmm(a, b, out_dtype=torch.float32) if half else a @ b
+    return out.view(batch, heads, rows, -1)
 
 
 def _fuses_groups(q: Tensor, bias: Tensor | None) -> bool:

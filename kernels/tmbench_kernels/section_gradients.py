@@ -81,9 +81,21 @@ class DenseProbe(Dense):
 
     name: ClassVar[str] = "dense"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """As ``Dense.attend``, with gradients for q, k and v."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As ``Dense.attend``, with gradients for q, k and v; raises ValueError for capped logits and learned sinks."""
         check_shapes(q, k, v)
+        if softcap or sinks is not None:
+            asked = "soft-capped logits" if softcap else "learned sinks"
+            raise ValueError(f"the probe differentiates plain softmax attention, not {asked}: probe a model without")
         out: Tensor = _Attention.apply(q, k, v, default_scale(q, scale), self)  # type: ignore[no-untyped-call]
         return out
 

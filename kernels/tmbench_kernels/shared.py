@@ -10,7 +10,7 @@ from typing import Any
 
 from tmbench_kernels.parameters import Parameter
 
-DENSE_BACKENDS = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa")
+DENSE_BACKENDS = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa", "triton", "torch")
 """The names of what computes dense attention, in order of preference."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -89,11 +90,11 @@ def make_structured_qkv() -> Callable[..., Tensors]:
 
 
 def rms_errors(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, **logits: Any
 ) -> tuple[float, float, float]:
     """RMS of the exact output, of ``out`` against it, and of plain torch in the same type against it."""
-    exact = masked_attention(q, k, v, mask, scale=scale)
-    plain = masked_attention(q, k, v, mask, scale=scale, dtype=q.dtype)
+    exact = masked_attention(q, k, v, mask, scale=scale, **logits)
+    plain = masked_attention(q, k, v, mask, scale=scale, dtype=q.dtype, **logits)
     assert out.shape == exact.shape
     assert out.dtype == q.dtype
     size, error, plain_error = (x.double().square().mean().sqrt().item() for x in (exact, out - exact, plain - exact))
@@ -108,10 +109,13 @@ def measure_errors() -> Callable[..., tuple[float, float, float]]:
 
 @pytest.fixture(scope="session")
 def assert_exact() -> Callable[..., None]:
-    """The error against float64 is at most twice that of plain torch in the same type, or 0.5 % RMS in 16 bits."""
+    """The error against float64 is at most twice that of plain torch in the same type, or 0.5 % RMS in 16 bits.
 
-    def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> None:
-        size, error, plain_error = rms_errors(out, q, k, v, mask, scale)
+    ``softcap`` and ``sinks`` are those of the logits.
+    """
+
+    def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, **logits: Any) -> None:
+        size, error, plain_error = rms_errors(out, q, k, v, mask, scale, **logits)
         allowed = 2 * plain_error + torch.finfo(torch.float32).eps * size
         if q.dtype != torch.float32:
             allowed = max(allowed, 0.005 * size)

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tmbench_kernels import Dense
+from tmbench_kernels import Dense, cuda
 from tmbench_kernels.dense import libraries
 from tmbench_kernels.dense.libraries import CUDA_BACKENDS
-from tmbench_kernels.reference import masked_attention
+from tmbench_kernels.reference import masked_attention, masked_lse
 
 BACKENDS = {backend.name: backend for backend in Dense.backends}
 FLASH = {
@@ -83,14 +83,17 @@ def gpu(monkeypatch, install):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn > 0)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-        for cached in (libraries.capability, libraries._refuses_type, libraries.cudnn_version):
+        forget()
+
+    def forget():
+        ours = cuda.refuses_device, cuda.refuses_tensors
+        for cached in (libraries.capability, libraries._refuses_type, libraries.cudnn_version, *ours):
             cached.cache_clear()
 
     torch.use_deterministic_algorithms(False)
     yield make
     torch.use_deterministic_algorithms(True)
-    for cached in (libraries.capability, libraries._refuses_type, libraries.cudnn_version):
-        cached.cache_clear()
+    forget()
 
 
 def on_cuda(dim=128, *, v_dim=None, length=256, dtype=torch.bfloat16):
@@ -102,8 +105,8 @@ def on_cuda(dim=128, *, v_dim=None, length=256, dtype=torch.bfloat16):
     return q, k, v
 
 
-def chosen(*q_k_v, forced=""):
-    return Dense(forced).backend(*q_k_v).name
+def chosen(*q_k_v, forced="", **asked):
+    return Dense(forced).backend(*q_k_v, **asked).name
 
 
 def test_order_of_preference(install, gpu):
@@ -115,7 +118,7 @@ def test_order_of_preference(install, gpu):
     assert chosen(*on_cuda()) == "flash-attn-3"
     install("flash-attn-4")
     assert chosen(*on_cuda()) == "flash-attn-4"
-    assert list(BACKENDS) == ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa"]
+    assert list(BACKENDS) == ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa", "triton", "torch"]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,53 @@ def test_the_call_and_its_layout(install, make_qkv, name, returned, contiguous):
     torch.testing.assert_close(out.double(), masked_attention(q, k, v, Dense().mask(q, k), scale=0.3), rtol=0, atol=1e-5)
     module = FLASH[name].removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
     assert sys.modules[module].calls == [((1, 70, 6, 32), (70 * 6 * 32, 6 * 32, 32, 1), (1, 70, 2, 32), 0.3, True)]
+
+
+CALLED_FOR_MORE = """
+from tmbench_kernels.reference import causal_mask, masked_attention, masked_lse
+calls = []
+def flash_attn_func(q, k, v, *, softmax_scale, causal, **options):
+    calls.append(options)
+    x, y, z = (t.transpose(1, 2) for t in (q, k, v))
+    asked = {"mask": causal_mask(x.shape[2]), "scale": softmax_scale, "softcap": options.get("softcap", 0.0)}
+    out = masked_attention(x, y, z, **asked).to(q.dtype).transpose(1, 2)
+    return RETURNED if any(name.startswith("return_") for name in options) else out
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "returned", "option"),
+    [
+        ("flash-attn-4", "(out, masked_lse(x, y, **asked).float())", "return_lse"),
+        ("flash-attn-3", "(out, masked_lse(x, y, **asked).float())", "return_attn_probs"),
+        ("flash-attn-2", "(out, masked_lse(x, y, **asked).float(), None)", "return_attn_probs"),
+    ],
+)
+def test_the_call_for_a_log_sum_exp_or_a_cap(install, make_qkv, name, returned, option):
+    install(name, returned, CALLED_FOR_MORE)
+    q, k, v = make_qkv(70, heads=6, kv_heads=2, dim=32)
+    mask = Dense().mask(q, k)
+    lse = torch.empty(1, 6, 70)
+    BACKENDS[name].attend(Dense(), q, k, v, 0.3, lse=lse)
+    torch.testing.assert_close(lse.double(), masked_lse(q, k, mask, scale=0.3), rtol=0, atol=1e-5)
+    out = BACKENDS[name].attend(Dense(), q, k, v, 0.3, softcap=2.0)
+    exact = masked_attention(q, k, v, mask, scale=0.3, softcap=2.0)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+    module = FLASH[name].removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
+    assert sys.modules[module].calls == [{option: True}, {"softcap": 2.0}]
+
+
+def test_what_gives_neither_is_passed_over(install, gpu):
+    gpu(9)
+    assert chosen(*on_cuda(), lse=True) == chosen(*on_cuda(), softcap=30.0) == "triton"
+    assert chosen(*on_cuda(dtype=torch.float32), softcap=30.0, lse=True) == "torch"
+    install("flash-attn-2")
+    assert chosen(*on_cuda(), lse=True) == chosen(*on_cuda(), softcap=30.0) == "flash-attn-2"
+    for name in ("cudnn", "sdpa"):
+        with pytest.raises(ValueError, match=f"{name} gives no log-sum-exp, which learned sinks take"):
+            chosen(*on_cuda(), forced=name, lse=True)
+        with pytest.raises(ValueError, match=f"{name} has no soft-capped logits"):
+            chosen(*on_cuda(), forced=name, softcap=30.0)
 
 
 def test_the_call_of_cudnn(monkeypatch, make_qkv):

@@ -20,23 +20,25 @@ KERNELS = pytest.mark.parametrize("module", ["triangle.hopper_backend", "block_s
 @pytest.mark.parametrize(
     ("dim", "v_dim", "dtype"), [(128, 128, torch.bfloat16), (64, 64, torch.float16), (96, 40, torch.float16)]
 )
-def test_it_compiles_for_hopper(module, dim, v_dim, dtype):
+@pytest.mark.parametrize("lse", [False, True])
+def test_it_compiles_for_hopper(module, dim, v_dim, dtype, lse):
     from tmbench_kernels import hopper
 
     host = import_module(f"tmbench_kernels.{module}")
-    code = hopper.compile_source(host.SOURCE, host.settings(dim, v_dim, dtype))
+    code = hopper.compile_source(host.SOURCE, host.settings(dim, v_dim, dtype, lse=lse))
     assert code[:4] == b"\x7fELF"
     assert host.KERNEL.encode() in code
     assert host.shared_bytes(dim, v_dim) <= 227 * 1024
 
 
 @KERNELS
-def test_its_products_run_beside_other_work(module):
+@pytest.mark.parametrize("lse", [False, True])
+def test_its_products_run_beside_other_work(module, lse):
     """The assembler says so when it must wait for every product on its own, which makes the kernel half as fast."""
     from tmbench_kernels import hopper
 
     host = import_module(f"tmbench_kernels.{module}")
-    log = hopper.compile_log(host.SOURCE, host.settings(128, 128, torch.bfloat16))
+    log = hopper.compile_log(host.SOURCE, host.settings(128, 128, torch.bfloat16, lse=lse))
     assert "Compiling entry function" in log
     assert "serialized" not in log
     assert re.search(r"\b0 bytes spill stores", log)

@@ -20,15 +20,15 @@ from tmbench_kernels.cuda import for_hopper, for_triton, imported
 from tmbench_kernels.dense.libraries import FLASH_4, missing_module, refuses
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 
-AttendLists = Callable[[Tensor, Tensor, Tensor, BlockLists, float], Tensor]
-"""``attend(q, k, v, lists, scale)`` returns ``[batch, heads, length, v_dim]`` in q's type."""
+AttendLists = Callable[..., Tensor]
+"""``attend(q, k, v, lists, scale)`` returns ``[batch, heads, length, v_dim]`` in q's type; by keyword as a ``Backend``'s."""
 
 
-def over_lists(attend: AttendLists) -> Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]:
+def over_lists(attend: AttendLists) -> Callable[..., Tensor]:
     """A backend's function from one that attends over lists: the pattern selects, then the lists are attended over."""
 
-    def select_and_attend(pattern: BlockSparse, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return attend(q, k, v, pattern.select(q, k, scale=scale), scale)
+    def select_and_attend(pattern: BlockSparse, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
+        return attend(q, k, v, pattern.select(q, k, scale=scale), scale, **asked)
 
     return select_and_attend
 
@@ -52,10 +52,11 @@ class BlockSparse(Pattern):
             over_lists(imported("block_sparse.flash_attn_backend", "attend_lists")),
             missing=partial(missing_module, *FLASH_4),
             refuses=partial(refuses, _flash_limits),
+            lse=True,
         ),
         for_hopper(over_lists(imported("block_sparse.hopper_backend", "attend_lists"))),
         for_triton(over_lists(imported("block_sparse.triton_backend", "attend_lists"))),
-        Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists)),
+        Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists), softcap=True, lse=True),
     )
 
     @abc.abstractmethod

@@ -15,7 +15,7 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from torch import Tensor
 
 from tmbench_kernels.block_sparse.lists import BlockLists
-from tmbench_kernels.dense.libraries import call_flash
+from tmbench_kernels.dense.libraries import FLASH_4_LSE, call_flash
 from tmbench_kernels.launch import positive
 
 
@@ -25,11 +25,12 @@ def _causal(batch: Any, head: Any, query: Any, key: Any, lengths: Any, tensors: 
     return key <= query
 
 
-def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, *, lse: Tensor | None = None) -> Tensor:
     """Attention over the listed blocks, ``[batch, heads, length, dim]``, a view of ``[batch, length, heads, dim]``."""
     q, scale = positive(q, scale)
     own = lists.own_listed().int()
     blocks = own.shape[2]
+    asked: dict[str, Any] = {} if lse is None else {"lse": lse, FLASH_4_LSE: True}
     return call_flash(
         flash_attn_func,
         q,
@@ -44,4 +45,5 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: floa
             full_block_idx=lists.indices,
             block_size=(lists.block, lists.block),
         ),
+        **asked,
     )

@@ -30,6 +30,7 @@ struct Plan {
   const int* reach;           // [heads], or null where queries see all of their pieces
   const int* sinks;           // [heads]
   int* next;                  // the next work tile, for all programs
+  float* lse;                 // [batch, heads, length], where LSE is 1
   int length, rows, fold, unit, most, width, heads, groups, work_tiles;  // ``fold`` rows share a list
   float scale_log2;
 };
@@ -284,6 +285,14 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
 
     float row_sum[2] = {r.row_sum[0][0] + r.row_sum[0][1], r.row_sum[1][0] + r.row_sum[1][1]}, factor[2];
     output_scale(row_sum, factor);
+#if LSE
+    if ((lane & 3) == 0) {
+#pragma unroll
+      for (int x = 0; x < 2; x++)
+        if (r.position[x] < p.length)
+          p.lse[(u64(work.batch) * p.heads + work.head) * p.length + r.position[x]] = log_sum_exp(r.row_max[x], row_sum[x]);
+    }
+#endif
     stage_output(o, factor, warpgroup, warp, slot);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();

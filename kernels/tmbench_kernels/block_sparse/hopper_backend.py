@@ -24,13 +24,14 @@ CONSUMERS = 3
 STAGES = 5
 """Depth of the pipeline; a stage holds a tile of keys and one of values."""
 THREADS = 128 * (CONSUMERS + 1)
-PLAN = struct.Struct("7q9if")
+PLAN = struct.Struct("8q9if")
 """The kernel's struct Plan."""
 
 
-def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False) -> dict[str, int]:
     """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
-    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, STAGES=STAGES, SHARED_BYTES=shared_bytes(dim, v_dim))
+    shared = shared_bytes(dim, v_dim)
+    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, STAGES=STAGES, SHARED_BYTES=shared, LSE=int(lse))
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
@@ -56,15 +57,15 @@ class Lists:
     """``kept``, ``before``, ``reach`` and ``sinks`` of an index, where there are columns."""
 
 
-def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, *, lse: Tensor | None = None) -> Tensor:
     """Attention over the listed blocks, of 64 keys or a multiple: ``[batch, heads, length, v_dim]``.
 
     The output is a view of ``[batch, length, heads, v_dim]``.
     """
-    return attend(q, k, v, Lists(lists.indices, lists.counts, lists.block, lists.block), scale)
+    return attend(q, k, v, Lists(lists.indices, lists.counts, lists.block, lists.block), scale, lse=lse)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: Tensor | None = None) -> Tensor:
     """As ``attend_lists``, over lists as the kernel takes them."""
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
@@ -77,11 +78,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> Tenso
     maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, k_columns, v_columns)) + _tiles(out, 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
-        lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(),
+        lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(), 0 if lse is None else lse.data_ptr(),
         length, rows, lists.block // WARPGROUP_ROWS, lists.unit, lists.entries.shape[3], width, heads, heads // k.shape[1],
         batch * heads * -(-rows // CONSUMERS), scale * LOG2_E,
     )  # fmt: skip
-    macros = tuple(settings(dim, v_dim, q.dtype).items())
+    macros = tuple(settings(dim, v_dim, q.dtype, lse=lse is not None).items())
     kernel = load_kernel(q.device, SOURCE, KERNEL, shared_bytes(dim, v_dim), THREADS, macros)
     kernel.launch(multiprocessors(q.device), q.device, maps, plan)
     return out

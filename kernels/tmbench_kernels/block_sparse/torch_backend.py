@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_sparse.lists import BlockLists
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.sdpa import attention
 
 _GATHERED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """How much of k is gathered at a time: on a CPU what stays in the caches, on a GPU what keeps it busy."""
@@ -36,18 +36,28 @@ class _Batch:
     """Whether the last of them is the query block's own."""
 
 
-def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+def attend_lists(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Attention over the lists: ``[batch, heads, length, v_dim]``, in q's type; a query without keys gets zeros."""
     block, length, groups = lists.block, q.shape[2], q.shape[1] // k.shape[1]
     blocks = lists.counts.shape[2]
     everything = lists.counts == torch.arange(1, blocks + 1, device=q.device)
     if bool(everything.all()):
-        return sdpa(q, k, v, scale, causal=True)
+        return attention(q, k, v, scale, causal=True, softcap=softcap, lse=lse)
     out = empty_output(q, v)
     dense = everything.all(2)
     for b, h in dense.nonzero().tolist():
         query, key, value = (x[b, n][None, None] for x, n in ((q, h), (k, h // groups), (v, h // groups)))
-        out[b, h] = sdpa(query, key, value, scale, causal=True)[0, 0]
+        sums = None if lse is None else lse[b, h][None, None]
+        out[b, h] = attention(query, key, value, scale, causal=True, softcap=softcap, lse=sums)[0, 0]
     sources = [_block_rows(x, blocks, block) for x in (k, v)]
     bias = _bias(q, blocks, block)
     most = max(1, _GATHERED_ELEMENTS[k.device.type] // (block * k.shape[3]))
@@ -60,10 +70,13 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: floa
             continue
         tokens = slice(rows.start * block, rows.stop * block)
         queries, results = (torch.unflatten(x[:, :, tokens], 2, (len(rows), -1)) for x in (q, out))
+        totals = None if lse is None else torch.unflatten(lse[:, :, tokens], 2, (len(rows), -1))
         for part in _batches(lists, rows, dense, most):
             place = part.batch, part.head, part.row - rows.start
             if part.count == 0:
                 results[place] = 0
+                if totals is not None:
+                    totals[place] = -torch.inf
                 continue
             first = (part.batch * k.shape[1] + part.head // groups) * blocks
             listed = first[:, None] + lists.indices[part.batch, part.head, part.row, : part.count]
@@ -74,7 +87,11 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: floa
                 for x, buffer in zip(sources, buffers, strict=True)
             )
             own = bias[: queries.shape[3], -part.count * block :] if part.own else None
-            results[place] = sdpa(queries[place][:, None], keys, values, scale, bias=own)[:, 0]
+            some = queries[place][:, None]
+            sums = None if lse is None else lse.new_empty(some.shape[:3])
+            results[place] = attention(some, keys, values, scale, bias=own, softcap=softcap, lse=sums)[:, 0]
+            if totals is not None and sums is not None:
+                totals[place] = sums[:, 0]
     return out
 
 

@@ -12,20 +12,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tmbench_kernels.block_sparse.lists import BlockLists
-from tmbench_kernels.launch import LOG2_E, block_dim, loadable, positive
-from tmbench_kernels.online_softmax import attend_tile
+from tmbench_kernels.launch import block_dim, loadable, logit_scales, positive
+from tmbench_kernels.online_softmax import attend_tile, log_sum_exp
 from tmbench_kernels.pattern import empty_output
 
 
 @triton.jit(do_not_specialize=["length", "blocks", "batches", "stride_qb"])
 def _walk(
-    q_ptr, out_ptr, k_tiles, v_tiles, counts_ptr, indices_ptr,
+    q_ptr, out_ptr, lse_ptr, k_tiles, v_tiles, counts_ptr, indices_ptr,
     stride_qb, stride_qh, stride_qn, stride_qd,
-    length, blocks, batches, scale_log2,
+    length, blocks, batches, scale_log2, cap_scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS query rows of one block, over tiles of KEYS keys of its listed blocks."""
+    """One program: ROWS query rows of one block, over tiles of KEYS keys of its listed blocks.
+
+    lse_ptr is None where the log-sum-exp is not wanted, cap_scale where logits are not capped: then neither is compiled.
+    """
     # The last queries have the longest lists. Heads vary fastest, so that what is in the cache serves those that share keys.
     pieces: tl.constexpr = BLOCK // ROWS
     steps: tl.constexpr = BLOCK // KEYS
@@ -55,8 +58,9 @@ def _walk(
         k = k_tiles.load([batch, head // GROUPS, first, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([batch, head // GROUPS, first, 0]).reshape(KEYS, BLOCK_V_DIM)
         acc, row_sum, row_max = attend_tile(
-            q, k, v, first, length, first + KEYS - 1 > start, position, length, 0, scale_log2, acc, row_sum, row_max, KEYS
-        )
+            q, k, v, first, length, first + KEYS - 1 > start, position, length, 0, scale_log2, cap_scale,
+            acc, row_sum, row_max, KEYS,
+        )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     slot = (batch.to(tl.int64) * length + position) * HEADS + head
@@ -64,11 +68,24 @@ def _walk(
         out_ptr + slot[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (v_dim < V_DIM)[None, :],
     )  # fmt: skip
+    if lse_ptr is not None:
+        place = (batch.to(tl.int64) * HEADS + head) * length + position
+        tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
-def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+def attend_lists(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Attention over the listed blocks, ``[batch, heads, length, v_dim]``, a view of ``[batch, length, heads, v_dim]``."""
     q, scale = positive(q, scale)
+    scale_log2, cap_scale = logit_scales(scale, softcap)
     k, v = loadable(k), loadable(v)
     batch, heads, length, dim = q.shape
     v_dim, blocks = v.shape[3], lists.counts.shape[2]
@@ -81,7 +98,8 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: floa
     # Two programs of 8 warps share a multiprocessor if none takes more than half of its registers.
     options = {} if wide or rows < 128 or q.device.type != "cuda" else {"maxnreg": 128}
     _walk[(blocks * (lists.block // rows) * heads * batch,)](
-        q, out, k_tiles, v_tiles, lists.counts, lists.indices, *q.stride(), length, blocks, batch, scale * LOG2_E,
+        q, out, lse, k_tiles, v_tiles, lists.counts, lists.indices, *q.stride(), length, blocks, batch,
+        scale_log2, cap_scale,
         HEADS=heads, GROUPS=heads // k.shape[1], DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block,
         BLOCK=lists.block, ROWS=rows, KEYS=keys, num_warps=8 if rows == 128 else 4, num_stages=2, **options,
     )  # fmt: skip

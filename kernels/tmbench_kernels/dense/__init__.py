@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tmbench_kernels.cuda import for_triton, imported
 from tmbench_kernels.dense.libraries import CUDA_BACKENDS
-from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale
+from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.reference import causal_mask
-from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.sdpa import attention, sdpa, written_out
 from tmbench_kernels.shared import DENSE_BACKEND, DENSE_BACKENDS
+
+_SDPA, _, _WRITTEN_OUT = DENSE_BACKENDS[-3:]
 
 
 def _attend_sdpa(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return sdpa(q, k, v, scale, causal=True)
+
+
+def _attend_written_out(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
+    return written_out(q, k, v, scale, causal=True, **asked)
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,20 @@ class Dense(Pattern):
     """Full causal attention. Its only parameter does not change the pairs: it chooses who computes them.
 
     ``dense_backend`` names the one backend to use, so that it is an error where that one is absent or refuses; "" takes the
-    first that serves. Raises ValueError for a name that there is none of.
+    first that serves. The last two are for what the libraries do not have, soft-capped logits and the log-sum-exp beside any
+    head size: the triangle's kernel in Triton, over a window that is never left, and softmax written out in torch. Raises
+    ValueError for a name that there is none of.
     """
 
     dense_backend: str = DENSE_BACKEND.field()
 
     name: ClassVar[str] = "dense"
-    backends: ClassVar[tuple[Backend, ...]] = (*CUDA_BACKENDS, Backend(DENSE_BACKENDS[-1], ("cpu", "cuda"), _attend_sdpa))
+    backends: ClassVar[tuple[Backend, ...]] = (
+        *CUDA_BACKENDS,
+        Backend(_SDPA, ("cpu", "cuda"), _attend_sdpa),
+        for_triton(imported("triangle.triton_backend", "attend_dense")),
+        Backend(_WRITTEN_OUT, ("cpu", "cuda"), _attend_written_out, softcap=True, lse=True),
+    )
 
     @property
     def candidates(self) -> tuple[Backend, ...]:
@@ -47,7 +61,6 @@ class Dense(Pattern):
         batch, heads, length = q.shape[:3]
         return batch * heads * length * (length + 1) // 2
 
-    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def compute_last_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
         """The last query over all keys; reads no other query."""
-        check_shapes(q, k, v)
-        return sdpa(q[:, :, -1:], k, v, default_scale(q, scale))
+        return attention(q[:, :, -1:], k, v, scale, **asked)

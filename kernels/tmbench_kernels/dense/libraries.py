@@ -27,6 +27,8 @@ Refuses = Callable[[int, int], str]
 """``(capability, head_dim)``: "" or why this GPU has no kernel of that head size; capability 9 is Hopper."""
 FLASH_4 = ("flash_attn.cute", "pip install flash-attn-4")
 """FlashAttention 4's module, and how to install it."""
+FLASH_4_LSE = "return_lse"
+"""FlashAttention 4's argument that asks for the log-sum-exp."""
 
 
 @cache
@@ -126,19 +128,37 @@ def _length_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def call_flash(flash: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> Tensor:
-    """A ``flash_attn_func`` over tensors as they are everywhere else here: ``[batch, heads, length, dim]``, in and out."""
-    # Some versions return the logarithm of the softmax's sum as well.
+def call_flash(
+    flash: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    lse: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """A ``flash_attn_func`` over tensors as they are everywhere else here: ``[batch, heads, length, dim]``, in and out.
+
+    ``lse`` is filled from what it returns beside the output, where ``options`` say that it does.
+    """
+    # Some versions return the log-sum-exp even where it is not asked for.
     out = flash(*(_length_first(x) for x in (q, k, v)), softmax_scale=scale, **options)
     tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    if lse is not None:
+        lse.copy_(out[1])
     return tensor.transpose(1, 2)
 
 
-def _attend_flash(module: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend_flash(
+    module: str, returns_lse: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any
+) -> Tensor:
     flash, reason = function(module)
     if flash is None:
         raise ValueError(f"{module} {reason}")
-    return call_flash(flash, q, k, v, scale, causal=True)
+    if "lse" in asked:
+        asked[returns_lse] = True
+    return call_flash(flash, q, k, v, scale, causal=True, **asked)
 
 
 def _attend_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -147,23 +167,38 @@ def _attend_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: floa
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _flash(name: str, module: str, install: str, limits: Refuses) -> Backend:
+def _flash(name: str, module: str, install: str, limits: Refuses, *, returns_lse: str) -> Backend:
+    """``returns_lse`` is the argument of that library by which the log-sum-exp comes second."""
     return Backend(
         name,
         ("cuda",),
-        partial(_attend_flash, module),
+        partial(_attend_flash, module, returns_lse),
+        softcap=True,
+        lse=True,
         missing=partial(missing_module, module, install),
         refuses=partial(refuses, limits),
     )
 
 
-_FLASH_4, _FLASH_3, _CUDNN, _FLASH_2, _ = DENSE_BACKENDS
+_FLASH_4, _FLASH_3, _CUDNN, _FLASH_2, *_ = DENSE_BACKENDS
 
 CUDA_BACKENDS = (
-    _flash(_FLASH_4, *FLASH_4, _flash_4_limits),
-    _flash(_FLASH_3, "flash_attn_interface", "build the folder hopper of Dao-AILab/flash-attention", _flash_3_limits),
+    _flash(_FLASH_4, *FLASH_4, _flash_4_limits, returns_lse=FLASH_4_LSE),
+    _flash(
+        _FLASH_3,
+        "flash_attn_interface",
+        "build the folder hopper of Dao-AILab/flash-attention",
+        _flash_3_limits,
+        returns_lse="return_attn_probs",
+    ),
     Backend(_CUDNN, ("cuda",), _attend_cudnn, missing=_missing_cudnn, refuses=_refuses_cudnn),
-    _flash(_FLASH_2, "flash_attn.flash_attn_interface", "pip install flash-attn", _flash_2_limits),
+    _flash(
+        _FLASH_2,
+        "flash_attn.flash_attn_interface",
+        "pip install flash-attn",
+        _flash_2_limits,
+        returns_lse="return_attn_probs",
+    ),
 )
 """Fastest first, as benchmarks/attention.csv has them: milliseconds on an H200 of one layer with 32 query and 8 key heads of
 size 128, bfloat16. FlashAttention 3 was not measured; it is built for the same GPU as 4.

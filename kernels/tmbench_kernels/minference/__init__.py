@@ -20,7 +20,7 @@ from torch import Tensor
 from tmbench_kernels.block_topk import BlockTopK
 from tmbench_kernels.minference.head_patterns import HeadPattern, HeadPatterns, load_head_patterns
 from tmbench_kernels.parameters import Declared
-from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale, empty_output
+from tmbench_kernels.pattern import Backend, Pattern, empty_output, new_lse
 from tmbench_kernels.shared import PATTERNS
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import INDEX_BACKENDS, VerticalSlash
@@ -38,10 +38,25 @@ class _Part:
     keys: list[int]
 
 
-def _attend_parts(pattern: MInferenceHeads, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend_parts(
+    pattern: MInferenceHeads,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     out = empty_output(q, v)
     for part in pattern.parts(q, k):
-        out[:, part.queries] = part.pattern.attend(q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=scale)
+        queries = q[:, part.queries]
+        sums = None if lse is None else new_lse(queries)
+        out[:, part.queries] = part.pattern.compute(
+            queries, k[:, part.keys], v[:, part.keys], scale, softcap=softcap, lse=sums
+        )
+        if lse is not None and sums is not None:
+            lse[:, part.queries] = sums
     return out
 
 
@@ -60,7 +75,7 @@ class MInferenceHeads(Pattern):
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
         *INDEX_BACKENDS,
-        Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts),
+        Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts, softcap=True, lse=True),
     )
 
     def __post_init__(self) -> None:
@@ -84,16 +99,21 @@ class MInferenceHeads(Pattern):
         parts = self.parts(q, k)
         return sum(part.pattern.pairs(q[:, part.queries], k[:, part.keys], scale=scale) for part in parts)
 
-    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def compute_last_row(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, lse: Tensor | None = None
+    ) -> Tensor:
         """The last query alone: in torch in each kind's own way, and where one launch serves all heads, of that launch."""
-        check_shapes(q, k, v)
-        if self.backend(q, k, v) in INDEX_BACKENDS:
-            return super().last_row(q, k, v, scale=scale)
+        if self.backend(q, k, v, softcap=softcap, lse=lse is not None) in INDEX_BACKENDS:
+            return super().compute_last_row(q, k, v, scale, softcap=softcap, lse=lse)
         row = v.new_empty(*q.shape[:2], 1, v.shape[3])
         for part in self.parts(q, k):
-            row[:, part.queries] = part.pattern.last_row(
-                q[:, part.queries], k[:, part.keys], v[:, part.keys], scale=default_scale(q, scale)
+            queries = q[:, part.queries]
+            sums = None if lse is None else new_lse(queries[:, :, -1:])
+            row[:, part.queries] = part.pattern.compute_last_row(
+                queries, k[:, part.keys], v[:, part.keys], scale, softcap=softcap, lse=sums
             )
+            if lse is not None and sums is not None:
+                lse[:, part.queries] = sums
         return row
 
     def parts(self, q: Tensor, k: Tensor) -> list[_Part]:

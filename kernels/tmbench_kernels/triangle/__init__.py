@@ -9,14 +9,14 @@ released code never reads it, and its effective value there is always 128.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tmbench_kernels.cuda import for_hopper, for_triton, imported
-from tmbench_kernels.pattern import Backend, Pattern, check_shapes, default_scale
-from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.sdpa import attention
 from tmbench_kernels.shared import LAST_N, N_INIT, N_LOCAL
 from tmbench_kernels.triangle.torch_backend import attend as attend_torch
 
@@ -37,7 +37,7 @@ class Triangle(Pattern):
     backends: ClassVar[tuple[Backend, ...]] = (
         for_hopper(imported("triangle.hopper_backend", "attend")),
         for_triton(imported("triangle.triton_backend", "attend")),
-        Backend("torch-banded", ("cpu", "cuda"), attend_torch),
+        Backend("torch-banded", ("cpu", "cuda"), attend_torch, softcap=True, lse=True),
     )
 
     def useless(self) -> str:
@@ -69,16 +69,17 @@ class Triangle(Pattern):
         last = (length * (length + 1) - tail * (tail + 1)) // 2
         return batch * heads * (before + last)
 
-    def last_row(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def compute_last_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
         """The last query over its keys, the sinks and the window where it is not among ``last_n``; reads no other query."""
-        check_shapes(q, k, v)
         length = q.shape[2]
         start = 0 if self.last_n else max(length - self.n_local, 0)
         sinks = min(self.n_init, start)
         if sinks:
             k, v = (torch.cat([x[:, :, :sinks], x[:, :, start:]], dim=2) for x in (k, v))
         elif start == length:
+            if "lse" in asked:
+                asked["lse"].fill_(-torch.inf)
             return v.new_zeros(*q.shape[:2], 1, v.shape[3])
         else:
             k, v = k[:, :, start:], v[:, :, start:]
-        return sdpa(q[:, :, -1:], k, v, default_scale(q, scale))
+        return attention(q[:, :, -1:], k, v, scale, **asked)

@@ -7,15 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from tmbench_kernels.launch import block_dim
+from tmbench_kernels.online_softmax import log_sum_exp
 from tmbench_kernels.triangle.splits import Schedule
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "out_batch"])
+@triton.jit(do_not_specialize=["rows", "splits", "out_batch", "length", "tail"])
 def _combine(
-    split_out_ptr, split_lse_ptr, out_ptr, rows, splits, out_batch,
+    split_out_ptr, split_lse_ptr, out_ptr, lse_ptr, rows, splits, out_batch, length, tail, heads,
     V_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the splits' outputs, each weighted by its share of the softmax, to the last rows of the output."""
+    """ROWS rows of the splits' outputs, each weighted by its share of the softmax, to the last rows of the output.
+
+    A row is a head of a position. lse_ptr and the three sizes of the whole are None where the log-sum-exp is not wanted.
+    """
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     v_dim = tl.arange(0, BLOCK_V_DIM)
@@ -38,12 +42,16 @@ def _combine(
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     out_ptr += batch * out_batch
     tl.store(out_ptr + row[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if lse_ptr is not None:
+        place = (batch * heads + row % heads) * length + tail + row // heads
+        tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=ok)
 
 
-def combine(split_out: Tensor, split_lse: Tensor, schedule: Schedule, out: Tensor) -> None:
-    """Write the last rows of ``out``, made by ``empty_output``, from their splits."""
+def combine(split_out: Tensor, split_lse: Tensor, schedule: Schedule, out: Tensor, lse: Tensor | None) -> None:
+    """Write the last rows of ``out``, made by ``empty_output``, and of ``lse``, if any, from their splits."""
     splits, batch, rows, heads, v_dim = split_out.shape
+    whole = (None, None, None) if lse is None else (out.shape[2], schedule.tail, heads)
     _combine[(-(-rows * heads // 16), batch)](
-        split_out, split_lse, out[:, :, schedule.tail :], rows * heads, splits, out.stride(0),
+        split_out, split_lse, out[:, :, schedule.tail :], lse, rows * heads, splits, out.stride(0), *whole,
         V_DIM=v_dim, BLOCK_V_DIM=block_dim(v_dim), ROWS=16,
     )  # fmt: skip

@@ -17,6 +17,7 @@ struct Maps { TensorMap q, k, v, k_box, v_box, out_band, out_last; };
 struct Plan {
   float* split_out;
   float* split_lse;
+  float* lse;  // [batch, heads, length], where LSE is 1
   int length, tail, n_init, n_local, split_keys, splits, last_tiles, batches, last_items, band_items, extra_from, rounds;
   int heads, tile_heads, groups, head_shift, v_dim;
   float scale_log2;
@@ -175,6 +176,18 @@ __device__ __forceinline__ void write(const Plan& p, const WorkTile& i, float (&
     }
     return;
   }
+#if LSE
+  if ((lane & 3) == 0) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      const int at = warp * 16 + (lane >> 2) + 8 * row;
+      const int position = warpgroup_start + (at >> p.head_shift), head = at & ((1 << p.head_shift) - 1);
+      // A tile of the band may reach into the last rows, which are not its own.
+      if (position < (i.is_last ? p.length : p.tail) && head < p.tile_heads)
+        p.lse[(u64(i.batch) * p.heads + i.head_tile * p.tile_heads + head) * p.length + position] = log_sum_exp(row_max[row], row_sum[row]);
+    }
+  }
+#endif
   stage_output(o, factor, warpgroup, warp, slot_at);
 }
 

@@ -30,15 +30,14 @@ STAGES = 8
 THREADS = 128 * (CONSUMERS + 1)
 WORK_TILE_STEPS = 2
 """What a work tile costs beyond its window, in tiles: the mixed tile, the masks, its queries and its output."""
-PLAN = struct.Struct("2q17if")
+PLAN = struct.Struct("3q17if")
 """The kernel's struct Plan."""
 
 
-def settings(dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False) -> dict[str, int]:
     """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
-    return header_macros(
-        dim, v_dim, dtype, CONSUMERS=CONSUMERS, BOX=BOX, STAGES=STAGES, SHARED_BYTES=shared_bytes(dim, v_dim)
-    )
+    shared = shared_bytes(dim, v_dim)
+    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, BOX=BOX, STAGES=STAGES, SHARED_BYTES=shared, LSE=int(lse))
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
@@ -82,6 +81,7 @@ def _launch(
     kv_heads: int,
     v_dim: int,
     scale: float,
+    lse: bool,
 ) -> _Launch:
     batch, heads, length, dim = shape
     tile_heads = heads_per_tile(heads // kv_heads)
@@ -91,7 +91,7 @@ def _launch(
         pattern, batch, heads, kv_heads, length,
         positions=CONSUMERS * WARPGROUP_ROWS >> shift, keys=KEYS, overhead=WORK_TILE_STEPS, slots=programs,
     )  # fmt: skip
-    macros = tuple(settings(dim, v_dim, dtype).items())
+    macros = tuple(settings(dim, v_dim, dtype, lse=lse).items())
     kernel = load_kernel(device, SOURCE, KERNEL, shared_bytes(dim, v_dim), THREADS, macros)
     numbers = (
         length, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits,
@@ -128,17 +128,18 @@ def _maps(dtype: torch.dtype, tile_heads: int, block: int, tail: int, q: Place, 
     return b"".join((queries, by_keys(k, KEYS), by_keys(v, KEYS), by_keys(k, BOX), by_keys(v, BOX), *outputs))
 
 
-def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, *, lse: Tensor | None = None) -> Tensor:
     """Triangle attention ``[batch, heads, length, v_dim]``, as a view of ``[batch, length, heads, v_dim]``."""
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
-    launch = _launch(pattern, q.device, q.dtype, q.shape, k.shape[1], v.shape[3], scale)
+    launch = _launch(pattern, q.device, q.dtype, q.shape, k.shape[1], v.shape[3], scale, lse is not None)
     schedule = launch.schedule
     out = empty_output(q, v)
     split_out, split_lse = new_splits(schedule, out)
     maps = _maps(q.dtype, schedule.tile_heads, launch.block, schedule.tail, _place(q), _place(k), _place(v), _place(out))
-    plan = PLAN.pack(split_out.data_ptr(), split_lse.data_ptr(), *launch.numbers)
+    sums = 0 if lse is None else lse.data_ptr()
+    plan = PLAN.pack(split_out.data_ptr(), split_lse.data_ptr(), sums, *launch.numbers)
     launch.kernel.launch(launch.programs, q.device, maps, plan)
     if schedule.splits > 1:
-        combine(split_out, split_lse, schedule, out)
+        combine(split_out, split_lse, schedule, out, lse)
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.sdpa import attention
 
 if TYPE_CHECKING:
     from tmbench_kernels.triangle import Triangle
@@ -17,11 +17,20 @@ _WINDOW_ELEMENTS = 2**20
 """Size of the buffers that windows are copied to: several windows a call keep the cores busy, and they fit the cache."""
 
 
-def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend(
+    pattern: Triangle,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Blocks of queries, each over the sinks and the keys that its windows span: linear in length, in time and memory."""
     length = q.shape[2]
     if max(pattern.n_init, pattern.n_local, pattern.last_n) >= length:
-        return sdpa(q, k, v, scale, causal=True)
+        return attention(q, k, v, scale, causal=True, softcap=softcap, lse=lse)
     out = empty_output(q, v)
     rows = _rows_per_block(pattern.n_local)
     tail = length - pattern.last_n
@@ -32,15 +41,18 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
         blocks = (tail - settled) // rows
         for b in range(q.shape[0] if blocks else 0):
             regular = slice(settled, settled + blocks * rows)
-            _attend_windows(pattern, q[b, :, regular], k[b], v[b], scale, settled, rows, out[b, :, regular])
+            sums = None if lse is None else lse[b, :, regular]
+            _attend_windows(pattern, q[b, :, regular], k[b], v[b], scale, settled, rows, out[b, :, regular], softcap, sums)
         irregular = [range(settled), range(settled + blocks * rows, tail), range(tail, length)]
     else:
         out[:, :, :tail] = 0
+        if lse is not None:
+            lse[:, :, :tail] = -torch.inf
         irregular = [range(tail, length)]
     for part in irregular:
         for start in part[::rows]:
             end = min(start + rows, part.stop)
-            _attend_block(pattern, q, k, v, scale, start, end, out)
+            _attend_block(pattern, q, k, v, scale, start, end, out, softcap, lse)
     return out
 
 
@@ -55,7 +67,16 @@ def _reach(pattern: Triangle) -> int:
 
 
 def _attend_windows(
-    pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, settled: int, rows: int, out: Tensor
+    pattern: Triangle,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    settled: int,
+    rows: int,
+    out: Tensor,
+    softcap: float,
+    lse: Tensor | None,
 ) -> None:
     """Blocks of ``rows`` queries from ``settled`` on; q and out are ``[heads, blocks * rows, dim]``, k and v the whole."""
     sinks, reach = pattern.n_init, _reach(pattern)
@@ -69,6 +90,8 @@ def _attend_windows(
         buffers.append(x.new_empty(batch, x.shape[0], width, x.shape[2]))
         buffers[-1][:, :, :sinks] = x[:, :sinks]
     q, out = (x.view(x.shape[0], blocks, rows, -1).transpose(0, 1) for x in (q, out))
+    if lse is not None:
+        lse = lse.view(lse.shape[0], blocks, rows).transpose(0, 1)
     for first in range(0, blocks, batch):
         count = min(batch, blocks - first)
         start = settled + first * rows
@@ -76,11 +99,22 @@ def _attend_windows(
             windows = x[:, start - reach : start + count * rows].unfold(1, reach + rows, rows)
             buffer[:count, :, sinks:] = windows.permute(1, 0, 3, 2)
         near_k, near_v = (buffer[:count] for buffer in buffers)
-        out[first : first + count] = sdpa(q[first : first + count], near_k, near_v, scale, bias=bias)
+        part = slice(first, first + count)
+        sums = None if lse is None else lse[part]
+        out[part] = attention(q[part], near_k, near_v, scale, bias=bias, softcap=softcap, lse=sums)
 
 
 def _attend_block(
-    pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, end: int, out: Tensor
+    pattern: Triangle,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    start: int,
+    end: int,
+    out: Tensor,
+    softcap: float,
+    lse: Tensor | None,
 ) -> None:
     """The queries start..end-1, which are either all or none among the last ones."""
     length = q.shape[2]
@@ -88,7 +122,8 @@ def _attend_block(
     sinks = min(pattern.n_init, low)
     bias = _bias(pattern, q, range(start, end), torch.cat([torch.arange(sinks), torch.arange(low, end)]), length)
     k, v = (torch.cat([x[:, :, :sinks], x[:, :, low:end]], dim=2) if sinks else x[:, :, low:end] for x in (k, v))
-    out[:, :, start:end] = sdpa(q[:, :, start:end], k, v, scale, bias=bias)
+    sums = None if lse is None else lse[:, :, start:end]
+    out[:, :, start:end] = attention(q[:, :, start:end], k, v, scale, bias=bias, softcap=softcap, lse=sums)
 
 
 def _bias(pattern: Triangle, q: Tensor, rows: range, keys: Tensor, length: int) -> Tensor:

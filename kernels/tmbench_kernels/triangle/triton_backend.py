@@ -14,21 +14,22 @@ docs/triangle-kernel.md has the reasons and the measurements.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tmbench_kernels.launch import LOG2_E, block_dim, loadable, multiprocessors, positive
-from tmbench_kernels.online_softmax import attend_tile
+from tmbench_kernels.launch import block_dim, loadable, logit_scales, multiprocessors, positive
+from tmbench_kernels.online_softmax import attend_tile, log_sum_exp
 from tmbench_kernels.pattern import empty_output
+from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.triangle.combine import combine
 from tmbench_kernels.triangle.splits import heads_per_tile, new_splits, schedule_for
 
 if TYPE_CHECKING:
-    from tmbench_kernels.triangle import Triangle
+    from tmbench_kernels.dense import Dense
 
 FEW_SINKS = 16
 """Up to so many first keys make one small tile of their own."""
@@ -41,17 +42,20 @@ FEW_SINKS = 16
     ]
 )  # fmt: skip
 def _walk(
-    q_ptr, k_ptr, v_ptr, out_ptr, split_out_ptr, split_lse_ptr, k_tiles, v_tiles,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, split_out_ptr, split_lse_ptr, k_tiles, v_tiles,
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     length, tail, n_init, n_local, split_keys, splits, last_tiles, batches,
-    scale_log2,
+    scale_log2, cap_scale,
     HEADS_TOTAL: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS query rows over their keys. SMALL is the size of the sinks' own tile, or 0 for whole tiles."""
+    """One program: ROWS query rows over their keys. SMALL is the size of the sinks' own tile, or 0 for whole tiles.
+
+    lse_ptr is None where the log-sum-exp is not wanted, cap_scale where logits are not capped: then neither is compiled.
+    """
     program = tl.program_id(0)
     head_tiles: tl.constexpr = HEADS_TOTAL // HEADS
     last_programs = last_tiles * splits * head_tiles * batches
@@ -110,7 +114,7 @@ def _walk(
             k = tl.load(k_rows[:, None] + dim[None, :] * stride_kd, mask=ok & (dim < DIM)[None, :], other=0.0)
             v = tl.load(v_rows[:, None] + v_dim[None, :] * stride_vd, mask=ok & (v_dim < V_DIM)[None, :], other=0.0)
             acc, row_sum, row_max = attend_tile(
-                q, k, v, 0, sinks, True, position, reach, n_init, scale_log2, acc, row_sum, row_max, SMALL
+                q, k, v, 0, sinks, True, position, reach, n_init, scale_log2, cap_scale, acc, row_sum, row_max, SMALL
             )
     else:
         tiles += tl.cdiv(sinks, KEYS)
@@ -128,7 +132,7 @@ def _walk(
         k = k_tiles.load([batch.to(tl.int32), kv_head, first, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([batch.to(tl.int32), kv_head, first, 0]).reshape(KEYS, BLOCK_V_DIM)
         acc, row_sum, row_max = attend_tile(
-            q, k, v, first, limit, masked, position, reach, n_init, scale_log2, acc, row_sum, row_max, KEYS
+            q, k, v, first, limit, masked, position, reach, n_init, scale_log2, cap_scale, acc, row_sum, row_max, KEYS
         )
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -140,11 +144,29 @@ def _walk(
     else:
         slot = (batch * length + position) * HEADS_TOTAL + head
         tl.store(out_ptr + slot[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+        if lse_ptr is not None:
+            place = (batch * HEADS_TOTAL + head) * length + position
+            tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
-def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_dense(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
+    """Dense attention, as a triangle whose window is as long as the prompt."""
+    return attend(Triangle(0, q.shape[2], 0), q, k, v, scale, **asked)
+
+
+def attend(
+    pattern: Triangle,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Triangle attention ``[batch, heads, length, v_dim]``, as a view of ``[batch, length, heads, v_dim]``."""
     q, scale = positive(q, scale)
+    scale_log2, cap_scale = logit_scales(scale, softcap)
     k, v = loadable(k), loadable(v)
     batch, heads, length, dim = q.shape
     v_dim = v.shape[3]
@@ -163,13 +185,13 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     # Two programs of 8 warps share a multiprocessor if none takes more than half of its registers.
     options = {} if wide or q.device.type != "cuda" else {"maxnreg": 128}
     _walk[((schedule.band_tiles + schedule.last_tiles * schedule.splits) * schedule.head_tiles * batch,)](
-        q, k, v, out, split_out, split_lse, k_tiles, v_tiles, *q.stride(), *k.stride(), *v.stride(),
+        q, k, v, out, lse, split_out, split_lse, k_tiles, v_tiles, *q.stride(), *k.stride(), *v.stride(),
         length, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits, schedule.last_tiles,
-        batch, scale * LOG2_E,
+        batch, scale_log2, cap_scale,
         HEADS_TOTAL=heads, KV_HEADS=k.shape[1], HEADS=schedule.tile_heads, POSITIONS=positions,
         DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block, ROWS=rows, KEYS=keys,
         SMALL=FEW_SINKS if pattern.n_init <= FEW_SINKS else 0, num_warps=8, num_stages=2, **options,
     )  # fmt: skip
     if schedule.splits > 1:
-        combine(split_out, split_lse, schedule, out)
+        combine(split_out, split_lse, schedule, out, lse)
     return out

@@ -39,16 +39,16 @@ class Selection:
     distances: Tensor
 
 
-def _attend_torch(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend_torch(pattern: VerticalSlash, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
     chosen = pattern.select(q, k, scale=scale)
-    return attend_selected(q, k, v, chosen.columns, chosen.distances, scale)
+    return attend_selected(q, k, v, chosen.columns, chosen.distances, scale, **asked)
 
 
-def _over_index(attend: Callable[..., Tensor]) -> Callable[[Any, Tensor, Tensor, Tensor, float], Tensor]:
+def _over_index(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A backend's function from one that attends over an index."""
 
-    def index_and_attend(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return attend(q, k, v, pattern.index(q, k, scale), scale)
+    def index_and_attend(pattern: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
+        return attend(q, k, v, pattern.index(q, k, scale), scale, **asked)
 
     return index_and_attend
 
@@ -74,7 +74,7 @@ class VerticalSlash(Pattern):
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
         *INDEX_BACKENDS,
-        Backend("torch-gathered", ("cpu", "cuda"), _attend_torch),
+        Backend("torch-gathered", ("cpu", "cuda"), _attend_torch, softcap=True, lse=True),
     )
 
     def __post_init__(self) -> None:

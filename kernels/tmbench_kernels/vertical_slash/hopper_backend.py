@@ -10,11 +10,12 @@ from tmbench_kernels.vertical_slash.torch_backend import BLOCK
 from tmbench_kernels.vertical_slash.triton_backend import Index, gathered
 
 
-def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) -> Tensor:
+def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float, *, lse: Tensor | None = None) -> Tensor:
     """Attention over an index, ``[batch, heads, length, v_dim]``, a view of ``[batch, length, heads, v_dim]``.
 
     The index must be of a selection with distance 0: then no selected column lies in a block of queries outside its runs.
     """
     columns = loadable(gathered(k, index)), loadable(gathered(v, index))
     tables = index.kept, index.before, index.reach, index.sinks
-    return hopper_backend.attend(q, k, v, hopper_backend.Lists(index.starts, index.counts, 1, BLOCK, columns, tables), scale)
+    lists = hopper_backend.Lists(index.starts, index.counts, 1, BLOCK, columns, tables)
+    return hopper_backend.attend(q, k, v, lists, scale, lse=lse)

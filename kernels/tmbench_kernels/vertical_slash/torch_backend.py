@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.sdpa import attention
 
 BLOCK = 64
 """Queries that share their keys, and keys that a distance widens to."""
@@ -107,17 +107,28 @@ def count_pairs(columns: Tensor, distances: Tensor) -> int:
     return total
 
 
-def attend_selected(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, distances: Tensor, scale: float) -> Tensor:
-    """Attention over a selection: ``[batch, heads, length, head_dim]``, in q's type."""
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    distances: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Attention over a selection: ``[batch, heads, length, v_dim]``, in q's type."""
     heads, length = q.shape[1:3]
     groups = heads // k.shape[1]
     whole = _sees_everything(distances)
     if bool(whole.all()):
-        return sdpa(q, k, v, scale, causal=True)
+        return attention(q, k, v, scale, causal=True, softcap=softcap, lse=lse)
     out = empty_output(q, v)
     for b, h in whole.nonzero().tolist():
-        kv = h // groups
-        out[b, h] = sdpa(q[b, h][None, None], k[b, kv][None, None], v[b, kv][None, None], scale, causal=True)[0, 0]
+        query, key, value = (x[b, n][None, None] for x, n in ((q, h), (k, h // groups), (v, h // groups)))
+        sums = None if lse is None else lse[b, h][None, None]
+        out[b, h] = attention(query, key, value, scale, causal=True, softcap=softcap, lse=sums)[0, 0]
     sparse = (~whole).nonzero().tolist()
     # One buffer for all strips: fresh memory of this size would cost more in page faults than the masks themselves.
     scratch = q.new_empty(min(STRIP * BLOCK, length) * length)
@@ -128,7 +139,10 @@ def attend_selected(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, distances:
             for b, h in sparse:
                 keys = seen[b, h, strip.start - blocks.start : strip.stop - blocks.start, : rows.stop]
                 kv = h // groups
-                _attend_strip(q[b, h, rows], k[b, kv], v[b, kv], keys, rows.start, scale, scratch, out[b, h, rows])
+                sums = None if lse is None else lse[b, h, rows]
+                _attend_strip(
+                    q[b, h, rows], k[b, kv], v[b, kv], keys, rows.start, scale, scratch, out[b, h, rows], softcap, sums
+                )
     return out
 
 
@@ -145,7 +159,16 @@ def _sees_everything(distances: Tensor) -> Tensor:
 
 
 def _attend_strip(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, start: int, scale: float, scratch: Tensor, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    start: int,
+    scale: float,
+    scratch: Tensor,
+    out: Tensor,
+    softcap: float,
+    lse: Tensor | None,
 ) -> None:
     """One head's queries ``[rows, dim]`` from ``start`` on, into ``out``; ``seen`` is bool ``[blocks, keys]``."""
     union = seen.any(0)
@@ -155,11 +178,12 @@ def _attend_strip(
     if widest * _SMALL_BLOCK_COST < together:
         blocks = seen.shape[0]
         if blocks <= _FEWEST_BLOCKS:
-            out[:] = _attend_blocks(q, k, v, seen, widest, start, scale)
+            out[:] = _attend_blocks(q, k, v, seen, widest, start, scale, softcap, lse)
             return
         half = blocks // 2 * BLOCK
-        _attend_strip(q[:half], k, v, seen[: blocks // 2], start, scale, scratch, out[:half])
-        _attend_strip(q[half:], k, v, seen[blocks // 2 :], start + half, scale, scratch, out[half:])
+        first, second = (None, None) if lse is None else (lse[:half], lse[half:])
+        _attend_strip(q[:half], k, v, seen[: blocks // 2], start, scale, scratch, out[:half], softcap, first)
+        _attend_strip(q[half:], k, v, seen[blocks // 2 :], start + half, scale, scratch, out[half:], softcap, second)
         return
     keys = union.nonzero().flatten()
     if together == seen.shape[1]:
@@ -173,10 +197,21 @@ def _attend_strip(
     late = int((keys < start).sum())
     positions = torch.arange(start, start + rows, device=q.device)
     bias[:, late:].masked_fill_(keys[late:] > positions[:, None], -torch.inf)
-    out[:] = sdpa(q[None, None], k[None, None], v[None, None], scale, bias=bias)[0, 0]
+    sums = None if lse is None else lse[None, None]
+    out[:] = attention(q[None, None], k[None, None], v[None, None], scale, bias=bias, softcap=softcap, lse=sums)[0, 0]
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, widest: int, start: int, scale: float) -> Tensor:
+def _attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    widest: int,
+    start: int,
+    scale: float,
+    softcap: float,
+    lse: Tensor | None,
+) -> Tensor:
     """As a batch of blocks, each over its own keys, filled up to the widest."""
     blocks, rows = seen.shape[0], q.shape[0]
     counts = seen.sum(1, keepdim=True)
@@ -191,4 +226,8 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, widest: int, s
     keys = keys.clamp_(max=k.shape[0] - 1).flatten()
     k, v = (x.index_select(0, keys).view(blocks, 1, widest, -1) for x in (k, v))
     padded = F.pad(q, (0, 0, 0, blocks * BLOCK - rows)).view(blocks, 1, BLOCK, -1)
-    return sdpa(padded, k, v, scale, bias=bias).flatten(0, 2)[:rows]
+    sums = None if lse is None else lse.new_empty(padded.shape[:3])
+    out = attention(padded, k, v, scale, bias=bias, softcap=softcap, lse=sums).flatten(0, 2)[:rows]
+    if lse is not None and sums is not None:
+        lse.copy_(sums.flatten()[:rows])
+    return out

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tmbench_kernels.launch import LOG2_E, block_dim, loadable, positive
-from tmbench_kernels.online_softmax import attend_tile, softmax_step
+from tmbench_kernels.launch import block_dim, loadable, logit_scales, positive
+from tmbench_kernels.online_softmax import attend_tile, log_sum_exp, soft_capped, softmax_step
 from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.vertical_slash.torch_backend import BLOCK, largest_below
 
@@ -90,12 +90,16 @@ def _index(
 
 @triton.jit(do_not_specialize=["length", "rows", "most", "width", "stride_qb"])
 def _walk(
-    q_ptr, out_ptr, k_tiles, v_tiles, k_columns, v_columns, starts_ptr, counts_ptr, columns_ptr, kept_ptr, before_ptr,
-    reach_ptr, sinks_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, rows, most, width, scale_log2,
+    q_ptr, out_ptr, lse_ptr, k_tiles, v_tiles, k_columns, v_columns, starts_ptr, counts_ptr, columns_ptr, kept_ptr,
+    before_ptr, reach_ptr, sinks_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, rows, most, width,
+    scale_log2, cap_scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of 64 queries over its runs, then over its columns. The last queries see most and come first."""
+    """One program: a block of 64 queries over its runs, then over its columns. The last queries see most and come first.
+
+    lse_ptr is None where the log-sum-exp is not wanted, cap_scale where logits are not capped: then neither is compiled.
+    """
     row = rows - 1 - tl.program_id(1)
     both = tl.program_id(0)
     head = both % HEADS
@@ -123,7 +127,7 @@ def _walk(
         v = v_tiles.load([batch, head // GROUPS, first, 0]).reshape(KEYS, BLOCK_V_DIM)
         masked = (first + KEYS - 1 > start) | (first < start + BLOCK - reach)
         acc, row_sum, row_max = attend_tile(
-            q, k, v, first, length, masked, position, reach, sinks, scale_log2, acc, row_sum, row_max, KEYS
+            q, k, v, first, length, masked, position, reach, sinks, scale_log2, cap_scale, acc, row_sum, row_max, KEYS
         )
     columns = columns_ptr + both.to(tl.int64) * width
     kept = kept_ptr + slot * width
@@ -135,7 +139,7 @@ def _walk(
             k = k_columns.load([batch, head, t * KEYS, 0]).reshape(KEYS, BLOCK_DIM)
             v = v_columns.load([batch, head, t * KEYS, 0]).reshape(KEYS, BLOCK_V_DIM)
             seen = (counted > 0)[None, :] & (column[None, :] <= position[:, None])
-            s = tl.where(seen, tl.dot(q, k.T), -float("inf"))
+            s = tl.where(seen, soft_capped(tl.dot(q, k.T), cap_scale), -float("inf"))
             acc, row_sum, row_max = softmax_step(s, v, scale_log2, acc, row_sum, row_max)
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -144,6 +148,8 @@ def _walk(
         out_ptr + place[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (v_dim < V_DIM)[None, :],
     )  # fmt: skip
+    if lse_ptr is not None:
+        tl.store(lse_ptr + both.to(tl.int64) * length + position, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
 def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_distances: int) -> Index:
@@ -206,9 +212,19 @@ def gathered(x: Tensor, index: Index) -> Tensor:
     return x[batches, key_heads, index.columns.clamp(max=x.shape[2] - 1).long()]
 
 
-def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) -> Tensor:
+def attend_index(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Index,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Attention over an index, ``[batch, heads, length, v_dim]``, a view of ``[batch, length, heads, v_dim]``."""
     q, scale = positive(q, scale)
+    scale_log2, cap_scale = logit_scales(scale, softcap)
     batch, heads, length, dim = q.shape
     v_dim, groups = v.shape[3], heads // k.shape[1]
     rows, width = index.counts.shape[2], index.columns.shape[2]
@@ -222,9 +238,9 @@ def attend_index(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) ->
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, keys, wide])
 
     _walk[(batch * heads, rows)](
-        q, out, tiles(k, block), tiles(v, v_block), tiles(k_columns, block), tiles(v_columns, v_block),
+        q, out, lse, tiles(k, block), tiles(v, v_block), tiles(k_columns, block), tiles(v_columns, v_block),
         index.starts, index.counts, index.columns, index.kept, index.before, index.reach, index.sinks, *q.stride(),
-        length, rows, index.starts.shape[3], width, scale * LOG2_E,
+        length, rows, index.starts.shape[3], width, scale_log2, cap_scale,
         HEADS=heads, GROUPS=groups, DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block, BLOCK=BLOCK, KEYS=keys,
         num_warps=4, num_stages=2,
     )  # fmt: skip
