@@ -12,8 +12,14 @@ from torch import Tensor
 
 from tmbench_kernels.pattern import Backend
 
-TRITON_CAPABILITIES = (8, 9, 10, 11, 12)
-"""The major compute capabilities that the kernels in Triton take."""
+TRITON_SIZES = ((8, 256), (9, 512), (10, 512), (11, 256), (12, 256))
+"""The major compute capabilities that the kernels in Triton take, and the largest head size on each.
+
+A tile of 64 queries of size 512, and two of 32 keys and values, take 196 KiB of shared memory.
+"""
+TRITON_CAPABILITIES = tuple(major for major, _ in TRITON_SIZES)
+HOPPER_SIZES = ((9, 128),)
+"""The same of the kernels in CUDA C++."""
 
 
 @cache
@@ -56,18 +62,17 @@ def refuses_device(device: torch.device, capabilities: tuple[int, ...]) -> str:
 
 
 @cache
-def refuses_tensors(
-    device: torch.device, dtype: torch.dtype, widest: int, capabilities: tuple[int, ...], largest: int
-) -> str:
+def refuses_tensors(device: torch.device, dtype: torch.dtype, widest: int, sizes: tuple[tuple[int, int], ...]) -> str:
     """ "" where a kernel for these compute capabilities and head sizes serves such tensors, otherwise why it does not."""
-    if reason := refuses_device(device, capabilities) or refuses_dtype(dtype):
+    if reason := refuses_device(device, tuple(major for major, _ in sizes)) or refuses_dtype(dtype):
         return reason
+    largest = dict(sizes)[capability(device)]
     return "" if widest <= largest else f"takes head sizes up to {largest}, not {widest}"
 
 
 def refuses_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     """What the kernels in Triton say of these tensors."""
-    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), TRITON_CAPABILITIES, 256)
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), TRITON_SIZES)
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -96,7 +101,7 @@ def refuses_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     """What the kernels for Hopper say of these tensors."""
     if v.shape[-1] % 8:
         return f"writes outputs of a head size that is a multiple of 8, not {v.shape[-1]}"
-    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), (9,), 128)
+    return refuses_tensors(q.device, q.dtype, max(q.shape[-1], v.shape[-1]), HOPPER_SIZES)
 
 
 def imported(module: str, name: str) -> Callable[..., Tensor]:

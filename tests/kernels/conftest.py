@@ -33,14 +33,15 @@ def make_qkv() -> Callable[..., Tensors]:
         heads: int = 4,
         kv_heads: int = 2,
         dim: int = 64,
+        v_dim: int | None = None,
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Tensors:
         random = torch.Generator().manual_seed(seed)
         q, k, v = (
-            torch.randn(batch, length, n, dim, generator=random).to(dtype).transpose(1, 2)
-            for n in (heads, kv_heads, kv_heads)
+            torch.randn(batch, length, n, width, generator=random).to(dtype).transpose(1, 2)
+            for n, width in ((heads, dim), (kv_heads, dim), (kv_heads, v_dim or dim))
         )
         return q, k, v
 

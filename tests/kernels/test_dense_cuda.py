@@ -131,6 +131,11 @@ def test_order_of_preference(install, gpu):
         (9, {"v_dim": 64}, []),
         (9, {"dtype": torch.float32}, []),
         (9, {"length": 1}, ["flash-attn-4", "flash-attn-3", "flash-attn-2"]),
+        (9, {"dim": 192, "v_dim": 128}, ["flash-attn-4", "flash-attn-3"]),
+        (10, {"dim": 192, "v_dim": 128}, ["flash-attn-4"]),
+        (12, {"dim": 192, "v_dim": 128}, []),
+        (8, {"dim": 192, "v_dim": 128}, []),
+        (9, {"dim": 128, "v_dim": 192}, []),
         (10, {}, ["flash-attn-4", "cudnn", "flash-attn-2"]),
         (10, {"dim": 192}, ["flash-attn-2"]),
         (10, {"dim": 256}, ["flash-attn-4", "flash-attn-2"]),
@@ -169,6 +174,8 @@ def test_cudnn_is_not_deterministic(gpu):
         ("flash-attn-3", {}, "flash-attn-3 is not installed (build"),
         ("cudnn", {"dtype": torch.float32}, "cudnn takes float16 or bfloat16, not float32"),
         ("cudnn", {"dim": 256}, "cudnn takes head sizes up to 128, not 256"),
+        ("cudnn", {"dim": 192, "v_dim": 128}, "cudnn takes values as wide as queries, not 128 and 192"),
+        ("triton", {"dim": 513}, "triton takes head sizes up to 512, not 513"),
     ],
 )
 def test_a_forced_backend_is_used_or_an_error(install, gpu, forced, changes, reason):

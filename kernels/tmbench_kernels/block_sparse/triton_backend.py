@@ -89,7 +89,8 @@ def attend_lists(
     k, v = loadable(k), loadable(v)
     batch, heads, length, dim = q.shape
     v_dim, blocks = v.shape[3], lists.counts.shape[2]
-    wide = max(dim, v_dim) > 128
+    widest = max(dim, v_dim)
+    wide = widest > 128
     rows, keys = (64, 32) if wide else (lists.block, 64)
     block, v_block = block_dim(dim), block_dim(v_dim)
     out = empty_output(q, v)
@@ -101,6 +102,6 @@ def attend_lists(
         q, out, lse, k_tiles, v_tiles, lists.counts, lists.indices, *q.stride(), length, blocks, batch,
         scale_log2, cap_scale,
         HEADS=heads, GROUPS=heads // k.shape[1], DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block,
-        BLOCK=lists.block, ROWS=rows, KEYS=keys, num_warps=8 if rows == 128 else 4, num_stages=2, **options,
+        BLOCK=lists.block, ROWS=rows, KEYS=keys, num_warps=8 if rows == 128 or widest > 256 else 4, num_stages=2, **options,
     )  # fmt: skip
     return out

@@ -28,7 +28,7 @@ def attend_with_kvcache(
     Returns:
         ``[batch, 1, heads, v_dim]``, contiguous.
     """
-    small = max(q.shape[-1], v.shape[-1]) <= 256 and q.dtype in (torch.float16, torch.bfloat16)
+    small = max(q.shape[-1], v.shape[-1]) <= 512 and q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cuda" and small:
         from tmbench_kernels.decode import triton_backend
 

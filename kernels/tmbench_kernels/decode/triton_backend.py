@@ -126,7 +126,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
     split_out = q.new_empty(batch, heads, splits, v_dim, dtype=torch.float32)
     split_lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = q.new_empty(batch, 1, heads, v_dim)
-    group = heads // kv_heads
+    group, widest = heads // kv_heads, max(dim, v_dim)
     _split[(splits, kv_heads, batch)](
         q, k, v, k_cache, v_cache, cache_seqlens, split_out, split_lse,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -134,7 +134,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
         scale * LOG2_E,
         SPLITS=splits, HEADS=heads, GROUP=group, ROWS=block_dim(group), KEYS=KEYS,
         DIM=dim, V_DIM=v_dim, BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim),
-        num_warps=1, num_stages=4 if max(dim, v_dim) > 128 else 6,
+        num_warps=1 if widest <= 256 else 4, num_stages=6 if widest <= 128 else 4 if widest <= 256 else 2,
     )  # fmt: skip
     _combine[(batch * heads,)](
         split_out, split_lse, out,

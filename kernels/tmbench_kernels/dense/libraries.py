@@ -25,6 +25,8 @@ from tmbench_kernels.shared import DENSE_BACKENDS
 
 Refuses = Callable[[int, int], str]
 """``(capability, head_dim)``: "" or why this GPU has no kernel of that head size; capability 9 is Hopper."""
+LATENT = (192, 128)
+"""Head sizes of queries and values under multi-head latent attention: of unequal ones those that some libraries take."""
 FLASH_4 = ("flash_attn.cute", "pip install flash-attn-4")
 """FlashAttention 4's module, and how to install it."""
 FLASH_4_LSE = "return_lse"
@@ -68,9 +70,13 @@ def _missing_cudnn() -> str:
 
 
 @cache
-def _refuses_type(limits: Refuses, device: torch.device, dtype: torch.dtype, dim: int, v_dim: int) -> str:
+def _refuses_type(
+    limits: Refuses, latent: tuple[int, ...], device: torch.device, dtype: torch.dtype, dim: int, v_dim: int
+) -> str:
     if reason := refuses_dtype(dtype):
         return reason
+    if (dim, v_dim) == LATENT and capability(device) in latent:
+        return ""
     if v_dim != dim:
         return f"takes values as wide as queries, not {v_dim} and {dim}"
     if dim % 8:
@@ -78,9 +84,12 @@ def _refuses_type(limits: Refuses, device: torch.device, dtype: torch.dtype, dim
     return limits(capability(device), dim)
 
 
-def refuses(limits: Refuses, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What a library's kernel says of these tensors: of their type and head size, within its own limits."""
-    return _refuses_type(limits, q.device, q.dtype, q.shape[-1], v.shape[-1])
+def refuses(limits: Refuses, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, latent: tuple[int, ...] = ()) -> str:
+    """What a library's kernel says of these tensors: of their type and head size, within its own limits.
+
+    ``latent`` holds the compute capabilities for which it has a kernel of latent attention's head sizes.
+    """
+    return _refuses_type(limits, latent, q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
 def _flash_4_limits(major: int, dim: int) -> str:
@@ -167,8 +176,10 @@ def _attend_cudnn(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: floa
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _flash(name: str, module: str, install: str, limits: Refuses, *, returns_lse: str) -> Backend:
-    """``returns_lse`` is the argument of that library by which the log-sum-exp comes second."""
+def _flash(
+    name: str, module: str, install: str, limits: Refuses, *, returns_lse: str, latent: tuple[int, ...] = ()
+) -> Backend:
+    """``returns_lse`` is the argument of that library by which the log-sum-exp comes second; ``latent`` is as above."""
     return Backend(
         name,
         ("cuda",),
@@ -176,20 +187,21 @@ def _flash(name: str, module: str, install: str, limits: Refuses, *, returns_lse
         softcap=True,
         lse=True,
         missing=partial(missing_module, module, install),
-        refuses=partial(refuses, limits),
+        refuses=partial(refuses, limits, latent=latent),
     )
 
 
 _FLASH_4, _FLASH_3, _CUDNN, _FLASH_2, *_ = DENSE_BACKENDS
 
 CUDA_BACKENDS = (
-    _flash(_FLASH_4, *FLASH_4, _flash_4_limits, returns_lse=FLASH_4_LSE),
+    _flash(_FLASH_4, *FLASH_4, _flash_4_limits, returns_lse=FLASH_4_LSE, latent=(9, 10, 11)),
     _flash(
         _FLASH_3,
         "flash_attn_interface",
         "build the folder hopper of Dao-AILab/flash-attention",
         _flash_3_limits,
         returns_lse="return_attn_probs",
+        latent=(9,),
     ),
     Backend(_CUDNN, ("cuda",), _attend_cudnn, missing=_missing_cudnn, refuses=_refuses_cudnn),
     _flash(

@@ -62,6 +62,7 @@ def mean_weights(q: Tensor, means: Tensor, scale: float) -> Tensor:
     out = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
     _mean_weights[(batch * heads, blocks)](
         q, means, out, *q.stride(), length, blocks, scale * LOG2_E, math.log(2),
-        HEADS=heads, GROUPS=heads // means.shape[1], DIM=dim, BLOCK_DIM=block_dim(dim), BLOCK=BLOCK, MEANS=128, num_warps=8,
+        HEADS=heads, GROUPS=heads // means.shape[1], DIM=dim, BLOCK_DIM=block_dim(dim), BLOCK=BLOCK,
+        MEANS=128 if dim <= 256 else 64, num_warps=8,
     )  # fmt: skip
     return out

@@ -230,7 +230,8 @@ def attend_index(
     rows, width = index.counts.shape[2], index.columns.shape[2]
     k_columns, v_columns = (loadable(gathered(x, index)) for x in (k, v))
     k, v = loadable(k), loadable(v)
-    keys = 32 if max(dim, v_dim) > 128 else BLOCK
+    widest = max(dim, v_dim)
+    keys = 32 if widest > 128 else BLOCK
     block, v_block = block_dim(dim), block_dim(v_dim)
     out = empty_output(q, v)
 
@@ -242,6 +243,6 @@ def attend_index(
         index.starts, index.counts, index.columns, index.kept, index.before, index.reach, index.sinks, *q.stride(),
         length, rows, index.starts.shape[3], width, scale_log2, cap_scale,
         HEADS=heads, GROUPS=groups, DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block, BLOCK=BLOCK, KEYS=keys,
-        num_warps=4, num_stages=2,
+        num_warps=8 if widest > 256 else 4, num_stages=2,
     )  # fmt: skip
     return out
