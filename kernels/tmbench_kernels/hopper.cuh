@@ -2,18 +2,20 @@
 //
 // The including file defines DIM and V_DIM, head sizes rounded up to 64; HALF, 1 for fp16 and 0 for bf16; WARPGROUP_ROWS, the
 // 64 query rows of a consumer warpgroup; KEYS, the 64 keys of a tile; STAGES, the depth of the pipeline; LSE, 1 where the
-// log-sum-exp is written as well.
+// log-sum-exp is written as well; CONSUMERS, the consumer warpgroups of a program.
 
 #pragma once
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+constexpr u32 PRODUCER_REGISTERS = 32;
 constexpr float RESCALE_THRESHOLD = 8.0f;     // powers of two that a logit may rise above row_max before the output is rescaled
 constexpr u32 Q_HALF = WARPGROUP_ROWS * 128;
 constexpr u32 K_HALF = KEYS * 128;
 constexpr u32 Q_BYTES = Q_HALF * (DIM / 64);  // of one warpgroup
 constexpr u32 STAGE_BYTES = K_HALF * ((DIM > V_DIM ? DIM : V_DIM) / 64);
+constexpr u32 CONSUMER_REGISTERS = (65536 / 128 - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;  // of a multiprocessor's 65536
 constexpr u32 SLOT_BYTES = Q_HALF * ((DIM > V_DIM ? DIM : V_DIM) / 64);  // a warpgroup's queries, and later its output
 
 struct alignas(64) TensorMap { u64 words[16]; };
@@ -115,6 +117,14 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 at, u32 ahead) {
 }
 
 // Keys and values alternate in one pipeline, in the order of their use: a tile's keys before the values of the tile before it.
+// The registers of the warpgroup are then those of its role.
+__device__ __forceinline__ void take_producer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+}
+__device__ __forceinline__ void take_consumer_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+}
+
 struct PipelineState {
   u32 count;
   __device__ __forceinline__ u32 index() const { return count % STAGES; }
@@ -206,9 +216,17 @@ __device__ __forceinline__ void gemm_qk(float (&s)[KEYS / 2], u32 q, u32 k) {
     for (int x = 0; x < 4; x++)
       wgmma_ss(s, matrix_descriptor(q + h * Q_HALF + 32 * x, 16), matrix_descriptor(k + h * K_HALF + 32 * x, 16), h + x);
 }
+// Output columns in pieces of 128, and of 64 where these are left.
 __device__ __forceinline__ void gemm_pv(float (&o)[V_DIM / 2], const u32 (&probabilities)[KEYS / 4], u32 v, int add) {
 #pragma unroll
-  for (int x = 0; x < KEYS / 16; x++) wgmma_rs(o, probabilities + 4 * x, matrix_descriptor(v + 2048 * x, K_HALF), x ? 1 : add);
+  for (int x = 0; x < KEYS / 16; x++) {
+    const u32 at = v + 2048 * x;
+#pragma unroll
+    for (int h = 0; h < V_DIM / 128; h++)
+      wgmma_rs(reinterpret_cast<float(&)[64]>(o[64 * h]), probabilities + 4 * x, matrix_descriptor(at + 2 * h * K_HALF, K_HALF), x ? 1 : add);
+    if constexpr (V_DIM % 128 == 64)
+      wgmma_rs(reinterpret_cast<float(&)[32]>(o[V_DIM / 2 - 32]), probabilities + 4 * x, matrix_descriptor(at + (V_DIM / 64 - 1) * K_HALF, K_HALF), x ? 1 : add);
+  }
 }
 
 // The log-sum-exp of a row, to base e, from its maximum, to base 2, and its sum; -inf for a row that sees no key.

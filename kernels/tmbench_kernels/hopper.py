@@ -24,6 +24,8 @@ WARPGROUP_ROWS = 64
 """Query rows of a consumer warpgroup: what one wgmma multiplies."""
 KEYS = 64
 """Keys of a tile."""
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a program can have."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,11 @@ def header_macros(dim: int, v_dim: int, dtype: torch.dtype, **more: int) -> dict
     """The macros of hopper.cuh for these head sizes and this type, fp16 or bf16, and ``more`` beside them."""
     sizes = {"DIM": padded(dim), "V_DIM": padded(v_dim), "HALF": int(dtype == torch.float16)}
     return sizes | {"WARPGROUP_ROWS": WARPGROUP_ROWS, "KEYS": KEYS} | more
+
+
+def consumers(dim: int, v_dim: int) -> int:
+    """Consumer warpgroups of a program: three, or two where their registers or their queries leave no room for three."""
+    return 3 if max(padded(dim), padded(v_dim)) <= 128 else 2
 
 
 def padded(dim: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from tmbench_kernels.cuda import missing_hopper
 
-pytestmark = pytest.mark.skipif(bool(missing_hopper()), reason=missing_hopper())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing_hopper()), reason=missing_hopper())]
 
 
 KERNELS = pytest.mark.parametrize("module", ["triangle.hopper_backend", "block_sparse.hopper_backend"])
@@ -18,9 +18,16 @@ KERNELS = pytest.mark.parametrize("module", ["triangle.hopper_backend", "block_s
 
 @KERNELS
 @pytest.mark.parametrize(
-    ("dim", "v_dim", "dtype"), [(128, 128, torch.bfloat16), (64, 64, torch.float16), (96, 40, torch.float16)]
+    ("dim", "v_dim", "dtype", "lse"),
+    [
+        (128, 128, torch.bfloat16, False),
+        (64, 64, torch.float16, True),
+        (96, 40, torch.float16, False),
+        (192, 128, torch.bfloat16, False),
+        (256, 256, torch.bfloat16, True),
+        (64, 192, torch.float16, False),
+    ],
 )
-@pytest.mark.parametrize("lse", [False, True])
 def test_it_compiles_for_hopper(module, dim, v_dim, dtype, lse):
     from tmbench_kernels import hopper
 
@@ -32,13 +39,13 @@ def test_it_compiles_for_hopper(module, dim, v_dim, dtype, lse):
 
 
 @KERNELS
-@pytest.mark.parametrize("lse", [False, True])
-def test_its_products_run_beside_other_work(module, lse):
+@pytest.mark.parametrize(("dim", "v_dim", "lse"), [(128, 128, False), (128, 128, True), (192, 128, False), (256, 256, True)])
+def test_its_products_run_beside_other_work(module, dim, v_dim, lse):
     """The assembler says so when it must wait for every product on its own, which makes the kernel half as fast."""
     from tmbench_kernels import hopper
 
     host = import_module(f"tmbench_kernels.{module}")
-    log = hopper.compile_log(host.SOURCE, host.settings(128, 128, torch.bfloat16, lse=lse))
+    log = hopper.compile_log(host.SOURCE, host.settings(dim, v_dim, torch.bfloat16, lse=lse))
     assert "Compiling entry function" in log
     assert "serialized" not in log
     assert re.search(r"\b0 bytes spill stores", log)

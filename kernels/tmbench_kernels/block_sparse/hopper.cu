@@ -1,12 +1,12 @@
-// Attention over listed keys on Hopper, persistent and warp-specialised: one producer warp and three consumer warpgroups a
-// program. It serves vertical-slash patterns, whose lists hold pieces of 64 keys that start anywhere, and patterns of whole
+// Attention over listed keys on Hopper, persistent and warp-specialised: one producer warp and two or three consumer
+// warpgroups a program. It serves vertical-slash patterns, whose lists hold pieces of 64 keys that start anywhere, and patterns of whole
 // key blocks.
 //
-// A work tile is three neighbouring blocks of 64 queries of one head, one for each consumer. Their lists differ, but where runs
-// of keys are long most pieces are shared: the producer merges the three lists, loads each tile of 64 keys once, and says with
+// A work tile is neighbouring blocks of 64 queries of one head, one for each consumer. Their lists differ, but where runs of
+// keys are long most pieces are shared: the producer merges the lists, loads each tile of 64 keys once, and says with
 // it which consumers take it; the others skip it. Gathered columns are the same for all blocks of a head, of which each counts
 // its own. Work tiles of the query heads that share a key head run at the same time, so that keys come from the cache.
-// Macros beside those of hopper.cuh: CONSUMERS; SHARED_BYTES. A stage holds a tile of keys and one of values.
+// Macros beside those of hopper.cuh: SHARED_BYTES. A stage holds a tile of keys and one of values.
 
 #include "hopper.cuh"
 
@@ -30,9 +30,9 @@ struct Plan {
   const int* reach;           // [heads], or null where queries see all of their pieces
   const int* sinks;           // [heads]
   int* next;                  // the next work tile, for all programs
-  float* lse;                 // [batch, heads, length], where LSE is 1
   int length, rows, fold, unit, most, width, heads, groups, work_tiles;  // ``fold`` rows share a list
   float scale_log2;
+  float* lse;  // [batch, heads, length], where LSE is 1
 };
 
 enum Kind { PIECE, COLUMNS, END };
@@ -55,11 +55,11 @@ template <int DIMS> __device__ __forceinline__ void fetch(const TensorMap* map, 
 
 // The query heads of a key head next to each other, of each the last blocks, which see most, first.
 __device__ __forceinline__ WorkTile work_tile_at(const Plan& p, int i) {
-  const int thirds = (p.rows + CONSUMERS - 1) / CONSUMERS, both = i / (p.groups * thirds), rest = i % (p.groups * thirds);
+  const int tiles = (p.rows + CONSUMERS - 1) / CONSUMERS, both = i / (p.groups * tiles), rest = i % (p.groups * tiles);
   const int kv_heads = p.heads / p.groups;
   WorkTile work;
   work.more = i < p.work_tiles;
-  work.row = (thirds - 1 - rest / p.groups) * CONSUMERS;
+  work.row = (tiles - 1 - rest / p.groups) * CONSUMERS;
   work.head = both % kv_heads * p.groups + rest % p.groups;
   work.batch = both / kv_heads;
   work.reach = work.more && p.reach ? p.reach[work.head] : ALL;
@@ -96,7 +96,7 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
     if (!work.more) return;
     const int kv_head = work.head / p.groups;
 
-    // Each of the first lanes walks its consumer's list; the smallest start of the three is the next tile.
+    // Each of the first lanes walks its consumer's list; the smallest start of all is the next tile.
     const int row = work.row + lane, lists = (p.rows + p.fold - 1) / p.fold, own_end = (row + 1) * WARPGROUP_ROWS;
     const u64 list = u64(work.batch * p.heads + work.head) * lists + row / p.fold;
     const int* entry = p.entries + list * p.most;
@@ -323,10 +323,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1)
   Shared& shared = *reinterpret_cast<Shared*>(memory + SHARED_AT);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), group = warp >> 2;
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    take_producer_registers();
     if (warp == 0) produce(maps, p, smem, shared);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    take_consumer_registers();
     consume(maps, p, smem, shared, group - 1, warp & 3);
   }
 }

@@ -14,30 +14,51 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.block_sparse.lists import BlockLists
-from tmbench_kernels.hopper import KEYS, WARPGROUP_ROWS, header_macros, load_kernel, padded, tensor_map
+from tmbench_kernels.hopper import (
+    KEYS,
+    SHARED_LIMIT,
+    WARPGROUP_ROWS,
+    consumers,
+    header_macros,
+    load_kernel,
+    padded,
+    tensor_map,
+)
 from tmbench_kernels.launch import LOG2_E, loadable, multiprocessors, positive
 from tmbench_kernels.pattern import empty_output
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 KERNEL = "lists"
-CONSUMERS = 3
-STAGES = 5
-"""Depth of the pipeline; a stage holds a tile of keys and one of values."""
-THREADS = 128 * (CONSUMERS + 1)
-PLAN = struct.Struct("8q9if")
+MOST_STAGES = 5
+"""Depth of the pipeline, where the shared memory suffices; a stage holds a tile of keys and one of values."""
+REST_BYTES = 1024
+"""Shared memory for barriers, work tiles and what is said of each tile of keys."""
+PLAN = struct.Struct("7q9ifq")
 """The kernel's struct Plan."""
 
 
 def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False) -> dict[str, int]:
-    """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
-    shared = shared_bytes(dim, v_dim)
-    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, STAGES=STAGES, SHARED_BYTES=shared, LSE=int(lse))
+    """The macros of the kernel for these head sizes, up to 256, and this type, fp16 or bf16."""
+    shared = {"STAGES": stages(dim, v_dim), "SHARED_BYTES": shared_bytes(dim, v_dim)}
+    return header_macros(dim, v_dim, dtype, CONSUMERS=consumers(dim, v_dim), LSE=int(lse), **shared)
+
+
+def stages(dim: int, v_dim: int) -> int:
+    """Depth of the pipeline."""
+    return min((SHARED_LIMIT - REST_BYTES - _queries_bytes(dim, v_dim)) // _stage_bytes(dim, v_dim), MOST_STAGES)
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
     """Shared memory of a program: every consumer's queries, which its output takes over, the stages, and the rest."""
-    dim, v_dim = padded(dim), padded(v_dim)
-    return 2 * (CONSUMERS * WARPGROUP_ROWS * max(dim, v_dim) + STAGES * KEYS * (dim + v_dim)) + 1024
+    return _queries_bytes(dim, v_dim) + stages(dim, v_dim) * _stage_bytes(dim, v_dim) + REST_BYTES
+
+
+def _queries_bytes(dim: int, v_dim: int) -> int:
+    return 2 * max(padded(dim), padded(v_dim)) * consumers(dim, v_dim) * WARPGROUP_ROWS
+
+
+def _stage_bytes(dim: int, v_dim: int) -> int:
+    return 2 * KEYS * (padded(dim) + padded(v_dim))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +99,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: 
     maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, k_columns, v_columns)) + _tiles(out, 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
-        lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(), 0 if lse is None else lse.data_ptr(),
+        lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(),
         length, rows, lists.block // WARPGROUP_ROWS, lists.unit, lists.entries.shape[3], width, heads, heads // k.shape[1],
-        batch * heads * -(-rows // CONSUMERS), scale * LOG2_E,
+        batch * heads * -(-rows // consumers(dim, v_dim)), scale * LOG2_E, 0 if lse is None else lse.data_ptr(),
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, q.dtype, lse=lse is not None).items())
-    kernel = load_kernel(q.device, SOURCE, KERNEL, shared_bytes(dim, v_dim), THREADS, macros)
+    threads = 128 * (consumers(dim, v_dim) + 1)
+    kernel = load_kernel(q.device, SOURCE, KERNEL, shared_bytes(dim, v_dim), threads, macros)
     kernel.launch(multiprocessors(q.device), q.device, maps, plan)
     return out
 

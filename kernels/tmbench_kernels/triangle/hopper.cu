@@ -1,9 +1,10 @@
-// Triangle attention on Hopper, persistent and warp-specialised: one producer thread and three consumer warpgroups a program.
+// Triangle attention on Hopper, persistent and warp-specialised: one producer thread and two or three consumer warpgroups a
+// program.
 // docs/triangle-kernel.md tells why it is built so.
 //
 // A work tile is query rows that share a key head, over the keys of their windows and the sinks, or over one split of all keys
 // for the last rows. Each consumer owns WARPGROUP_ROWS of the rows; all consumers share every tile of keys.
-// Macros beside those of hopper.cuh: CONSUMERS; BOX, keys of a box; SHARED_BYTES.
+// Macros beside those of hopper.cuh: BOX, keys of a box; SHARED_BYTES.
 
 #include "hopper.cuh"
 
@@ -17,10 +18,10 @@ struct Maps { TensorMap q, k, v, k_box, v_box, out_band, out_last; };
 struct Plan {
   float* split_out;
   float* split_lse;
-  float* lse;  // [batch, heads, length], where LSE is 1
   int length, tail, n_init, n_local, split_keys, splits, last_tiles, batches, last_items, band_items, extra_from, rounds;
   int heads, tile_heads, groups, head_shift, v_dim;
   float scale_log2;
+  float* lse;  // [batch, heads, length], where LSE is 1
 };
 
 
@@ -357,10 +358,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) triangle(
   schedule(p, lasts, count);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), group = warp >> 2;
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    take_producer_registers();
     if (threadIdx.x == 0) produce(maps, p, smem, work_tiles);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    take_consumer_registers();
     if (count) consume(maps, p, smem, work_tiles, group - 1, warp & 3);
   }
 }

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tmbench_kernels.hopper import KEYS, WARPGROUP_ROWS, Kernel, header_macros, load_kernel, padded, tensor_map
+from tmbench_kernels.hopper import (
+    KEYS,
+    SHARED_LIMIT,
+    WARPGROUP_ROWS,
+    Kernel,
+    consumers,
+    header_macros,
+    load_kernel,
+    padded,
+    tensor_map,
+)
 from tmbench_kernels.launch import LOG2_E, loadable, multiprocessors, positive
 from tmbench_kernels.pattern import empty_output
 from tmbench_kernels.triangle.combine import combine
@@ -22,27 +32,38 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 KERNEL = "triangle"
-CONSUMERS = 3
 BOX = 16
 """Keys that the tensor memory accelerator brings at a time to a tile that mixes the window's edge with sinks."""
-STAGES = 8
-"""Depth of the pipeline; a stage holds a tile of keys or of values."""
-THREADS = 128 * (CONSUMERS + 1)
+MOST_STAGES = 8
+"""Depth of the pipeline, where the shared memory suffices; a stage holds a tile of keys or of values."""
+REST_BYTES = 512
+"""Shared memory for barriers and work tiles."""
 WORK_TILE_STEPS = 2
 """What a work tile costs beyond its window, in tiles: the mixed tile, the masks, its queries and its output."""
-PLAN = struct.Struct("3q17if")
+PLAN = struct.Struct("2q17ifq")
 """The kernel's struct Plan."""
 
 
 def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False) -> dict[str, int]:
-    """The macros of the kernel for these head sizes, up to 128, and this type, fp16 or bf16."""
-    shared = shared_bytes(dim, v_dim)
-    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, BOX=BOX, STAGES=STAGES, SHARED_BYTES=shared, LSE=int(lse))
+    """The macros of the kernel for these head sizes, up to 256, and this type, fp16 or bf16."""
+    shared = {"STAGES": stages(dim, v_dim), "SHARED_BYTES": shared_bytes(dim, v_dim)}
+    return header_macros(dim, v_dim, dtype, CONSUMERS=consumers(dim, v_dim), BOX=BOX, LSE=int(lse), **shared)
+
+
+def stages(dim: int, v_dim: int) -> int:
+    """Depth of the pipeline."""
+    width = 2 * max(padded(dim), padded(v_dim))
+    return min((SHARED_LIMIT - REST_BYTES - _queries_bytes(dim, v_dim)) // (width * KEYS), MOST_STAGES)
 
 
 def shared_bytes(dim: int, v_dim: int) -> int:
     """Shared memory of a program: queries of two work tiles, which the outputs take over, the stages, and the rest."""
-    return 2 * max(padded(dim), padded(v_dim)) * (2 * CONSUMERS * WARPGROUP_ROWS + STAGES * KEYS) + 512
+    width = 2 * max(padded(dim), padded(v_dim))
+    return _queries_bytes(dim, v_dim) + width * stages(dim, v_dim) * KEYS + REST_BYTES
+
+
+def _queries_bytes(dim: int, v_dim: int) -> int:
+    return 2 * max(padded(dim), padded(v_dim)) * 2 * consumers(dim, v_dim) * WARPGROUP_ROWS
 
 
 def _tile_schedule(schedule: Schedule, batch: int, programs: int) -> tuple[int, int, int, int]:
@@ -69,7 +90,7 @@ class _Launch:
     block: int
     """Rows of a tile that are one position: the query heads in it, rounded up to a power of two."""
     numbers: tuple[int | float, ...]
-    """The kernel's struct Plan behind its pointers."""
+    """The kernel's struct Plan between its pointers."""
 
 
 @lru_cache(maxsize=256)
@@ -89,10 +110,11 @@ def _launch(
     programs = multiprocessors(device)
     schedule = schedule_for(
         pattern, batch, heads, kv_heads, length,
-        positions=CONSUMERS * WARPGROUP_ROWS >> shift, keys=KEYS, overhead=WORK_TILE_STEPS, slots=programs,
+        positions=consumers(dim, v_dim) * WARPGROUP_ROWS >> shift, keys=KEYS, overhead=WORK_TILE_STEPS, slots=programs,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, dtype, lse=lse).items())
-    kernel = load_kernel(device, SOURCE, KERNEL, shared_bytes(dim, v_dim), THREADS, macros)
+    threads = 128 * (consumers(dim, v_dim) + 1)
+    kernel = load_kernel(device, SOURCE, KERNEL, shared_bytes(dim, v_dim), threads, macros)
     numbers = (
         length, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits,
         max(schedule.last_tiles, 1), batch, *_tile_schedule(schedule, batch, programs),
@@ -138,7 +160,7 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, *, 
     split_out, split_lse = new_splits(schedule, out)
     maps = _maps(q.dtype, schedule.tile_heads, launch.block, schedule.tail, _place(q), _place(k), _place(v), _place(out))
     sums = 0 if lse is None else lse.data_ptr()
-    plan = PLAN.pack(split_out.data_ptr(), split_lse.data_ptr(), sums, *launch.numbers)
+    plan = PLAN.pack(split_out.data_ptr(), split_lse.data_ptr(), *launch.numbers, sums)
     launch.kernel.launch(launch.programs, q.device, maps, plan)
     if schedule.splits > 1:
         combine(split_out, split_lse, schedule, out, lse)
