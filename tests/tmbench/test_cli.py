@@ -415,5 +415,23 @@ def test_a_terminal_of_ascii_and_a_full_device(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_ends_the_program_without_a_word(unbuffered):
+    """With the exit code of a program that SIGPIPE ended, and not 1, which says that a measurement failed."""
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    for command in (("list",), ("--help",), ("env", "--json")):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([*PROGRAM, *command], stdout=write, stderr=subprocess.PIPE, env=environ, check=False)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, b""), command
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PROGRAM, "ttft", "--method", "x"], stdout=write, stderr=write, env=environ, check=False)
+    os.close(write)
+    assert done.returncode == 141
+
+
 def test_json_is_the_same_on_every_terminal():
     assert json.loads(json_text({"name": "é"}).encode("ascii")) == {"name": "é"}

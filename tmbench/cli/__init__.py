@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import io
-import os
 import sys
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, info, merge, patterns, probe, ranks, report, ruler, sweep, ttft
+from tmbench.cli import agree, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 from tmbench.models import parallel
@@ -60,21 +58,15 @@ def main() -> None:
 
 
 def _main() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a letter shows a question mark for it.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    streams.prepare()
     try:
         _run()
     except (UserError, RulerError) as error:
         try:
             error_console().print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
         except OSError:
-            _abandon(sys.stderr)
+            streams.abandon(sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        _abandon(sys.stdout)
-        sys.exit(141)
 
 
 def _run() -> None:
@@ -84,32 +76,13 @@ def _run() -> None:
             ranks.check_command(sys.argv[1:])
             app()
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                # None where it was closed before the program began.
-                if stream is not None:
-                    stream.flush()
-    except BrokenPipeError:
-        raise
+            streams.flush()
     except OSError as error:
         # What is about a file has its name.
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             raise
         for stream, name in ((sys.stdout, "standard output"), (sys.stderr, "standard error")):
-            if stream is not None and _is_full(stream):
-                _abandon(stream)
+            if stream is not None and streams.is_full(stream):
+                streams.abandon(stream)
                 raise UserError(f"{name} cannot be written ({error.strerror}): give it another place") from error
         raise
-
-
-def _is_full(stream: TextIO) -> bool:
-    """Whether a stream takes no more; a flush does not tell, as what failed to be written is no longer in the buffer."""
-    try:
-        os.write(stream.fileno(), b"\n")
-    except OSError:
-        return True
-    return False
-
-
-def _abandon(stream: TextIO) -> None:
-    """Have nothing more written to a stream, which the interpreter would try once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
