@@ -349,6 +349,14 @@ def test_what_one_file_refuses_costs_the_other_methods_nothing(job, monkeypatch)
     assert {method for method, _ in rows_of(work)} == {"tri_mix", "streaming"}
 
 
+def test_each_prompt_is_built_once(job, monkeypatch):
+    built = []
+    real = ttft.batch_ids
+    monkeypatch.setattr(ttft, "batch_ids", lambda *given: built.append(given[1]) or real(*given))
+    job(names=("dense", "tri_mix"), lengths=(64, 96)).run()
+    assert sorted(built) == [64, 96]
+
+
 def test_a_prompt_that_reads_otherwise_is_measured_anew(job, monkeypatch):
     work = job(names=("dense",), lengths=(96,))
     work.run()

@@ -44,10 +44,18 @@ class TtftItem(Item):
 
     tells: ClassVar[bool] = True
 
-    length: int
-    batch_size: int
+    ids: Tensor = field(compare=False, repr=False)
+    """The prompts, ``[batch_size, length]`` on the CPU."""
     plans: tuple[int, ...]
     """Which of the spec's."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,14 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         """Raise UserError for a prompt that cannot be made, or a length too short for it."""
         check_prompt(self.prompt, loaded, self.lengths)
 
-    def rows(self, loaded: LoadedModel, length: int, batch_size: int) -> list[TtftRow]:
-        """The row of each plan, as far as it is known before it is measured."""
-        prompt_hash = of_ids(batch_ids(self.prompt, length, loaded, self.seed, batch_size).flatten().tolist())
+    def prompts(self, loaded: LoadedModel, length: int, batch_size: int) -> Tensor:
+        """Token ids ``[batch_size, length]`` on the CPU."""
+        return batch_ids(self.prompt, length, loaded, self.seed, batch_size).cpu()
+
+    def rows(self, loaded: LoadedModel, ids: Tensor) -> list[TtftRow]:
+        """The row of each plan on these prompts, as far as it is known before it is measured."""
+        batch_size, length = ids.shape
+        prompt_hash = of_ids(ids.flatten().tolist())
         found = []
         for plan in self.plans:
             fields: dict[str, Any] = {**self.common(loaded), **plan.row_fields()}
@@ -127,7 +140,8 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
 
     def pending(self, loaded: LoadedModel, batch_size: int = 1) -> dict[int, list[Plan]]:
         """What is still to be measured at each length: a row with as many repeats is not measured again."""
-        todo = {length: self._todo(self.rows(loaded, length, batch_size))[0] for length in self.lengths}
+        ids = {length: self.prompts(loaded, length, batch_size) for length in self.lengths}
+        todo = {length: self._todo(self.rows(loaded, own))[0] for length, own in ids.items()}
         return {length: [self.plans[number] for number in missing] for length, missing in todo.items() if missing}
 
     def _todo(self, rows: Sequence[TtftRow]) -> tuple[list[int], list[TtftRow]]:
@@ -147,7 +161,8 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         self.prepare()
         finish(self.root, TtftRow, self.environment.device)
         shapes = sorted(product(self.lengths, self.batch_sizes))
-        rows = {shape: self.rows(loaded, *shape) for shape in shapes}
+        ids = {shape: self.prompts(loaded, *shape) for shape in shapes}
+        rows = {shape: self.rows(loaded, own) for shape, own in ids.items()}
         todo = {shape: self._todo(own) for shape, own in rows.items()}
         passes = self.warmup + self.repeats
         work = [
@@ -155,28 +170,31 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
             for shape, (missing, _) in todo.items()
             for number in missing
         ]
-        yield Part(self, "TTFT", "TTFT measured", sum(work), self._rounds(rows, todo))
+        yield Part(self, "TTFT", "TTFT measured", sum(work), self._rounds(ids, rows, todo))
 
     def _rounds(
-        self, rows: Mapping[Shape, Sequence[TtftRow]], todo: Mapping[Shape, tuple[Sequence[int], Sequence[TtftRow]]]
+        self,
+        ids: Mapping[Shape, Tensor],
+        rows: Mapping[Shape, Sequence[TtftRow]],
+        todo: Mapping[Shape, tuple[Sequence[int], Sequence[TtftRow]]],
     ) -> Iterator[Step[TtftRow] | Sequence[RowTarget[TtftRow, Interleaved]]]:
         for shape, (missing, there) in todo.items():
             yield Step(rows=tuple(there))
             if missing:
-                yield [self._target(shape, missing, [rows[shape][number] for number in missing])]
+                yield [self._target(ids[shape], missing, [rows[shape][number] for number in missing])]
 
-    def _target(self, shape: Shape, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
-        length, batch_size = shape
+    def _target(self, ids: Tensor, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
+        batch_size, length = ids.shape
         methods = " ".join(row.method for row in rows)
         title = f"{methods} at {batched(batch_size)}{length}"
-        item = TtftItem(title=title, length=length, batch_size=batch_size, plans=tuple(missing))
+        item = TtftItem(title=title, ids=ids, plans=tuple(missing))
         known = [replace(row, interleaved=methods) for row in rows]
         return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
 
     def measure(self, item: TtftItem, worker: Worker) -> None:
         """Warm all methods up, then time them interleaved."""
         loaded = worker.loaded
-        ids = batch_ids(self.prompt, item.length, loaded, self.seed, item.batch_size)
+        ids = item.ids.to(loaded.device)
         trials = [_Trial(self.plans[number]) for number in item.plans]
         work = [expected_flop(loaded, trial.plan, item.length, item.batch_size) for trial in trials]
         throughputs = []
