@@ -132,10 +132,9 @@ def _show(spec: SweepSpec, loaded: LoadedModel) -> None:
 
     here, suite = spec.environment, spec.accuracy.suite
     assert isinstance(suite, Ruler)
-    chat = suite.chat(loaded.need_tokenizer("RULER"))
     about = {**loaded.row_fields(), "device": here.device, "threads": here.threads, "seed": spec.seed}
     about |= {"prefill": spec.ttft.prefill, "wording": suite.texts.name}
-    about |= {"chat_template": suite.chat_template_kwargs is not None, "chat_template_kwargs": chat.kwargs}
+    about |= suite.chat_columns(loaded.need_tokenizer("RULER"))
     found = [
         section
         for section in build(spec.root).trade_offs

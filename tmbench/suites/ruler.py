@@ -19,7 +19,6 @@ from ruler_tasks import (
     TASKS,
     DatasetError,
     Example,
-    Frame,
     RulerError,
     SamplesAs,
     Sources,
@@ -77,6 +76,13 @@ class Ruler(Suite):
             return Chat()
         return take_apart(tokenizer, parse_kwargs(self.chat_template_kwargs))
 
+    def chat_columns(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What rows say of the model's chat template; raises UserError where it cannot be used."""
+        return {
+            "chat_template": self.chat_template_kwargs is not None,
+            "chat_template_kwargs": self.chat(tokenizer).kwargs,
+        }
+
     def check(
         self, tasks: Iterable[str], lengths: Sequence[int], count: int, seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> None:
@@ -90,7 +96,7 @@ class Ruler(Suite):
                 for length in lengths:
                     self._prepared(task, length, count)
             elif self.samples_as == "reference":
-                self._check_reference(task, lengths, count, seed, tokenizer, frame)
+                self._check_reference(task, lengths, count, seed, tokenizer)
             else:
                 least = ruler_tasks.minimum_length(task, tokenizer, self.texts, frame, sources=self.sources)
                 for length in lengths:
@@ -98,13 +104,7 @@ class Ruler(Suite):
                         raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
 
     def _check_reference(
-        self,
-        task: str,
-        lengths: Sequence[int],
-        count: int,
-        seed: int,
-        tokenizer: PreTrainedTokenizerBase,
-        frame: Frame,
+        self, task: str, lengths: Sequence[int], count: int, seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         for kind in set(QUESTIONS).intersection(TASKS[task].needs):
             asked = getattr(self.sources, kind)()
@@ -116,7 +116,7 @@ class Ruler(Suite):
         for length in lengths:
             try:
                 # The first sample shows it. What the search for a size finds is kept, and not searched again.
-                self._drawn(task, length, (), seed, tokenizer, frame)
+                self._drawn(task, length, (), seed, tokenizer)
             except RulerError as error:
                 raise UserError(f"--samples-as reference: {error}") from error
 
@@ -138,19 +138,14 @@ class Ruler(Suite):
         if self.data is not None:
             prepared = self._prepared(task, length, max(places, default=-1) + 1)
             return [prepared[place] for place in places]
-        return self._drawn(task, length, places, seed, tokenizer, self.chat(tokenizer).frame)
+        return self._drawn(task, length, places, seed, tokenizer)
 
     def _drawn(
-        self,
-        task: str,
-        length: int,
-        indices: Iterable[int],
-        seed: int,
-        tokenizer: PreTrainedTokenizerBase,
-        frame: Frame,
+        self, task: str, length: int, indices: Iterable[int], seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Example]:
         making: dict[str, Any] = {"wording": self.texts, "sources": self.sources, "samples_as": self.samples_as}
-        return ruler_tasks.examples(task, length, indices, tokenizer=tokenizer, seed=seed, frame=frame, **making)
+        making["frame"] = self.chat(tokenizer).frame
+        return ruler_tasks.examples(task, length, indices, tokenizer=tokenizer, seed=seed, **making)
 
     def samples(
         self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
@@ -188,9 +183,8 @@ class Ruler(Suite):
             "wording_hash": short_hash(*(sample.prompt for sample in samples[:1])) if prepared else self.texts.hash,
             "source": samples[0].source,
             "data_hash": self._data_hash(task, length, samples[0]),
-            "chat_template": self.chat_template_kwargs is not None,
             "samples_as": "tmbench" if prepared else self.samples_as,
-            "chat_template_kwargs": self.chat(tokenizer).kwargs,
+            **self.chat_columns(tokenizer),
         }
 
     def _data_hash(self, task: str, length: int, first: Sample) -> str:
