@@ -136,13 +136,9 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             score=self.suite.score(item.task, text, sample.references),
             prompt_tokens=len(sample.ids),
             new_tokens=len(answer.tokens),
-            seconds=answer.seconds,
             coverage=answer.density,
-            backends=answer.backends,
             prompt_hash=sample.prompt_hash,
-            peak_memory=answer.peak,
-            decode=answer.decode,
-            batch_size=answer.batch_size,
+            **answer.cost,
         )
 
 

@@ -142,12 +142,8 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
             index=item.index,
             chosen=chosen,
             reference=chosen if item.text is None else item.text,
-            seconds=answer.seconds,
-            backends=answer.backends,
             prompt_hash=item.prompt_hash,
-            peak_memory=answer.peak,
-            decode=answer.decode,
-            batch_size=answer.batch_size,
+            **answer.cost,
         )
 
 

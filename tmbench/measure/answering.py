@@ -71,10 +71,15 @@ class Answer:
     """Of its prefill and of its decoding; where several decode together, of its share of that."""
     density: float | None
     backends: str
-    peak: int | None
+    peak_memory: int | None
     decode: str = PLAIN_LOOP
     batch_size: int = 1
     """How many texts were decoded together, itself among them."""
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What every sample keeps of how it was made."""
+        return {name: getattr(self, name) for name in ("seconds", "backends", "peak_memory", "decode", "batch_size")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +257,7 @@ class Together:
             seconds=prefill + text.seconds,
             density=counter.density,
             backends=backends_name(worker.ran),
-            peak=text.peak,
+            peak_memory=text.peak,
             decode=self.batch.kind,
             batch_size=text.beside,
         )
