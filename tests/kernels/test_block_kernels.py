@@ -68,11 +68,27 @@ def test_a_head_with_an_empty_list_gets_zeros(check):
     assert out[0, 1].any()
 
 
+WIDE = ["block_sparse.triton_backend", pytest.param("block_sparse.hopper_backend", marks=pytest.mark.gpu)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("attend_lists", ["block_sparse.triton_backend"], indirect=True)
-@pytest.mark.parametrize("dim", [192, 256])
-def test_wide_heads(check, dim):
-    check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, heads=2, kv_heads=1, dim=dim)
+@pytest.mark.parametrize("attend_lists", WIDE, indirect=True)
+@pytest.mark.parametrize(("dim", "v_dim"), [(192, 192), (256, 256), (192, 128), (64, 256)])
+def test_wide_heads(check, dim, v_dim):
+    check(torch.ones(1, 1, 2, 2, dtype=torch.bool), 150, heads=2, kv_heads=1, dim=dim, v_dim=v_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attend_lists", WIDE, indirect=True)
+@pytest.mark.parametrize(("dim", "v_dim"), [(192, 128), (256, 256), (136, 200)])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_lists_of_wide_heads(check, dim, v_dim, seed):
+    """Where a program has few stages, which it fills and empties in turn."""
+    draw, random_map = random.Random(seed), torch.Generator().manual_seed(seed)
+    length, block = draw.randint(1, 3000), draw.choice([64, 128])
+    blocks = -(-length // block)
+    block_map = torch.rand(2, 6, blocks, blocks, generator=random_map) < draw.choice([0.1, 0.5, 0.9])
+    check(block_map, length, block=block, heads=6, kv_heads=2, batch=2, dim=dim, v_dim=v_dim, seed=seed)
 
 
 @pytest.mark.slow

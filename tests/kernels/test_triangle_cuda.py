@@ -78,6 +78,18 @@ def test_head_sizes(attend, dim):
     attend(Triangle(5, 70, 40), 200, heads=2, kv_heads=1, dim=dim)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_any_sizes_of_wide_heads(attend, seed):
+    draw = random.Random(seed)
+    attend.split_from(draw.choice([0, 4096]))
+    pattern = Triangle(draw.choice(COUNTS), draw.choice(COUNTS), draw.choice((*COUNTS, 5000)))
+    dim, v_dim = draw.choice([(192, 128), (256, 256), (136, 200), (64, 256), (192, 192)])
+    groups, kv_heads = draw.choice([1, 2, 4, 7]), draw.choice([1, 2])
+    shape = {"heads": groups * kv_heads, "kv_heads": kv_heads, "batch": draw.choice([1, 2])}
+    attend(pattern, draw.randint(1, 3000), dim=dim, v_dim=v_dim, dtype=torch.bfloat16, seed=seed, **shape)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 6, 16, 20, 71])
 def test_group_sizes(attend, groups):
