@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tmbench_kernels.decode import attend_with_kvcache, torch_backend
-from tmbench_kernels.reference import masked_attention
+from tmbench_kernels.pattern import new_lse
+from tmbench_kernels.reference import masked_attention, masked_lse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,6 +60,38 @@ def test_any_scale(make_qkv, scale):
     expected = torch_backend.attend(q, k, v, k_cache.clone(), v_cache.clone(), places, scale)
     got = backend("triton")(q, k, v, k_cache, v_cache, places, scale)
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("capacity", [90, 1500])
+def test_caps_and_log_sum_exps(make_qkv, name, softcap, capacity):
+    """Over splits, of which some sequences leave all but the first empty."""
+    lengths = [0, 1, 71, capacity - 1]
+    q, k, v = (x.to(DEVICE) for x in make_qkv(capacity, batch=4, heads=4, kv_heads=2, dtype=torch.float16))
+    places = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    token = places.long()[:, None, None, None]
+    new_q, new_k, new_v = (x.gather(2, token.expand(-1, x.shape[1], 1, x.shape[3])) for x in (q, k, v))
+    k_cache, v_cache = k.clone(), v.clone()
+    lse = new_lse(new_q)
+    out = backend(name)(new_q, new_k, new_v, k_cache, v_cache, places, 0.3, softcap=softcap, lse=lse)
+    mask = (torch.arange(capacity, device=DEVICE) <= places[:, None])[:, None, None]
+    logits = {"scale": 0.3, "softcap": softcap}
+    torch.testing.assert_close(lse.double(), masked_lse(new_q, k, mask, **logits), atol=2e-4, rtol=1e-5)
+    exact = masked_attention(new_q, k, v, mask, **logits).transpose(1, 2)
+    torch.testing.assert_close(out.double(), exact, atol=3e-3, rtol=3e-3)
+    sinks = torch.tensor([-3.0, 0.5, 4.0, 90.0], device=DEVICE)
+    out = attend_with_kvcache(new_q, new_k, new_v, k_cache, v_cache, places, 0.3, softcap=softcap, sinks=sinks)
+    exact = masked_attention(new_q, k, v, mask, **logits, sinks=sinks).transpose(1, 2)
+    torch.testing.assert_close(out.double(), exact, atol=3e-3, rtol=3e-3)
+
+
+def test_sinks_that_are_not_one_for_each_head_are_refused():
+    x = torch.zeros(1, 2, 1, 8)
+    cache = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="sinks must be one number for each of 2 query heads"):
+        attend_with_kvcache(x, x, x, cache, cache, torch.zeros(1, dtype=torch.int32), 1.0, sinks=torch.zeros(3))
 
 
 def test_tokens_one_by_one_are_the_causal_attention_of_the_text(make_qkv):

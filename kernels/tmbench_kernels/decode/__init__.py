@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.decode import torch_backend
+from tmbench_kernels.pattern import add_sinks, check_logits, new_lse
 
 
 def attend_with_kvcache(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Write each sequence's new key and value behind its cached ones, and attend to all of them.
 
@@ -24,13 +34,23 @@ def attend_with_kvcache(
         cache_seqlens: ``[batch]``, int32: the keys that are there of each sequence, fewer than the capacity. What lies
             behind them must be finite.
         scale: what logits are multiplied by.
+        softcap, sinks: as ``Pattern.attend`` has them.
 
     Returns:
         ``[batch, 1, heads, v_dim]``, contiguous.
+
+    Raises ValueError for a cap below zero, or sinks that are not one number for each query head.
     """
+    check_logits(q, softcap, sinks)
+    lse = None if sinks is None else new_lse(q)
     small = max(q.shape[-1], v.shape[-1]) <= 512 and q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cuda" and small:
         from tmbench_kernels.decode import triton_backend
 
-        return triton_backend.attend(q, k, v, k_cache, v_cache, cache_seqlens, scale)
-    return torch_backend.attend(q, k, v, k_cache, v_cache, cache_seqlens, scale)
+        attend = triton_backend.attend
+    else:
+        attend = torch_backend.attend
+    out = attend(q, k, v, k_cache, v_cache, cache_seqlens, scale, softcap=softcap, lse=lse)
+    if lse is not None and sinks is not None:
+        add_sinks(out.transpose(1, 2), lse, sinks)
+    return out

@@ -5,11 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmbench_kernels.sdpa import sdpa
+from tmbench_kernels.sdpa import attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, scale: float) -> Tensor:
-    """As ``tmbench_kernels.decode.attend_with_kvcache``."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """As ``tmbench_kernels.decode.attend_with_kvcache``, without sinks; fills ``lse`` ``[batch, heads, 1]`` where given."""
     sequences = torch.arange(len(q), device=q.device)
     places = cache_seqlens.long()
     k_cache[sequences, :, places] = k[:, :, 0]
@@ -18,5 +29,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ca
     keys = k_cache.shape[2] if q.device.type == "cuda" else int(places.max()) + 1
     seen = torch.arange(keys, device=q.device)[None, :] <= places[:, None]
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
-    out = sdpa(q, k_cache[:, :, :keys], v_cache[:, :, :keys], scale, bias=bias[:, None, None])
+    keys_values = k_cache[:, :, :keys], v_cache[:, :, :keys]
+    out = attention(q, *keys_values, scale, bias=bias[:, None, None], softcap=softcap, lse=lse)
     return out.transpose(1, 2).contiguous()
