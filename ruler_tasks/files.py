@@ -1,9 +1,14 @@
-"""Reads texts that a user names: what has no end, or is far too large to be meant, is refused before it is opened."""
+"""Reads texts that a user names, and tells texts apart.
+
+What has no end, or is far too large to be meant, is refused before it is opened.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 MEBIBYTE = 2**20
@@ -22,3 +27,8 @@ def read_text(path: Path, mebibytes: int) -> str:
     if about.st_size > mebibytes * MEBIBYTE and stat.S_ISREG(about.st_mode):
         raise OSError(errno.EFBIG, f"It has more than {mebibytes} MiB", str(path))
     return path.read_text(encoding="utf-8-sig")
+
+
+def texts_hash(texts: Sequence[str]) -> str:
+    """What these texts, in this order, are told apart by from all others."""
+    return hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()

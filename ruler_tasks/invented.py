@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ruler_tasks.draws import draw_made_up_word, phrases, seeded
-from ruler_tasks.sources import Question
+from ruler_tasks.questions import Question
 
 _REGIONS = 60
 _TOWNS, _FIRMS, _PEOPLE = 10, 10, 20  # of each region

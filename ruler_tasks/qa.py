@@ -14,8 +14,8 @@ from typing import Literal
 
 from ruler_tasks.draws import seeded
 from ruler_tasks.fit import Draft, Filled
+from ruler_tasks.questions import Question, QuestionSet
 from ruler_tasks.recipe import Setting
-from ruler_tasks.sources import Question, QuestionSet
 
 _PATIENCE = 64  # documents in a row that may be too long for what is left before the prompt counts as full
 _EXCHANGEABLE = 8  # documents, the last chosen ones, that may be exchanged for longer ones at the end

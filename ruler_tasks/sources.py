@@ -6,7 +6,6 @@ in that order of places, and what was used is part of every sample.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ruler_tasks.errors import SourceError
-from ruler_tasks.files import read_text
+from ruler_tasks.files import read_text, texts_hash
+from ruler_tasks.questions import Question, QuestionSet
 from ruler_tasks.tokens import TokenCounter
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Essays:
     @cached_property
     def content_hash(self) -> str:
         """What texts are told apart by, wherever they come from."""
-        return _hash(self.text_words)
+        return texts_hash(self.text_words)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -109,42 +109,6 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
         and _SENTENCE_START.match(after)
     ]
     return [*ends, len(words)]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question over documents, which are named by their numbers.
-
-    Attributes:
-        outputs: the accepted answers.
-        gold: the documents that the answer needs.
-        related: documents that come into the prompt before any others.
-        given: where a question comes with documents of its own, all of these in their order: gold and related.
-    """
-
-    query: str
-    outputs: tuple[str, ...]
-    gold: tuple[int, ...]
-    related: tuple[int, ...] = ()
-    given: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class QuestionSet:
-    """Questions and the documents that they are about."""
-
-    questions: Sequence[Question]
-    documents: Sequence[str]
-    source: str
-
-    @cached_property
-    def content_hash(self) -> str:
-        """What questions and documents are told apart by, wherever they come from."""
-        return _hash([*map(repr, self.questions), *self.documents])
-
-
-def _hash(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()
 
 
 Loaded = TypeVar("Loaded")

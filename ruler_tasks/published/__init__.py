@@ -6,7 +6,7 @@ defects included; no code of it is here. docs/published-samples.md says what is 
 
 from __future__ import annotations
 
-from ruler_tasks.published.drawing import published_examples
+from ruler_tasks.published.samples import published_examples
 from ruler_tasks.published.sentences import BY_PUNCTUATION, sentences_by
 from ruler_tasks.published.word_lists import WORDS_MISSING
 

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from ruler_tasks.errors import SeedError, TaskLengthError
-from ruler_tasks.example import Example
+from ruler_tasks.errors import TaskLengthError
 from ruler_tasks.fit import Filled
-from ruler_tasks.niah import Niah
-from ruler_tasks.qa import Questions
-from ruler_tasks.recipe import Recipe, Setting
-from ruler_tasks.tokens import TokenCounter
-from ruler_tasks.tracking import Tracking
-from ruler_tasks.words import CommonWords, FrequentWords
+from ruler_tasks.recipe import Setting
 
 LONG_FROM = 4096
 """Lengths below are drawn with smaller steps and fewer repetitions."""
 
 _MORE_DRAWS = 64  # at the smallest size; the published code would go on for ever
-_LARGEST_SEED = 2**32 - 1  # what numpy's generator takes
 
 
 class UndrawableError(Exception):
@@ -167,72 +159,3 @@ def search(
         else:
             high = middle - 1
     return found
-
-
-def published_examples(recipe: Recipe, setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
-    """The samples with these numbers, in their order; those in between are drawn and dropped.
-
-    Raises:
-        SeedError: the seed is larger than the published generators take.
-        TaskLengthError: the first sample does not fit the length; later ones raise as they are asked for.
-    """
-    if setting.seed > _LARGEST_SEED:
-        raise SeedError(f"The seed {setting.seed} is too large for the reference's draws: take one up to {_LARGEST_SEED}.")
-    drawing = _drawing(recipe, setting)
-    try:
-        drawing.begin()
-    except UndrawableError as error:
-        raise too_short(setting) from error
-    drawing.sample(0)
-    return _generate(recipe, setting, indices)
-
-
-def _generate(recipe: Recipe, setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
-    drawing = _drawing(recipe, setting)
-    drawing.begin()
-    at = 0
-    for index in indices:
-        if index < at:
-            drawing.begin()
-            at = 0
-        while at <= index:
-            filled, tokens = drawing.sample(at)
-            at += 1
-        yield Example(
-            task=setting.task,
-            index=index,
-            input=filled.input,
-            answer_prefix=filled.answer_prefix,
-            outputs=filled.outputs,
-            length=tokens + setting.answer,
-            max_new_tokens=setting.answer,
-            source=drawing.source,
-            position=None if filled.answer_at is None else partial(_tokens_before, setting.tokens, filled),
-            parameters=filled.parameters,
-        )
-
-
-def _tokens_before(tokens: TokenCounter, filled: Filled) -> int:
-    return tokens.count_one(filled.input[: filled.answer_at], add_special_tokens=False)
-
-
-def _drawing(recipe: Recipe, setting: Setting) -> Drawing:
-    # These modules are made of what stands above.
-    from ruler_tasks.published.documents import DocumentDrawing
-    from ruler_tasks.published.needles import NeedleDrawing
-    from ruler_tasks.published.variables import ChainDrawing
-    from ruler_tasks.published.word_lists import CodedWordDrawing, WordListDrawing
-
-    match recipe:
-        case Niah():
-            return NeedleDrawing(setting, recipe)
-        case Tracking():
-            return ChainDrawing(setting, recipe.hops)
-        case CommonWords():
-            return WordListDrawing(setting)
-        case FrequentWords():
-            return CodedWordDrawing(setting)
-        case Questions():
-            return DocumentDrawing(setting, recipe)
-        case _:
-            raise TypeError(f"There is no published way to draw {recipe!r}.")
