@@ -6,7 +6,8 @@
 // keys are long most pieces are shared: the producer merges the lists, loads each tile of 64 keys once, and says with
 // it which consumers take it; the others skip it. Gathered columns are the same for all blocks of a head, of which each counts
 // its own. Work tiles of the query heads that share a key head run at the same time, so that keys come from the cache.
-// Macros beside those of hopper.cuh: SHARED_BYTES. A stage holds a tile of keys and one of values.
+// Macros beside those of hopper.cuh: SHARED_BYTES. A stage holds a tile of keys and one of values. Where heads are so wide that
+// there are few stages, keys leave theirs as soon as they are multiplied, and the values that they came with stay.
 
 #include "hopper.cuh"
 
@@ -14,8 +15,9 @@ constexpr int WORK_TILES = 8;  // more than the producer can be ahead of a consu
 constexpr u32 TILES_AT = CONSUMERS * SLOT_BYTES;
 constexpr u32 PAIR_BYTES = K_HALF * ((DIM + V_DIM) / 64), VALUES = K_HALF * (DIM / 64);
 constexpr u32 BARRIERS_AT = TILES_AT + STAGES * PAIR_BYTES;
+constexpr bool APART = DIM > 128 || V_DIM > 128;  // whether keys leave a stage before its values
 constexpr u32 Q_FULL = 0, WORK_TILE_FULL = Q_FULL + CONSUMERS, K_FULL = WORK_TILE_FULL + WORK_TILES, V_FULL = K_FULL + STAGES, EMPTY = V_FULL + STAGES,
-              BARRIERS = EMPTY + STAGES;
+              V_EMPTY = APART ? EMPTY + STAGES : EMPTY, BARRIERS = V_EMPTY + STAGES;
 constexpr u32 SHARED_AT = BARRIERS_AT + (BARRIERS * 8 + 15) / 16 * 16;
 constexpr int NEVER = 0x7fffffff, ALL = 1 << 30;
 
@@ -79,10 +81,9 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
   const auto send = [&](const TensorMap& k, const TensorMap& v, int first, int head, int batch) {
     const u32 at = pipe.index(), to = smem + TILES_AT + at * PAIR_BYTES;
     __syncwarp();
-    if (lane == 0) {
-      fetch<DIM>(&k, to, barriers + 8 * (K_FULL + at), first, head, batch);
-      fetch<V_DIM>(&v, to + VALUES, barriers + 8 * (V_FULL + at), first, head, batch);
-    }
+    if (lane == 0) fetch<DIM>(&k, to, barriers + 8 * (K_FULL + at), first, head, batch);
+    if (APART) mbarrier_wait(barriers + 8 * (V_EMPTY + at), pipe.phase() ^ 1);
+    if (lane == 0) fetch<V_DIM>(&v, to + VALUES, barriers + 8 * (V_FULL + at), first, head, batch);
     pipe.count++;
   };
   for (u32 n = 0;; n++) {
@@ -150,6 +151,7 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
     }
 
     Tile& tile = open();
+    if (APART) mbarrier_wait(barriers + 8 * (V_EMPTY + pipe.index()), pipe.phase() ^ 1);
     if (lane == 0) {
       tile.kind = END;
       // Both, so that their phases stay those of the pipeline.
@@ -171,8 +173,16 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
   int start, free_from, reach, sinks, kind, first;
   u64 counted;
 
+  // A stage, all of it; or where they leave apart its keys, and later its values.
   const auto release = [&](u32 at) {
     if (lane == 0) mbarrier_arrive(barriers + 8 * (EMPTY + at));
+    if (APART && lane == 0) mbarrier_arrive(barriers + 8 * (V_EMPTY + at));
+  };
+  const auto release_keys = [&](u32 at) {
+    if (APART && lane == 0) mbarrier_arrive(barriers + 8 * (EMPTY + at));
+  };
+  const auto release_values = [&](u32 at) {
+    if (lane == 0) mbarrier_arrive(barriers + 8 * (V_EMPTY + at));
   };
   const auto keys_at = [&](u32 at) { return smem + TILES_AT + at * PAIR_BYTES; };
   // Skip the tiles of other consumers, at most ``limit`` tiles in all: whether the last one looked at is this one's, or an end.
@@ -243,13 +253,14 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
         wgmma_commit();
         wgmma_wait<1>();
         fence_operand(s);
+        release_keys(at);
         mask();
         const bool grows = softmax(s, r, p.scale_log2, acc_scale);
         // A loop on a barrier, which the assembler moves no arithmetic across: the softmax overlaps with PV.
         mbarrier_wait(barriers + 8 * (V_FULL + held), held_phase);
         wgmma_wait<0>();
         fence_operand(o);
-        release(held);
+        release_values(held);
         if (grows) rescale();
         to_operand(s, probabilities);
       } else {
@@ -260,7 +271,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
           wgmma_commit();
           wgmma_wait<0>();
           fence_operand(o);
-          release(held);
+          release_values(held);
           holds = false;
           if (!found) continue;
         }
@@ -275,6 +286,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
         wgmma_commit();
         wgmma_wait<0>();
         fence_operand(s);
+        release_keys(at);
         mask();
         if (softmax(s, r, p.scale_log2, acc_scale)) rescale();
         to_operand(s, probabilities);
