@@ -1,6 +1,7 @@
 """Times dense and triangle attention on a GPU, ours beside every peer that is installed, and writes a CSV.
 
-    python benchmarks/attention.py OUTPUT.csv [--lengths 32768 131072] [--heads 32] [--kv-heads 8] [--minference FOLDER]
+    python benchmarks/attention.py OUTPUT.csv [--lengths 32768 131072] [--heads 32] [--kv-heads 8] [--head-dim 192]
+        [--v-head-dim 128] [--minference FOLDER]
 
 Peers: FlexAttention under torch.compile (also with flash-attn 4 behind it), flash-attn 4 with a window (the band alone,
 for comparison), and the triangle kernel of a checkout of microsoft/MInference, whose keys and values are repeated
@@ -36,7 +37,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 COLUMNS = [
     "time", "device", "torch", "triton", "pattern", "implementation", "length", "heads", "kv_heads", "head_dim", "dtype",
     "n_init", "n_local", "last_n", "pairs", "launches", "ms_median", "ms_min", "ms_max", "tflops", "times_dense", "error",
-    "error_of_torch", "extra_mib", "note",
+    "error_of_torch", "extra_mib", "note", "v_head_dim",
 ]  # fmt: skip
 TURN_MS = 60.0
 
@@ -89,7 +90,7 @@ def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list
             if not entry.note:
                 entry.ms += timed(entry.attend, q, k, v)
     dense = min((statistics.median(entry.ms) for entry in entries if entry.pattern == Dense() and entry.ms), default=None)
-    return [as_row(entry, samples[entry.pattern.name], q, k, dense) for entry in entries]
+    return [as_row(entry, samples[entry.pattern.name], q, k, v, dense) for entry in entries]
 
 
 def random_qkv(length: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +98,12 @@ def random_qkv(length: int, options: argparse.Namespace) -> tuple[Tensor, Tensor
     generator = torch.Generator(device="cuda").manual_seed(length)
     dtype = getattr(torch, options.dtype)
     q, k, v = (
-        torch.randn(1, length, n, options.head_dim, device="cuda", generator=generator).to(dtype).transpose(1, 2)
-        for n in (options.heads, options.kv_heads, options.kv_heads)
+        torch.randn(1, length, n, dim, device="cuda", generator=generator).to(dtype).transpose(1, 2)
+        for n, dim in (
+            (options.heads, options.head_dim),
+            (options.kv_heads, options.head_dim),
+            (options.kv_heads, options.v_head_dim or options.head_dim),
+        )
     )
     return q, k, v
 
@@ -219,7 +224,7 @@ class Sample:
         return float((rows - self.exact).square().mean().sqrt() / self.exact.square().mean().sqrt())
 
 
-def as_row(entry: Entry, sample: Sample, q: Tensor, k: Tensor, dense: float | None) -> dict[str, object]:
+def as_row(entry: Entry, sample: Sample, q: Tensor, k: Tensor, v: Tensor, dense: float | None) -> dict[str, object]:
     pattern = entry.pattern
     pairs = pattern.pairs(q, k)
     row: dict[str, object] = {
@@ -233,6 +238,7 @@ def as_row(entry: Entry, sample: Sample, q: Tensor, k: Tensor, dense: float | No
         "heads": q.shape[1],
         "kv_heads": k.shape[1],
         "head_dim": q.shape[3],
+        "v_head_dim": v.shape[3],
         "dtype": str(q.dtype).removeprefix("torch."),
         **dict.fromkeys(("ms_median", "ms_min", "ms_max", "tflops", "times_dense", "error", "extra_mib"), ""),
         "pairs": pairs,
@@ -248,7 +254,7 @@ def as_row(entry: Entry, sample: Sample, q: Tensor, k: Tensor, dense: float | No
             "ms_median": f"{median:.4f}",
             "ms_min": f"{min(entry.ms):.4f}",
             "ms_max": f"{max(entry.ms):.4f}",
-            "tflops": f"{4 * q.shape[3] * pairs / median / 1e9:.0f}" if entry.comparable else "",
+            "tflops": f"{2 * (q.shape[3] + v.shape[3]) * pairs / median / 1e9:.0f}" if entry.comparable else "",
             "times_dense": f"{dense / median:.2f}" if dense and entry.comparable else "",
             "error": "" if entry.error is None else f"{entry.error:.2e}",
             "extra_mib": "" if entry.extra is None else f"{entry.extra:.1f}",
@@ -263,12 +269,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--v-head-dim", type=int, help="that of values, where it is another")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--n-init", type=int, default=8)
     parser.add_argument("--n-local", type=int, default=512)
     parser.add_argument("--last-n", type=int, default=128)
     parser.add_argument("--rounds", "--turns", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", default=["torch-banded"], help="implementations to leave out")
+    parser.add_argument("--skip", nargs="*", default=["torch-banded", "torch"], help="implementations to leave out")
     parser.add_argument("--minference", type=Path, help="a checkout of microsoft/MInference")
     options = parser.parse_args()
     if not torch.cuda.is_available():
