@@ -221,7 +221,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--rounds", "--turns", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", default=["torch-gathered", "torch-blocks", "torch"], help="backends to leave out")
+    parser.add_argument(
+        "--skip", nargs="*", default=["torch-gathered", "torch-blocks", "torch"], help="backends to leave out"
+    )
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
