@@ -30,7 +30,15 @@ def agree(
     length: o.LengthOption = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.", rich_help_panel=o.MEASURED)] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Prompts.", rich_help_panel=o.MEASURED)] = 20,
-    prompt: Annotated[str, typer.Option(help="kv, a RULER task, or random.", rich_help_panel=o.MEASURED)] = "kv",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="kv, a RULER task, random, or text:FILE for a text of your own.",
+            rich_help_panel=o.MEASURED,
+            show_default="kv",
+        ),
+    ] = None,
+    prompt_file: o.PromptFileOption = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -63,19 +71,19 @@ def agree(
 
     from tmbench.measure.agree import AgreeSpec
     from tmbench.measure.spec import ModelSource, place, prefill_kind
-    from tmbench.suites.prompts import check_kind
 
-    check_kind(prompt)
+    (asked,) = o.prompts_of([prompt] if prompt is not None else [], prompt_file) or ["kv"]
     source = ModelSource(model, weights, device, dtype, context_parallel)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
+    wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
+    lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)
     plans = plans_for(chosen, attention, where, loaded, lengths, output_dir)
     spec = AgreeSpec(
         **where.ask(place),
         root=output_dir,
         plans=sorted(plans, key=lambda plan: plan.method != "dense"),
         lengths=lengths,
-        prompt=prompt,
+        prompt=asked,
         samples=samples,
         new_tokens=new_tokens,
         batch_size=batch_size,

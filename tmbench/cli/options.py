@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +21,7 @@ from tmbench_kernels.parameters import LARGEST_COUNT
 if TYPE_CHECKING:
     from tmbench.models.loading import LoadedModel
     from tmbench.results.shards import Shard
+    from tmbench.suites.prompts import Kind
 
 UNITS = {"k": 2**10, "m": 2**20}
 
@@ -63,6 +64,13 @@ LengthOption = Annotated[
     typer.Option(
         "--length", parser=parse_length, metavar="TOKENS", help="Tokens, such as 32768 or 32K; repeat for several.",
         rich_help_panel=MEASURED, show_default="what fits the model",
+    ),
+]  # fmt: skip
+PromptFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-file", metavar="FILE.jsonl", rich_help_panel=MEASURED,
+        help="Prompts of your own: a JSON object a line, with prompt, and where you like answer and id.",
     ),
 ]  # fmt: skip
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the prompts.", rich_help_panel=MEASURED)]
@@ -169,6 +177,31 @@ def refuse(given: Mapping[str, Any], why: str) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise UserError(f"--{name} {why}: leave it out")
+
+
+def prompts_of(texts: Iterable[str], file: Path | None, option: str = "--prompt") -> list[Kind]:
+    """What prompts are to be made of, each once; raises UserError for what there is none of, and for both options."""
+    from tmbench.suites.prompt_files import PromptFile
+    from tmbench.suites.prompts import kind_of
+
+    given = list(dict.fromkeys(texts))
+    if file is not None:
+        refuse({option.removeprefix("--"): given or None}, "does not go with --prompt-file, which has the prompts")
+        return [PromptFile.of(file, "jsonl")]
+    return [kind_of(text, option) for text in given]
+
+
+def lengths_of(prompts: Kind | None, loaded: LoadedModel, *, answered: bool = False) -> tuple[int, ...]:
+    """The length that serves every prompt of a JSONL file, where none is given; nothing for other prompts.
+
+    It is that of the shortest, which all are cut to, or of the longest with its answer, where answers follow.
+    """
+    from tmbench.suites.prompt_files import PromptFile
+
+    if not isinstance(prompts, PromptFile):
+        return ()
+    length = prompts.longest(loaded) if answered else prompts.shortest(loaded)
+    return () if length is None else (length,)
 
 
 def shard_of(text: str | None, overwrite: bool = False) -> Shard | None:

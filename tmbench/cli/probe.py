@@ -52,12 +52,15 @@ def probe(
         list[str] | None,
         typer.Option(
             "--task",
+            "--prompt",
             metavar="TASK",
-            help="kv (key-value retrieval), a RULER task, or random; repeat for the mean over several.",
+            help="kv (key-value retrieval), a RULER task, random, or text:FILE for a text of your own; repeat for the mean "
+            "over several.",
             rich_help_panel=o.MEASURED,
             show_default=" ".join(TASKS),
         ),
     ] = None,
+    prompt_file: o.PromptFileOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts per task.", rich_help_panel=o.MEASURED)] = SAMPLES,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
@@ -132,15 +135,12 @@ def probe(
     from tmbench.measure.loss import LossSpec
     from tmbench.measure.probe import ProbeSpec
     from tmbench.measure.spec import ModelSource, place, prefill_kind
-    from tmbench.suites.prompts import check_kind
     from tmbench_kernels import Triangle
 
-    tasks = list(dict.fromkeys(task or TASKS))
-    for name in tasks:
-        check_kind(name, "--task")
-
+    tasks = o.prompts_of(task or (), prompt_file, "--task") or list(TASKS)
     where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
+    wanted = o.lengths_of(tasks[0], loaded, answered=True) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
+    lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)
     common: dict[str, Any] = {
         **where.ask(place),
         "lengths": lengths,

@@ -48,11 +48,12 @@ def ttft(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="kv (key-value retrieval), a RULER task, or random.",
+            help="kv (key-value retrieval), a RULER task, random, or text:FILE for a text of your own.",
             rich_help_panel=o.MEASURED,
             show_default="kv, or random for a model without a tokenizer",
         ),
     ] = None,
+    prompt_file: o.PromptFileOption = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -83,20 +84,19 @@ def ttft(
 
     from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.measure.ttft import TtftSpec
-    from tmbench.suites.prompts import check_kind
 
-    if prompt is not None:
-        check_kind(prompt)
+    asked = next(iter(o.prompts_of([prompt] if prompt is not None else [], prompt_file)), None)
     source = ModelSource(model, weights, device, dtype, context_parallel)
     where, loaded = opened(source, plan_only=plan)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS)
+    wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
+    lengths = o.lengths_for(loaded, length, wanted)
     spec = TtftSpec(
         **where.ask(place),
         root=output_dir,
         plans=plans_for(chosen, attention, where, loaded, lengths, output_dir),
         lengths=lengths,
         batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
-        prompt=prompt or ("kv" if loaded.tokenizer is not None else "random"),
+        prompt=asked or ("kv" if loaded.tokenizer is not None else "random"),
         repeats=repeats,
         warmup=warmup,
         seed=seed,

@@ -29,7 +29,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
 from tmbench.results.sample_files import decoded
-from tmbench.suites.prompts import check_prompt, prompt_ids
+from tmbench.suites.prompts import Kind, check_prompt, prompt_id, prompt_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class AgreeItem(AnswerItem):
     prompt_hash: str
     text: tuple[int, ...] | None
     """Dense's text; None has the method write its own."""
+    id: str = ""
+    """What the user calls the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
     """What one ``tmbench agree`` measures. Dense is the first of its plans: the others are held against its text."""
 
     lengths: Sequence[int]
-    prompt: str = "kv"
+    prompt: Kind = "kv"
     samples: int = 10
     new_tokens: int = 256
 
@@ -62,7 +64,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
 
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for a prompt that cannot be made, or that leaves no room for the new tokens."""
-        check_prompt(self.prompt, loaded, self.lengths)
+        check_prompt(self.prompt, loaded, self.lengths, self.samples)
         limit = loaded.longest
         for length in self.lengths:
             if limit is not None and length + self.new_tokens > limit:
@@ -73,7 +75,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
 
     def ids(self, loaded: LoadedModel, length: int, number: int) -> Tensor:
         """A sample's prompt, ``[1, length]`` on the model's device."""
-        return prompt_ids(self.prompt, length, loaded, self.seed + number)
+        return prompt_ids(self.prompt, length, loaded, self.seed, number)
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[AgreeRow]]:
         """One part; at each length dense writes in a first round what the others follow in a second."""
@@ -84,22 +86,26 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
         for length in self.lengths:
             own = self.places(self.samples, length)
             hashes = {n: of_ids(self.ids(loaded, length, n)[0].tolist()) for n in sorted({0, *own})}
-            known = {**self.common(loaded), "length": length, "prompt": self.prompt, "prompt_hash": hashes[0]}
-            hashes = {number: hashes[number] for number in own}
+            known = {**self.common(loaded), "length": length, "prompt": str(self.prompt), "prompt_hash": hashes[0]}
+            prompts = {number: (hashes[number], prompt_id(self.prompt, length, loaded, number)) for number in own}
             known |= {"samples": self.samples, "new_tokens": self.new_tokens}
-            dense = self._target(0, known, hashes, None)
+            dense = self._target(0, known, prompts, None)
             yield [dense]
-            yield [self._target(number, known, hashes, dense.samples) for number in range(1, len(self.plans))]
+            yield [self._target(number, known, prompts, dense.samples) for number in range(1, len(self.plans))]
 
     def _target(
-        self, number: int, known: dict[str, Any], hashes: Mapping[int, str], texts: Mapping[Place, Choices] | None
+        self,
+        number: int,
+        known: dict[str, Any],
+        prompts: Mapping[int, tuple[str, str]],
+        texts: Mapping[Place, Choices] | None,
     ) -> RowTarget[AgreeRow, Choices]:
-        """One method's row; ``hashes`` are of the prompts by number, ``texts`` dense's samples, None for dense itself."""
+        """One method's row; ``prompts`` are their hashes and ids, ``texts`` dense's samples, None for dense itself."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = AgreeRow(**fields, time=now())
         title = f"{row.method} at {row.length}"
         items = []
-        for index, prompt_hash in hashes.items():
+        for index, (prompt_hash, name) in prompts.items():
             wrote = None if texts is None else texts.get(("", index))
             item = AgreeItem(
                 title=f"{title}, sample {index + 1} of {self.samples}",
@@ -111,6 +117,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
                 length=row.length,
                 prompt_hash=prompt_hash,
                 text=None if wrote is None else wrote.chosen,
+                id=name,
             )
             items.append(item)
         file = kept_choices(self.root, row)
@@ -123,6 +130,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
             make=partial(choice_rows, file.name),
             stands=partial(choices_stand, self.root),
             belongs=_belongs,
+            more=lambda item: {"id": item.id} if item.id else {},
         )
 
     def asked(self, loaded: LoadedModel, item: AgreeItem) -> Asked:

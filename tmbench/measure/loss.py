@@ -40,6 +40,7 @@ from tmbench.results.loss_samples import LossSample, kept_losses
 from tmbench.results.rows import LossRow, now
 from tmbench.results.sample_files import highest
 from tmbench.results.words import counted
+from tmbench.suites.prompts import Kind
 from tmbench.suites.questions import Question, check_task, questions, wording_hash
 
 CHUNK_LOGITS = 2**27
@@ -61,7 +62,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
 
     plans: Sequence[Plan]
     lengths: Sequence[int]
-    tasks: Sequence[str]
+    tasks: Sequence[Kind]
     samples: int
     """Of each task."""
 
@@ -70,22 +71,23 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         _base(loaded.model)
         for length in self.lengths:
             for task in self.tasks:
-                check_task(task, length, loaded)
+                check_task(task, length, loaded, self.samples)
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[LossRow]]:
         """One part, task by task: dense comes in a first round, as the others' rows are held against its samples."""
-        total = len(self.plans) * sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
+        asked = product(self.lengths, map(str, self.tasks))
+        total = len(self.plans) * sum(len(self.places(self.samples, *one)) for one in asked)
         yield Part(self, "Loss", "Losses measured", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[LossRow] | Sequence[RowTarget[LossRow, LossSample]]]:
         own = [number for number, plan in enumerate(self.plans) if plan.method == "dense"]
         others = [number for number, plan in enumerate(self.plans) if plan.method != "dense"]
         for length, task in product(self.lengths, self.tasks):
-            places = self.places(self.samples, length, task)
+            places = self.places(self.samples, length, str(task))
             yield Step(f"{task} at {length}: preparing {counted(len(places), 'prompt')}")
             asked = list(questions(task, length, places, loaded, self.seed))
-            known = {**self.common(loaded), "length": length, "task": task, "samples": self.samples}
-            known |= {"wording_hash": wording_hash(task), "source": ""}
+            known = {**self.common(loaded), "length": length, "task": str(task), "samples": self.samples}
+            known |= {"wording_hash": wording_hash(str(task)), "source": ""}
             if own:
                 targets = [self._target(number, known, asked, {}) for number in own]
                 yield targets
@@ -118,6 +120,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
             rows=[row],
             make=partial(loss_rows, file.name, dense),
             belongs=_belongs,
+            more=lambda item: item.question.told,
         )
 
     def measure(self, item: LossItem, worker: Worker) -> None:

@@ -109,7 +109,7 @@ def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterato
     pending = {batch_size: spec.pending(loaded, batch_size) for batch_size in sorted(spec.batch_sizes)}
     for length, (batch_size, todo), plan in product(sorted(spec.lengths), pending.items(), spec.plans):
         left = plan in todo.get(length, [])
-        asked = Asked(TtftRow, plan, length, spec.prompt, batch_size=batch_size)
+        asked = Asked(TtftRow, plan, length, str(spec.prompt), batch_size=batch_size)
         estimate = estimator.sample(asked) if left else None
         seconds, bases = (passes * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
         yield Line(PASS, length, plan, passes, 0 if left else passes, seconds, bases, batch_size)

@@ -51,6 +51,7 @@ from tmbench.results.parameters_text import parameters_text
 from tmbench.results.rows import ProbeRow, now
 from tmbench.results.sample_files import Kept
 from tmbench.results.words import counted
+from tmbench.suites.prompts import Kind
 from tmbench.suites.questions import Question, check_task, longest_prompt, questions, wording_hash
 from tmbench_kernels import MEASURES, SECTIONS, DenseProbe, Sections, Triangle
 
@@ -114,7 +115,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
     """What one ``tmbench probe`` measures, and how it proposes layers."""
 
     lengths: Sequence[int]
-    tasks: Sequence[str]
+    tasks: Sequence[Kind]
     samples: int
     """Of each task."""
     budget: Budget
@@ -134,8 +135,8 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
             raise UserError("--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32")
         for length in self.lengths:
             for task in self.tasks:
-                check_task(task, length, loaded)
-            self.check_prompts(loaded, length, [longest_prompt(task, length) for task in self.tasks])
+                check_task(task, length, loaded, self.samples)
+            self.check_prompts(loaded, length, [longest_prompt(task, length, loaded) for task in self.tasks])
 
     def check_prompts(self, loaded: LoadedModel, length: int, tokens: Sequence[int]) -> None:
         """Raise UserError if one of a length's prompts, of so many tokens, has no middle, or the budget cannot be met."""
@@ -171,11 +172,11 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
     @property
     def task(self) -> str:
         """The tasks as rows name them."""
-        return "+".join(self.tasks)
+        return "+".join(map(str, self.tasks))
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[ProbeRow]]:
         """One part, length by length; each makes a row for every head and every layer's mean."""
-        total = sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
+        total = sum(len(self.places(self.samples, *one)) for one in product(self.lengths, map(str, self.tasks)))
         yield Part(self, "Probe", "Probed", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[ProbeRow] | Sequence[RowTarget[ProbeRow, ProbeSample]]]:
@@ -183,7 +184,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
             asked: list[Question] = []
             failure: Failure | None = None
             for task in self.tasks:
-                own = self.places(self.samples, length, task)
+                own = self.places(self.samples, length, str(task))
                 yield Step(f"{task} at {length}: preparing {counted(len(own), 'prompt')}")
                 made = attempt(partial(self._asked, loaded, task, length, own))
                 if isinstance(made, Failure):
@@ -194,14 +195,15 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
                 self.check_prompts(loaded, length, [len(one.prompt) for one in asked])
             yield [self._target(loaded, length, asked, failure)]
 
-    def _asked(self, loaded: LoadedModel, task: str, length: int, numbers: Sequence[int]) -> list[Question]:
+    def _asked(self, loaded: LoadedModel, task: Kind, length: int, numbers: Sequence[int]) -> list[Question]:
         return list(questions(task, length, numbers, loaded, self.seed))
 
     def _target(
         self, loaded: LoadedModel, length: int, asked: Sequence[Question], failure: Failure | None
     ) -> RowTarget[ProbeRow, ProbeSample]:
         """All rows of a length; its samples lie in a file for each task."""
-        files = {task: Kept(self.root, self.row(loaded, task, length), task, ProbeSample) for task in self.tasks}
+        names = map(str, self.tasks)
+        files = {task: Kept(self.root, self.row(loaded, task, length), task, ProbeSample) for task in names}
         items = [
             ProbeItem(
                 title=f"{question.task} at {length}, sample {question.index + 1} of {self.samples}",
@@ -220,6 +222,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
             rows=[row],
             make=partial(gradient_rows, self.proposing),
             belongs=_belongs,
+            more=lambda item: item.question.told,
             failure=failure,
             latest=rivals,
             wish=asdict(self.proposing),

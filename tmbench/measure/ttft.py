@@ -35,7 +35,7 @@ from tmbench.results.failures import Failure
 from tmbench.results.row_sets import finish
 from tmbench.results.rows import TtftRow, now
 from tmbench.results.words import batched
-from tmbench.suites.prompts import batch_ids, check_prompt
+from tmbench.suites.prompts import Kind, batch_ids, check_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     lengths: Sequence[int]
     batch_sizes: Sequence[int] = (1,)
     """How many prompts are read together; each is measured at every length."""
-    prompt: str = "kv"
+    prompt: Kind = "kv"
     repeats: int = 3
     warmup: int = 1
     beside_dense: bool = False
@@ -111,7 +111,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
 
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for a prompt that cannot be made, or a length too short for it."""
-        check_prompt(self.prompt, loaded, self.lengths)
+        check_prompt(self.prompt, loaded, self.lengths, max(self.batch_sizes))
 
     def prompts(self, loaded: LoadedModel, length: int, batch_size: int) -> Tensor:
         """Token ids ``[batch_size, length]`` on the CPU."""
@@ -128,7 +128,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 **fields,
                 time=now(),
                 length=length,
-                prompt=self.prompt,
+                prompt=str(self.prompt),
                 prompt_hash=prompt_hash,
                 repeats=self.repeats,
                 warmup=self.warmup,

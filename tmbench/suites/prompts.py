@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable
 from functools import cache
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from ruler_tasks import TASKS, Sources, encode_prompt, examples, minimum_length
 from tmbench.errors import UserError
 from tmbench.models.loading import LoadedModel
+from tmbench.suites.prompt_files import PromptFile
 
+Kind = str | PromptFile
+"""What prompts are made of: one of ``prompt_kinds``, or a file of the user's."""
 KEPT_END = 256
 """How many tokens of a long text's end always stay: the question must survive the cut."""
 
@@ -32,8 +36,24 @@ def check_kind(kind: str, option: str = "--prompt") -> None:
         raise UserError(f"{option} {kind} is unknown: choose from {', '.join(prompt_kinds())}")
 
 
-def check_prompt(kind: str, loaded: LoadedModel, lengths: Iterable[int] = ()) -> None:
-    """Raise UserError for a kind of prompt that there is none of or this model cannot be given, or too short a length."""
+def kind_of(text: str, option: str = "--prompt") -> Kind:
+    """The kind that an option names; raises UserError for one that there is none of, and for a file that is no text."""
+    form, is_file, path = text.partition(":")
+    if is_file and form == "text":
+        return PromptFile.of(Path(path), "text")
+    check_kind(text, option)
+    return text
+
+
+def check_prompt(kind: Kind, loaded: LoadedModel, lengths: Iterable[int] = (), prompts: int = 1) -> None:
+    """Raise UserError for a kind of prompt that there is none of or this model cannot be given, or too short a length.
+
+    Also for a file that has not so many prompts of one of the lengths.
+    """
+    if isinstance(kind, PromptFile):
+        for length in lengths:
+            kind.cut(loaded, length, prompts - 1)
+        return
     check_kind(kind)
     if kind == "random":
         return
@@ -53,6 +73,10 @@ def offline_sources() -> Sources:
     return Sources(offline=True)
 
 
+def _option(kind: Kind) -> str:
+    return kind.option if isinstance(kind, PromptFile) else f"--prompt {kind}"
+
+
 def _asked(kind: str, length: int) -> int:
     """The length that a RULER example is asked for: it may fill a little less, so what is too much is cut."""
     return length + length // 16 + TASKS[kind].tokens_to_generate + KEPT_END
@@ -62,9 +86,15 @@ def _tokenizer(kind: str, loaded: LoadedModel) -> PreTrainedTokenizerBase:
     return loaded.need_tokenizer(f"--prompt {kind}", "use --prompt random, or another --model")
 
 
-def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> Tensor:
-    """Token ids ``[1, length]`` on the model's device; the same for the same (kind, length, seed, tokenizer)."""
+def prompt_ids(kind: Kind, length: int, loaded: LoadedModel, seed: int = 42, number: int = 0) -> Tensor:
+    """Token ids ``[1, length]`` on the model's device; the same for the same arguments and tokenizer.
+
+    The ``number``-th prompt of a file is its own, whatever the seed; of any other kind it is the first of ``seed + number``.
+    """
+    if isinstance(kind, PromptFile):
+        return torch.tensor([_cut_to(kind.cut(loaded, length, number)[0], length)], device=loaded.device)
     check_prompt(kind, loaded, [length])
+    seed += number
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         vocabulary = loaded.model.config.get_text_config().vocab_size
@@ -79,16 +109,21 @@ def prompt_ids(kind: str, length: int, loaded: LoadedModel, seed: int = 42) -> T
     return torch.tensor([_cut_to(ids, length)], device=loaded.device)
 
 
-def batch_ids(kind: str, length: int, loaded: LoadedModel, seed: int, batch_size: int) -> Tensor:
-    """Token ids ``[batch_size, length]`` of different prompts on the model's device: prompt n is that of ``seed + n``.
+def prompt_id(kind: Kind, length: int, loaded: LoadedModel, number: int) -> str:
+    """What the user calls a prompt of a file; "" for all others."""
+    return kind.cut(loaded, length, number)[1] if isinstance(kind, PromptFile) else ""
+
+
+def batch_ids(kind: Kind, length: int, loaded: LoadedModel, seed: int, batch_size: int) -> Tensor:
+    """Token ids ``[batch_size, length]`` of different prompts on the model's device, numbered from 0.
 
     Raises UserError where a length is too short for so many that differ.
     """
-    ids = torch.cat([prompt_ids(kind, length, loaded, seed + number) for number in range(batch_size)])
+    ids = torch.cat([prompt_ids(kind, length, loaded, seed, number) for number in range(batch_size)])
     if len({tuple(own) for own in ids.tolist()}) < batch_size:
         raise UserError(
-            f"--batch-size {batch_size} takes as many different prompts, and those of --prompt {kind} are alike at --length "
-            f"{length}: give a longer one"
+            f"--batch-size {batch_size} takes as many different prompts, and those of {_option(kind)} are alike at "
+            f"--length {length}: give a longer one"
         )
     return ids
 

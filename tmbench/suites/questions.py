@@ -18,7 +18,9 @@ from ruler_tasks import TASKS, encode_prompt, examples, load_wording, minimum_le
 from tmbench.errors import UserError
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.suites.prompts import check_kind, key_value, key_value_text, offline_sources
+from tmbench.suites.prompt_files import PromptFile
+from tmbench.suites.prompts import Kind, check_kind, key_value, key_value_text, offline_sources
+from tmbench.suites.split import split
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class Question:
     """The ids that should follow, at least one."""
     source: str
     """What the prompt is made of."""
+    id: str = ""
+    """What the user calls it, of a file of prompts."""
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a kept sample says of it beside its own figures."""
+        return {"id": self.id} if self.id else {}
 
     @cached_property
     def prompt_hash(self) -> str:
@@ -44,8 +53,14 @@ class Question:
         return of_ids(self.answer)
 
 
-def check_task(task: str, length: int, loaded: LoadedModel) -> None:
-    """Raise UserError for a task that this model cannot be asked or that there is none of, or a length too short for it."""
+def check_task(task: Kind, length: int, loaded: LoadedModel, count: int = 1) -> None:
+    """Raise UserError for a task that this model cannot be asked or that there is none of, or a length too short for it.
+
+    Also for a file that has not ``count`` prompts that fit this length.
+    """
+    if isinstance(task, PromptFile):
+        task.answered(loaded, length, count - 1)
+        return
     check_kind(task, "--task")
     if task == "random":
         if length < 2:
@@ -60,8 +75,10 @@ def check_task(task: str, length: int, loaded: LoadedModel) -> None:
             raise UserError(f"--length {length} is too short for {task}, which needs {least} tokens here")
 
 
-def longest_prompt(task: str, length: int) -> int:
+def longest_prompt(task: Kind, length: int, loaded: LoadedModel) -> int:
     """How many tokens of ``length`` a prompt of the task has at most, less its answer or the room for it."""
+    if isinstance(task, PromptFile):
+        return task.longest_prompt(loaded, length)
     return length - (TASKS[task].tokens_to_generate if task in TASKS else 1)
 
 
@@ -70,11 +87,16 @@ def wording_hash(task: str) -> str:
     return load_wording().hash if task in TASKS else ""
 
 
-def questions(task: str, length: int, numbers: Iterable[int], loaded: LoadedModel, seed: int) -> Iterator[Question]:
+def questions(task: Kind, length: int, numbers: Iterable[int], loaded: LoadedModel, seed: int) -> Iterator[Question]:
     """Questions of a task by number: prompt and answer, or the room that RULER leaves it, take at most ``length`` tokens.
 
     Question 17 is the same whether 20 or 500 are asked for. Raises as ``check_task`` does.
     """
+    if isinstance(task, PromptFile):
+        for index in numbers:
+            prompt, answer, name = task.answered(loaded, length, index)
+            yield Question(str(task), index, prompt, answer, task.path.name, name)
+        return
     check_task(task, length, loaded)
     if task == "random":
         vocabulary = loaded.model.config.get_text_config().vocab_size
@@ -92,22 +114,6 @@ def questions(task: str, length: int, numbers: Iterable[int], loaded: LoadedMode
         wanted = example.outputs if TASKS[task].metric == "all" else example.outputs[:1]
         prompt, answer = split(example.prompt, " " + " ".join(wanted), tokenizer)
         yield Question(task, example.index, prompt, answer, example.source)
-
-
-def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids of a prompt and of its answer within one text.
-
-    They part where the ids of the text and of the prompt alone do, and behind white space. Raises ValueError for an answer
-    that leaves no token of its own.
-    """
-    alone, whole = (encode_prompt(tokenizer, text) for text in (prompt, prompt + answer))
-    # Strictly fewer than all: what the answer's last token is merged with would leave nothing to predict.
-    at = next((n for n, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
-    while at < len(whole) and not str(tokenizer.decode([whole[at]])).strip():
-        at += 1
-    if not 0 < at < len(whole):
-        raise ValueError(f"the answer {answer!r} has no token of its own behind its prompt")
-    return tuple(whole[:at]), tuple(whole[at:])
 
 
 def _key_value_ids(length: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,23 @@
+"""Where a prompt ends and its answer begins, in the ids of one text."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from ruler_tasks import encode_prompt
+
+
+def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a prompt and of its answer within one text.
+
+    They part where the ids of the text and of the prompt alone do, and behind white space. Raises ValueError for an answer
+    that leaves no token of its own.
+    """
+    alone, whole = (encode_prompt(tokenizer, text) for text in (prompt, prompt + answer))
+    # Strictly fewer than all: what the answer's last token is merged with would leave nothing to predict.
+    at = next((n for n, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
+    while at < len(whole) and not str(tokenizer.decode([whole[at]])).strip():
+        at += 1
+    if not 0 < at < len(whole):
+        raise ValueError(f"the answer {answer!r} has no token of its own behind its prompt")
+    return tuple(whole[:at]), tuple(whole[at:])
