@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tmbench.engine.roofline import linear_flop_by_layer
 from tmbench.errors import UserError
 from tmbench.methods.plan import HALF, ModelShape, default_layers
 from tmbench.models import loading
@@ -126,11 +127,40 @@ def test_presets_are_the_published_configurations(name, parameters, layers, head
     assert default_layers(ModelShape.of(model))[:2] == (tuple(range(first, layers)), source)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parameters", "active", "full", "deep", "sizes"),
+    [
+        ("qwen3-8b", 8_190_735_360, 6.95e9, 36, 18, (32, 8, 128, 128)),
+        ("qwen3-30b-a3b", 30_532_122_624, 2.72e9, 48, 24, (32, 4, 128, 128)),
+        ("gemma-3-12b", 11_766_034_176, 10.76e9, 8, 4, (16, 8, 256, 256)),
+        ("gpt-oss-20b", 20_914_757_184, 3.03e9, 12, 6, (64, 8, 64, 64)),
+        ("qwen3.5-9b", 8_953_803_264, 6.92e9, 8, 4, (16, 4, 256, 256)),
+        ("llama-4-scout-layers", 28_494_197_760, 3.78e9, 3, 2, (40, 8, 128, 128)),
+        ("glm-4-lite", 29_943_390_976, 3.26e9, 47, 24, (20, 20, 256, 256)),
+    ],
+)  # fmt: skip
+def test_presets_of_newer_families(name, parameters, active, full, deep, sizes):
+    """``active`` are the weights that work on a token, the head's aside."""
+    loaded = loading.load(name, weights="random", device="cpu", plan_only=True)
+    model, shape = loaded.model, loaded.geometry
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert (shape.heads, shape.kv_heads, shape.qk_head_dim, shape.v_head_dim) == sizes
+    assert len(loaded.shape.full) == full
+    assert len(default_layers(loaded.shape).layers) == deep
+    work = linear_flop_by_layer(model, 4096)
+    # Of the last layer little is done: all others stand for it.
+    done = sum(flop for layer, flop in work.items() if layer is not None and layer < shape.layers - 1)
+    assert done / 8192 * shape.layers / (shape.layers - 1) == pytest.approx(active, rel=0.01)
+
+
 def test_a_preset_has_neither_weights_nor_tokenizer():
     for name in preset_names():
+        drawn = name.startswith(("llama-3", "qwen2"))
+        kinds = "--weights random or --weights structured" if drawn else "--weights random"
         with pytest.raises(
             UserError,
-            match=f"--model {name} is a preset, .*: add --weights random or --weights structured, or give .*/.*Instruct",
+            match=f"--model {name} is a preset, .*: add {kinds}, or give .*/.*{'Instruct' if drawn else ''}",
         ):
             loading.load(name, device="cpu")
         with pytest.raises(UserError, match=f"--model {name} is a preset, a config without a tokenizer"):

@@ -1,7 +1,9 @@
 """Published model configurations, to be timed with synthetic weights: each file is one, its publisher's config.json.
 
 A preset costs what the real model costs wherever the data does not decide, and nothing is downloaded. Its name is that of
-its file, where ``_name_or_path`` is the checkpoint that it is the configuration of.
+its file, where ``_name_or_path`` is the checkpoint that it is the configuration of. Of a model that fits no single GPU there
+may be the first layers alone: ``_published_layers`` then says how many it has. Of one that reads images too it is the text
+part.
 """
 
 from __future__ import annotations
