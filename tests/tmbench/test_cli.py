@@ -365,8 +365,32 @@ def test_losses_of_methods(tmbench):
 def test_help_names_presets_and_dense_backends(tmbench):
     _, out, _ = tmbench("ttft", "--help")
     text = " ".join(out.replace("│", " ").split())
-    assert "llama-3.1-70b, llama-3.1-8b, qwen2.5-72b, qwen2.5-7b" in text
+    assert "llama-3.1-70b, llama-3.1-8b, llama-4-scout-layers, qwen2.5-72b, qwen2.5-7b, qwen3-30b-a3b" in text
     assert "flash-attn-4, flash-attn-3, cudnn, flash-attn-2, sdpa" in text
+
+
+@pytest.mark.slow
+def test_list_says_what_a_method_can_save_on_a_model(tmbench):
+    """Of 32 layers 8 have full attention, 16 heads of 256: 4 * 256 operations for each of 128K * 128K / 2 pairs."""
+    code, out, err = tmbench("list", "--model", "qwen3.5-9b", "--length", "128K", "--length", "32K")
+    assert code == 0
+    lines = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    assert lines["full attention"][2:4] == ["8", "3,7,11,15,19,23,27,31"]
+    # The last layer needs one row of pairs.
+    assert float(lines["full attention"][-1]) == pytest.approx(7 * 16 * 4 * 256 * 131072 * 131073 / 2 / 1e12, rel=0.01)
+    assert lines["linear or recurrent attention"][-1] == "0"
+    assert "saved by tri_mix in layers 19,23,27,31" in out
+    shares = [
+        float(cell.rstrip("%")) for line in out.splitlines() if line.strip().startswith("128K ") for cell in line.split()[2:]
+    ]
+    assert shares[-1] == pytest.approx(35.9, abs=0.1)
+    assert "A method acts on 8 layers of 32" in err
+
+
+def test_lengths_of_no_model_are_refused(tmbench):
+    code, _, err = tmbench("list", "--length", "8K")
+    assert code == 2
+    assert "--length says at which lengths --model is looked at" in err
 
 
 def test_list_and_env(tmbench):

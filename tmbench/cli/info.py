@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from tmbench.cli import options as o
 from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
 from tmbench.methods.installed import get_method, method_names
-from tmbench.methods.plan import PUBLISHED_STARTING_LAYERS, ModelShape
+from tmbench.methods.plan import PUBLISHED_STARTING_LAYERS, ModelShape, default_layers
 from tmbench.methods.table import Method
+from tmbench.results.words import counted, length_name
+
+ListedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", show_default=False,
+        help="Print the kinds of this model's layers instead, and what a method can save on it at most.",
+    ),
+]  # fmt: skip
+LENGTHS = (32768, 65536, 131072)
+"""At which savings are printed, unless --length says otherwise."""
 
 
-def list_() -> None:
-    """The methods with their parameters and papers, the tasks, the models, and the backends that run here."""
+def list_(model: ListedModelOption = None, length: o.LengthOption = None) -> None:
+    """The methods with their parameters and papers, the tasks, the models, and the backends that run here.
+
+    With --model the kinds of its layers, and what a method can save on it at most.
+    """
+    if model is not None:
+        _list_model(model, length)
+        return
+    if length:
+        raise UserError("--length says at which lengths --model is looked at: give --model too, or leave it out")
     from ruler_tasks import TASKS
     from tmbench.models.presets import preset_names, read_preset
+    from tmbench.models.structured import FAMILIES
     from tmbench_kernels import MInferenceHeads, Pattern
 
     screen = console()
@@ -56,8 +80,12 @@ def list_() -> None:
     models.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")
     for name in preset_names():
         preset = read_preset(name)
+        synthetic = "random or structured" if preset["model_type"] in FAMILIES else "random"
+        published = preset.get("_published_layers")
+        part = f"the first {preset['num_hidden_layers']} of {published} layers of " if published else ""
         models.add_row(
-            name, f"preset for --weights random or structured: the config of {preset['_name_or_path']}, nothing downloaded"
+            name,
+            f"preset for --weights {synthetic}: the config of {part}{preset['_name_or_path']}, nothing downloaded",
         )
     models.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
     screen.print(models)
@@ -65,13 +93,15 @@ def list_() -> None:
     layers = table("First triangle layer, unless --layers or --starting-layer says otherwise", "model", "layer")
     for known, layer in PUBLISHED_STARTING_LAYERS.items():
         layers.add_row(known, f"{layer}, as published")
-    layers.add_row("any other", "half its depth")
+    layers.add_row("any other", "half the depth: the deeper half of its layers of full attention")
     screen.print(layers)
 
     backends = table("Backends", "pattern", "backend", "runs on")
     small = ModelShape("", layers=2, heads=1)
     plans = [method.plan(small) for method in found]
-    patterns: list[type[Pattern]] = list(dict.fromkeys(type(pattern) for plan in plans for pattern in plan.patterns))
+    patterns: list[type[Pattern]] = list(
+        dict.fromkeys(type(pattern) for plan in plans for pattern in plan.by_layer.values())
+    )
     patterns.append(MInferenceHeads)
     for pattern in patterns:
         for backend in pattern.backends:
@@ -79,11 +109,45 @@ def list_() -> None:
     screen.print(backends)
 
 
+def _list_model(name: str, given: list[int] | None) -> None:
+    from tmbench.measure.savings import savings
+    from tmbench.methods.layers import layers_text
+    from tmbench.models.attention_modules import attention_modules, windows
+    from tmbench.models.geometry import max_positions
+    from tmbench.models.loading import load
+
+    # Weights change nothing here, and need not be there.
+    loaded = load(name, weights="random", plan_only=True)
+    attention_modules(loaded.model)
+    longest = max_positions(loaded.model.config) or max(LENGTHS)
+    lengths = sorted(set(given or [length for length in LENGTHS if length <= longest] or [longest]))
+    found, count = savings(loaded, lengths), loaded.shape.layers
+    spans = sorted(set(windows(loaded.model).values()))
+    title = f"Layers of {loaded.name}: operations for the first token, in T, as linear layers + attention"
+    columns = ("kind", "number", "layers", *map(length_name, lengths))
+    kinds = table(title, *columns, right=columns[3:])
+    for place, kind in enumerate(found[0].kinds):
+        figures = [f"{one.kinds[place].linear / 1e12:.3g} + {one.kinds[place].attention / 1e12:.3g}" for one in found]
+        kinds.add_row(kind.kind, str(len(kind.layers)), layers_text(kind.layers, count), *figures)
+    console().print(kinds)
+    if spans:
+        say(f"windows of {', '.join(map(str, spans))} tokens")
+    full = loaded.shape.full
+    deep = default_layers(loaded.shape).layers
+    columns = ("length", "all operations, T", f"saved by tri_mix in layers {layers_text(deep, count)}", "saved at most")
+    saved = table("What a method can save", *columns, right=columns)
+    for one in found:
+        saved.add_row(length_name(one.length), f"{one.dense / 1e12:.3g}", f"{one.saved:.1%}", f"{one.most:.1%}")
+    console().print(saved)
+    say(
+        f"A method acts on {counted(len(full), 'layer')} of {count}; at most means that attention in all of them costs "
+        "nothing. Times follow operations only where all run equally fast."
+    )
+
+
 def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
     """Device, driver, versions, and what computes attention here: paste it into a bug report."""
     from dataclasses import asdict
-
-    import typer
 
     from tmbench.engine.backends import attention_backends
     from tmbench.models import loading
