@@ -19,6 +19,7 @@ from checkpoint_tables import CHECKPOINT
 from decoding_tables import DECODING_TABLES
 from kernel_pages import page
 from kernel_tables import KERNELS
+from model_tables import MODEL_TABLES
 from probe_figures import PROBE_FIGURES
 from sources import ROOT, Block, Sources
 from training_figures import TRAINING
@@ -32,7 +33,9 @@ PAGES = {
     "interval_coverage.csv": "interval-coverage.md",
 }
 """The pages that are rendered whole, by the CSV that each is rendered from."""
-BLOCKS: dict[str, Block] = ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | DECODING_TABLES | KERNELS | TRAINING
+BLOCKS: dict[str, Block] = (
+    ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | DECODING_TABLES | KERNELS | MODEL_TABLES | TRAINING
+)
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 
 

@@ -209,27 +209,10 @@ def test_packed_sequences_are_refused(make_model, prompt):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("gpt_oss", {"num_local_experts": 2, "layer_types": ["full_attention"] * 4}, "layer 0 .* learned attention sinks"),
-        ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer 0 .* soft-capped logits"),
-    ],
-)
-def test_features_of_a_models_own_are_refused_by_name(family, changes, message, make_model):
-    model = make_model(family, **changes)
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match=message), applied(model, "tri_mix"):
-        pass
-    assert model.config._attn_implementation == before
-
-
-@pytest.mark.parametrize(
     ("family", "changes"),
     [
         ("mistral", {}),
         ("phi3", {}),
-        ("gemma3_text", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     ],
 )
 def test_a_window_that_no_query_reaches_changes_nothing_and_one_that_is_reached_is_refused(

@@ -16,7 +16,7 @@ from tmbench.cli.attention import Attention
 from tmbench.errors import UserError
 from tmbench.methods import layers as layers_module
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, chosen_layers, layers_text, parse_layers, propose
-from tmbench.methods.plan import ModelShape
+from tmbench.methods.plan import HALF, DeepLayers, ModelShape, default_layers
 from tmbench.methods.table import METHODS
 from tmbench.results.rows import ProbeRow
 from tmbench.results.tables import append
@@ -278,3 +278,46 @@ def test_a_number_alone_is_one_layer_and_said_to_be(tmp_path, capsys, loaded):
         assert clear.deep_layers(loaded, [4096], tmp_path) == [((5, 6, 7), "given", None)]
     assert Attention(layers=("5,6,7", "5-", "2")).deep_layers(loaded, [4096], tmp_path)[1:] == [((2,), "given", None)]
     assert said(capsys).count("is all from there on") == 1
+
+
+HYBRID = ModelShape("m", 8, 4, kinds=("linear_attention", "sliding_attention", "moe", "full_attention") * 2)
+"""Layers 3 and 7 are of full attention."""
+
+
+def test_a_list_counts_the_models_layers_and_leaves_out_those_that_stay_its_own():
+    assert chosen_layers(HYBRID, "3") == DeepLayers((3,), "given")
+    assert chosen_layers(HYBRID, "3,7") == DeepLayers((3, 7), "given")
+    assert chosen_layers(HYBRID, "0-") == chosen_layers(HYBRID, starting_layer=0) == DeepLayers((3, 7), "given")
+    assert chosen_layers(HYBRID, "4-") == chosen_layers(HYBRID, starting_layer=7) == DeepLayers((7,), "given")
+    assert chosen_layers(HYBRID, "random:2") == DeepLayers((3, 7), "random")
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("0", "linear or recurrent attention"),
+        ("3,5", "sliding-window attention"),
+        ("3-7", "linear or recurrent attention, sliding-window attention, experts alone"),
+    ],
+)
+def test_a_list_that_names_a_layer_of_the_models_own_is_refused_by_its_kind(text, kinds):
+    with pytest.raises(
+        UserError, match=rf"--layers {text} names layers that stay the model's own \({kinds}\).*: name .* 3,7"
+    ):
+        chosen_layers(HYBRID, text)
+
+
+def test_more_layers_than_have_full_attention_cannot_be_drawn():
+    with pytest.raises(UserError, match="asks for 3 of 2 layers"):
+        chosen_layers(HYBRID, "random:3")
+
+
+def test_half_the_depth_is_half_of_the_layers_with_full_attention():
+    assert default_layers(HYBRID) == DeepLayers((7,), HALF)
+    many = ModelShape("m", 32, 4, kinds=(*["linear_attention"] * 3, "full_attention") * 8)
+    assert default_layers(many) == DeepLayers((19, 23, 27, 31), HALF)
+    assert default_layers(ModelShape("some/Llama-3.1-8B", 32, 4)) == DeepLayers(tuple(range(16, 32)), "published")
+    plan = METHODS["tri_mix"].plan(many)
+    assert list(plan.by_layer) == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert [pattern.name for pattern in plan.by_layer.values()] == ["dense"] * 4 + ["triangle"] * 4
+    assert plan.parameters["layers"] == "19,23,27,31"

@@ -174,9 +174,11 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executo
     plans = [replace(spec, layers=deep if spec.method.deep else None).plan(loaded.shape) for spec in chosen]
     for plan in plans:
         if plan.layers_source == HALF:
+            full = loaded.shape.full
+            which = f", of its {len(full)} layers of full attention" if loaded.shape.native else ""
             say(
                 f"{plan.method}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
-                f"its depth, layer {loaded.shape.layers // 2}; --layers chooses others, tmbench probe proposes some"
+                f"its depth{which}, layer {full[len(full) // 2]}; --layers chooses others, tmbench probe proposes some"
             )
     return plans
 

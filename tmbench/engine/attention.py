@@ -3,7 +3,8 @@
 No model class is patched, copied or subclassed. ``applied`` sets the patterns and restores the model on exit; the function
 registered with transformers reads the pattern from the module that calls it. A prefill (more than one query, the first at
 position 0) uses the pattern; decoding (one query) is dense over the full cache, so every layer's cache stays complete.
-Whatever a pattern cannot honour is refused with one sentence, never silently computed wrong.
+Whatever a pattern cannot honour is refused with one sentence, never silently computed wrong. Layers of other kinds than full
+attention stay the model's own: see ``own_attention``.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
 from tmbench.engine.implementations import Implementations
+from tmbench.engine.local_attention import Local
+from tmbench.engine.own_attention import later_mask, own_attention
 from tmbench.engine.prefill_state import LayerPass, PrefillState
 from tmbench.engine.rereading import Rereading
 from tmbench.engine.token_split import all_heads, own_heads
 from tmbench.errors import UnsupportedModelError
+from tmbench.methods.layer_kinds import layer_kinds
 from tmbench.methods.plan import ModelShape, Plan
 from tmbench.methods.spec import MethodSpec
 from tmbench.models import parallel
-from tmbench.models.attention_modules import PLACE, attention_modules
+from tmbench.models.attention_modules import PLACE, attention_modules, native_attentions, span
 from tmbench.models.geometry import Geometry
 from tmbench.results.words import counted
-from tmbench_kernels import Pattern
+from tmbench_kernels import Dense, Pattern
 
 IMPLEMENTATION = "tmbench"
 """The name under which the functions below are registered. Names with "flash" or a slash are intercepted by transformers."""
@@ -43,6 +46,9 @@ TRACED = "tmbench-traced"
 
 REASON = "_tmbench_reason"
 """The attribute of a mask that stands for one which no pattern can honour: what it is, in words."""
+
+WINDOW = "_tmbench_window"
+"""The attribute of such a mask that says how wide the window is, where that is all there is to it."""
 
 Observer = Callable[[int, Pattern, Tensor, Tensor, float | None], None]
 """Called before each prefill attention with (layer, pattern, q, k, scale); see ``Applied.observer``."""
@@ -62,7 +68,7 @@ class Applied:
     backends: set[str] = field(default_factory=set)
     """The backends that have run, as "pattern:backend"."""
     modules: tuple[Any, ...] = ()
-    """The model's attention modules, in layer order."""
+    """The attention modules of the layers that have a pattern, in layer order."""
     prefill: PrefillState = field(default_factory=PrefillState)
     """Of the prefills that ``tmbench.engine.prefill`` makes ready."""
     implementations: Implementations | None = None
@@ -79,10 +85,9 @@ class Applied:
 
     def check_complete(self) -> None:
         """Raise RuntimeError unless every layer's prefill went through its pattern, for instance under a cached prompt."""
-        if len(self.layers) != len(self.plan.patterns):
-            raise RuntimeError(
-                f"only {len(self.layers)} of {counted(len(self.plan.patterns), 'layer')} went through their patterns"
-            )
+        expected = len(self.plan.by_layer)
+        if len(self.layers) != expected:
+            raise RuntimeError(f"only {len(self.layers)} of {counted(expected, 'layer')} went through their patterns")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,20 @@ class Slot:
     pattern: Pattern
     session: Applied
     layer: int
+
+
+@dataclass(frozen=True)
+class NativeSlot:
+    """What the attention module of a layer without a pattern holds meanwhile."""
+
+    session: Applied
+    layer: int
+    local: Local
+
+    @property
+    def pattern(self) -> Pattern:
+        """What computes its window or its chunks."""
+        return self.local.pattern
 
 
 @contextmanager
@@ -127,20 +146,27 @@ def applied(
 @contextmanager
 def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     """As ``applied``, for a plan already made."""
-    modules = attention_modules(model)
+    modules, native = attention_modules(model), native_attentions(model)
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     AttentionInterface.register(TRACED, _traced_attention)
     AttentionMaskInterface.register(TRACED, _mask)
     session = Applied(plan, modules=tuple(modules))
-    session.implementations = implementations = Implementations(model, modules)
+    session.implementations = implementations = Implementations(model, [*modules, *native])
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
-    sparse = any(pattern.name != "dense" for pattern in plan.patterns)
+    sparse = any(pattern.name != "dense" for pattern in plan.by_layer.values())
     watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
     try:
         for module in modules:
-            setattr(module, PLACE, Slot(_own(plan.patterns[module.layer_idx], model), session, module.layer_idx))
+            setattr(module, PLACE, Slot(_own(plan.by_layer[module.layer_idx], model), session, module.layer_idx))
+        kinds = layer_kinds(model.config)
+        for module in native:
+            setattr(
+                module,
+                PLACE,
+                NativeSlot(session, module.layer_idx, Local(kinds[module.layer_idx], span(module, model.config))),
+            )
         implementations.use(IMPLEMENTATION)
         if any(module.config._attn_implementation != IMPLEMENTATION for module in modules):
             raise UnsupportedModelError(f"{type(model).__name__} did not accept an attention function from outside")
@@ -149,7 +175,7 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
         implementations.restore()
         if watch is not None:
             watch.remove()
-        for module in modules:
+        for module in [*modules, *native]:
             if hasattr(module, PLACE):
                 delattr(module, PLACE)
 
@@ -180,49 +206,92 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of one layer: q ``[batch, heads, queries, dim]`` in, ``[batch, queries, heads, dim]`` out."""
-    slot: Slot | None = getattr(module, PLACE, None)
+    slot: Slot | NativeSlot | None = getattr(module, PLACE, None)
     if slot is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} shares its config with a model under tmbench.applied: give each model its own config"
         )
-    _refuse_features(module, key, kwargs)
+    if isinstance(slot, NativeSlot):
+        return _native_attention(slot, module, query, key, value, attention_mask, **kwargs), None
     prefill = slot.session.prefill
     if query.shape[2] == 1 and not prefill.active:
         if slot.session.splits_prompts:
             query = own_heads(query, query.shape[1] // parallel.size())
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        out = own_attention(module, query, key, value, attention_mask, **kwargs)
         return all_heads(out) if slot.session.splits_prompts else out, None
+    if type(slot.pattern) is Dense and _beyond_window(key, kwargs) and not prefill.active:
+        # Dense attention of such a layer is the layer's own.
+        slot.session.calls += 1
+        slot.session.layers.add(slot.layer)
+        return own_attention(module, query, key, value, attention_mask, **kwargs), None
+    _refuse_features(module, key, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
     prefill.keep(slot.layer, key, value)
-    return prefill.layer.yielded(attend(slot, query, key, value, kwargs.get("scaling")), query.shape[2]), None
+    out = attend(slot, query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    return prefill.layer.yielded(out, query.shape[2]), None
+
+
+def _native_attention(
+    slot: NativeSlot,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of a layer that stays the model's own: over a whole prompt by a kernel, where its window is all there is."""
+    if getattr(attention_mask, WINDOW, None) != slot.local.span or query.shape[2] != key.shape[2]:
+        return own_attention(module, query, key, value, attention_mask, **kwargs)
+    return attend_locally(slot, query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+
+
+def attend_locally(
+    slot: NativeSlot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As ``attend``, for a layer that stays the model's own and has a window or chunks."""
+    out, backend = slot.local.attend(query, key, value, scale, {"softcap": softcap, "sinks": sinks})
+    slot.session.backends.add(f"{slot.local.name}:{backend}")
+    return out
 
 
 def _traced_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The prefill of any layer, for tracing: nothing read here may differ between layers that share one graph."""
-    _refuse_features(module, key, kwargs)
-    _refuse_calls(module, query, attention_mask, kwargs)
-    layer: LayerPass = getattr(module, PLACE).session.prefill.layer
+    slot: Slot | NativeSlot = getattr(module, PLACE)
+    layer: LayerPass = slot.session.prefill.layer
+    if isinstance(slot, NativeSlot):
+        if not layer.begun:
+            return _native_attention(slot, module, query, key, value, attention_mask, **kwargs), None
+    else:
+        _refuse_features(module, key, kwargs)
+        _refuse_calls(module, query, attention_mask, kwargs)
     operator = operators.last_row if layer.last_row else operators.attention
-    out = operator(query, key, value, kwargs.get("scaling"))
+    out = operator(query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     # What leaves a graph is not overwritten by its next call, and need not be copied. With CUDA graphs it would be.
     layer.kept = key, value
     return layer.yielded(out, query.shape[2]), None
 
 
+def _beyond_window(key: Tensor, kwargs: dict[str, Any]) -> bool:
+    window: int | None = kwargs.get("sliding_window")
+    return window is not None and 0 < window < key.shape[2]
+
+
 def _refuse_features(module: Any, key: Tensor, kwargs: dict[str, Any]) -> None:
-    window = kwargs.get("sliding_window")
-    if window and key.shape[2] > window:
+    if _beyond_window(key, kwargs):
+        window = kwargs["sliding_window"]
         raise UnsupportedModelError(
             f"layer {module.layer_idx} has a sliding window of {window} tokens, which {_pattern_name(module)} attention "
             f"cannot honour for longer prompts: give it {window} or fewer"
         )
-    for keyword, feature in (("softcap", "soft-capping"), ("s_aux", "sinks")):
-        if kwargs.get(keyword) is not None:
-            raise UnsupportedModelError(
-                f"layer {module.layer_idx} asks for {feature}, which {_pattern_name(module)} attention cannot honour"
-            )
 
 
 def _refuse_calls(module: Any, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -239,7 +308,15 @@ def _pattern_name(module: Any) -> str:
     return str(getattr(module, PLACE).pattern.name)
 
 
-def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def attend(
+    slot: Slot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """One layer's prefill through its pattern, ``[batch, queries, heads, dim]``; tells the session what happened.
 
     Where the session wants the last row, that one alone: ``[batch, 1, heads, dim]``.
@@ -253,10 +330,14 @@ def attend(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scale: float |
         session.observer(slot.layer, slot.pattern, query, key, scale)
     session.calls += 1
     session.layers.add(slot.layer)
-    session.backends.add(f"{slot.pattern.name}:{slot.pattern.backend(query, key, value).name}")
+    backend = slot.pattern.backend(query, key, value, softcap=softcap, lse=sinks is not None)
+    session.backends.add(f"{slot.pattern.name}:{backend.name}")
     attend_by = slot.pattern.last_row if session.prefill.layer.last_row else slot.pattern.attend
     # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
-    return session.prefill.returned(attend_by(query, key, value, scale=scale).transpose(1, 2).contiguous())
+    # Only what is asked for: patterns of other packages need not know of it.
+    about: dict[str, Any] = ({"softcap": softcap} if softcap else {}) | ({} if sinks is None else {"sinks": sinks})
+    out = attend_by(query, key, value, scale=scale, **about)
+    return session.prefill.returned(out.transpose(1, 2).contiguous())
 
 
 def _mask(
@@ -282,17 +363,18 @@ def _mask(
         )
     if attention_mask is not None and not torch.all(attention_mask):
         raise UnsupportedModelError("the batch is padded: the methods take prompts of one length, without padding")
-    if mask_function is causal_mask_function or _is_wide_window(mask_function, kwargs.get("local_size"), kv_length):
+    window = _window_of(mask_function, kwargs.get("local_size"))
+    if mask_function is causal_mask_function or (window is not None and window >= kv_length):
         return None
-    # Some models make the masks of kinds of layer that they have none of. The layer that is given this one refuses it.
-    refused = torch.zeros(1, 1, 1, 1)
+    # Layers that stay the model's own take it. One that has a pattern refuses it, unless no query reaches beyond its window.
+    about = {"mask_function": mask_function, "attention_mask": attention_mask, **kwargs}
+    refused = later_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **about)
+    setattr(refused, WINDOW, window)
     setattr(refused, REASON, "a mask in addition to causal attention (packed sequences, images, windows)")
     return refused
 
 
-def _is_wide_window(mask_function: Callable[..., Any], window: int | None, length: int) -> bool:
-    """Whether a mask is causal but for a window, or for chunks, that no query of so many keys reaches."""
-    if window is None or window < length:
-        return False
+def _window_of(mask_function: Callable[..., Any], size: int | None) -> int | None:
+    """The tokens of a window, or of chunks, where these and causality are all that a mask is made of; else None."""
     joined = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    return len(joined) == 2 and joined[1] is causal_mask_function
+    return size if len(joined) == 2 and joined[1] is causal_mask_function else None

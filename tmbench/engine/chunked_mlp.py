@@ -20,7 +20,7 @@ MLP_SHARE = 0.1
 def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
     """The MLP over ``[batch, length, hidden]``, in chunks of tokens of all texts where it treats tokens one by one."""
     tokens = x.shape[0] * x.shape[1]
-    if not _is_plain(mlp):
+    if not is_plain(mlp):
         run = forward_of
     elif tokens > (chunk := _chunk(mlp, x)):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -31,8 +31,18 @@ def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
             part = slice(start, start + size)
             outer[:, part] = run(mlp, inner[:, part])
         return whole
-    out: Tensor = run(mlp, x)
-    return out.contiguous()
+    return hidden_of(run(mlp, x), x).contiguous()
+
+
+def with_router(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, None]:
+    """For a layer that awaits what a router chose as well, and does not read it."""
+    return run(x), None
+
+
+def hidden_of(out: Any, x: Tensor) -> Tensor:
+    """The hidden states of what an MLP returns of ``x``: they may be the first of several things, their tokens in a row."""
+    hidden: Tensor = out[0].reshape(x.shape) if isinstance(out, tuple) else out
+    return hidden
 
 
 def _chunk(mlp: nn.Module, x: Tensor) -> int:
@@ -44,7 +54,7 @@ def _chunk(mlp: nn.Module, x: Tensor) -> int:
     return max(CHUNK, int(room // (3 * width * x.element_size())))
 
 
-def _is_plain(mlp: nn.Module) -> bool:
+def is_plain(mlp: nn.Module) -> bool:
     """Whether an MLP is made of linear layers and activations alone; experts and their routers are not."""
     if next(mlp.parameters(recurse=False), None) is not None:
         return False

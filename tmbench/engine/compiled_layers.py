@@ -20,7 +20,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import PreTrainedModel
 
 from tmbench.engine import operators
-from tmbench.engine.attention import Slot
+from tmbench.engine.attention import NativeSlot, Slot
 from tmbench.engine.forwards import forward_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _compile_own(
 
 
 def run_layer(
-    slot: Slot,
+    slot: Slot | NativeSlot,
     region: operators.Region,
     run: Callable[..., Any],
     layer: nn.Module,

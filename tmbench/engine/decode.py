@@ -18,6 +18,7 @@ from tmbench.engine.calls import cache_name, rope_switch
 from tmbench.engine.finite import check_logits
 from tmbench.engine.prefill import Prefill
 from tmbench.errors import UnsupportedModelError, UserError
+from tmbench.methods.layer_kinds import FULL, layer_kinds
 
 
 class Decoding:
@@ -39,7 +40,8 @@ class Decoding:
         self.length = ids.shape[1]
         """Tokens read so far, prompt included."""
         self.cache = cache
-        if self.cache is None or int(self.cache.get_seq_length()) != self.length:
+        # Not every cache of transformers says so of a layer that holds no keys.
+        if self.cache is None or int(self.cache.get_seq_length(_first_full(model))) != self.length:
             raise UnsupportedModelError(
                 f"{type(model).__name__} returns no cache of the prompt's keys and values: nothing can be decoded after it"
             )
@@ -122,6 +124,12 @@ def follow(decoding: Decoding, count: int, given: Sequence[int] | None = None) -
         if len(chosen) == count:
             return chosen
         decoding.read(chosen[-1:] if given is None else [given[len(chosen) - 1]])
+
+
+def _first_full(model: PreTrainedModel) -> int:
+    """The first layer of full attention, whose cache holds every token; 0 for a model that has none."""
+    kinds = layer_kinds(model.config)
+    return kinds.index(FULL) if FULL in kinds else 0
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -17,12 +17,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
+from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.forwards import forward_of, replace_forward
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.kv_cache import KvCache
-from tmbench.engine.prefill import decoder_layers
 from tmbench.errors import UnsupportedModelError
-from tmbench.models.attention_modules import attention_modules
+from tmbench.models.attention_modules import attention_modules, native_attentions
 from tmbench_kernels.decode import attend_with_kvcache
 
 IMPLEMENTATION = "tmbench-decode"
@@ -47,13 +47,15 @@ def prepared(
         raise UnsupportedModelError(
             f"the layers of {type(model).__name__} cannot be run apart, so it decodes one text at a time"
         )
-    implementations = Implementations(model, modules)
+    implementations = Implementations(model, [*modules, *native_attentions(model)])
     with ExitStack() as stack:
         stack.callback(implementations.restore)
         implementations.use(IMPLEMENTATION)
         for layer, (keys, values) in zip(layers, cache.layers, strict=True):
+            if layer.with_router:
+                raise UnsupportedModelError(f"the MLPs of {type(model).__name__} cannot be run apart in a decoding step")
             region = operators.Region(partial(_attend, keys, values, cache_seqlens), partial(forward_of, layer.mlp))
-            replace_forward(stack, layer, partial(_run_layer, region, run, layer))
+            replace_forward(stack, layer.module, partial(_run_layer, region, run, layer.module))
         yield
 
 
@@ -74,8 +76,18 @@ def _run_layer(region: operators.Region, run: Callable[..., Any], layer: Any, *a
 
 
 def _attend(
-    keys: Tensor, values: Tensor, cache_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    keys: Tensor,
+    values: Tensor,
+    cache_seqlens: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
+    assert not softcap
+    assert sinks is None
     return attend_with_kvcache(q, k, v, keys, values, cache_seqlens, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -52,6 +54,7 @@ class CacheSlot:
         self._cache = cache
         self.number = number
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> None:
-        """Keep a layer's keys and values."""
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values, and return them, as transformers' caches do."""
         self._cache.put(self.number, layer, key, value)
+        return key, value

@@ -14,25 +14,49 @@ from typing import Any
 from torch import Tensor, nn
 
 from tmbench.engine import operators
-from tmbench.engine.attention import attend
+from tmbench.engine.attention import Applied, attend
+from tmbench.engine.chunked_mlp import hidden_of
 from tmbench.engine.compiled_layers import Runners, run_layer
+from tmbench.engine.decoder_layers import DecoderLayer
 from tmbench.engine.forwards import forward_of, replace_forward
+from tmbench.engine.native_layers import run_native
 from tmbench.engine.prefill_state import LayerPass
 from tmbench.models.attention_modules import PLACE
 
 
-def narrow(stack: ExitStack, layer: Any, attention: Any, run: Runners) -> None:
-    """Let a model's last layer work on the last position only, but for its keys and values, until the stack unwinds."""
+def narrow(stack: ExitStack, last: DecoderLayer, session: Applied, run: Runners) -> None:
+    """Let a model's last layer work on the last position only, but for its keys and values, until the stack unwinds.
+
+    Of one that stays the model's own, whatever its kind, the MLP alone does.
+    """
+    layer, attention = last.module, last.attention
+    if attention is None:
+        replace_forward(stack, last.mlp, partial(_last_alone, last))
+        replace_forward(stack, layer, partial(run_native, session.prefill, last))
+        return
     slot = getattr(attention, PLACE)
-    region = operators.Region(partial(attend, slot), partial(forward_of, layer.mlp))
+    region = operators.Region(partial(attend, slot), partial(_hidden_of_mlp, last.mlp))
     run_last = run.last_layer_dynamic if slot.pattern.dynamic else run.last_layer
     replace_forward(stack, layer, partial(run_layer, slot, region, run_last, layer, True))
     queries = getattr(attention, "q_proj", None)
     for module in {*attention.children(), *layer.children()} - {attention}:
         if module not in run.narrowed:
-            forward = run.last_mlp if module is layer.mlp else forward_of
-            run.narrowed[module] = LastPosition(module, forward, attention, queries=module is queries)
+            forward = run.last_mlp if module is last.mlp else forward_of
+            run.narrowed[module] = LastPosition(
+                module, forward, attention, queries=module is queries, with_router=module is last.mlp and last.with_router
+            )
         replace_forward(stack, module, run.narrowed[module])
+
+
+def _last_alone(last: DecoderLayer, x: Tensor) -> Any:
+    """An MLP on the last position of ``[batch, length, width]``, seen at all of them."""
+    row = x[:, -1:]
+    out = hidden_of(forward_of(last.mlp, row), row).expand(-1, x.shape[1], -1)
+    return (out, None) if last.with_router else out
+
+
+def _hidden_of_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    return hidden_of(forward_of(mlp, x), x)
 
 
 class LastPosition:
@@ -41,16 +65,22 @@ class LastPosition:
     That which yields queries works on the last one from the start, unless a dynamic pattern chooses by several of them.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], attention: Any, *, queries: bool) -> None:
+    def __init__(
+        self, module: nn.Module, forward: Callable[..., Any], attention: Any, *, queries: bool, with_router: bool
+    ) -> None:
         self.module = module
         self.forward = forward
         self.attention = attention
         self.queries = queries
+        self.with_router = with_router
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``[batch, length, width]`` to the same length, of which only the last position is right once it is narrow."""
         state: LayerPass = getattr(self.attention, PLACE).session.prefill.layer
         if not state.is_narrow(queries=self.queries):
-            return self.forward(self.module, x, *args, **kwargs)
-        out = self.forward(self.module, x[:, -1:], *args, **kwargs)
-        return out.expand(out.shape[0], x.shape[1], *out.shape[2:])
+            out = self.forward(self.module, x, *args, **kwargs)
+            return (hidden_of(out, x), None) if self.with_router else out
+        row = x[:, -1:]
+        hidden = hidden_of(self.forward(self.module, row, *args, **kwargs), row)
+        hidden = hidden.expand(hidden.shape[0], x.shape[1], *hidden.shape[2:])
+        return (hidden, None) if self.with_router else hidden

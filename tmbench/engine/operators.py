@@ -19,8 +19,9 @@ from torch import Tensor
 class Region:
     """What the operators do in one layer."""
 
-    attention: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-    """q, k, v ``[batch, heads, length, dim]`` and scale to ``[batch, length or 1, heads, v_dim]``, contiguous."""
+    attention: Callable[[Tensor, Tensor, Tensor, float | None, float, Tensor | None], Tensor]
+    """q, k, v ``[batch, heads, length, dim]``, scale, cap of the logits (0 for none) and sinks ``[heads]`` to
+    ``[batch, length or 1, heads, v_dim]``, contiguous."""
     mlp: Callable[[Tensor], Tensor]
     """Hidden states ``[batch, length, hidden]`` to new ones of that shape, contiguous."""
 
@@ -38,23 +39,23 @@ def entered(region: Region) -> Iterator[None]:
         _RUNNING.reset(token)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return _RUNNING.get().attention(q, k, v, scale)
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
+    return _RUNNING.get().attention(q, k, v, scale, softcap, sinks)
 
 
 # Two operators, as an operator's shape must be known before it runs.
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor"
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, float? scale, float softcap, Tensor? sinks) -> Tensor"
 _attention = torch.library.custom_op("tmbench::attention", _attend, mutates_args=(), schema=_SCHEMA)
 _last_row = torch.library.custom_op("tmbench::last_row", _attend, mutates_args=(), schema=_SCHEMA)
 
 
 @_attention.register_fake
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
 @_last_row.register_fake
-def _last_row_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _last_row_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
     return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
 
 
@@ -68,15 +69,19 @@ def _mlp_shape(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """Attention of the running layer, ``[batch, length, heads, v_dim]``."""
-    out: Tensor = torch.ops.tmbench.attention(q, k, v, scale)
+    out: Tensor = torch.ops.tmbench.attention(q, k, v, scale, softcap, sinks)
     return out
 
 
-def last_row(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def last_row(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """Attention of the running layer's last query, ``[batch, 1, heads, v_dim]``."""
-    out: Tensor = torch.ops.tmbench.last_row(q, k, v, scale)
+    out: Tensor = torch.ops.tmbench.last_row(q, k, v, scale, softcap, sinks)
     return out
 
 
@@ -84,3 +89,8 @@ def mlp(x: Tensor) -> Tensor:
     """The MLP of the running layer, ``[batch, length, hidden]``."""
     out: Tensor = torch.ops.tmbench.mlp(x)
     return out
+
+
+def mlp_and_router(x: Tensor) -> tuple[Tensor, None]:
+    """As ``mlp``, for layers whose MLP returns what its router chose as well, which nobody reads."""
+    return mlp(x), None

@@ -12,25 +12,29 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tmbench.engine import operators
-from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend
+from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, attend_locally
 from tmbench.engine.calls import cache_of, keep_last
-from tmbench.engine.chunked_mlp import in_chunks
+from tmbench.engine.chunked_mlp import in_chunks, with_router
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
+from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.last_position import narrow
+from tmbench.engine.native_layers import run_native
 from tmbench.engine.token_split import TokenSplit, cache_of_own_heads
-from tmbench.models.attention_modules import PLACE, parents
+from tmbench.models.attention_modules import PLACE
 
 PLAIN: Final = "plain"
 EAGER: Final = "eager"
 COMPILED: Final = "compiled"
 Kind = Literal["plain", "eager", "compiled"]
 """How a prefill runs: as transformers does it, with the economies above, or with these and compiled layers."""
+HELD = ("keys", "values", "conv_states", "recurrent_states")
+"""What a layer of transformers' caches holds, by name."""
 
 
 class Prefill:
@@ -89,44 +93,38 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
         yield prefill
         return
     layers = decoder_layers(model, session.modules)
-    assert layers is not None, "kind_for finds no layers in such a model"
+    assert layers, "kind_for finds no layers in such a model"
     with ExitStack() as stack:
         if kind == COMPILED:
             assert session.implementations is not None
             stack.callback(session.implementations.use, IMPLEMENTATION)
             session.implementations.use(TRACED)
         run = compiled(model) if kind == COMPILED else Runners()
-        whole = len(layers) if every_position else len(layers) - 1
-        for layer, module in zip(layers[:whole], session.modules[:whole], strict=True):
+        for layer in layers if every_position else layers[:-1]:
             mlp = partial(in_chunks, layer.mlp, run.mlp)
-            if kind == COMPILED:
+            own_mlp = partial(with_router, mlp) if layer.with_router else mlp
+            module = layer.attention or layer.native
+            if kind == COMPILED and module is not None:
                 slot = getattr(module, PLACE)
-                region = operators.Region(partial(attend, slot), mlp)
+                region = operators.Region(partial(attend if layer.attention else attend_locally, slot), mlp)
                 # One function for all: a graph is bound to the identity of each function that it calls.
-                replace_forward(stack, layer.mlp, operators.mlp)
-                replace_forward(stack, layer, partial(run_layer, slot, region, run.layer, layer, False))
-            else:
-                replace_forward(stack, layer.mlp, mlp)
+                replace_forward(stack, layer.mlp, operators.mlp_and_router if layer.with_router else operators.mlp)
+                replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer.module, False))
+                continue
+            replace_forward(stack, layer.mlp, own_mlp)
+            if layer.attention is None:
+                replace_forward(stack, layer.module, partial(run_native, session.prefill, layer))
         if not every_position:
-            narrow(stack, layers[-1], session.modules[-1], run)
+            narrow(stack, layers[-1], session, run)
         yield prefill
 
 
-def decoder_layers(model: PreTrainedModel, modules: Any) -> list[Any] | None:
-    """The decoder layer around each attention module; None where these cannot be run apart."""
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
-        return None
-    holder = parents(model)
-    layers = [holder.get(module) for module in modules]
-    for layer in layers:
-        if layer is None or not isinstance(getattr(layer, "mlp", None), nn.Module):
-            return None
-        # Somebody else's wrapper, for instance accelerate's: there is no telling what it does.
-        if any("forward" in vars(module) for module in layer.modules()):
-            return None
-    return layers if len(set(layers)) == len(layers) else None
-
-
 def tensors_of(cache: Any) -> list[Tensor]:
-    """The keys and values of every layer, in order."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    """What a cache holds, layer by layer: keys and values, and the states of layers that are not attention."""
+    found: list[Tensor] = []
+    for layer in cache.layers:
+        for name in HELD:
+            held = getattr(layer, name, None)
+            several = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else [held]
+            found += [tensor for tensor in several if isinstance(tensor, Tensor)]
+    return found

@@ -12,12 +12,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.calls import cache_name
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, decoder_layers, prepared, tensors_of
+from tmbench.engine.decoder_layers import decoder_layers
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, prepared, tensors_of
 from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models import parallel
-from tmbench.models.attention_modules import attention_modules
+from tmbench.models.attention_modules import attention_modules, limiting_windows
 from tmbench.models.context import splits_prompts
 from tmbench.models.geometry import Geometry
 from tmbench.results.failures import describe
@@ -58,7 +59,10 @@ def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | N
 
 
 def _layers_obstacle(model: PreTrainedModel) -> str:
-    if decoder_layers(model, attention_modules(model)) is not None:
+    modules = attention_modules(model)
+    if min(limiting_windows(model).values(), default=PROBE_LENGTH) < PROBE_LENGTH:
+        return f"as its sliding windows are shorter than the {PROBE_LENGTH} tokens that it is tried with"
+    if decoder_layers(model, modules) is not None:
         return ""
     return "as its layers are not built of an attention and an MLP that can be run apart, or have been wrapped"
 
@@ -108,7 +112,10 @@ def _keeps_what_attends(model: PreTrainedModel) -> bool:
     # Not all that a model does can be done without data, for instance choosing experts: its first layer tells.
     with suppress(Exception):
         model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
-    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    full = ModelShape.of(model).full
+    filled = [
+        layer for number, layer in enumerate(cache.layers) if number in full and getattr(layer, "keys", None) is not None
+    ]
     sizes = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in filled}
     return sizes <= {(shape.kv_heads, shape.qk_head_dim, shape.v_head_dim)}
 

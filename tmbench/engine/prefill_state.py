@@ -22,6 +22,8 @@ from tmbench.engine.token_split import OwnHeads, TokenSplit, all_heads
 class LayerPass:
     """One decoder layer while it reads a prompt. The prefill begins and ends it, attention reports to it."""
 
+    begun: bool = False
+    """Whether a layer is at work that ``begin`` began, and ``end`` will end."""
     last_row: bool = False
     """Whether of this layer only the last query's output is wanted."""
     narrow_queries: bool = False
@@ -36,13 +38,14 @@ class LayerPass:
 
     def begin(self, *, last_row: bool, dynamic: bool) -> None:
         """Begin a layer, of which the last row alone may be wanted; a dynamic pattern needs several of its queries."""
+        self.begun = True
         self.last_row = last_row
         self.narrow_queries = last_row and not dynamic
 
     def end(self) -> tuple[Tensor, Tensor] | None:
         """End the layer, however it ended; returns what is to go into the cache."""
         kept = self.kept
-        self.last_row = self.narrow_queries = self.attended = False
+        self.begun = self.last_row = self.narrow_queries = self.attended = False
         self.kept = None
         return kept
 
@@ -119,6 +122,16 @@ def fill(cache: Cache | CacheSlot, layer: int, key: Tensor, value: Tensor) -> No
         kept.keys, kept.values = _alone(key), _alone(value)
     else:
         cache.update(key, value, layer)
+        release(cache, layer)
+
+
+def release(cache: Cache | CacheSlot, layer: int) -> None:
+    """Let go of the keys that a layer's window has left behind: the last ones would hold on to those of the whole prompt."""
+    if isinstance(cache, CacheSlot):
+        return
+    for name in ("keys", "values"):
+        if isinstance(held := getattr(cache.layers[layer], name, None), Tensor):
+            setattr(cache.layers[layer], name, _alone(held))
 
 
 def _alone(tensor: Tensor) -> Tensor:

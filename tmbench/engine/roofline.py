@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tmbench.engine.first_token import synchronize
-from tmbench.models.attention_modules import parents, self_attentions
-from tmbench.models.geometry import Geometry
+from tmbench.methods.layer_kinds import SLIDING, layer_kinds
+from tmbench.models.attention_modules import native_attentions, parents, self_attentions, span
+from tmbench.models.geometry import Geometry, experts_per_token
 from tmbench.models.sharding import Shard
 
 FUSED = ("qkv", "query_key_value")
@@ -22,43 +23,96 @@ FUSED = ("qkv", "query_key_value")
 
 
 def linear_flop(model: PreTrainedModel, length: int) -> float:
-    """Floating-point operations that the model's linear layers must do for the first token after one prompt.
+    """Floating-point operations that the model's linear layers and experts must do for the first token after one prompt."""
+    return sum(linear_flop_by_layer(model, length).values())
 
-    All of them work on every position, except in the last layer: there only keys and values do, and all else is wanted at
-    the last position alone. Counts ``nn.Linear`` modules: a mixture of experts keeps its weights elsewhere and is
-    underestimated. What reads images beside the decoder has nothing to do for a text. Of a model that is split over ranks it
-    counts what all of them do together, but for what every one of them does.
+
+def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None, float]:
+    """The same for each decoder layer, and under None for what is outside of them.
+
+    All of them work on every position, except in the last layer: there only what makes keys and values does, or the state of
+    a layer without attention, and all else is wanted at the last position alone. Of a mixture of experts it counts those
+    that a token is given to. What a recurrence or convolution itself computes is not counted. What reads images beside the
+    decoder has nothing to do for a text. Of a model that is split over ranks it counts what all of them do together, but for
+    what every one of them does.
     """
-    last = max(self_attentions(model), key=lambda module: int(module.layer_idx))
+    attention = max(self_attentions(model), key=lambda module: int(module.layer_idx))
     holder = parents(model)
-    layer = holder[last]
-    decoder = holder.get(holder.get(layer, model), model)
-    attention = {module: name.rpartition(".")[2] for name, module in last.named_modules()}
-    after = {*layer.modules(), model.get_output_embeddings()}
-    flop = 0.0
+    layer = holder[attention]
+    stack = holder.get(layer)
+    layers = list(stack) if isinstance(stack, nn.ModuleList) else [holder[module] for module in self_attentions(model)]
+    last: nn.Module = layers[-1] if isinstance(stack, nn.ModuleList) else layer
+    decoder = model if stack is None else holder.get(stack, model)
+    mixers = [attention] if last is layer else [part for part in last.children() if hasattr(part, "layer_idx")]
+    inside = {module: name.rpartition(".")[2] for mixer in mixers for name, module in mixer.named_modules()}
+    after = {*last.modules(), model.get_output_embeddings()}
+    numbers = {module: number for number, each in enumerate(layers) for module in each.modules()}
+    flop: dict[int | None, float] = dict.fromkeys(range(len(layers)), 0.0)
     for module in dict.fromkeys([*decoder.modules(), model.get_output_embeddings()]):
-        if not isinstance(module, nn.Linear):
+        number = numbers.get(module)
+        if isinstance(module, nn.Linear):
+            everywhere = module.out_features
+            if module in after:
+                everywhere = _early_features(module, inside[module], model, last is layer) if module in inside else 0
+            outputs = everywhere * length + (module.out_features - everywhere)
+            done = 2.0 * module.in_features * outputs * (module.ranks if isinstance(module, Shard) else 1)
+        elif "Experts" in type(module).__name__:
+            done = 2.0 * _active_weights(module, model) * (1 if module in after else length)
+        else:
             continue
-        everywhere = module.out_features
-        if module in after:
-            everywhere = _key_value_features(module, attention[module], model) if module in attention else 0
-        outputs = everywhere * length + (module.out_features - everywhere)
-        flop += 2.0 * module.in_features * outputs * (module.ranks if isinstance(module, Shard) else 1)
+        flop[number] = flop.get(number, 0.0) + done
     return flop
 
 
-def _key_value_features(module: nn.Linear, name: str, model: PreTrainedModel) -> int:
-    """How many outputs of one of an attention's projections are keys and values, or what these are made of."""
+def _early_features(module: nn.Linear, name: str, model: PreTrainedModel, attends: bool) -> int:
+    """How many outputs of one of the last layer's projections are wanted at every position.
+
+    Those that are keys and values, or what these are made of; of a layer without attention all but what leaves it.
+    """
+    if not attends:
+        return 0 if name.startswith("o") else module.out_features
     if any(part in name.lower() for part in FUSED):
         shape = Geometry.of(model)
         return module.out_features - shape.heads * shape.qk_head_dim
     return module.out_features if name.startswith(("k", "v")) else 0
 
 
+def _active_weights(experts: nn.Module, model: PreTrainedModel) -> float:
+    """Weights of a module of experts that work on one token; its linear modules, where it has some, are counted as such."""
+    stacked = [weight for weight in experts.parameters(recurse=False) if weight.ndim == 3]
+    return sum(weight.numel() / weight.shape[0] for weight in stacked) * experts_per_token(model.config)
+
+
+def native_attention_flop(model: PreTrainedModel, length: int) -> float:
+    """Operations of attention in layers that stay the model's own, windows and chunks, for one prompt."""
+    return sum(native_attention_flop_by_layer(model, length).values())
+
+
+def native_attention_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int, float]:
+    """The same for each of these layers; of the model's last one only one row."""
+    kinds = layer_kinds(model.config)
+    flop = {}
+    for module in native_attentions(model):
+        layer, seen = int(module.layer_idx), span(module, model.config) or length
+        pairs = min(length, seen) if layer == len(kinds) - 1 else local_pairs(kinds[layer], seen, length)
+        shape = Geometry.of(model, layer)
+        flop[layer] = shape.flop_per_pair * shape.heads * pairs
+    return flop
+
+
+def local_pairs(kind: str, seen: int, length: int) -> int:
+    """(query, key) pairs of one head whose queries see a window of so many tokens, or a chunk."""
+    seen = min(seen, length)
+    if kind == SLIDING:
+        return seen * (seen + 1) // 2 + (length - seen) * seen
+    whole, rest = divmod(length, seen)
+    return whole * seen * (seen + 1) // 2 + rest * (rest + 1) // 2
+
+
 def needed_pairs(pairs: Sequence[int], heads: int, length: int) -> int:
     """(query, key) pairs that must be computed, of those that each layer's pattern keeps: of the last layer only one row.
 
-    ``heads`` are those of all prompts, as the pairs are.
+    Layers without a pattern keep none here. ``heads`` are those of all prompts, as the pairs are.
     """
     return sum(pairs[:-1]) + min(pairs[-1], heads * length)
 

@@ -130,7 +130,8 @@ def compile_ahead(
     """
     if kind != COMPILED:
         return
-    about = plan.patterns[-1].dynamic, every_position
+    last = plan.patterns[-1]
+    about = last is not None and last.dynamic, every_position
     done = compiled(model).ahead
     if about not in done:
         done.add(about)

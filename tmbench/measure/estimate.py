@@ -155,7 +155,8 @@ class Estimator:
     def _cache_bytes(self, length: int) -> float:
         shape = self.loaded.geometry
         size = self.loaded.model.dtype.itemsize
-        return float(shape.layers * shape.kv_heads * (shape.qk_head_dim + shape.v_head_dim) * length * size)
+        # What other layers keep is little beside the keys of full attention.
+        return float(len(self.loaded.shape.full) * shape.kv_heads * (shape.qk_head_dim + shape.v_head_dim) * length * size)
 
     def _roofline(self, work: Work) -> float:
         self.rated = True

@@ -44,7 +44,7 @@ from tmbench.measure.shard import row_target
 from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
 from tmbench.methods.layers import Budget, Proposal, Rule, propose
 from tmbench.methods.plan import Plan, backends_name
-from tmbench.models.attention_modules import attention_modules, parents
+from tmbench.models.attention_modules import attention_modules, logits_feature, parents
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, release_memory
 from tmbench.results.parameters_text import parameters_text
@@ -131,6 +131,9 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
         attention_modules(loaded.model)
+        loaded.need_full_layers("tmbench probe")
+        if feature := logits_feature(loaded.model):
+            raise UserError(f"tmbench probe does not differentiate {feature}, which {loaded.name} has: use another --model")
         if loaded.model.dtype == torch.float16:
             raise UserError("--dtype float16 cannot hold gradients as small as these: use bfloat16 or float32")
         for length in self.lengths:

@@ -89,6 +89,7 @@ class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
             raise UserError(
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
+        loaded.need_full_layers("tmbench patterns search")
         check_output(self.output, overwrite=self.overwrite)
         check_prompt(self.prompt, loaded, [self.length])
 

@@ -217,7 +217,9 @@ def expected_flop(loaded: LoadedModel, plan: Plan, length: int, batch_size: int 
     heads = loaded.geometry.heads
     shape = torch.empty(batch_size, heads, length, 1, device="meta")
     every = batch_size * heads * causal_pairs(length)
-    pairs = [every if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns]
+    pairs = [
+        0 if pattern is None else every if pattern.dynamic else pattern.pairs(shape, shape) for pattern in plan.patterns
+    ]
     return needed_flop(loaded, pairs, length, batch_size)
 
 
@@ -225,7 +227,8 @@ def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int, batch_si
     """Operations of one prefill of so many prompts, of which each layer's pattern keeps so many pairs in all."""
     geometry = loaded.geometry
     needed = roofline.needed_pairs(pairs, batch_size * geometry.heads, length)
-    return batch_size * roofline.linear_flop(loaded.model, length) + roofline.attention_flop(needed, geometry)
+    own = roofline.linear_flop(loaded.model, length) + roofline.native_attention_flop(loaded.model, length)
+    return batch_size * own + roofline.attention_flop(needed, geometry)
 
 
 @dataclass

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from tmbench.errors import UserError, shortened
@@ -133,8 +134,13 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
 
 
-def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """The layers that a list names, of a model with ``count``; raises UserError for what is no such list."""
+def parse_layers(text: str, count: int, native: Mapping[int, str] = MappingProxyType({})) -> tuple[int, ...]:
+    """The layers that a list names, of a model with ``count``; raises UserError for what is no such list.
+
+    ``native`` are layers that stay the model's own, with their kind in words. What goes on to the model's end leaves them
+    out. All others are named one by one, or by a first and a last, and must be none of them.
+    """
+    full = [layer for layer in range(count) if layer not in native]
     if text.strip() == "none":
         return ()
     found: set[int] = set()
@@ -153,12 +159,21 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
             raise UserError(f"{wrong} is not within the layers 0 to {count - 1} of this model")
         assert low is not None
         assert high is not None
-        found.update(range(low, count if dash and not last else high + 1))
+        if dash and not last:
+            found.update(layer for layer in full if layer >= low)
+            continue
+        named = range(low, high + 1)
+        if kinds := dict.fromkeys(native[layer] for layer in named if layer in native):
+            raise UserError(
+                f"--layers {shortened(text)} names layers that stay the model's own ({', '.join(kinds)}): name layers of "
+                f"full attention, {layers_text(full, count)}"
+            )
+        found.update(named)
     return tuple(sorted(found))
 
 
-def random_layers(text: str, count: int) -> tuple[int, ...]:
-    """The layers of "random:4" or, with a seed other than 0, "random:4:7"; raises UserError for what is neither."""
+def random_layers(text: str, full: Sequence[int]) -> tuple[int, ...]:
+    """The layers of "random:4" or, with a seed other than 0, "random:4:7", of ``full``; raises UserError for neither."""
     given, _, seed = text.removeprefix(RANDOM).partition(":")
     drawn = whole_number(seed or "0")
     if not given.isdecimal() or drawn is None:
@@ -167,11 +182,11 @@ def random_layers(text: str, count: int) -> tuple[int, ...]:
             f"{RANDOM}4 or {RANDOM}4:7"
         )
     number = whole_number(given)
-    if number is None or number > count:
+    if number is None or number > len(full):
         raise UserError(
-            f"--layers {shortened(text)} asks for {shortened(given)} of {counted(count, 'layer')}: ask for fewer"
+            f"--layers {shortened(text)} asks for {shortened(given)} of {counted(len(full), 'layer')}: ask for fewer"
         )
-    return tuple(sorted(random.Random(drawn).sample(range(count), number)))
+    return tuple(sorted(random.Random(drawn).sample(full, number)))
 
 
 def chosen_layers(
@@ -206,7 +221,7 @@ def chosen_layers(
             f"--starting-layer must be between 0 and {shape.layers}, the number of layers of {shape.name}, "
             f"not {shortened(text)}"
         )
-    return DeepLayers(tuple(range(start, shape.layers)), "given")
+    return DeepLayers(tuple(layer for layer in shape.full if layer >= start), "given")
 
 
 def resolve(text: str, shape: ModelShape, root: Path) -> DeepLayers:
@@ -222,9 +237,9 @@ def resolve(text: str, shape: ModelShape, root: Path) -> DeepLayers:
     Raises:
         UserError: the text is neither, or there is no proposal for this model.
     """
-    model, count, model_hash = shape.name, shape.layers, shape.model_hash
+    model, model_hash = shape.name, shape.model_hash
     if text.startswith(RANDOM):
-        return DeepLayers(random_layers(text, count), "random")
+        return DeepLayers(random_layers(text, shape.full), "random")
     if text == AUTO:
         named = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
         rows = [row for row in named if model_hash in ("", row.model_hash)]
@@ -238,17 +253,17 @@ def resolve(text: str, shape: ModelShape, root: Path) -> DeepLayers:
             which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
             raise UserError(f"--layers {text} holds {which}: run tmbench probe --model {model} first")
     else:
-        return DeepLayers(parse_layers(text, count), "given")
+        return DeepLayers(parse_layers(text, shape.layers, shape.native), "given")
     # All rows of a proposal are written at once. Of two in one second the later one counts.
     newest = max(reversed(rows), key=lambda row: row.time)
     chosen = [row for row in rows if (row.time, row.probed) == (newest.time, newest.probed)]
     layers = {row.layer: row.triangle for row in chosen}
-    if sorted(layer for layer in layers if layer is not None) != list(range(count)):
+    if sorted(layer for layer in layers if layer is not None) != list(shape.full):
         raise UserError(
             f"--layers {text}: its newest probe of {model} is of {counted(len(layers), 'layer')}, but the model has "
-            f"{count}: run tmbench probe --model {model} again"
+            f"{len(shape.full)}: run tmbench probe --model {model} again"
         )
-    found = tuple(layer for layer in range(count) if layers[layer])
+    found = tuple(layer for layer in shape.full if layers[layer])
     return DeepLayers(found, f"probe of {newest.task} at {newest.length}, {newest.proposal}", newest.length)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tmbench.methods.layer_kinds import FULL, kind_words, layer_kinds
 from tmbench.results.parameters_text import Value, parameters_text
 
 if TYPE_CHECKING:
@@ -28,13 +29,27 @@ class ModelShape:
     heads: int
     model_hash: str = ""
     """What the model was made from, where that is known: a probe of other contents proposes nothing for it."""
+    kinds: tuple[str, ...] = ()
+    """The kind of each layer, as ``tmbench.methods.layer_kinds`` names them; () where all are of full attention."""
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
         """The shape of a transformers model or config."""
         config = getattr(model, "config", model)
         text = config.get_text_config()
-        return cls(str(getattr(config, "_name_or_path", "")), text.num_hidden_layers, text.num_attention_heads)
+        kinds = layer_kinds(config)
+        named = str(getattr(config, "_name_or_path", ""))
+        return cls(named, text.num_hidden_layers, text.num_attention_heads, kinds=() if set(kinds) == {FULL} else kinds)
+
+    @property
+    def native(self) -> dict[int, str]:
+        """The layers that stay the model's own, with their kind in words."""
+        return {layer: kind_words([kind]) for layer, kind in enumerate(self.kinds) if kind != FULL}
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The layers that a method acts on: those of full attention."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.native)
 
 
 class DeepLayers(NamedTuple):
@@ -52,7 +67,8 @@ class Plan:
     """A method on one model: one pattern per layer, and every parameter that decided it."""
 
     method: str
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[Pattern | None, ...]
+    """None for a layer that stays the model's own."""
     parameters: Mapping[str, Value] = field(default_factory=dict)
     """The parameters that this method reads, with the values used, and ``layers``, the deep ones, as a text.
 
@@ -61,12 +77,17 @@ class Plan:
     layers_source: str = ""
     """Where the deep layers come from, as ``DeepLayers`` has it; "" for methods without."""
 
+    @property
+    def by_layer(self) -> dict[int, Pattern]:
+        """The patterns of the layers that have one, by the model's numbers of them."""
+        return {layer: pattern for layer, pattern in enumerate(self.patterns) if pattern is not None}
+
     def backends(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         """What will run the patterns on such tensors, as rows name it: pattern:backend, joined by "+".
 
         Raises ValueError with the reasons where a pattern has no backend for them.
         """
-        return backends_name(f"{pattern.name}:{pattern.backend(q, k, v).name}" for pattern in set(self.patterns))
+        return backends_name(f"{pattern.name}:{pattern.backend(q, k, v).name}" for pattern in set(self.by_layer.values()))
 
     def row_fields(self) -> dict[str, str]:
         """The columns that a result row takes from here."""
@@ -80,9 +101,12 @@ def backends_name(backends: Iterable[str]) -> str:
 
 
 def default_layers(shape: ModelShape) -> DeepLayers:
-    """The deep layers of a model for which none are asked for: from the published one on, or from half its depth."""
-    name = shape.name.lower()
+    """The deep layers of a model for which none are asked for: from the published one on, or the deeper half.
+
+    Half the depth is half of the layers of full attention.
+    """
+    name, full = shape.name.lower(), shape.full
     for known, layer in PUBLISHED_STARTING_LAYERS.items():
         if known in name and layer <= shape.layers:
-            return DeepLayers(tuple(range(layer, shape.layers)), "published")
-    return DeepLayers(tuple(range(shape.layers // 2, shape.layers)), HALF)
+            return DeepLayers(tuple(each for each in full if each >= layer), "published")
+    return DeepLayers(full[len(full) // 2 :], HALF)

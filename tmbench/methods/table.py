@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TRIANGLE_MIX = "He et al. 2025, arXiv 2507.21526"
 STATIC_PATTERNS = ("dense", "triangle")
 """The patterns of ``tmbench_kernels`` that do not choose their keys by the data, by name."""
+NATIVE = ("window", "chunks")
+"""What rows call the attention of layers that stay the model's own, where a kernel computes it."""
 LAYERS = "layers"
 """The parameter of every method with a deep pattern."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -104,7 +106,7 @@ class Method:
         return values
 
     def plan(self, shape: ModelShape, parameters: Mapping[str, Any] | None = None, layers: DeepLayers | None = None) -> Plan:
-        """One pattern per layer of a model of this shape. No result file is read.
+        """One pattern per layer of full attention of a model of this shape. No result file is read.
 
         Args:
             shape: the model's.
@@ -129,7 +131,9 @@ class Method:
         for part in self._parts:
             made = part.make(values)
             named |= {name: about.named(getattr(made, name)) for name, about in part.declared.items()}
-        return Plan(self.name, tuple(patterns), {name: value for name, value in named.items() if value != ""}, source)
+        full = set(shape.full)
+        applied = tuple(pattern if layer in full else None for layer, pattern in enumerate(patterns))
+        return Plan(self.name, applied, {name: value for name, value in named.items() if value != ""}, source)
 
     def _per_layer(self, part: Part, values: Mapping[str, Any], shape: ModelShape) -> list[Pattern]:
         try:

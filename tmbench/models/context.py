@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tmbench.errors import UserError
 from tmbench.models import parallel
-from tmbench.models.attention_modules import windows
+from tmbench.models.attention_modules import kept_whole, native_attentions, windows
 from tmbench.models.geometry import Geometry
 from tmbench.models.rotary import depends_on_length
 
@@ -35,6 +35,10 @@ def check_split(name: str, model: Any) -> None:
         )
     if windows(model):
         raise UserError(f"--model {name} has layers with a sliding window, whose prompts are not split: {remedy}")
+    if native_attentions(model):
+        raise UserError(f"--model {name} has layers of chunked attention, whose prompts are not split: {remedy}")
+    if feature := kept_whole(model):
+        raise UserError(f"--model {name} has {feature}, which prompts that are split do not go with: {remedy}")
     if depends_on_length(model):
         raise UserError(
             f"--model {name} has rotary embeddings that depend on a prompt's length, which no rank has whole: {remedy}"

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tmbench.methods.layer_kinds import FULL, layer_kinds
+
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "experts_per_token")
+"""Where configs say how many experts work on a token."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -18,29 +23,37 @@ class Geometry:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: Any) -> Geometry:
-        """The geometry of a transformers model or config.
+    def of(cls, model: Any, layer: int | None = None) -> Geometry:
+        """The geometry of a transformers model or config, in one layer: the first one of full attention, if none is said.
 
         Under multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1) q and k have a rotary part and
         one without, v a size of its own, and every query head gets a key head, whatever the config says of key heads.
         """
-        config = getattr(model, "config", model)
-        text = config.get_text_config()
-        heads = int(text.num_attention_heads)
-        latent = getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None)
+        text = getattr(model, "config", model).get_text_config()
+        kinds = layer_kinds(text)
+        if layer is None:
+            layer = kinds.index(FULL) if FULL in kinds else 0
+        # Some families have heads of another size, or another number of them, in each kind of layer.
+        own = text.per_layer_config[layer]
+        heads = int(own.num_attention_heads)
+        latent = getattr(own, "kv_lora_rank", None) and getattr(own, "qk_rope_head_dim", None)
         if latent:
-            qk = int(getattr(text, "qk_nope_head_dim", 0)) + int(text.qk_rope_head_dim)
-            return cls(text.num_hidden_layers, heads, heads, qk, int(text.v_head_dim), text.vocab_size)
-        dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        return cls(
-            text.num_hidden_layers, heads, kv_heads, dim, int(getattr(text, "v_head_dim", None) or dim), text.vocab_size
-        )
+            qk = int(getattr(own, "qk_nope_head_dim", 0)) + int(own.qk_rope_head_dim)
+            return cls(len(kinds), heads, heads, qk, int(own.v_head_dim), text.vocab_size)
+        dim = int(getattr(own, "head_dim", None) or text.hidden_size // heads)
+        kv_heads = int(getattr(own, "num_key_value_heads", None) or heads)
+        return cls(len(kinds), heads, kv_heads, dim, int(getattr(own, "v_head_dim", None) or dim), text.vocab_size)
 
     @property
     def flop_per_pair(self) -> float:
         """Operations of one (query, key) pair of one head: a product of q and k, and one of its weight with v."""
         return 2.0 * (self.qk_head_dim + self.v_head_dim)
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts work on a token, those that are shared by all tokens aside; 0 for a model without experts."""
+    text = config.get_text_config()
+    return next((int(found) for name in PER_TOKEN if (found := getattr(text, name, None))), 0)
 
 
 def max_positions(config: Any) -> int | None:

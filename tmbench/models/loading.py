@@ -26,13 +26,14 @@ from transformers.utils.logging import disable_progress_bar
 from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
 from tmbench.models import fingerprint, parallel, sharding, structured
-from tmbench.models.attention_modules import windows
+from tmbench.models.attention_modules import limiting_windows
 from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
 from tmbench.models.context import check_split, split_prompts
 from tmbench.models.geometry import Geometry, max_positions
 from tmbench.models.presets import preset_names, read_preset
 from tmbench.models.weights import check_loaded, check_planned
 from tmbench.results.files import readable
+from tmbench.results.words import counted
 from tmbench_kernels import Dense
 
 TINY = "tiny"
@@ -106,7 +107,7 @@ class LoadedModel:
                 f"--length {length} is more than the {self.max_length} positions of {self.name}: "
                 f"give {self.max_length} or less, or another --model"
             )
-        layer, window = min(windows(self.model).items(), key=lambda one: one[1], default=(0, None))
+        layer, window = min(limiting_windows(self.model).items(), key=lambda one: one[1], default=(0, None))
         if window is not None and window < length:
             raise UserError(
                 f"--length {length} reaches beyond the sliding window of {window} tokens in layer {layer} of {self.name}, "
@@ -116,8 +117,16 @@ class LoadedModel:
     @property
     def longest(self) -> int | None:
         """The longest prompt and answer that the methods serve; None where nothing limits them."""
-        limits = [limit for limit in (self.max_length, *windows(self.model).values()) if limit is not None]
+        limits = [limit for limit in (self.max_length, *limiting_windows(self.model).values()) if limit is not None]
         return min(limits, default=None)
+
+    def need_full_layers(self, wish: str) -> None:
+        """Raise UserError where some layers stay the model's own, whatever the method."""
+        if native := self.shape.native:
+            raise UserError(
+                f"{wish} reads models whose layers all have full attention: {counted(len(native), 'layer')} of {self.name} "
+                f"{'has' if len(native) == 1 else 'have'} {', '.join(dict.fromkeys(native.values()))}; use another --model"
+            )
 
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory.
@@ -196,9 +205,11 @@ def load(
     """
     preset = is_preset(name)
     if preset and weights == "checkpoint":
+        fields = read_preset(name)
+        kinds = "--weights random" + " or --weights structured" * (fields["model_type"] in structured.FAMILIES)
         raise UserError(
-            f"--model {name} is a preset, a config without weights: add --weights random or --weights structured, or give "
-            f"the real checkpoint, {read_preset(name)['_name_or_path']} or a folder"
+            f"--model {name} is a preset, a config without weights: add {kinds}, or give the real checkpoint, "
+            f"{fields['_name_or_path']} or a folder"
         )
     place = parallel.device(check_device(device or default_device()))
     kind = check_dtype(dtype, place)

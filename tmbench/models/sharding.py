@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.models import fingerprint, parallel
-from tmbench.models.attention_modules import self_attentions
+from tmbench.models.attention_modules import kept_whole, self_attentions
 from tmbench.models.checkpoint import tensor_shapes
 from tmbench.models.geometry import Geometry
 
@@ -83,6 +83,8 @@ def plan_of(name: str, model: Any, ranks: int) -> Plan:
             f"--model {name} has {shape.heads} query heads and {shape.kv_heads} key heads, which {ranks} GPUs cannot share "
             "evenly: give --nproc-per-node a number that divides both"
         )
+    if feature := kept_whole(model):
+        raise UserError(f"--model {name} has {feature}, which several GPUs do not share: {remedy}")
     linear = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
     found: dict[str, str] = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tmbench.methods.table import LAYERS, STATIC_PATTERNS
+from tmbench.methods.table import LAYERS, NATIVE, STATIC_PATTERNS
 from tmbench.report.break_even import break_even
 from tmbench.report.comparable import Placed, pattern_settings
 from tmbench.report.evidence import Evidence, best_evidence
@@ -98,7 +98,7 @@ class TtftCell(Cell[TtftRow]):
     @property
     def chooses_by_the_data(self) -> bool:
         """Whether a pattern that ran chooses its keys by the data."""
-        return not {name.partition(":")[0] for name in self.row.backends.split("+")} <= {"", *STATIC_PATTERNS}
+        return not {name.partition(":")[0] for name in self.row.backends.split("+")} <= {"", *STATIC_PATTERNS, *NATIVE}
 
 
 @dataclass(frozen=True)
