@@ -259,11 +259,11 @@ def test_the_geometry_is_what_attention_receives(family, changes, make_model, pr
     seen = set()
     with torch.inference_mode(), applied(model, "dense") as session:
         session.observer = lambda layer, pattern, q, k, scale: seen.add((q.shape, k.shape))
-        before = type(session.plan.patterns[0]).attend
+        before = type(session.plan.by_layer[0]).attend
 
-        def attend(pattern, q, k, v, *, scale=None):
+        def attend(pattern, q, k, v, **asked):
             seen.add(v.shape)
-            return before(pattern, q, k, v, scale=scale)
+            return before(pattern, q, k, v, **asked)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(session.plan.patterns[0]), "attend", attend)
