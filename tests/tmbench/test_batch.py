@@ -185,6 +185,7 @@ def test_a_model_that_answers_otherwise_decodes_alone(make_model, monkeypatch):
     assert "otherwise" in obstacle
 
 
+@pytest.mark.slow
 def test_texts_follow_tokens_that_are_given(make_model, texts):
     """As a method follows dense's text: its choices are those of the plain loop along that text, end tokens left out."""
     model = make_model("llama").to(DEVICE)

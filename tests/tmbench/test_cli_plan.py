@@ -25,6 +25,7 @@ RULER = (
 )
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_is_there_and_then_what_is_not(tmbench, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)
@@ -45,6 +46,7 @@ def test_a_plan_says_what_is_there_and_then_what_is_not(tmbench, monkeypatch):
     assert "its samples so far" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -71,6 +73,7 @@ def test_a_model_without_a_config_has_no_plan(command, tmbench, tmp_path):
     assert err.count("Error:") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused_by_a_plan_too(tmbench):
     assert tmbench(*RULER)[0] == 0
     path = next(Path("results").glob("*/ruler/predictions/streaming/*.jsonl"))

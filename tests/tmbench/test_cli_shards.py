@@ -15,6 +15,7 @@ SWEEP = ("sweep", "--last-n", "0", "--last-n", "64", "--length", "600", "--task"
          "--offline", "--device", "cpu")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_shards_are_measured_and_merged(tmbench, tmp_path, monkeypatch):
     code, out, err = tmbench(*AGREE, "--shard", "1/2")
     assert (code, out) == (0, "")
@@ -44,6 +45,7 @@ def test_a_shard_of_a_sweep_asks_and_does_not_time(tmbench, tmp_path):
     assert {(row.method, row.samples) for row in read_all(tmp_path / "results", RulerRow)} == {("dense", 2), ("tri_mix", 2)}
 
 
+@pytest.mark.slow
 def test_shards_of_different_settings_are_refused(tmbench):
     tmbench(*AGREE, "--shard", "1/2")
     tmbench(*AGREE, "--shard", "2/2", "--seed", "7")

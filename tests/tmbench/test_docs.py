@@ -25,6 +25,7 @@ def sources(render):
     return render.Sources()
 
 
+@pytest.mark.slow
 def test_rendering_changes_no_page(render, sources):
     pages = dict(render.rendered(sources))
     assert {"report.md", "accuracy.md", "attention.md"} <= {path.name for path in pages}

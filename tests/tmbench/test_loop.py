@@ -213,6 +213,7 @@ def test_a_method_waits_for_the_text_of_dense(specs, loaded, tmp_path):
     assert [text is None for text in texts] == [True] * 3 + [False] * 6
 
 
+@pytest.mark.slow
 def test_tasks_do_not_wait_for_each_other_where_samples_are_measured_elsewhere(specs, loaded, tmp_path):
     executor = Elsewhere(loaded)
     rows = run(specs("accuracy", tmp_path), executor)

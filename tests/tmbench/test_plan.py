@@ -179,6 +179,7 @@ def test_a_shard_plans_its_own_part(spec, loaded):
     assert [line.left for line in outlook(spec(shard=Shard(2, 2)), loaded).lines] == [4, 4]
 
 
+@pytest.mark.slow
 def test_what_did_not_fit_in_memory_is_not_planned_again(spec, loaded, monkeypatch):
     def answer(*given):
         raise MemoryError("no more")
@@ -190,6 +191,7 @@ def test_what_did_not_fit_in_memory_is_not_planned_again(spec, loaded, monkeypat
     assert [line.left for line in outlook(replace(work, samples=6), loaded).lines] == [6, 6]
 
 
+@pytest.mark.slow
 def test_every_measurement_of_samples_has_a_plan(spec, loaded):
     asked = spec()
     about = {"model": asked.model, "environment": asked.environment, "root": asked.root}

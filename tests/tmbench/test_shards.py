@@ -104,6 +104,7 @@ def split(spec, loaded, of=OF, numbers=None):
     return [run(replace(spec, shard=Shard(number, of)), InProcess(loaded)) for number in numbers or range(1, of + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_make_the_rows_of_one_run_in_any_order_and_merged_twice_as_once(kind, spec, loaded, tmp_path):
     run(spec(kind, tmp_path / "one"), InProcess(loaded))
@@ -202,6 +203,7 @@ def test_samples_that_were_taken_away_make_no_row(spec, loaded, tmp_path):
     assert {str(shard): titles for shard, titles in found.missing.items()} == {"2/3": ["dense on vt at 600"]}
 
 
+@pytest.mark.slow
 def test_a_shard_that_fails_makes_the_row_of_a_run_that_fails_until_it_does_not(spec, loaded, tmp_path, monkeypatch):
     work, real = spec("accuracy", tmp_path, tasks=("vt",)), answering.alone
 
@@ -267,6 +269,7 @@ def test_machines_may_differ_in_what_a_row_can_name_twice(spec, loaded, tmp_path
     assert {row.driver for row in merge([tmp_path / "1", tmp_path / "2"], tmp_path).made} == {"550.1+560.2"}
 
 
+@pytest.mark.slow
 def test_proposals_by_different_rules_are_not_of_one_run(spec, loaded, tmp_path):
     split(spec("probe", tmp_path), loaded, of=2, numbers=[1])
     split(spec("probe", tmp_path, rule="depth"), loaded, of=2, numbers=[2])
