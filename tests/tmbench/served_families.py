@@ -93,7 +93,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": MOE,
     "seed_oss": {},
     "gpt_oss": MOE | SLIDING,
+    "gpt_oss, with wide windows": MOE | SLIDING | {"sliding_window": 600},
     "gemma2": SLIDING | {"attn_logit_softcapping": 5.0},
+    "gemma2, with wide windows": SLIDING | {"attn_logit_softcapping": 5.0, "sliding_window": 600},
     "mimo_v2_flash": ROUTED
     | SLIDING
     | {"v_head_dim": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 16, "swa_v_head_dim": 8},

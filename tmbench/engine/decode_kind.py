@@ -19,7 +19,7 @@ from tmbench.methods.layer_kinds import FULL, SLIDING, kind_words, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models import parallel
-from tmbench.models.attention_modules import logits_feature, windows
+from tmbench.models.attention_modules import windows
 from tmbench.models.rotary import depends_on_length
 from tmbench.results.failures import describe
 
@@ -43,8 +43,6 @@ def step_kind(model: PreTrainedModel, prefill: Kind, capacity: int) -> tuple[Ste
         return None, "as its rotary embeddings depend on a text's length"
     if own := [kind for kind in layer_kinds(model.config) if kind not in (FULL, SLIDING)]:
         return None, f"as it has layers of {kind_words(own)}, whose state no static cache here holds"
-    if feature := logits_feature(model):
-        return None, f"as it has {feature}, which are not served over a static cache"
     if (window := min(windows(model).values(), default=0)) and window < capacity:
         return None, f"as a layer's sliding window of {window} tokens is shorter than its texts"
     if model not in _FOUND:

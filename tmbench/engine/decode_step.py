@@ -52,8 +52,6 @@ def prepared(
         stack.callback(implementations.restore)
         implementations.use(IMPLEMENTATION)
         for layer, (keys, values) in zip(layers, cache.layers, strict=True):
-            if layer.with_router:
-                raise UnsupportedModelError(f"the MLPs of {type(model).__name__} cannot be run apart in a decoding step")
             region = operators.Region(partial(_attend, keys, values, cache_seqlens), partial(forward_of, layer.mlp))
             replace_forward(stack, layer.module, partial(_run_layer, region, run, layer.module))
         yield
@@ -86,18 +84,17 @@ def _attend(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    assert not softcap
-    assert sinks is None
-    return attend_with_kvcache(q, k, v, keys, values, cache_seqlens, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    about: dict[str, Any] = ({"softcap": softcap} if softcap else {}) | ({} if sinks is None else {"sinks": sinks})
+    return attend_with_kvcache(q, k, v, keys, values, cache_seqlens, scale, **about)
 
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of one layer: q ``[slots, heads, 1, dim]`` in, ``[slots, 1, heads, dim]`` out."""
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError("soft-capped logits and sinks are not served over a static cache")
-    return operators.attention(query, key, value, kwargs.get("scaling")), None
+    about = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    return operators.attention(query, key, value, kwargs.get("scaling"), *about), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
