@@ -154,6 +154,18 @@ def test_presets_of_newer_families(name, parameters, active, full, deep, sizes):
     assert done / 8192 * shape.layers / (shape.layers - 1) == pytest.approx(active, rel=0.01)
 
 
+def test_slow_code_of_a_models_own_layers_is_said_aloud(monkeypatch):
+    cuda, config = torch.device("cuda"), loading.load_config("qwen3.5-9b")
+    monkeypatch.setattr(loading, "find_spec", lambda module: None if module == "fla" else module)
+    note = loading.kernels_note("m", config, cuda)
+    assert note.startswith("m has layers of linear or recurrent attention, which transformers computes by reference code")
+    assert "where flash-linear-attention is missing" in note
+    assert not loading.kernels_note("m", config, torch.device("cpu"))
+    assert not loading.kernels_note("m", loading.load_config("qwen3-8b"), cuda)
+    monkeypatch.setattr(loading, "find_spec", lambda module: module)
+    assert not loading.kernels_note("m", config, cuda)
+
+
 def test_a_preset_has_neither_weights_nor_tokenizer():
     for name in preset_names():
         drawn = name.startswith(("llama-3", "qwen2"))

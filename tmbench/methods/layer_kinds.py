@@ -10,12 +10,13 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 CHUNKED = "chunked_attention"
 LINEAR = "linear_attention"
+CONVOLUTION = "conv"
 KINDS = {
     FULL: "full attention",
     SLIDING: "sliding-window attention",
     CHUNKED: "chunked attention",
     LINEAR: "linear or recurrent attention",
-    "conv": "a short convolution",
+    CONVOLUTION: "a short convolution",
     "moe": "experts alone",
     "mlp": "an MLP alone",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from tmbench.errors import UserError
+from tmbench.methods.layer_kinds import CONVOLUTION, LINEAR, kind_words, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.models import fingerprint, parallel, sharding, structured
 from tmbench.models.attention_modules import limiting_windows
@@ -40,6 +42,8 @@ TINY = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
+KERNELS = {"flash-linear-attention": "fla", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
+"""Packages whose kernels transformers takes for linear and recurrent layers and convolutions, and the modules they bring."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,23 @@ def load(
         planned_for=place if plan_only else None,
         tensor_parallel_size=parallel.size() if split else 1,
         context_parallel_size=parallel.size() if context_parallel else 1,
-        notes=(f"{name} brings {NOT_RUN}: its family is transformers' own",) if hasattr(config, "auto_map") else (),
+        notes=tuple(filter(None, (_code_note(name, config), kernels_note(name, config, place)))),
+    )
+
+
+def _code_note(name: str, config: Any) -> str:
+    return f"{name} brings {NOT_RUN}: its family is transformers' own" if hasattr(config, "auto_map") else ""
+
+
+def kernels_note(name: str, config: Any, device: torch.device) -> str:
+    """A sentence where layers that stay the model's own run on a GPU without the kernels that are made for them, or ""."""
+    own = [kind for kind in layer_kinds(config) if kind in (LINEAR, CONVOLUTION)]
+    missing = [package for package, module in KERNELS.items() if find_spec(module) is None]
+    if not own or not missing or device.type != "cuda":
+        return ""
+    return (
+        f"{name} has layers of {kind_words(own)}, which transformers computes by reference code where {', '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} missing, as here: it is right, but slow"
     )
 
 
