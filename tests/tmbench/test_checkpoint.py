@@ -259,14 +259,15 @@ def test_the_geometry_is_what_attention_receives(family, changes, make_model, pr
     seen = set()
     with torch.inference_mode(), applied(model, "dense") as session:
         session.observer = lambda layer, pattern, q, k, scale: seen.add((q.shape, k.shape))
-        before = type(session.plan.by_layer[0]).attend
+        kind = type(session.plan.by_layer[0])
+        before = kind.attend
 
         def attend(pattern, q, k, v, **asked):
             seen.add(v.shape)
             return before(pattern, q, k, v, **asked)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(session.plan.patterns[0]), "attend", attend)
+            patch.setattr(kind, "attend", attend)
             model(prompt(9))
     q, k, v = (x.shape for x in loaded.qkv(9))
     assert seen == {(q, k), v}

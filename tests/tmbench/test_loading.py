@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -152,6 +153,38 @@ def test_presets_of_newer_families(name, parameters, active, full, deep, sizes):
     # Of the last layer little is done: all others stand for it.
     done = sum(flop for layer, flop in work.items() if layer is not None and layer < shape.layers - 1)
     assert done / 8192 * shape.layers / (shape.layers - 1) == pytest.approx(active, rel=0.01)
+
+
+def test_auto_is_the_type_that_the_config_says(checkpoint):
+    path = checkpoint
+    config = json.loads((path / "config.json").read_text())
+    for said, loaded in (("bfloat16", "bfloat16"), ("float32", "float32")):
+        (path / "config.json").write_text(json.dumps(config | {"dtype": said}))
+        assert loading.load(str(path), weights="random", device="cpu", dtype="auto").dtype == loaded
+    others: list[tuple[str | None, str]] = [("float64", "says float64"), (None, "says no type")]
+    for other, words in others:
+        (path / "config.json").write_text(json.dumps(config | {"dtype": other}))
+        with pytest.raises(UserError, match=f"--dtype auto: the config of .* {words}: choose from float32, bfloat16"):
+            loading.load(str(path), weights="random", device="cpu", dtype="auto")
+
+
+def test_a_revision_is_of_a_hugging_face_id(checkpoint, make_model, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    make_model("llama").save_pretrained(tmp_path / "old")
+    for name, words in ((str(checkpoint), "a folder"), ("tiny", "the embedded model")):
+        with pytest.raises(UserError, match=f"--revision v1 is of a Hugging Face id, but .* is {words}: leave it out"):
+            loading.load(name, device="cpu", revision="v1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    kept = tmp_path / "cache" / "models--some--model"
+    for branch, commit, folder in (("v1", "1" * 40, tmp_path / "old"), ("main", "2" * 40, checkpoint)):
+        shutil.copytree(folder, kept / "snapshots" / commit)
+        (kept / "refs").mkdir(exist_ok=True)
+        (kept / "refs" / branch).write_text(commit)
+    for revision, family, commit in (("v1", "llama", "1" * 40), (None, "qwen2", "2" * 40)):
+        loaded = loading.load("some/model", device="cpu", weights="random", revision=revision)
+        assert (loaded.model.config.model_type, loaded.revision) == (family, commit)
 
 
 def test_slow_code_of_a_models_own_layers_is_said_aloud(monkeypatch):

@@ -43,6 +43,7 @@ def agree(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
+    revision: o.RevisionOption = None,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
     context_parallel: o.ContextParallelOption = False,
@@ -73,7 +74,7 @@ def agree(
     from tmbench.measure.spec import ModelSource, place, prefill_kind
 
     (asked,) = o.prompts_of([prompt] if prompt is not None else [], prompt_file) or ["kv"]
-    source = ModelSource(model, weights, device, dtype, context_parallel)
+    source = ModelSource(model, weights, device, dtype, context_parallel, revision=revision)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)

@@ -95,9 +95,22 @@ BatchSizeOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="A torch device.", rich_help_panel=MACHINE, show_default="cuda if there is one")
 ]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of a Hugging Face id.",
+        rich_help_panel=MACHINE,
+        show_default="the newest",
+        metavar="NAME",
+    ),
+]
 DtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="The model's type.", rich_help_panel=MACHINE, show_default="bfloat16 on a GPU, else float32"),
+    Literal["float32", "bfloat16", "float16", "auto"] | None,
+    typer.Option(
+        help="The model's type; auto is that of the checkpoint.",
+        rich_help_panel=MACHINE,
+        show_default="bfloat16 on a GPU, else float32",
+    ),
 ]
 WeightsOption = Annotated[
     Literal["checkpoint", "random", "structured"],

@@ -65,6 +65,7 @@ def search(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
+    revision: o.RevisionOption = None,
     dtype: o.DtypeOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Search again what is there already.", rich_help_panel=o.OUTPUT)
@@ -83,7 +84,7 @@ def search(
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
     check_output(output, overwrite=overwrite)
-    where, loaded = opened(ModelSource(model, weights, device, dtype))
+    where, loaded = opened(ModelSource(model, weights, device, dtype, revision=revision))
     attention_modules(loaded.model)
     for note in loaded.notes:
         say(note)

@@ -66,6 +66,7 @@ def probe(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
+    revision: o.RevisionOption = None,
     dtype: o.DtypeOption = None,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
@@ -138,7 +139,8 @@ def probe(
     from tmbench_kernels import Triangle
 
     tasks = o.prompts_of(task or (), prompt_file, "--task") or list(TASKS)
-    where, loaded = opened(ModelSource(model, weights, device, dtype), executor, workers, address, plan_only=plan)
+    source = ModelSource(model, weights, device, dtype, revision=revision)
+    where, loaded = opened(source, executor, workers, address, plan_only=plan)
     wanted = o.lengths_of(tasks[0], loaded, answered=True) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)
     common: dict[str, Any] = {

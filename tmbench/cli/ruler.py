@@ -87,6 +87,7 @@ def ruler(
     model: o.ModelOption = "tiny",
     weights: UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
+    revision: o.RevisionOption = None,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
     context_parallel: o.ContextParallelOption = False,
@@ -137,7 +138,7 @@ def ruler(
         loading.check_has_tokenizer(model, "RULER")
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
-    source = ModelSource(model, weights, device, dtype, context_parallel)
+    source = ModelSource(model, weights, device, dtype, context_parallel, revision=revision)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     if plan and loaded.tokenizer is None:

@@ -47,6 +47,7 @@ def sweep(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
+    revision: o.RevisionOption = None,
     dtype: o.DtypeOption = None,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
@@ -81,7 +82,7 @@ def sweep(
     loading.check_has_tokenizer(model, "RULER")
     chat = r.chat_text(chat_template_kwargs, apply_chat_template)
     suite = r.suite_for(tasks, wording, data_dir, offline, samples_as, chat)
-    source = ModelSource(model, weights, device, dtype)
+    source = ModelSource(model, weights, device, dtype, revision=revision)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     r.say_notes(suite, loaded.need_tokenizer("RULER"))

@@ -58,6 +58,7 @@ def ttft(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
+    revision: o.RevisionOption = None,
     dtype: o.DtypeOption = None,
     executor: Annotated[str | None, typer.Option(hidden=True)] = None,
     context_parallel: o.ContextParallelOption = False,
@@ -86,7 +87,7 @@ def ttft(
     from tmbench.measure.ttft import TtftSpec
 
     asked = next(iter(o.prompts_of([prompt] if prompt is not None else [], prompt_file)), None)
-    source = ModelSource(model, weights, device, dtype, context_parallel)
+    source = ModelSource(model, weights, device, dtype, context_parallel, revision=revision)
     where, loaded = opened(source, plan_only=plan)
     wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted)

@@ -163,7 +163,9 @@ class Workers:
             raise ValueError(f"this executor holds {own}, not {source}")
         if self._loaded is None:
             # Prompts are made on the CPU: this process uses no GPU.
-            on_cpu = loading.load(own.name, weights=own.weights, device="cpu", dtype=own.dtype, plan_only=True)
+            on_cpu = loading.load(
+                own.name, weights=own.weights, device="cpu", dtype=own.dtype, revision=own.revision, plan_only=True
+            )
             self._check_facts(self._ready.facts | on_cpu.row_fields(), "this process")
             self._loaded = on_cpu
         return self._loaded

@@ -45,17 +45,29 @@ class ModelSource:
     """None takes bfloat16 on a GPU and float32 elsewhere."""
     context_parallel: bool = False
     """Whether several ranks split its prompts, and not the model."""
+    revision: str | None = None
+    """The branch, tag or commit of a Hugging Face id; None takes the newest."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelSource:
         """What loads the same model once more."""
         return cls(
-            loaded.name, loaded.weights, str(loaded.device), loaded.dtype, context_parallel=loaded.context_parallel_size > 1
+            loaded.name,
+            loaded.weights,
+            str(loaded.device),
+            loaded.dtype,
+            context_parallel=loaded.context_parallel_size > 1,
+            revision=loaded.revision or None,
         )
 
     def load(self, *, plan_only: bool = False) -> LoadedModel:
         """The model on its device, or its geometry alone; raises as ``tmbench.models.loading.load``."""
-        how: dict[str, Any] = {"weights": self.weights, "device": self.device, "dtype": self.dtype}
+        how: dict[str, Any] = {
+            "weights": self.weights,
+            "device": self.device,
+            "dtype": self.dtype,
+            "revision": self.revision,
+        }
         return loading.load(self.name, **how, context_parallel=self.context_parallel, plan_only=plan_only)
 
 

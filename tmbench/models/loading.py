@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from tmbench.errors import UserError
+from tmbench.errors import UserError, shortened
 from tmbench.methods.layer_kinds import CONVOLUTION, LINEAR, kind_words, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.models import fingerprint, parallel, sharding, structured
@@ -39,6 +39,8 @@ from tmbench.results.words import counted
 from tmbench_kernels import Dense
 
 TINY = "tiny"
+AUTO = "auto"
+"""For --dtype: the checkpoint's own."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
@@ -186,8 +188,19 @@ def check_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise UserError(f"--dtype {name} is unknown: choose from {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {name} is unknown: choose from {', '.join((*DTYPES, AUTO))}")
     return DTYPES[name]
+
+
+def saved_dtype(name: str, config: Any) -> torch.dtype:
+    """The type that a checkpoint's config says it is saved in; raises UserError where it says none that is served."""
+    saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    saved = getattr(torch, saved, None) if isinstance(saved, str) else saved
+    if saved not in DTYPES.values():
+        says = "no type" if saved is None else str(saved).removeprefix("torch.")
+        raise UserError(f"--dtype auto: the config of {name} says {says}: choose from {', '.join(DTYPES)}")
+    assert isinstance(saved, torch.dtype)
+    return saved
 
 
 def load(
@@ -196,10 +209,13 @@ def load(
     weights: Weights = "checkpoint",
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
     context_parallel: bool = False,
     plan_only: bool = False,
 ) -> LoadedModel:
     """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
+
+    ``revision`` is a branch, tag or commit of a Hugging Face id, and ``dtype`` may be "auto", the type that the config says.
 
     Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own; with
     ``context_parallel`` the whole, and prompts are split instead.
@@ -215,16 +231,18 @@ def load(
             f"--model {name} is a preset, a config without weights: add {kinds}, or give the real checkpoint, "
             f"{fields['_name_or_path']} or a folder"
         )
+    _check_revision(name, revision)
     place = parallel.device(check_device(device or default_device()))
-    kind = check_dtype(dtype, place)
+    kind = check_dtype(None if dtype == AUTO else dtype, place)
     path = model_path(name)
     disable_progress_bar()
     if not preset:
         check_place(path if name == TINY else name, weights=weights == "checkpoint")
     with loading(name):
-        config = load_config(name)
+        config = load_config(name, revision)
         family = _family(name, config)
-        revision = str(getattr(config, "_commit_hash", None) or "")
+        commit = _commit(name, config, revision)
+        kind = saved_dtype(name, config) if dtype == AUTO else kind
         if weights == "structured":
             structured.check_family(config)
         if context_parallel:
@@ -232,16 +250,21 @@ def load(
         split = parallel.size() > 1 and not context_parallel
         if plan_only:
             model = _drawn(family, config, torch.device("meta"), kind)
-            folder = _folder(name, revision)
+            folder = _folder(name, commit)
             if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
                 check_planned(name, model, folder)
         elif split:
-            model = _split(name, family, config, weights, _folder(name, revision), place, kind)
+            model = _split(name, family, config, weights, _folder(name, commit), place, kind)
         elif weights != "checkpoint":
             model = _drawn(family, config, place, kind)
         else:
             model, info = family.from_pretrained(
-                path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+                path,
+                dtype=kind,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **_at(revision),
             )
             check_loaded(name, model, info)
             model = model.to(place)
@@ -253,15 +276,37 @@ def load(
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
-        tokenizer=None if preset else _tokenizer(name, required=weights == "checkpoint"),
+        tokenizer=None if preset else _tokenizer(name, required=weights == "checkpoint", revision=revision),
         weights=weights,
-        revision=revision,
-        model_hash=content_hash(name, weights, revision),
+        revision=commit,
+        model_hash=content_hash(name, weights, commit),
         planned_for=place if plan_only else None,
         tensor_parallel_size=parallel.size() if split else 1,
         context_parallel_size=parallel.size() if context_parallel else 1,
         notes=tuple(filter(None, (_code_note(name, config), kernels_note(name, config, place)))),
     )
+
+
+def _at(revision: str | None) -> dict[str, str]:
+    """What transformers is told of a revision."""
+    return {} if revision is None else {"revision": revision}
+
+
+def _commit(name: str, config: Any, revision: str | None) -> str:
+    """The commit of a Hub checkpoint; "" for what is none."""
+    if is_preset(name) or Path(model_path(name)).is_dir():
+        return ""
+    known = getattr(config, "_commit_hash", None)
+    kept = None if known else fingerprint.snapshot(name, revision or "")
+    return str(known or (kept.name if kept is not None else ""))
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    here = "the embedded model" if name == TINY else "a preset" if is_preset(name) else "a folder"
+    if revision is not None and (here != "a folder" or Path(model_path(name)).is_dir()):
+        raise UserError(
+            f"--revision {shortened(revision)} is of a Hugging Face id, but --model {name} is {here}: leave it out"
+        )
 
 
 def _code_note(name: str, config: Any) -> str:
@@ -303,10 +348,10 @@ def check_has_tokenizer(name: str, wish: str) -> None:
         )
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, revision: str | None = None) -> Any:
     """The config of a model of this name; a preset's is named after the model that it was published for."""
     if not is_preset(name):
-        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False, **_at(revision))
     fields = read_preset(name)
     config = AutoConfig.for_model(**fields)
     config._name_or_path = fields["_name_or_path"]
@@ -371,7 +416,7 @@ def _split(
     return model
 
 
-def _tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(name: str, *, required: bool, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     path = model_path(name)
     if Path(path).is_dir() and not has_vocabulary(Path(path)):
         if required:
@@ -379,7 +424,9 @@ def _tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:
         return None
     try:
         with loading(name, "the tokenizer of "):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, **_at(revision)
+            )
             # Of files that it does not know transformers makes an empty one, which turns any text into nothing.
             if not tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]:
                 raise ValueError("it knows no word")
