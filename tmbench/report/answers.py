@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tmbench.report.intervals import MARGIN, Difference, differences
+from tmbench.report.intervals import MARGIN, Difference, differences, family
 from tmbench.results.sample_scores import Samples
 
 
@@ -19,13 +19,13 @@ class Answers:
 
     def compare(self, label: str, reference: str, tasks: Sequence[str]) -> Difference | str:
         """The paired difference of two labels over tasks, in points; where a task cannot be compared, why."""
-        (found,) = self.compare_all([(label, reference, tasks)])
-        return found
+        pairs = self._pairs(label, reference, tasks)
+        return pairs if isinstance(pairs, str) else differences([pairs], self.margin)[0]
 
     def compare_all(self, wanted: Sequence[tuple[str, str, Sequence[str]]]) -> list[Difference | str]:
-        """``compare`` of several over equally many tasks: all at once is many times faster than one by one."""
+        """``compare`` of all that a table has, each over equally many tasks, with "loss" and "gain" confirmed together."""
         pairs = [self._pairs(*one) for one in wanted]
-        known = iter(differences([each for each in pairs if not isinstance(each, str)], self.margin))
+        known = iter(family([each for each in pairs if not isinstance(each, str)], self.margin))
         return [each if isinstance(each, str) else next(known) for each in pairs]
 
     def complete(self, tasks: Sequence[str], labels: Sequence[str]) -> list[str]:

@@ -19,6 +19,12 @@ and one sample of each task is spent on its own mean, so that tasks of one sampl
 - "no measurable loss": otherwise, where the interval ends above minus the margin, so that a loss of the margin is excluded.
 - "too few samples": everything else.
 
+**Many comparisons.** By chance an interval excludes 0 on the side of a loss in 2.5 % of comparisons at most, so some of 130
+do. Where a table has several, "loss" and "gain" are those that Holm's method confirms (Holm 1979, Scandinavian Journal of
+Statistics 6, 65-70). The chance that one of a table's losses is none is then at most 2.5 %, however the comparisons hang
+together, and the same holds of its gains. What excludes 0 by itself alone is a "possible loss" or a "possible gain".
+Intervals stay as they are, of each comparison alone.
+
 **Samples needed.** So many a task that a method which loses nothing is told so in 80 of 100 measurements. With the standard
 deviations ``s`` of the paired differences of T tasks, ``n = ((2.72 + z(80 %)) / margin)^2 * mean(s^2) / T``, the sample size
 of a paired non-inferiority test (Julious 2004, Statistics in Medicine 23, 1921-1986) with this interval's 2.72 in place of
@@ -29,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +51,8 @@ Z_INTERVAL, Z_POWER = math.sqrt(2 * ALLOWANCE), 0.841621
 DECIMALS = 7
 
 LOSS, GAIN, NO_LOSS, TOO_FEW = "loss", "gain", "no measurable loss", "too few samples"
+POSSIBLE = {LOSS: "possible loss", GAIN: "possible gain"}
+"""What is said of an interval that excludes 0, where as many comparisons as there are may make one do so."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Difference:
     needed: int | None
     """Samples a task that would tell a method without loss so; None where a task has only one sample, and so no spread."""
     verdict: str
-    """One of ``LOSS``, ``GAIN``, ``NO_LOSS`` and ``TOO_FEW``."""
+    """One of ``LOSS``, ``GAIN``, ``NO_LOSS``, ``TOO_FEW`` and the values of ``POSSIBLE``."""
 
     @property
     def words(self) -> str:
@@ -107,6 +115,37 @@ def differences(comparisons: Sequence[Sequence[Sequence[float] | Floats]], margi
     ]
 
 
+def family(comparisons: Sequence[Sequence[Sequence[float] | Floats]], margin: float = MARGIN) -> list[Difference]:
+    """``differences`` of all comparisons of a table, with "loss" and "gain" as Holm's method confirms them together."""
+    found = differences(comparisons, margin)
+    confirmed = {words: _confirmed(comparisons, [one.verdict == words for one in found], words) for words in POSSIBLE}
+    return [
+        one
+        if one.verdict not in POSSIBLE or number in confirmed[one.verdict]
+        else replace(one, verdict=POSSIBLE[one.verdict])
+        for number, one in enumerate(found)
+    ]
+
+
+def _confirmed(comparisons: Sequence[Sequence[Sequence[float] | Floats]], excluding: Sequence[bool], words: str) -> set[int]:
+    """Which comparisons exclude 0 on one side under Holm's method; ``excluding`` are those that do so alone.
+
+    The step that confirms ``k`` of ``m`` tests all at 2.5 % of ``m - k``; what it confirms more makes the next one.
+    """
+    confirmed: set[int] = set()
+    while True:
+        left = [number for number, alone in enumerate(excluding) if alone and number not in confirmed]
+        if not left:
+            return confirmed
+        allowance = ALLOWANCE + math.log(len(comparisons) - len(confirmed))
+        taken = [[np.asarray(task, dtype=np.float64) for task in comparisons[number]] for number in left]
+        ends = intervals(taken, allowance=allowance)
+        more = {n for n, (low, high) in zip(left, ends, strict=True) if (high < 0 if words == LOSS else low > 0)}
+        if not more:
+            return confirmed
+        confirmed |= more
+
+
 def interval(tasks: Sequence[Floats], lowest: float = -100.0, highest: float = 100.0) -> tuple[float, float]:
     """The ends of the 95 % interval of the mean over tasks of each task's mean, for values between two bounds."""
     (found,) = intervals([tasks], lowest, highest)
@@ -114,17 +153,22 @@ def interval(tasks: Sequence[Floats], lowest: float = -100.0, highest: float = 1
 
 
 def intervals(
-    comparisons: Sequence[Sequence[Floats]], lowest: float = -100.0, highest: float = 100.0
+    comparisons: Sequence[Sequence[Floats]],
+    lowest: float = -100.0,
+    highest: float = 100.0,
+    allowance: float = ALLOWANCE,
 ) -> list[tuple[float, float]]:
-    """``interval`` of several comparisons of equally many tasks."""
+    """``interval`` of several comparisons of equally many tasks, of 95 % unless another ``allowance`` is given."""
     # Most tasks of most methods differ nowhere from dense: what is alike is computed once.
     keys = [tuple(np.asarray(task, dtype=np.float64).tobytes() for task in tasks) for tasks in comparisons]
     distinct = dict(zip(keys, comparisons, strict=True))
-    found = dict(zip(distinct, _intervals(list(distinct.values()), lowest, highest), strict=True))
+    found = dict(zip(distinct, _intervals(list(distinct.values()), lowest, highest, allowance), strict=True))
     return [found[key] for key in keys]
 
 
-def _intervals(comparisons: Sequence[Sequence[Floats]], lowest: float, highest: float) -> list[tuple[float, float]]:
+def _intervals(
+    comparisons: Sequence[Sequence[Floats]], lowest: float, highest: float, allowance: float
+) -> list[tuple[float, float]]:
     if not comparisons:
         return []
     if not all(tasks and all(map(len, tasks)) for tasks in comparisons):
@@ -139,7 +183,7 @@ def _intervals(comparisons: Sequence[Sequence[Floats]], lowest: float, highest: 
     several = counts.shape[1] > 1
     strata = Strata(scaled, shares, counts - several, np.full(counts.shape[1], 1 / counts.shape[1]))
     # Rounded, so that an interval is the same whatever it is computed together with.
-    ends = [half * sign * lowest_means(one, ALLOWANCE) for one, sign in ((strata, 1), (strata.mirrored, -1))]
+    ends = [half * sign * lowest_means(one, allowance) for one, sign in ((strata, 1), (strata.mirrored, -1))]
     lows, highs = (np.round(middle + end, DECIMALS).tolist() for end in ends)
     return list(zip(lows, highs, strict=True))
 
@@ -149,6 +193,11 @@ def in_words(low: float, high: float, margin: float) -> str:
     if high < 0 or low > 0:
         return LOSS if high < 0 else GAIN
     return NO_LOSS if low > -margin else TOO_FEW
+
+
+def by_chance(comparisons: int) -> float:
+    """How many of so many intervals may exclude 0 on the side of a loss by chance alone, at most, on average."""
+    return comparisons * (1 - CONFIDENCE) / 2
 
 
 def unseen_samples(margin: float, tasks: int = 1) -> int:

@@ -10,7 +10,7 @@ from functools import cached_property
 from ruler_tasks import TASKS
 from tmbench.report.answers import Answers
 from tmbench.report.comparable import Placed
-from tmbench.report.intervals import MARGIN, Difference, unseen_samples
+from tmbench.report.intervals import MARGIN, Difference, by_chance, unseen_samples
 from tmbench.report.samples_as import drawing_notes
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
 from tmbench.report.settings import RulerSetting
@@ -181,6 +181,7 @@ class RulerSection(Section[RulerSetting, RulerCell]):
         least = min(cell.row.samples for cell in self.cells)
         few = counted(least, "sample")
         verdicts = [cell.verdict for cell in self.measured()]
+        compared = sum(isinstance(cell.difference, Difference) for cell in self.cells)
         unpaired = [words.removeprefix(NOT_COMPARED) for words in verdicts if words.startswith(NOT_COMPARED)]
         missed = counted(len(unpaired), "score")
         notes = {
@@ -199,6 +200,9 @@ class RulerSection(Section[RulerSetting, RulerCell]):
                 wording != "prepared" and not wording.startswith("reference")
             ),
             f"Only {few} of some task: fewer than {FEW_SAMPLES} say little about a difference.": least < FEW_SAMPLES,
+            f"Chance alone may make up to {by_chance(compared):.1f} of {compared} differences by task look like a loss. So "
+            '"loss" and "gain" are what Holm\'s method confirms for a table as a whole; a "possible loss" excludes 0 by '
+            "itself alone.": compared > 1,
             f"No interval for {missed}, the first for this reason: {''.join(unpaired[:1])}.": bool(unpaired),
         }
         applying = [note for note, applies in notes.items() if applies]
