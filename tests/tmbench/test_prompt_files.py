@@ -172,9 +172,9 @@ def test_every_command_names_the_file_in_its_rows(tmbench, asked, text):
         tmbench("ttft", "--prompt-file", "asked.jsonl", *few, "--device", "cpu", "--repeats", "1", "--batch-size", "2")[0]
         == 0
     )
-    assert {row.prompt for row in read_all(root, TtftRow)} == {kind}
+    assert {(row.prompt, row.prompt_file) for row in read_all(root, TtftRow)} == {(kind, "asked.jsonl")}
     assert tmbench("agree", "--prompt", "text:river.txt", *few, *here, "--length", "200", "--new-tokens", "4")[0] == 0
-    assert {(row.prompt, row.samples) for row in read_all(root, AgreeRow)} == {(words, 2)}
+    assert {(row.prompt, row.samples, row.prompt_file) for row in read_all(root, AgreeRow)} == {(words, 2, "river.txt")}
     assert tmbench("probe", "--loss", "--prompt-file", "asked.jsonl", *few, *here)[0] == 0
     assert {(row.task, row.source) for row in read_all(root, LossRow)} == {(kind, "asked.jsonl")}
     assert tmbench("probe", "--task", "text:river.txt", *here, "--length", "200", "--n-local", "32", "--last-n", "8")[0] == 0
@@ -184,6 +184,7 @@ def test_every_command_names_the_file_in_its_rows(tmbench, asked, text):
     code, out, _ = tmbench("report")
     assert code == 0
     assert words in out
+    assert "The prompts are of the file asked.jsonl;" in out
     assert (
         tmbench("agree", "--prompt", "text:river.txt", *few, *here, "--length", "200", "--new-tokens", "4", "--plan")[0] == 0
     )

@@ -29,7 +29,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
 from tmbench.results.sample_files import decoded
-from tmbench.suites.prompts import Kind, check_prompt, prompt_id, prompt_ids
+from tmbench.suites.prompts import Kind, check_prompt, file_of, prompt_id, prompt_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
             hashes = {n: of_ids(self.ids(loaded, length, n)[0].tolist()) for n in sorted({0, *own})}
             known = {**self.common(loaded), "length": length, "prompt": str(self.prompt), "prompt_hash": hashes[0]}
             prompts = {number: (hashes[number], prompt_id(self.prompt, length, loaded, number)) for number in own}
-            known |= {"samples": self.samples, "new_tokens": self.new_tokens}
+            known |= {"samples": self.samples, "new_tokens": self.new_tokens, "prompt_file": file_of(self.prompt)}
             dense = self._target(0, known, prompts, None)
             yield [dense]
             yield [self._target(number, known, prompts, dense.samples) for number in range(1, len(self.plans))]

@@ -35,7 +35,7 @@ from tmbench.results.failures import Failure
 from tmbench.results.row_sets import finish
 from tmbench.results.rows import TtftRow, now
 from tmbench.results.words import batched
-from tmbench.suites.prompts import Kind, batch_ids, check_prompt
+from tmbench.suites.prompts import Kind, batch_ids, check_prompt, file_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +129,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 time=now(),
                 length=length,
                 prompt=str(self.prompt),
+                prompt_file=file_of(self.prompt),
                 prompt_hash=prompt_hash,
                 repeats=self.repeats,
                 warmup=self.warmup,

@@ -9,7 +9,7 @@ import numpy as np
 
 from tmbench.report.comparable import Placed
 from tmbench.report.intervals import intervals
-from tmbench.report.section import FEW_SAMPLES, Cell, Section, places_text, status_text
+from tmbench.report.section import FEW_SAMPLES, Cell, Section, file_notes, places_text, status_text
 from tmbench.report.settings import AgreeSetting, machine_words, older_words, prefill_words
 from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING, figure_text
@@ -108,7 +108,7 @@ class AgreeSection(Section[AgreeSetting, AgreeCell]):
                 bool(bare)
             ),
         }
-        return [note for note, applies in notes.items() if applies] + super().notes()
+        return [note for note, applies in notes.items() if applies] + file_notes(self.cells) + super().notes()
 
 
 def agree_section(

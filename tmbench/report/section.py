@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from tmbench.report.comparable import parameters_text, task_of
 from tmbench.report.settings import Setting
 from tmbench.report.table import Table
-from tmbench.results.rows import FAILED, OK, OUT_OF_MEMORY, Row
+from tmbench.results.rows import FAILED, OK, OUT_OF_MEMORY, AgreeRow, Row, TtftRow
 from tmbench.results.words import counted, length_name
 
 STATUS_WORDS = {OUT_OF_MEMORY: "out of memory", FAILED: "failed"}
@@ -96,6 +96,12 @@ class Section(Generic[S, C]):
             for cell in self.cells
             if cell.row.status == FAILED
         ]
+
+
+def file_notes(cells: Sequence[Cell[TtftRow | AgreeRow]]) -> list[str]:
+    """Which file the prompts are from, where they are the user's own."""
+    names = sorted({cell.row.prompt_file for cell in cells} - {""})
+    return [f"The prompts are of the file {' and '.join(names)}; their name is a hash of its contents."] * bool(names)
 
 
 def status_text(cell: Cell[Row]) -> str:

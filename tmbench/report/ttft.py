@@ -12,7 +12,7 @@ from tmbench.report.break_even import break_even
 from tmbench.report.comparable import Placed, pattern_settings
 from tmbench.report.evidence import Evidence, best_evidence
 from tmbench.report.ruler import RulerSection
-from tmbench.report.section import Cell, Section, places_text, status_text
+from tmbench.report.section import Cell, Section, file_notes, places_text, status_text
 from tmbench.report.settings import TtftSetting, older_words
 from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import NO_DIFFERENCE, UNKNOWN_REPEATS, TimeDifference, compare_rows, interleaved
@@ -233,7 +233,7 @@ class TtftSection(Section[TtftSetting, TtftCell]):
                 bool(unknown)
             ),
         }
-        return [note for note, applies in notes.items() if applies] + super().notes()
+        return [note for note, applies in notes.items() if applies] + file_notes(self.cells) + super().notes()
 
     def _prefill_notes(self) -> dict[str, bool]:
         """Which scores that stand beside times were measured on another prefill."""

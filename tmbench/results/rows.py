@@ -159,6 +159,8 @@ class TtftRow(Row):
     prompt: str
     prompt_hash: str = ""
     """A hash of the token ids of all prompts."""
+    prompt_file: str = ""
+    """The name of the file that they were read from, whose contents ``prompt`` is a hash of; "" for made prompts."""
     repeats: int
     warmup: int
     interleaved: str
@@ -194,7 +196,7 @@ class TtftRow(Row):
     communication_s: float | None = None
     """How long attention waited for tensors of the other GPUs that share the prompt, on the first of them; the median."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size", "communication_s")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size", "communication_s", "prompt_file")
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -255,6 +257,8 @@ class AgreeRow(Row):
     prompt: str
     prompt_hash: str = ""
     """A hash of the first prompt's token ids."""
+    prompt_file: str = ""
+    """See ``TtftRow.prompt_file``."""
     samples: int
     new_tokens: int
     """Tokens that dense wrote behind each prompt."""
@@ -272,7 +276,7 @@ class AgreeRow(Row):
     batch_size: int = 1
     """How many samples decoded together at most."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "decode", "batch_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "decode", "batch_size", "prompt_file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,11 @@ def prompt_ids(kind: Kind, length: int, loaded: LoadedModel, seed: int = 42, num
     return torch.tensor([_cut_to(ids, length)], device=loaded.device)
 
 
+def file_of(kind: Kind) -> str:
+    """The name of the file that prompts are read from; "" for those that are made."""
+    return kind.path.name if isinstance(kind, PromptFile) else ""
+
+
 def prompt_id(kind: Kind, length: int, loaded: LoadedModel, number: int) -> str:
     """What the user calls a prompt of a file; "" for all others."""
     return kind.cut(loaded, length, number)[1] if isinstance(kind, PromptFile) else ""
