@@ -15,7 +15,7 @@ DEMO_SAMPLES ?= 2
 .PHONY: help install install-ray demo smollm2 test test-fast lint types unit figures dist lock lock-ray clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## Make .venv from requirements.lock
 
