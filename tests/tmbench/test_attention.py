@@ -177,13 +177,13 @@ def test_a_model_that_shares_its_config_is_told_so(make_model, prompt):
         twin(prompt(8))
 
 
-def test_padding_is_refused(make_model, prompt):
+def test_padding_behind_a_text_is_refused(make_model, prompt):
     model, ids = make_model("llama"), prompt(12, 2)
     mask = torch.ones_like(ids)
     with applied(model, "dense"):
         model(ids, attention_mask=mask)
-        mask[0, :3] = 0
-        with pytest.raises(UnsupportedModelError, match="padded"):
+        mask[0, 9:] = 0
+        with pytest.raises(UnsupportedModelError, match="padding behind"):
             model(ids, attention_mask=mask)
 
 

@@ -164,9 +164,9 @@ def test_inputs_are_ids_or_what_a_tokenizer_returns(make_model, prompt):
     mask = torch.ones_like(ids)
     for inputs in (ids[0], ids.tolist(), ids[0].tolist(), {"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
         assert tmbench.generate(model, inputs, max_new_tokens=5).tolist() == expected
-    mask[0, 0] = 0
+    mask[0, -1] = 0
     for inputs, error, words in (
-        ({"input_ids": ids, "attention_mask": mask}, UnsupportedModelError, "padded"),
+        ({"input_ids": ids, "attention_mask": mask}, UnsupportedModelError, "padding behind"),
         ({"input_ids": ids, "pixel_values": ids}, UserError, "leave out pixel_values"),
         ([[1, 2], [3]], UserError, "all sequences of one length"),
         ("a text", UserError, "tokenize first"),

@@ -10,7 +10,7 @@ attention stay the model's own: see ``own_attention``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
 from tmbench.engine.implementations import Implementations
+from tmbench.engine.left_padding import OFFSETS, by_text, offsets
 from tmbench.engine.local_attention import Local
 from tmbench.engine.own_attention import later_mask, own_attention
 from tmbench.engine.prefill_state import LayerPass, PrefillState
@@ -32,6 +33,7 @@ from tmbench.errors import UnsupportedModelError
 from tmbench.methods.layer_kinds import layer_kinds
 from tmbench.methods.plan import ModelShape, Plan
 from tmbench.methods.spec import MethodSpec
+from tmbench.methods.table import STATIC_PATTERNS
 from tmbench.models import parallel
 from tmbench.models.attention_modules import PLACE, attention_modules, native_attentions, span
 from tmbench.models.geometry import Geometry
@@ -227,7 +229,8 @@ def _attention(
     _refuse_features(module, key, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
     prefill.keep(slot.layer, key, value)
-    out = attend(slot, query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    about = kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    out = attend(slot, query, key, value, *about, padding=getattr(attention_mask, OFFSETS, ()))
     return prefill.layer.yielded(out, query.shape[2]), None
 
 
@@ -243,7 +246,8 @@ def _native_attention(
     """Attention of a layer that stays the model's own: over a whole prompt by a kernel, where its window is all there is."""
     if getattr(attention_mask, WINDOW, None) != slot.local.span or query.shape[2] != key.shape[2]:
         return own_attention(module, query, key, value, attention_mask, **kwargs)
-    return attend_locally(slot, query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    about = kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    return attend_locally(slot, query, key, value, *about, padding=getattr(attention_mask, OFFSETS, ()))
 
 
 def attend_locally(
@@ -254,11 +258,17 @@ def attend_locally(
     scale: float | None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    *,
+    padding: Sequence[int] = (),
 ) -> Tensor:
     """As ``attend``, for a layer that stays the model's own and has a window or chunks."""
-    out, backend = slot.local.attend(query, key, value, scale, {"softcap": softcap, "sinks": sinks})
-    slot.session.backends.add(f"{slot.local.name}:{backend}")
-    return out
+
+    def attend_texts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, backend = slot.local.attend(q, k, v, scale, {"softcap": softcap, "sinks": sinks})
+        slot.session.backends.add(f"{slot.local.name}:{backend}")
+        return out
+
+    return by_text(attend_texts, query, key, value, padding)
 
 
 def _traced_attention(
@@ -272,7 +282,8 @@ def _traced_attention(
             return _native_attention(slot, module, query, key, value, attention_mask, **kwargs), None
     else:
         _refuse_features(module, key, kwargs)
-        _refuse_calls(module, query, attention_mask, kwargs)
+        # An operator takes no padding.
+        _refuse_calls(module, query, attention_mask, kwargs, padded=())
     operator = operators.last_row if layer.last_row else operators.attention
     out = operator(query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
     # What leaves a graph is not overwritten by its next call, and need not be copied. With CUDA graphs it would be.
@@ -294,12 +305,25 @@ def _refuse_features(module: Any, key: Tensor, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _refuse_calls(module: Any, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _refuse_calls(
+    module: Any,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+    padded: Sequence[str] = STATIC_PATTERNS,
+) -> None:
+    """Raise UnsupportedModelError for what no pattern honours; ``padded`` are those that serve left-padded batches."""
     if attention_mask is not None and query.shape[2] > 1:
-        reason = getattr(attention_mask, REASON, "a mask of its own")
-        raise UnsupportedModelError(
-            f"layer {module.layer_idx} was given {reason}; {_pattern_name(module)} attention takes none"
-        )
+        padding = getattr(attention_mask, OFFSETS, ())
+        reason = getattr(attention_mask, REASON, "" if padding else "a mask of its own")
+        name, session = _pattern_name(module), getattr(module, PLACE).session
+        if reason:
+            raise UnsupportedModelError(f"layer {module.layer_idx} was given {reason}; {name} attention takes none")
+        if name not in padded:
+            raise UnsupportedModelError(
+                f"the batch is padded, which {session.plan.method} does not serve with {name} attention: give it prompts of "
+                "one length, or one by one"
+            )
     if module.training and kwargs.get("dropout"):
         raise UnsupportedModelError(f"layer {module.layer_idx} drops attention weights out: call model.eval() first")
 
@@ -316,28 +340,34 @@ def attend(
     scale: float | None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    *,
+    padding: Sequence[int] = (),
 ) -> Tensor:
     """One layer's prefill through its pattern, ``[batch, queries, heads, dim]``; tells the session what happened.
 
-    Where the session wants the last row, that one alone: ``[batch, 1, heads, dim]``.
+    Where the session wants the last row, that one alone: ``[batch, 1, heads, dim]``. ``padding`` is how many of each row's
+    tokens stand in front of its text: the pattern gets the text alone, and what comes out for padding is zero.
     """
     session = slot.session
     query, key, value = session.prefill.exchanged(slot.layer, query, key, value)
     queries = query.shape[2]
     # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
     key, value = key[:, :, :queries], value[:, :, :queries]
-    if session.observer is not None:
-        session.observer(slot.layer, slot.pattern, query, key, scale)
     session.calls += 1
     session.layers.add(slot.layer)
-    backend = slot.pattern.backend(query, key, value, softcap=softcap, lse=sinks is not None)
-    session.backends.add(f"{slot.pattern.name}:{backend.name}")
     attend_by = slot.pattern.last_row if session.prefill.layer.last_row else slot.pattern.attend
-    # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
     # Only what is asked for: patterns of other packages need not know of it.
     about: dict[str, Any] = ({"softcap": softcap} if softcap else {}) | ({} if sinks is None else {"sinks": sinks})
-    out = attend_by(query, key, value, scale=scale, **about)
-    return session.prefill.returned(out.transpose(1, 2).contiguous())
+
+    def attend_texts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if session.observer is not None:
+            session.observer(slot.layer, slot.pattern, q, k, scale)
+        backend = slot.pattern.backend(q, k, v, softcap=softcap, lse=sinks is not None)
+        session.backends.add(f"{slot.pattern.name}:{backend.name}")
+        # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
+        return attend_by(q, k, v, scale=scale, **about).transpose(1, 2).contiguous()
+
+    return session.prefill.returned(by_text(attend_texts, query, key, value, padding))
 
 
 def _mask(
@@ -350,7 +380,10 @@ def _mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward pass: None for a plain prefill, transformers' own for decoding, an error otherwise."""
+    """The mask of one forward pass: None for a plain prefill, transformers' own for decoding.
+
+    A stand-in for left padding and for masks that only a model's own layers honour; an error for what nothing does.
+    """
     if q_length == 1:
         mask: Tensor | None = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
@@ -361,17 +394,19 @@ def _mask(
             f"{q_length} tokens continue a cache of {int(q_offset)}: a chunked prefill is not supported, "
             "pass the whole prompt in one call"
         )
-    if attention_mask is not None and not torch.all(attention_mask):
-        raise UnsupportedModelError("the batch is padded: the methods take prompts of one length, without padding")
+    padding = [] if attention_mask is None or torch.all(attention_mask) else offsets(attention_mask, q_length)
     window = _window_of(mask_function, kwargs.get("local_size"))
-    if mask_function is causal_mask_function or (window is not None and window >= kv_length):
+    plain = mask_function is causal_mask_function or (window is not None and window >= kv_length)
+    if plain and not padding:
         return None
-    # Layers that stay the model's own take it. One that has a pattern refuses it, unless no query reaches beyond its window.
     about = {"mask_function": mask_function, "attention_mask": attention_mask, **kwargs}
-    refused = later_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **about)
-    setattr(refused, WINDOW, window)
-    setattr(refused, REASON, "a mask in addition to causal attention (packed sequences, images, windows)")
-    return refused
+    later = later_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **about)
+    setattr(later, OFFSETS, padding)
+    if not plain:
+        # Layers that stay the model's own take it. One with a pattern refuses it, unless no query reaches beyond its window.
+        setattr(later, WINDOW, window)
+        setattr(later, REASON, "a mask in addition to causal attention (packed sequences, images, windows)")
+    return later
 
 
 def _window_of(mask_function: Callable[..., Any], size: int | None) -> int | None:

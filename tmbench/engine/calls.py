@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from tmbench.engine.left_padding import positions
 
 
 def keep_last(model: PreTrainedModel) -> dict[str, int]:
@@ -21,6 +24,14 @@ def cache_name(model: PreTrainedModel) -> str:
 def cache_of(output: Any) -> Any:
     """The key-value cache that a model returned."""
     return getattr(output, "cache", None) or output.past_key_values
+
+
+def padded_call(model: PreTrainedModel, mask: Tensor, count: int) -> dict[str, Tensor]:
+    """What to pass for the last ``count`` tokens of left-padded texts; ``mask`` ``[batch, length]`` is of all up to them."""
+    known = {"attention_mask": mask}
+    if "position_ids" in _parameters(model):
+        known["position_ids"] = positions(mask)[:, -count:]
+    return known
 
 
 def rope_switch(model: PreTrainedModel) -> int | None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.calls import cache_name, rope_switch
+from tmbench.engine.calls import cache_name, padded_call, rope_switch
 from tmbench.engine.finite import check_logits
+from tmbench.engine.left_padding import offsets
 from tmbench.engine.prefill import Prefill
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.methods.layer_kinds import FULL, layer_kinds
@@ -27,18 +28,20 @@ class Decoding:
     Raises NotFiniteError where logits are not finite, and UnsupportedModelError for a model that returns no cache.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, logits: Tensor, cache: Any) -> None:
+    def __init__(self, model: PreTrainedModel, ids: Tensor, logits: Tensor, cache: Any, mask: Tensor | None = None) -> None:
         """Go on after a prefill.
 
         Args:
-            ids: the prompt, ``[batch, length]``, on the model's device and not padded.
+            ids: the prompt, ``[batch, length]``, on the model's device.
             logits: ``[batch, vocabulary]`` of its last token, as ``Prefill`` returns them.
             cache: what the prefill left there.
+            mask: of the prompt, 0 for padding in front of a text; None where there is none.
         """
         self.model = model
         self.prompt = ids
+        self.mask = mask
         self.length = ids.shape[1]
-        """Tokens read so far, prompt included."""
+        """Tokens read so far, prompt and padding included."""
         self.cache = cache
         # Not every cache of transformers says so of a layer that holds no keys.
         if self.cache is None or int(self.cache.get_seq_length(_first_full(model))) != self.length:
@@ -50,13 +53,17 @@ class Decoding:
 
     def read(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """Read one more token of each sequence, densely over the full cache; returns the new ``logits``."""
-        if self.length == rope_switch(self.model):
+        longest = self.length if self.mask is None else int(self.mask.sum(1).max())
+        if longest == rope_switch(self.model):
             raise RuntimeError(
-                f"{type(self.model).__name__} changes its rotary embeddings behind token {self.length}, so keys in the "
-                f"cache would no longer fit: use a --length that stays below {self.length}, answer included, or begins above"
+                f"{type(self.model).__name__} changes its rotary embeddings behind token {longest}, so keys in the "
+                f"cache would no longer fit: use a --length that stays below {longest}, answer included, or begins above"
             )
         following = torch.as_tensor(tokens, device=self.prompt.device, dtype=self.prompt.dtype).reshape(-1, 1)
         known = {cache_name(self.model): self.cache}
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+            known |= padded_call(self.model, self.mask, 1)
         output = self.model(input_ids=following, use_cache=True, return_dict=True, **known)
         self.length += 1
         self.logits = self._checked(output.logits[:, -1], f"of new token {self.length - self.prompt.shape[1] + 1}")
@@ -76,12 +83,14 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor
 
     Args:
         model: a decoder-only model.
-        inputs: token ids, ``[batch, length]`` or one sequence; or what a tokenizer returns, of texts of one length.
+        inputs: token ids, ``[batch, length]`` or one sequence; or what a tokenizer returns, of texts of different lengths
+            with padding in front of them and an ``attention_mask``.
         max_new_tokens: the most tokens to write, 1 or more.
 
     Raises:
         UserError: inputs that are none of this, or no token to write.
-        UnsupportedModelError: padding, a model that cannot generate, and as ``tmbench.applied``.
+        UnsupportedModelError: padding behind or within a text, or under a method that takes none; a model that cannot
+            generate, and as ``tmbench.applied``.
         NotFiniteError: logits that are not finite.
     """
     if max_new_tokens < 1:
@@ -90,9 +99,10 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor
         raise UnsupportedModelError(
             f"{type(model).__name__} has no head that yields tokens: load it as a causal language model"
         )
-    ids = _ids(inputs).to(model.device)
+    ids, mask = _ids(inputs)
+    ids, mask = ids.to(model.device), None if mask is None else mask.to(model.device)
     prefill = Prefill(model)
-    return greedy(Decoding(model, ids, prefill(ids), prefill.cache), max_new_tokens)
+    return greedy(Decoding(model, ids, prefill(ids, mask=mask), prefill.cache, mask), max_new_tokens)
 
 
 def greedy(decoding: Decoding, max_new_tokens: int) -> Tensor:
@@ -146,23 +156,34 @@ def _pad_token(model: PreTrainedModel) -> int:
     return int(pad) if fits else next(iter(end_tokens(model)), 0)
 
 
-def _ids(inputs: Any) -> Tensor:
-    """``[batch, length]`` of token ids, or of a tokenizer's output."""
+def _ids(inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """Token ids ``[batch, length]``, given as such or as a tokenizer's output, and their mask where a text is padded."""
+    given = None
     if isinstance(inputs, Mapping):
         other = [name for name in inputs if name not in ("input_ids", "attention_mask", "token_type_ids")]
         if other or inputs.get("input_ids") is None:
             raise UserError(
-                f"generate reads input_ids, without padding, and nothing else: leave out {', '.join(other) or 'the rest'}"
+                f"generate reads input_ids with their attention_mask, and nothing else: leave out "
+                f"{', '.join(other) or 'the rest'}"
             )
-        mask = inputs.get("attention_mask")
-        if mask is not None and not bool(torch.as_tensor(mask).all()):
-            raise UnsupportedModelError("the batch is padded: the methods take prompts of one length, without padding")
-        inputs = inputs["input_ids"]
+        inputs, given = inputs["input_ids"], inputs.get("attention_mask")
+    ids = _batch(inputs)
+    if given is None:
+        return ids, None
+    mask = torch.as_tensor(given)
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise UserError(f"generate takes an attention_mask of the ids' shape {tuple(ids.shape)}, not {tuple(mask.shape)}")
+    return ids, mask.long() if any(offsets(mask, ids.shape[1])) else None
+
+
+def _batch(inputs: Any) -> Tensor:
+    """``[batch, length]`` of token ids, or of those of one text."""
     try:
         ids = torch.as_tensor(inputs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            "generate takes token ids, all sequences of one length: tokenize first, return_tensors='pt'"
+            "generate takes token ids, all sequences of one length: tokenize first, return_tensors='pt', padding to the left"
         ) from error
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tmbench.engine import operators
 from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, attend_locally
-from tmbench.engine.calls import cache_of, keep_last
+from tmbench.engine.calls import cache_of, keep_last, padded_call
 from tmbench.engine.chunked_mlp import in_chunks, with_router
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
 from tmbench.engine.decoder_layers import decoder_layers
@@ -50,10 +50,11 @@ class Prefill:
         """How the last prompt was split over ranks; None where this process read all of it."""
         self._keep = keep_last(model)
 
-    def __call__(self, ids: Tensor, into: CacheSlot | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, into: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``; lets the cache before go.
 
-        Keys and values go ``into`` a slot where one is given, which a plain prefill refuses by ValueError.
+        Keys and values go ``into`` a slot where one is given, which a plain prefill refuses by ValueError. A ``mask`` of
+        ``ids``, 0 for padding in front of a text, is for a plain prefill, and any other refuses it so.
         """
         self.cache = self.split = None
         # Explicit, since a config may say otherwise.
@@ -61,9 +62,13 @@ class Prefill:
         if self.session is None or self.kind == PLAIN:
             if into is not None:
                 raise ValueError("a plain prefill fills no slot of a static cache")
+            if mask is not None:
+                call |= padded_call(self.model, mask, ids.shape[1])
             output = self.model(**call, use_cache=True)
             self.cache = cache_of(output)
         else:
+            if mask is not None:
+                raise ValueError("padding takes a plain prefill")
             cache = self._empty_cache() if into is None else into
             if self.session.splits_prompts:
                 self.split = TokenSplit(ids.shape[1])
