@@ -116,7 +116,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v32": (ROUTED | LATENT, "natively sparse: layer 0 .* chooses its keys"),
+    "deepseek_v4": (ROUTED | LATENT, "natively sparse: layer 0 .* chooses its keys"),
     "glm_moe_dsa": (ROUTED | LATENT, "natively sparse: layer 0 .* chooses its keys"),
+    "minimax_m3_vl_text": (
+        ROUTED | {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+        "natively sparse: layer 1 .* chooses its keys",
+    ),
     "qwen4_exp_text": (MOE | DELTA | {"layer_types": None} | INDEXER, "natively sparse: layer 3 .* chooses its keys"),
 }
 """Families that no method is applied to, and why."""
