@@ -39,6 +39,7 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None) -> Non
     from tmbench.models.presets import preset_names, read_preset
     from tmbench.models.structured import FAMILIES
     from tmbench_kernels import MInferenceHeads, Pattern
+    from tmbench_kernels.kernel_kinds import KINDS
 
     screen = console()
     methods = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
@@ -96,7 +97,7 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None) -> Non
     layers.add_row("any other", "half the depth: the deeper half of its layers of full attention")
     screen.print(layers)
 
-    backends = table("Backends", "pattern", "backend", "runs on")
+    backends = table("Backends", "pattern", "backend", "kind of kernel", "runs on")
     small = ModelShape("", layers=2, heads=1)
     plans = [method.plan(small) for method in found]
     patterns: list[type[Pattern]] = list(
@@ -105,7 +106,8 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None) -> Non
     patterns.append(MInferenceHeads)
     for pattern in patterns:
         for backend in pattern.backends:
-            backends.add_row(pattern.name, backend.name, ", ".join(backend.devices))
+            kind = KINDS[backend.name].name if backend.name in KINDS else "of another package"
+            backends.add_row(pattern.name, backend.name, kind, ", ".join(backend.devices))
     screen.print(backends)
 
 

@@ -113,8 +113,9 @@ def ttft(
 
 
 def _show(rows: Sequence[TtftRow]) -> None:
+    from tmbench.report.slower_kernels import slower_than_dense
     from tmbench.report.time_intervals import interleaved
-    from tmbench.report.ttft import NOT_INTERLEAVED
+    from tmbench.report.ttft import NOT_INTERLEAVED, SLOWER_KERNEL
 
     figures = ("seconds", "vs dense", "density", "TTFT / roofline", "logit error")
     for length, batch_size in sorted({(row.length, row.batch_size) for row in rows}):
@@ -122,10 +123,13 @@ def _show(rows: Sequence[TtftRow]) -> None:
         timed = [row for row in here if row.ttft_median_s is not None]
         dense = next((row for row in timed if row.method == "dense"), None)
         names = figures + ("tokens/s",) * (batch_size > 1)
+        slower = {id(row): slower_than_dense(row.backends, dense.backends if dense else "") for row in timed}
+        columns = names + (SLOWER_KERNEL,) * any(slower.values())
         about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}"
-        shown = table(about, "method", *names, right=names)
+        shown = table(about, "method", *columns, right=names)
         for row in here:
-            shown.add_row(row.method, *_figures(row, dense))
+            # A row without a time has no figures to stand beside.
+            shown.add_row(row.method, *_figures(row, dense), *filter(None, [slower.get(id(row))]))
         console().print(shown)
         apart = [row.method for row in timed if dense and not interleaved(row, dense)]
         if apart:

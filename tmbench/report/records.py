@@ -163,6 +163,7 @@ def _(cell: TtftCell) -> Record:
         "percent_low": cell.percent_low,
         "percent_high": cell.percent_high,
         "time_verdict": cell.verdict,
+        "slower_kernel": cell.slower_kernel,
         "tokens_per_second": cell.tokens_per_second,
     }
 

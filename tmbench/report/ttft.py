@@ -14,6 +14,7 @@ from tmbench.report.evidence import Evidence, best_evidence
 from tmbench.report.ruler import RulerSection
 from tmbench.report.section import Cell, Section, file_notes, places_text, status_text
 from tmbench.report.settings import TtftSetting, older_words
+from tmbench.report.slower_kernels import slower_than_dense
 from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import NO_DIFFERENCE, UNKNOWN_REPEATS, TimeDifference, compare_rows, interleaved
 from tmbench.report.words import NOTHING, figure_text, percent_text, significant
@@ -21,6 +22,7 @@ from tmbench.results.rows import OK, TtftRow
 from tmbench.results.words import length_name
 
 FEW_REPEATS = 3
+SLOWER_KERNEL = "slower kind of kernel"
 NOT_INTERLEAVED = "Not interleaved with dense, so the machine may have changed in between"
 
 
@@ -77,16 +79,22 @@ class TtftCell(Cell[TtftRow]):
 
     @property
     def text(self) -> str:
-        """The median, and in brackets the time against dense."""
+        """The median, and in brackets the time against dense and whether a slower kind of kernel took it."""
         if not self.known:
             return status_text(self)
         percent = self.percent_vs_dense
-        if percent is None:
-            return significant(self.seconds)
         if self.verdict == NO_DIFFERENCE:
-            return f"{significant(self.seconds)} ({NO_DIFFERENCE})"
-        reason = f", {self.against}" if isinstance(self.against, str) else ""
-        return f"{significant(self.seconds)} ({percent_text(percent, 0)}{reason})"
+            said = [NO_DIFFERENCE]
+        else:
+            said = [] if percent is None else [percent_text(percent, 0)]
+            said += [self.against] if percent is not None and isinstance(self.against, str) else []
+        said += [SLOWER_KERNEL] if self.slower_kernel else []
+        return significant(self.seconds) + (f" ({', '.join(said)})" if said else "")
+
+    @property
+    def slower_kernel(self) -> str:
+        """Which of its patterns ran on a slower kind of kernel than dense did; "" where none did."""
+        return slower_than_dense(self.row.backends, "" if self.dense is None else self.dense.backends)
 
     @property
     def parameters_with_source(self) -> str:
@@ -228,12 +236,25 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             "Dense has no time here, so there is nothing to compare with.": not dense,
             f"{NOT_INTERLEAVED}: {places_text(apart, cells)}.": bool(apart),
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {places_text(few, cells)}.": bool(few),
+            **self._kernel_notes(),
             **self._prefill_notes(),
             f"The single repeats are not in the rows, so what is faster is not known: {places_text(unknown, cells)}.": (
                 bool(unknown)
             ),
         }
         return [note for note, applies in notes.items() if applies] + file_notes(self.cells) + super().notes()
+
+    def _kernel_notes(self) -> dict[str, bool]:
+        """Which times are not those of the kind of kernel that dense had."""
+        cells = self.measured()
+        slower: dict[str, list[TtftCell]] = {}
+        for cell in cells:
+            slower.setdefault(cell.slower_kernel, []).append(cell)
+        return {
+            f"A {SLOWER_KERNEL} than dense's took part of these times: {words} ({places_text(slow, cells)}).": True
+            for words, slow in slower.items()
+            if words
+        }
 
     def _prefill_notes(self) -> dict[str, bool]:
         """Which scores that stand beside times were measured on another prefill."""
