@@ -185,3 +185,29 @@ def test_prepared_prefills_take_no_padding(padded):
         pytest.raises(ValueError, match="padding takes a plain prefill"),
     ):
         prefill(padded["input_ids"], mask=padded["attention_mask"])
+
+
+LONG: dict[str, Any] = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rope", "served"),
+    [
+        ({"max_position_embeddings": 40}, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, False),
+        ({"max_position_embeddings": 45}, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, True),
+        ({"original_max_position_embeddings": 40}, LONG, False),
+        ({"original_max_position_embeddings": 45}, LONG, True),
+    ],
+)
+def test_texts_that_are_rotated_unlike_are_refused(changes, rope, served, make_model, padded):
+    """One batch has one set of frequencies: that of its longest text."""
+    family = "phi3" if rope["rope_type"] == "longrope" else "llama"
+    model = make_model(family, sliding_window=None, rope_parameters=rope, **changes)
+    with torch.inference_mode(), applied(model, "dense"):
+        if not served:
+            with pytest.raises(UnsupportedModelError, match="rotary embeddings depend on the length of each"):
+                model(**padded)
+            return
+        got = model(**padded).logits
+        for row, ids in enumerate(texts(padded)[:3]):
+            near(got[row, OFFSETS[row] :], model(ids).logits[0])

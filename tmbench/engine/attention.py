@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
+from tmbench.engine.calls import rotation_of
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.left_padding import OFFSETS, by_text, offsets
 from tmbench.engine.local_attention import Local
@@ -75,6 +76,8 @@ class Applied:
     """Of the prefills that ``tmbench.engine.prefill`` makes ready."""
     implementations: Implementations | None = None
     """What the model's parts run instead of their own attention."""
+    rotation: Callable[[int], int] = lambda length: 0
+    """As ``calls.rotation_of`` has it of the model."""
     splits_prompts: bool = False
     """Whether each rank has a part of a prompt's tokens, and in attention of the heads: see ``token_split``."""
 
@@ -153,7 +156,7 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     AttentionInterface.register(TRACED, _traced_attention)
     AttentionMaskInterface.register(TRACED, _mask)
-    session = Applied(plan, modules=tuple(modules))
+    session = Applied(plan, modules=tuple(modules), rotation=rotation_of(model))
     session.implementations = implementations = Implementations(model, [*modules, *native])
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
@@ -323,6 +326,11 @@ def _refuse_calls(
             raise UnsupportedModelError(
                 f"the batch is padded, which {session.plan.method} does not serve with {name} attention: give it prompts of "
                 "one length, or one by one"
+            )
+        if len({session.rotation(query.shape[2] - offset) for offset in padding}) > 1:
+            raise UnsupportedModelError(
+                "the batch is padded, and its texts are so long that rotary embeddings depend on the length of each: give "
+                "them one by one"
             )
     if module.training and kwargs.get("dropout"):
         raise UnsupportedModelError(f"layer {module.layer_idx} drops attention weights out: call model.eval() first")

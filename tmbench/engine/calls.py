@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.engine.left_padding import positions
+from tmbench.models.rotary import depends_on_length
 
 
 def keep_last(model: PreTrainedModel) -> dict[str, int]:
@@ -42,6 +44,17 @@ def rope_switch(model: PreTrainedModel) -> int | None:
         return None
     length = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
     return None if length is None else int(length)
+
+
+def rotation_of(model: PreTrainedModel) -> Callable[[int], int]:
+    """What a text's length decides of its rotary embeddings: texts for which it is the same number are rotated alike."""
+    switch = rope_switch(model)
+    if switch is not None:
+        return lambda length: int(length > switch)
+    if depends_on_length(model):
+        trained: int = model.config.get_text_config().max_position_embeddings
+        return lambda length: max(length, trained)
+    return lambda length: 0
 
 
 def _parameters(model: PreTrainedModel) -> set[str]:
