@@ -22,6 +22,7 @@ from kernel_tables import KERNELS
 from model_tables import MODEL_TABLES
 from probe_figures import PROBE_FIGURES
 from sources import ROOT, Block, Sources
+from summary_table import SUMMARY
 from training_figures import TRAINING
 
 from tmbench.report.pictures import figures
@@ -34,7 +35,7 @@ PAGES = {
 }
 """The pages that are rendered whole, by the CSV that each is rendered from."""
 BLOCKS: dict[str, Block] = (
-    ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | DECODING_TABLES | KERNELS | MODEL_TABLES | TRAINING
+    ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | DECODING_TABLES | KERNELS | MODEL_TABLES | SUMMARY | TRAINING
 )
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 
