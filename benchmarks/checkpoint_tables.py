@@ -50,7 +50,7 @@ def costs(sources: Sources) -> str:
 
 
 def _times(section: TtftSection, length: int) -> list[str]:
-    dense, sparse = (_cell(section, label, length) for label in ("dense", "tri_mix"))
+    dense, sparse = (cell_at(section, label, length) for label in ("dense", "tri_mix"))
     assert sparse.percent_vs_dense is not None
     change = percent_text(sparse.percent_vs_dense, 0)
     peak = max(cell.row.peak_memory_bytes or 0 for cell in (dense, sparse))
@@ -58,7 +58,8 @@ def _times(section: TtftSection, length: int) -> list[str]:
     return [words, _device(dense.row.device_name), _gib(peak)]
 
 
-def _cell(section: TtftSection, label: str, length: int) -> TtftCell:
+def cell_at(section: TtftSection, label: str, length: int) -> TtftCell:
+    """The one time of a method at a length."""
     (cell,) = [cell for cell in section.measured(label) if cell.row.length == length]
     return cell
 

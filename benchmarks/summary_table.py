@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from checkpoint_tables import cell_at
 from sources import H100, Block, Sources, only
 
 from tmbench.report.intervals import Difference
@@ -22,7 +23,7 @@ def summary(sources: Sources) -> str:
     for label in times.labels:
         row = [f"`{label}`"]
         for length in LENGTHS:
-            (cell,) = [cell for cell in times.measured(label) if cell.row.length == length]
+            cell = cell_at(times, label, length)
             against = "" if cell.percent_vs_dense is None else percent_text(cell.percent_vs_dense, 0)
             row += [f"{significant(cell.seconds)} s", against]
         found = scores.average_differences.get(ASKED.get(label, label))

@@ -74,6 +74,12 @@ def tmbench(capsys, monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The embedded model's."""
+    return loading.load_tokenizer("tiny")
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A folder with copies of the embedded model's files, to be damaged."""

@@ -14,16 +14,10 @@ from accuracy_runs import answered, job_maker, rows_of
 from ruler_tasks import Example, write_dataset
 from tmbench.errors import UserError
 from tmbench.measure import answering
-from tmbench.models import loading
 from tmbench.results.predictions import kept_predictions, read_predictions
 from tmbench.results.rows import RulerRow
 from tmbench.results.tables import read_all
 from tmbench.suites.ruler import Ruler
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

@@ -11,14 +11,8 @@ import torch
 from accuracy_runs import answered, job_maker, rows_of, samples_of
 from ruler_tasks import encode_prompt
 from tmbench.measure import answering, keeping
-from tmbench.models import loading
 from tmbench.models.fingerprint import of_ids
 from tmbench.results.predictions import kept_predictions, read_predictions
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

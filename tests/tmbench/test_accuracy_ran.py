@@ -15,14 +15,8 @@ from tmbench.engine.attention import applied
 from tmbench.engine.prefill import EAGER, PLAIN
 from tmbench.engine.session import Session
 from tmbench.methods.plan import ModelShape, Plan
-from tmbench.models import loading
 from tmbench.results.predictions import kept_predictions, read_predictions
 from tmbench_kernels import VerticalSlash
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

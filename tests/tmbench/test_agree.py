@@ -17,7 +17,6 @@ from tmbench.errors import UserError
 from tmbench.measure import keeping
 from tmbench.measure.agree import AgreeSpec
 from tmbench.methods.plan import Plan
-from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.report.intervals import interval
 from tmbench.report.report import build
@@ -26,11 +25,6 @@ from tmbench.results import environment
 from tmbench.results.choices import Choices, kept_choices, read_choices
 from tmbench.results.rows import AgreeRow
 from tmbench.results.tables import read_all
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

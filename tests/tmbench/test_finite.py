@@ -24,7 +24,6 @@ from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.methods.layers import Budget
 from tmbench.methods.spec import MethodSpec
 from tmbench.methods.table import METHODS
-from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
@@ -33,11 +32,6 @@ from tmbench.suites.ruler import Ruler
 from tmbench_kernels import Sections, Triangle
 
 REMEDY = "float16: .* use --dtype bfloat16 or --dtype float32"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

@@ -51,11 +51,6 @@ TIMES = {
 KINDS = ("ttft", "accuracy", "agree", "loss", "probe", "sweep", "search")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
-
-
 @pytest.fixture
 def loaded(make_model, tokenizer, monkeypatch):
     monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: 1e11)

@@ -25,7 +25,6 @@ from tmbench.measure.probe import ProbeSpec
 from tmbench.measure.spec import ModelSource, RowSpec
 from tmbench.measure.ttft import TtftSpec, expected_flop
 from tmbench.methods.layers import Budget
-from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import RulerRow, TtftRow, now
@@ -36,11 +35,6 @@ from tmbench_kernels import Triangle
 
 FLOPS, BYTES = 1e9, 1e8
 """What the roofline divides by."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

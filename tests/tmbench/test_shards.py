@@ -25,7 +25,6 @@ from tmbench.measure.merge import merge
 from tmbench.measure.probe import ProbeSpec
 from tmbench.measure.spec import ModelSource
 from tmbench.methods.layers import Budget
-from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results import environment
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow
@@ -37,11 +36,6 @@ from tmbench_kernels import Triangle
 WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
 OF = 3
 KINDS = {"accuracy": RulerRow, "agree": AgreeRow, "probe": ProbeRow, "loss": LossRow}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
-from tmbench.engine.calls import rotation_of
+from tmbench.engine.calls import rotation
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.left_padding import OFFSETS, by_text, offsets
 from tmbench.engine.local_attention import Local
@@ -77,7 +78,7 @@ class Applied:
     implementations: Implementations | None = None
     """What the model's parts run instead of their own attention."""
     rotation: Callable[[int], int] = lambda length: 0
-    """As ``calls.rotation_of`` has it of the model."""
+    """As ``calls.rotation`` has it of the model. It looks at every module, so it is asked for padded batches alone."""
     splits_prompts: bool = False
     """Whether each rank has a part of a prompt's tokens, and in attention of the heads: see ``token_split``."""
 
@@ -156,7 +157,7 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     AttentionInterface.register(TRACED, _traced_attention)
     AttentionMaskInterface.register(TRACED, _mask)
-    session = Applied(plan, modules=tuple(modules), rotation=rotation_of(model))
+    session = Applied(plan, modules=tuple(modules), rotation=cache(partial(rotation, model)))
     session.implementations = implementations = Implementations(model, [*modules, *native])
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
@@ -232,8 +233,7 @@ def _attention(
     _refuse_features(module, key, kwargs)
     _refuse_calls(module, query, attention_mask, kwargs)
     prefill.keep(slot.layer, key, value)
-    about = kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
-    out = attend(slot, query, key, value, *about, padding=getattr(attention_mask, OFFSETS, ()))
+    out = attend(slot, query, key, value, *_of_logits(kwargs), padding=getattr(attention_mask, OFFSETS, ()))
     return prefill.layer.yielded(out, query.shape[2]), None
 
 
@@ -249,8 +249,7 @@ def _native_attention(
     """Attention of a layer that stays the model's own: over a whole prompt by a kernel, where its window is all there is."""
     if getattr(attention_mask, WINDOW, None) != slot.local.span or query.shape[2] != key.shape[2]:
         return own_attention(module, query, key, value, attention_mask, **kwargs)
-    about = kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
-    return attend_locally(slot, query, key, value, *about, padding=getattr(attention_mask, OFFSETS, ()))
+    return attend_locally(slot, query, key, value, *_of_logits(kwargs), padding=getattr(attention_mask, OFFSETS, ()))
 
 
 def attend_locally(
@@ -288,10 +287,15 @@ def _traced_attention(
         # An operator takes no padding.
         _refuse_calls(module, query, attention_mask, kwargs, padded=())
     operator = operators.last_row if layer.last_row else operators.attention
-    out = operator(query, key, value, kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
+    out = operator(query, key, value, *_of_logits(kwargs))
     # What leaves a graph is not overwritten by its next call, and need not be copied. With CUDA graphs it would be.
     layer.kept = key, value
     return layer.yielded(out, query.shape[2]), None
+
+
+def _of_logits(kwargs: dict[str, Any]) -> tuple[float | None, float, Tensor | None]:
+    """What a model asks of the logits: their scale, their cap (0 for none) and learned sinks ``[heads]``."""
+    return kwargs.get("scaling"), kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
 
 
 def _beyond_window(key: Tensor, kwargs: dict[str, Any]) -> bool:

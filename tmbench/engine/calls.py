@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -46,15 +45,14 @@ def rope_switch(model: PreTrainedModel) -> int | None:
     return None if length is None else int(length)
 
 
-def rotation_of(model: PreTrainedModel) -> Callable[[int], int]:
+def rotation(model: PreTrainedModel, length: int) -> int:
     """What a text's length decides of its rotary embeddings: texts for which it is the same number are rotated alike."""
     switch = rope_switch(model)
     if switch is not None:
-        return lambda length: int(length > switch)
+        return int(length > switch)
     if depends_on_length(model):
-        trained: int = model.config.get_text_config().max_position_embeddings
-        return lambda length: max(length, trained)
-    return lambda length: 0
+        return max(length, int(model.config.get_text_config().max_position_embeddings))
+    return 0
 
 
 def _parameters(model: PreTrainedModel) -> set[str]:

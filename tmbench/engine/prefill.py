@@ -107,7 +107,6 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
         run = compiled(model) if kind == COMPILED else Runners()
         for layer in layers if every_position else layers[:-1]:
             mlp = partial(in_chunks, layer.mlp, run.mlp)
-            own_mlp = partial(with_router, mlp) if layer.with_router else mlp
             module = layer.attention or layer.native
             if kind == COMPILED and module is not None:
                 slot = getattr(module, PLACE)
@@ -116,7 +115,7 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
                 replace_forward(stack, layer.mlp, operators.mlp_and_router if layer.with_router else operators.mlp)
                 replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer.module, False))
                 continue
-            replace_forward(stack, layer.mlp, own_mlp)
+            replace_forward(stack, layer.mlp, partial(with_router, mlp) if layer.with_router else mlp)
             if layer.attention is None:
                 replace_forward(stack, layer.module, partial(run_native, session.prefill, layer))
         if not every_position:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from tmbench.errors import UserError
 from tmbench.executors.serving import Answer, Ask, Done, Lost, Measure, Ready, Refused, Told, Wanted
 from tmbench.measure.executor import Job, Message, Tell
 from tmbench.measure.spec import Item, ItemSpec, ModelSource, Place
-from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure
 from tmbench.results.rows import FAILED
@@ -163,9 +162,7 @@ class Workers:
             raise ValueError(f"this executor holds {own}, not {source}")
         if self._loaded is None:
             # Prompts are made on the CPU: this process uses no GPU.
-            on_cpu = loading.load(
-                own.name, weights=own.weights, device="cpu", dtype=own.dtype, revision=own.revision, plan_only=True
-            )
+            on_cpu = replace(own, device="cpu").load(plan_only=True)
             self._check_facts(self._ready.facts | on_cpu.row_fields(), "this process")
             self._loaded = on_cpu
         return self._loaded

@@ -49,7 +49,8 @@ class ModelShape:
     @property
     def full(self) -> tuple[int, ...]:
         """The layers that a method acts on: those of full attention."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.native)
+        native = self.native
+        return tuple(layer for layer in range(self.layers) if layer not in native)
 
 
 class DeepLayers(NamedTuple):
