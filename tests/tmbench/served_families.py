@@ -159,7 +159,9 @@ def small(family: str) -> Any:
     config = CONFIG_MAPPING[family.partition(",")[0]](**(SMALL | changes))
     # As in ``make_model``: random weights of the usual size would hide a wrong mask.
     config.initializer_range = 0.2
-    return AutoModelForCausalLM.from_config(config).eval()
+    # Transformers 5.17 chooses SDPA for a model with soft caps, and leaves them out there.
+    capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    return AutoModelForCausalLM.from_config(config, **capped).eval()
 
 
 def found_of(family: str) -> dict[str, str]:
