@@ -9,13 +9,17 @@
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-constexpr u32 PRODUCER_REGISTERS = 32;
 constexpr float RESCALE_THRESHOLD = 8.0f;     // powers of two that a logit may rise above row_max before the output is rescaled
 constexpr u32 Q_HALF = WARPGROUP_ROWS * 128;
 constexpr u32 K_HALF = KEYS * 128;
 constexpr u32 Q_BYTES = Q_HALF * (DIM / 64);  // of one warpgroup
 constexpr u32 STAGE_BYTES = K_HALF * ((DIM > V_DIM ? DIM : V_DIM) / 64);
-constexpr u32 CONSUMER_REGISTERS = (65536 / 128 - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;  // of a multiprocessor's 65536
+// A multiprocessor has 65536 registers, of which each thread starts with as many. Warpgroups can only take what others have
+// given up: one that asks for more than the program started with waits for ever.
+constexpr u32 LAUNCH_REGISTERS = 65536 / (128 * (1 + CONSUMERS)) / 8 * 8;
+constexpr u32 CONSUMER_REGISTERS = (LAUNCH_REGISTERS * (1 + CONSUMERS) - 32) / CONSUMERS / 8 * 8;
+constexpr u32 PRODUCER_REGISTERS = LAUNCH_REGISTERS * (1 + CONSUMERS) - CONSUMER_REGISTERS * CONSUMERS;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= LAUNCH_REGISTERS * (1 + CONSUMERS), "registers");
 constexpr u32 SLOT_BYTES = Q_HALF * ((DIM > V_DIM ? DIM : V_DIM) / 64);  // a warpgroup's queries, and later its output
 
 struct alignas(64) TensorMap { u64 words[16]; };

@@ -112,12 +112,12 @@ def measure_errors() -> Callable[..., tuple[float, float, float]]:
 def assert_exact() -> Callable[..., None]:
     """The error against float64 is at most twice that of plain torch in the same type, or 0.5 % RMS in 16 bits.
 
-    ``softcap`` and ``sinks`` are those of the logits.
+    ``softcap`` and ``sinks`` are those of the logits. Learned sinks are a factor, which is rounded once more.
     """
 
     def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, **logits: Any) -> None:
         size, error, plain_error = rms_errors(out, q, k, v, mask, scale, **logits)
-        allowed = 2 * plain_error + torch.finfo(torch.float32).eps * size
+        allowed = 2 * plain_error + (2 if "sinks" in logits else 1) * torch.finfo(torch.float32).eps * size
         if q.dtype != torch.float32:
             allowed = max(allowed, 0.005 * size)
         assert error <= allowed

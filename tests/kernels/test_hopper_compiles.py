@@ -51,6 +51,21 @@ def test_its_products_run_beside_other_work(module, dim, v_dim, lse):
     assert re.search(r"\b0 bytes spill stores", log)
 
 
+@KERNELS
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_a_program_starts_with_the_registers_that_its_warpgroups_take(module, dim, v_dim):
+    """With fewer, a consumer would wait for ever for those that it asks for."""
+    from tmbench_kernels import hopper
+
+    host = import_module(f"tmbench_kernels.{module}")
+    log = hopper.compile_log(host.SOURCE, host.settings(dim, v_dim, torch.bfloat16, lse=True))
+    used = re.search(r"Used (\d+) registers", log)
+    assert used
+    warpgroups = 1 + hopper.consumers(dim, v_dim)
+    assert int(used[1]) == 65536 // (128 * warpgroups) // 8 * 8
+    assert "setmaxnreg" not in log, "the assembler ignores one that is too small for its code"
+
+
 def test_an_error_in_the_source_is_shown(tmp_path):
     from tmbench_kernels import hopper
 
