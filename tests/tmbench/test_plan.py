@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from plans import plan_of
-from tmbench.cli.planning import duration
 from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
 from tmbench.measure import answering
@@ -30,6 +29,7 @@ from tmbench.results import environment
 from tmbench.results.rows import RulerRow, TtftRow, now
 from tmbench.results.shards import Shard
 from tmbench.results.tables import append, read_all
+from tmbench.results.words import duration
 from tmbench.suites.ruler import Ruler
 from tmbench_kernels import Triangle
 

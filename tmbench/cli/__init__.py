@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from rich.text import Text
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
 from tmbench.cli import agree, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft
+from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
 from tmbench.models import parallel
@@ -22,7 +24,6 @@ app = typer.Typer(
     name="tmbench",
     no_args_is_help=True,
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -36,17 +37,21 @@ def top(version: VersionOption = False) -> None:
         raise typer.Exit
 
 
-app.command("ttft")(ttft.ttft)
-app.command("ruler")(ruler.ruler)
-app.command("ruler-data")(ruler.ruler_data)
-app.command("agree")(agree.agree)
-app.command("sweep")(sweep.sweep)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "ttft": ttft.ttft,
+    "ruler": ruler.ruler,
+    "ruler-data": ruler.ruler_data,
+    "agree": agree.agree,
+    "sweep": sweep.sweep,
+    "probe": probe.probe,
+    "merge": merge.merge,
+    "report": report.report,
+    "list": info.list_,
+    "env": info.env,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(with_sources(name)(command))
 app.add_typer(patterns.app, name="patterns")
-app.command("probe")(probe.probe)
-app.command("merge")(merge.merge)
-app.command("report")(report.report)
-app.command("list")(info.list_)
-app.command("env")(info.env)
 
 
 def main() -> None:

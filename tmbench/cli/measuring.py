@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from tmbench.cli.options import refuse
-from tmbench.cli.screen import print_rows, progress_bar, say, say_failures, say_nothing_measured
+from tmbench.cli.progress import progress_bar
+from tmbench.cli.screen import print_rows, say, say_failures, say_nothing_measured
 from tmbench.models import parallel
 from tmbench.results.words import counted
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
-from tmbench.cli.screen import console, print_rows, progress_bar, say, say_failures
+from tmbench.cli.progress import progress_bar
+from tmbench.cli.screen import console, print_rows, say, say_failures
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.measuring import measure, opened
+from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 
 @app.command()
+@with_sources("patterns search")
 def search(
     output: Annotated[Path, typer.Option(help="The JSON file to write, for --patterns.", rich_help_panel=o.OUTPUT)],
     length: Annotated[
@@ -111,6 +113,7 @@ def _nothing(layers: int) -> None:
 
 
 @app.command()
+@with_sources("patterns show")
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A JSON file in MInference's format.")],
     plot: Annotated[Path | None, typer.Option(help="Draw layers and heads into this PNG file too.")] = None,

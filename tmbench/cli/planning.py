@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tmbench.cli.screen import console, table
 from tmbench.errors import UserError
 from tmbench.methods.table import METHODS
-from tmbench.results.words import batched, counted
+from tmbench.results.words import HOUR, batched, counted, duration, figure
 
 if TYPE_CHECKING:
     from tmbench.measure.outlook import Line
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 BASES = 2
 """How many of the places that an estimate is from are shown."""
-MINUTE, HOUR = 60, 3600
 
 
 def check_plan(plan: bool, as_json: bool) -> None:
@@ -67,15 +66,3 @@ def _cells(line: Line, share: str) -> list[str]:
 
 def _counted(number: int, unit: str) -> str:
     return counted(number, unit, "passes" if unit == "pass" else "")
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as many as are easily read."""
-    if seconds < 2 * MINUTE:
-        return f"{figure(seconds)} s"
-    return f"{figure(seconds / MINUTE)} min" if seconds < 2 * HOUR else f"{figure(seconds / HOUR)} h"
-
-
-def figure(number: float) -> str:
-    """Three digits of a number, and all of those before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -12,7 +12,8 @@ from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
-from tmbench.cli.screen import console, progress_bar, say, say_failures, table
+from tmbench.cli.progress import progress_bar
+from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
 from tmbench.results.words import counted

@@ -1,4 +1,4 @@
-"""What the commands show: progress with the time left on standard error, tables on standard output."""
+"""What the commands show: tables on standard output, and what is said of them on standard error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tmbench.cli.blocks import Blocks
 from tmbench.results.json_text import json_text
@@ -63,21 +62,6 @@ def markdown(text: str) -> None:
         for cells in body:
             shown.add_row(*cells)
         console().print(shown)
-
-
-def progress_bar() -> Progress:
-    """A bar with the elapsed time and an estimate of the time left, on standard error."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=error_console(),
-        # Passes differ in length by orders of magnitude: the estimate must not forget the long ones.
-        speed_estimate_period=3600,
-    )
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -12,7 +12,7 @@ from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
 from tmbench.cli.measuring import measure, opened, print_measured
-from tmbench.cli.planning import show_plan
+from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
 from tmbench.errors import UserError
 from tmbench.methods.plan import HALF, DeepLayers
@@ -62,6 +62,7 @@ def sweep(
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     shard: o.ShardOption = None,
+    as_json: o.JsonOption = False,
     plan: o.PlanOption = False,
 ) -> None:
     """Ablations: every combination of the given values of a method's triangle, timed and asked, with dense beside them.
@@ -69,6 +70,7 @@ def sweep(
     Rows go where tmbench ttft and tmbench ruler put theirs, and what is there already is not measured again. The report
     shows accuracy kept against time saved, and what each single change does.
     """
+    check_plan(plan, as_json)
     part = o.shard_of(shard)
 
     from tmbench.measure.accuracy import AccuracySpec
@@ -113,7 +115,10 @@ def sweep(
     rows = measure(spec, where, _nothing)
     if part is not None:
         say("a shard only asks, as times are taken in turns: merge all shards, then run this without --shard")
-        print_measured(spec, rows, say_failures, as_json=False)
+        print_measured(spec, rows, say_failures, as_json=as_json)
+        return
+    if as_json:
+        print_measured(spec, rows, say_failures, as_json=True)
         return
     failed = [row for row in rows if row.status != "ok"]
     _show(spec, loaded)

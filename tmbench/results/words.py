@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MINUTE, HOUR = 60, 3600
+
 
 def length_name(length: int) -> str:
     """A number of tokens: 32768 is 32K, 1000 stays 1000."""
@@ -16,3 +18,15 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 def batched(batch_size: int) -> str:
     """What stands before a length of which several prompts are read together: "4 x ", and nothing for one."""
     return f"{batch_size} x " if batch_size > 1 else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as many as are easily read."""
+    if seconds < 2 * MINUTE:
+        return f"{figure(seconds)} s"
+    return f"{figure(seconds / MINUTE)} min" if seconds < 2 * HOUR else f"{figure(seconds / HOUR)} h"
+
+
+def figure(number: float) -> str:
+    """Three digits of a number, and all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -1,0 +1,73 @@
+"""Progress with the time left, on standard error: a bar, or lines where that is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from tmbench.cli.screen import error_console, say
+from tmbench.results.words import duration
+
+ESTIMATE_PERIOD = 3600.0
+"""Seconds of which the time left is estimated: passes differ in length by orders of magnitude, and none may be forgotten."""
+EVERY = 10.0
+"""Seconds between two lines of a log."""
+
+
+def progress_bar() -> Progress:
+    """Where a command shows how far it is: used as a context, or by start and stop."""
+    if not error_console().is_terminal:
+        return Lines()
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=error_console(),
+        speed_estimate_period=ESTIMATE_PERIOD,
+    )
+
+
+class Lines(Progress):
+    """One line each EVERY seconds in which something was done, and one for each task at the end."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(disable=True, speed_estimate_period=ESTIMATE_PERIOD, get_time=clock)
+        self._last = self.get_time()
+        self._told = 0
+
+    def update(self, task_id: TaskID, *given: Any, **changes: Any) -> None:
+        """As rich's own, which is silent here."""
+        super().update(task_id, *given, **changes)
+        now = self.get_time()
+        if now - self._last >= EVERY:
+            self._last = now
+            self._tell(next(task for task in self.tasks if task.id == task_id))
+
+    def stop(self) -> None:
+        """As rich's own; tells what the tasks came to."""
+        super().stop()
+        for task in self.tasks[self._told :]:
+            self._tell(task)
+        self._told = len(self.tasks)
+
+    def _tell(self, task: Task) -> None:
+        parts = [f"{task.percentage:.0f} %"] if task.total is not None else []
+        parts.append(f"{duration(task.elapsed or 0.0)}{' so far' * (not task.finished)}")
+        if not task.finished and task.time_remaining is not None:
+            parts.append(f"{duration(task.time_remaining)} left")
+        say(f"{task.description}: {', '.join(parts)}")
