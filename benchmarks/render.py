@@ -16,6 +16,7 @@ from pathlib import Path
 from accuracy_figures import FIGURES
 from accuracy_tables import ACCURACY
 from checkpoint_tables import CHECKPOINT
+from claim_tables import CLAIMS
 from decoding_tables import DECODING_TABLES
 from kernel_pages import page
 from kernel_tables import KERNELS
@@ -35,7 +36,7 @@ PAGES = {
 }
 """The pages that are rendered whole, by the CSV that each is rendered from."""
 BLOCKS: dict[str, Block] = (
-    ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | DECODING_TABLES | KERNELS | MODEL_TABLES | SUMMARY | TRAINING
+    ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | CLAIMS | DECODING_TABLES | KERNELS | MODEL_TABLES | SUMMARY | TRAINING
 )
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 

@@ -11,13 +11,21 @@ from typing import TypeVar
 from tmbench.report.report import AnySection, Report, build
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = ROOT / "benchmarks" / "smollm2-135m"
 S = TypeVar("S", bound=AnySection)
 H100, H200, INTEL, EPYC = "nvidia-h100-80gb-hbm3", "nvidia-h200", "cpu-intel-xeon-2-cores", "cpu-amd-epyc-2-cores"
 Line = dict[str, str]
 
 
 class Sources:
-    """Committed rows, each read once."""
+    """Committed rows, each read once.
+
+    Attributes:
+        smollm2_rows: the folder of SmolLM2's.
+    """
+
+    def __init__(self, smollm2_rows: Path = SMOLLM2) -> None:
+        self.smollm2_rows = smollm2_rows
 
     @cached_property
     def results(self) -> Report:
@@ -33,6 +41,11 @@ class Sources:
     def probes(self) -> Report:
         """Further probes of the embedded model."""
         return build(ROOT / "benchmarks" / "probes")
+
+    @cached_property
+    def smollm2(self) -> Report | None:
+        """SmolLM2-135M-Instruct; None before its rows are there."""
+        return build(self.smollm2_rows) if any(self.smollm2_rows.glob("*/*/*.csv")) else None
 
     def lines(self, path: str) -> list[Line]:
         """The lines of a CSV, its path from the root of the repository on."""
