@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import smollm2_page
 from accuracy_figures import FIGURES
 from accuracy_tables import ACCURACY
 from checkpoint_tables import CHECKPOINT
@@ -20,13 +21,14 @@ from claim_tables import CLAIMS
 from decoding_tables import DECODING_TABLES
 from kernel_pages import page
 from kernel_tables import KERNELS
+from matplotlib.figure import Figure
 from model_tables import MODEL_TABLES
 from probe_figures import PROBE_FIGURES
 from sources import ROOT, Block, Sources
 from summary_table import SUMMARY
 from training_figures import TRAINING
 
-from tmbench.report.pictures import figures
+from tmbench.report.pictures import figures, save_all
 from tmbench.report.writers import report_markdown
 
 PAGES = {
@@ -35,6 +37,8 @@ PAGES = {
     "interval_coverage.csv": "interval-coverage.md",
 }
 """The pages that are rendered whole, by the CSV that each is rendered from."""
+WHOLE = {"report.md", smollm2_page.NAME, *PAGES.values()}
+"""All pages that are rendered whole."""
 BLOCKS: dict[str, Block] = (
     ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | CLAIMS | DECODING_TABLES | KERNELS | MODEL_TABLES | SUMMARY | TRAINING
 )
@@ -47,8 +51,9 @@ def rendered(sources: Sources) -> Iterator[tuple[Path, str]]:
     yield docs / "report.md", report_markdown(sources.results)
     for csv, name in PAGES.items():
         yield docs / name, page(ROOT / "benchmarks" / csv)
-    whole = {"report.md", *PAGES.values()}
-    marked = [path for path in sorted(docs.glob("*.md")) if path.name not in whole]
+    if sources.smollm2 is not None:
+        yield docs / smollm2_page.NAME, smollm2_page.page(sources.smollm2)
+    marked = [path for path in sorted(docs.glob("*.md")) if path.name not in WHOLE]
     for path in (ROOT / "README.md", *marked, ROOT / "tmbench/models/tiny/README.md", ROOT / "training/README.md"):
         yield path, filled(path.read_text(encoding="utf-8"), sources)
 
@@ -72,11 +77,18 @@ def filled(text: str, sources: Sources) -> str:
 
 def pictures(sources: Sources) -> set[str]:
     """The names of the pictures in docs/figures."""
-    return set(figures(sources.results))
+    return {*figures(sources.results), *_others(sources)}
+
+
+def _others(sources: Sources) -> dict[str, Figure]:
+    """The pictures that no report of ``results`` draws."""
+    return {} if sources.smollm2 is None else smollm2_page.pictures(sources.smollm2)
 
 
 def main() -> None:
-    for path, text in rendered(Sources()):
+    sources = Sources()
+    save_all(_others(sources), ROOT / "docs" / "figures")
+    for path, text in rendered(sources):
         path.write_text(text, encoding="utf-8")
         print(f"rendered {path.relative_to(ROOT)}")
 

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
-
-import made_rows
-from tmbench.results.rows import LossRow, ProbeRow, RulerRow
-from tmbench.results.tables import append
-
-COMMON = made_rows.COMMON | {"model": "smollm2", "length": 4096}
-RULER = {"wording": "own", "wording_hash": "f00d", "source": "noise", "chat_template": False}
-TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "vt", "qa_1", "fwe")
-SAMPLES = 60
-SHAPE = {"n_init": 8, "n_local": 512, "last_n": 128}
+from claim_rows import SHAPE, TASKS, ask, lose, probe
 
 
 @pytest.fixture
@@ -79,21 +69,6 @@ def test_a_claim_without_bounds_is_refused(claims, bounds):
         claims.Claim("it is so", *bounds)
 
 
-def ask(root, wrong, method="dense", tasks=TASKS, source="", **parameters):
-    """Rows of a method that answers the first ``wrong`` samples of each task wrongly."""
-    for task in tasks:
-        name = f"predictions/{method}/{task}-{source}{'-'.join(map(str, parameters.values()))}.jsonl"
-        path = root / "some-gpu" / "ruler" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scores = [float(index >= wrong) for index in range(SAMPLES)]
-        path.write_text(
-            "".join(json.dumps({"index": i, "score": s, "outputs": [task]}) + "\n" for i, s in enumerate(scores))
-        )
-        about = {"task": task, "samples": SAMPLES, "score": round(100 * sum(scores) / SAMPLES, 2), "predictions": name}
-        given = COMMON | RULER | about | {"method": method, "layers_source": source, **parameters}
-        append(root, RulerRow(**made_rows.columns(given)))
-
-
 def words(claims, root, group, start):
     """The verdict on a claim over the made rows alone, and the figures that it rests on."""
     (judged,) = [one for one in claims.tables.judged(claims.sources.Sources(root), group) if start in one.claim.text]
@@ -138,29 +113,9 @@ def test_layers_and_shapes_are_compared_with_each_other(claims, tmp_path):
     assert found[0].where == "smollm2 at 4K, layers 15- against 0-14, some-gpu"
 
 
-def keep(root, kind, name, entries):
-    """A file of samples."""
-    path = root / "some-gpu" / kind / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-
-
-ASKED = COMMON | {"task": "vt", "samples": 3, "wording_hash": "f00d", "source": "noise"}
-
-
 @pytest.mark.slow
 def test_probes_are_judged_prompt_by_prompt(claims, tmp_path):
-    # One head a layer; the middle's derivative is the first of the second section.
-    shallow = [[[[9.0], [1.0], [9.0]]]] * 15
-    deep = (0.01, 0.02, 0.03, 5.0)
-    keep(
-        tmp_path,
-        "probe",
-        "one.jsonl",
-        ({"index": index, "means": shallow + [[[[9.0], [value], [9.0]]]] * 15} for index, value in enumerate(deep)),
-    )
-    of = ASKED | SHAPE | {"method": "dense", "middle_logits": 1.0, "sample_files": "one.jsonl"}
-    append(tmp_path, *(ProbeRow(**made_rows.columns(of | {"layer": layer})) for layer in range(30)))
+    probe(tmp_path, deep=(0.01, 0.02, 0.03, 5.0))
     said, (found,) = words(claims, tmp_path, "reasons", "less than half of its gradient")
     assert said == "supported"
     assert found.text.startswith("2.0 % ("), "the fourth prompt is not of the row"
@@ -168,14 +123,7 @@ def test_probes_are_judged_prompt_by_prompt(claims, tmp_path):
 
 @pytest.mark.slow
 def test_losses_are_judged_in_prompts_and_behind_them(claims, tmp_path):
-    made = {"": (2.0, 1.0), "15-": (2.1, 1.001), "20-": (2.0, 1.5), "5-": (3.0, 3.0)}
-    for layers, (prompt, answer) in made.items():
-        method, file = ("tri_mix" if layers else "dense"), f"samples{layers}.jsonl"
-        rest = {"prompt_tokens": 9, "answer_tokens": 9, "source": "noise", "backends": "dense:sdpa", "seconds": 1.0}
-        losses = [{"nll_prompt": prompt + n / 1000, "nll_answer": answer, "nll_first": answer} for n in (1, 2, 3)]
-        keep(tmp_path, "loss", file, (rest | own | {"index": index} for index, own in enumerate(losses)))
-        own = losses[1] | {"method": method, "sample_files": file} | (SHAPE | {"layers": layers} if layers else {})
-        append(tmp_path, LossRow(**made_rows.columns(ASKED | own)))
+    lose(tmp_path, {"": (2.0, 1.0), "15-": (2.1, 1.001), "20-": (2.0, 1.5), "5-": (3.0, 3.0)})
     said, found = words(claims, tmp_path, "reasons", "serves tokens inside the prompt")
     assert [one.where.split(", ")[2] for one in found] == ["layers 15-", "layers 20-"], "layers 5- are not the deep half"
     assert said == "supported 1 of 2, undecided 1 of 2"
