@@ -51,7 +51,7 @@ def test_a_file_has_what_the_command_line_has_not(planned, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("legnth = 3", "legnth is no option of tmbench ttft; did you mean length?"),
+        ("lengths = 3", "lengths is no option of tmbench ttft; did you mean length?"),
         ("plan = true", "plan is no option of tmbench ttft"),
         ("config = 'x'", "config is no option of tmbench ttft"),
         ('command = "ruler"', "is of tmbench ruler, not of tmbench ttft"),
