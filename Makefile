@@ -12,7 +12,7 @@ DEMO_RULER_LENGTH ?= 2K
 DEMO_SAMPLES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-ray demo smollm2 test test-fast lint types unit figures dist lock lock-ray clean
+.PHONY: help install install-ray demo smollm2 test test-fast lint types unit figures docs dist notes lock lock-ray lock-docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,9 +71,20 @@ figures: install  ## Render the figures and pictures in the docs from what was m
 	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
 	$(BIN)/python benchmarks/render.py
 
+docs: $(VENV)/docs/installed  ## Build the documentation as a site, into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+
+$(VENV)/docs/installed: requirements-docs.lock
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	@touch $@
+
 dist: install  ## Build the wheel into dist/
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+notes:  ## Print what CHANGELOG.md says of VERSION
+	@awk -v version='$(VERSION)' '/^## / {on = index($$2, version) > 0; next} on' CHANGELOG.md | sed '/./,$$!d' | grep . || { echo "CHANGELOG.md says nothing of version '$(VERSION)': make notes VERSION=0.1.0" >&2; exit 1; }
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \
@@ -85,5 +96,9 @@ lock-ray: install-ray  ## Write requirements-ray.lock from what is installed now
 	  | grep -v "$$(sed -n 's/^\([^=]*\)==.*/^\1==/p' requirements.lock)" | sed '/^nvidia-cuda-nvrtc==/d'; } > requirements-ray.lock.new
 	mv requirements-ray.lock.new requirements-ray.lock
 
+lock-docs: docs  ## Write requirements-docs.lock from what is installed now
+	{ sed '/^#/!d' requirements-docs.lock; $(VENV)/docs/bin/python -m pip freeze; } > requirements-docs.lock.new
+	mv requirements-docs.lock.new requirements-docs.lock
+
 clean:  ## Remove .venv and the demo's results
-	rm -rf $(VENV) $(DEMO) build dist
+	rm -rf $(VENV) $(DEMO) build dist site
