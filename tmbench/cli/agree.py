@@ -8,6 +8,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say_failures, table
@@ -24,6 +25,7 @@ TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
 
 
+@with_checkpoint()
 @with_attention()
 def agree(
     method: o.MethodOption = None,
@@ -43,7 +45,7 @@ def agree(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
     context_parallel: o.ContextParallelOption = False,
@@ -74,7 +76,7 @@ def agree(
     from tmbench.measure.spec import ModelSource, place, prefill_kind
 
     (asked,) = o.prompts_of([prompt] if prompt is not None else [], prompt_file) or ["kv"]
-    source = ModelSource(model, weights, device, dtype, context_parallel, revision=revision)
+    source = ModelSource(model, weights, device, dtype, context_parallel, **checkpoint.given)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)

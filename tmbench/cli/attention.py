@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tmbench.cli.groups import grouped
 from tmbench.cli.screen import say
 from tmbench.errors import UserError
 from tmbench.methods.layers import chosen_layers, whole_number
@@ -111,22 +112,16 @@ def with_attention(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         options = [option for option in _options(hidden, repeated) if option.name not in without]
-        own = inspect.signature(command, eval_str=True)
-        (place,) = (parameter.name for parameter in own.parameters.values() if parameter.annotation is Attention)
-        parameters = [each for name, own_one in own.parameters.items() for each in (options if name == place else [own_one])]
-
-        @wraps(command)
-        def run(**given: Any) -> None:
-            values = {option.name: given.pop(option.name) for option in options}
-            where = {name: tuple(values.pop(name) or ()) for name in (LAYERS, STARTING_LAYER)}
-            parameters = {name: value for name, value in values.items() if value not in (None, [], ())}
-            command(**given, **{place: Attention(**where, parameters=parameters)})
-
-        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return run
+        return grouped(command, Attention, options, _said)
 
     return decorate
+
+
+def _said(values: Mapping[str, Any]) -> Attention:
+    """What values of the options say, by name."""
+    where = {name: tuple(values.get(name) or ()) for name in (LAYERS, STARTING_LAYER)}
+    parameters = {name: value for name, value in values.items() if name not in where and value not in (None, [], ())}
+    return Attention(**where, parameters=parameters)
 
 
 def _options(hidden: tuple[str, ...], repeated: bool) -> list[inspect.Parameter]:

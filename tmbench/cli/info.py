@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
 from tmbench.methods.installed import get_method, method_names
@@ -25,16 +26,19 @@ LENGTHS = (32768, 65536, 131072)
 """At which savings are printed, unless --length says otherwise."""
 
 
-def list_(model: ListedModelOption = None, length: o.LengthOption = None) -> None:
+@with_checkpoint()
+def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkpoint: Checkpoint = AS_IT_IS) -> None:
     """The methods with their parameters and papers, the tasks, the models, and the backends that run here.
 
     With --model the kinds of its layers, and what a method can save on it at most.
     """
     if model is not None:
-        _list_model(model, length)
+        _list_model(model, length, checkpoint)
         return
     if length:
         raise UserError("--length says at which lengths --model is looked at: give --model too, or leave it out")
+    how = {name.replace("_", "-"): value for name, value in checkpoint.given.items()}
+    o.refuse(how, "says how --model is loaded, which is not given")
     from ruler_tasks import TASKS
     from tmbench.models.presets import preset_names, read_preset
     from tmbench.models.structured import FAMILIES
@@ -111,7 +115,7 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None) -> Non
     screen.print(backends)
 
 
-def _list_model(name: str, given: list[int] | None) -> None:
+def _list_model(name: str, given: list[int] | None, checkpoint: Checkpoint) -> None:
     from tmbench.measure.savings import savings
     from tmbench.methods.layers import layers_text
     from tmbench.models.attention_modules import attention_modules, windows
@@ -119,7 +123,7 @@ def _list_model(name: str, given: list[int] | None) -> None:
     from tmbench.models.loading import load
 
     # Weights change nothing here, and need not be there.
-    loaded = load(name, weights="random", plan_only=True)
+    loaded = load(name, weights="random", plan_only=True, **checkpoint.given)
     attention_modules(loaded.model)
     longest = max_positions(loaded.model.config) or max(LENGTHS)
     lengths = sorted(set(given or [length for length in LENGTHS if length <= longest] or [longest]))
@@ -152,11 +156,11 @@ def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
     from dataclasses import asdict
 
     from tmbench.engine.backends import attention_backends
-    from tmbench.models import loading
+    from tmbench.models import devices
     from tmbench.results import environment
     from tmbench.results.json_text import json_text
 
-    place = loading.check_device(device or loading.default_device())
+    place = devices.check_device(device or devices.default_device())
     here = environment.current(place)
     backends = attention_backends(place)
     if as_json:

@@ -95,15 +95,6 @@ BatchSizeOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="A torch device.", rich_help_panel=MACHINE, show_default="cuda if there is one")
 ]
-RevisionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Branch, tag or commit of a Hugging Face id.",
-        rich_help_panel=MACHINE,
-        show_default="the newest",
-        metavar="NAME",
-    ),
-]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"] | None,
     typer.Option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened
 from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import console, say, table
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 @app.command()
 @with_sources("patterns search")
+@with_checkpoint()
 def search(
     output: Annotated[Path, typer.Option(help="The JSON file to write, for --patterns.", rich_help_panel=o.OUTPUT)],
     length: Annotated[
@@ -67,7 +69,7 @@ def search(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Search again what is there already.", rich_help_panel=o.OUTPUT)
@@ -86,7 +88,7 @@ def search(
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
     check_output(output, overwrite=overwrite)
-    where, loaded = opened(ModelSource(model, weights, device, dtype, revision=revision))
+    where, loaded = opened(ModelSource(model, weights, device, dtype, **checkpoint.given))
     attention_modules(loaded.model)
     for note in loaded.notes:
         say(note)

@@ -10,6 +10,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
@@ -40,6 +41,7 @@ ProbeMethodOption = Annotated[
 ]  # fmt: skip
 
 
+@with_checkpoint()
 @with_attention(without=("dense_backend",))
 def probe(
     loss: Annotated[
@@ -66,7 +68,7 @@ def probe(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
@@ -139,7 +141,7 @@ def probe(
     from tmbench_kernels import Triangle
 
     tasks = o.prompts_of(task or (), prompt_file, "--task") or list(TASKS)
-    source = ModelSource(model, weights, device, dtype, revision=revision)
+    source = ModelSource(model, weights, device, dtype, **checkpoint.given)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     wanted = o.lengths_of(tasks[0], loaded, answered=True) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)

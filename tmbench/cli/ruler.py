@@ -10,6 +10,7 @@ import typer
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.progress import progress_bar
@@ -74,10 +75,11 @@ ChatKwargsOption = Annotated[
     ),
 ]
 # Scores of synthetic weights say nothing, and times are not what this command is for: --weights and --dense-backend work as
-# in tmbench ttft, and its help has them.
+# in tmbench ttft, and its help has them. So has it how a checkpoint is loaded that is not loaded as it is.
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
 
 
+@with_checkpoint(hidden=("rope_scaling",))
 @with_attention(hidden=("dense_backend",))
 def ruler(
     method: o.MethodOption = None,
@@ -88,7 +90,7 @@ def ruler(
     model: o.ModelOption = "tiny",
     weights: UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     batch_size: o.BatchSizeOption = None,
     context_parallel: o.ContextParallelOption = False,
@@ -139,7 +141,7 @@ def ruler(
         loading.check_has_tokenizer(model, "RULER")
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
-    source = ModelSource(model, weights, device, dtype, context_parallel, revision=revision)
+    source = ModelSource(model, weights, device, dtype, context_parallel, **checkpoint.given)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     if plan and loaded.tokenizer is None:

@@ -11,6 +11,7 @@ import typer
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, say_nothing_measured, table
@@ -25,6 +26,7 @@ TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
 
 
+@with_checkpoint()
 @with_attention(without=("patterns", "dense_backend"), repeated=True)
 def sweep(
     method: Annotated[
@@ -47,7 +49,7 @@ def sweep(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
@@ -84,7 +86,7 @@ def sweep(
     loading.check_has_tokenizer(model, "RULER")
     chat = r.chat_text(chat_template_kwargs, apply_chat_template)
     suite = r.suite_for(tasks, wording, data_dir, offline, samples_as, chat)
-    source = ModelSource(model, weights, device, dtype, revision=revision)
+    source = ModelSource(model, weights, device, dtype, **checkpoint.given)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
     r.say_notes(suite, loaded.need_tokenizer("RULER"))

@@ -9,6 +9,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
@@ -29,6 +30,7 @@ NOTICEABLE = 1.0
 """Seconds of compilation from which on they are told."""
 
 
+@with_checkpoint()
 @with_attention()
 def ttft(
     method: o.MethodOption = None,
@@ -58,7 +60,7 @@ def ttft(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     executor: Annotated[str | None, typer.Option(hidden=True)] = None,
     context_parallel: o.ContextParallelOption = False,
@@ -87,7 +89,7 @@ def ttft(
     from tmbench.measure.ttft import TtftSpec
 
     asked = next(iter(o.prompts_of([prompt] if prompt is not None else [], prompt_file)), None)
-    source = ModelSource(model, weights, device, dtype, context_parallel, revision=revision)
+    source = ModelSource(model, weights, device, dtype, context_parallel, **checkpoint.given)
     where, loaded = opened(source, plan_only=plan)
     wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted)

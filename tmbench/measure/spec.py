@@ -47,6 +47,8 @@ class ModelSource:
     """Whether several ranks split its prompts, and not the model."""
     revision: str | None = None
     """The branch, tag or commit of a Hugging Face id; None takes the newest."""
+    rope_scaling: str | None = None
+    """See ``tmbench.models.rope_scaling``; None takes the config's."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelSource:
@@ -58,6 +60,7 @@ class ModelSource:
             loaded.dtype,
             context_parallel=loaded.context_parallel_size > 1,
             revision=loaded.revision or None,
+            rope_scaling=loaded.rope_scaling or None,
         )
 
     def load(self, *, plan_only: bool = False) -> LoadedModel:
@@ -67,6 +70,7 @@ class ModelSource:
             "device": self.device,
             "dtype": self.dtype,
             "revision": self.revision,
+            "rope_scaling": self.rope_scaling,
         }
         return loading.load(self.name, **how, context_parallel=self.context_parallel, plan_only=plan_only)
 

@@ -6,6 +6,7 @@ has no checkpoint, and a folder of its name comes first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -31,17 +32,15 @@ from tmbench.models import fingerprint, parallel, sharding, structured
 from tmbench.models.attention_modules import limiting_windows
 from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
 from tmbench.models.context import check_split, split_prompts
+from tmbench.models.devices import AUTO, check_device, check_dtype, default_device, saved_dtype
 from tmbench.models.geometry import Geometry, max_positions
 from tmbench.models.presets import preset_names, read_preset
+from tmbench.models.rope_scaling import RopeScaling
 from tmbench.models.weights import check_loaded, check_planned
 from tmbench.results.files import readable
 from tmbench.results.words import counted
-from tmbench_kernels import Dense
 
 TINY = "tiny"
-AUTO = "auto"
-"""For --dtype: the checkpoint's own."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
 KERNELS = {"flash-linear-attention": "fla", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
@@ -67,6 +66,8 @@ class LoadedModel:
     """Over how many ranks it is split."""
     context_parallel_size: int = 1
     """Over how many ranks each of its prompts is split, all of which hold the model."""
+    rope_scaling: str = ""
+    """That of ``--rope-scaling``; "" where rotary embeddings are as the checkpoint has them."""
     notes: tuple[str, ...] = ()
     """What was done on the user's behalf, a sentence each."""
 
@@ -92,8 +93,8 @@ class LoadedModel:
     def row_fields(self) -> dict[str, Any]:
         """The columns that a result row takes from here."""
         named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
-        split = {name: getattr(self, name) for name in ("tensor_parallel_size", "context_parallel_size")}
-        return {**named, "weights": self.weights, "dtype": self.dtype, **split}
+        same = ("tensor_parallel_size", "context_parallel_size", "rope_scaling")
+        return {**named, "weights": self.weights, "dtype": self.dtype, **{name: getattr(self, name) for name in same}}
 
     @property
     def max_length(self) -> int | None:
@@ -109,9 +110,11 @@ class LoadedModel:
     def check_length(self, length: int) -> None:
         """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter."""
         if self.max_length is not None and length > self.max_length:
+            scaled = f" under --rope-scaling {self.rope_scaling}" if self.rope_scaling else ""
+            others = "a larger factor or another --model" if scaled else "--rope-scaling or another --model"
             raise UserError(
-                f"--length {length} is more than the {self.max_length} positions of {self.name}: "
-                f"give {self.max_length} or less, or another --model"
+                f"--length {length} is more than the {self.max_length} positions of {self.name}{scaled}: "
+                f"give {self.max_length} or less, {others}"
             )
         layer, window = min(limiting_windows(self.model).items(), key=lambda one: one[1], default=(0, None))
         if window is not None and window < length:
@@ -165,44 +168,6 @@ def model_path(name: str) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(name: str) -> torch.device:
-    """The torch device of that name; raises UserError where this machine has none, or no backend runs on its type."""
-    types = dict.fromkeys(place for backend in Dense.backends for place in backend.devices)
-    try:
-        device = torch.device(name)
-        if device.type not in types:
-            raise UserError(f"--device {name} has no backend of attention: choose from {', '.join(types)}")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device {name} cannot be used here ({reason}): try --device {default_device()}") from error
-    return device
-
-
-def check_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The torch type of that name; None means bfloat16 on a GPU and float32 elsewhere."""
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"--dtype {name} is unknown: choose from {', '.join((*DTYPES, AUTO))}")
-    return DTYPES[name]
-
-
-def saved_dtype(name: str, config: Any) -> torch.dtype:
-    """The type that a checkpoint's config says it is saved in; raises UserError where it says none that is served."""
-    saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    saved = getattr(torch, saved, None) if isinstance(saved, str) else saved
-    if saved not in DTYPES.values():
-        says = "no type" if saved is None else str(saved).removeprefix("torch.")
-        raise UserError(f"--dtype auto: the config of {name} says {says}: choose from {', '.join(DTYPES)}")
-    assert isinstance(saved, torch.dtype)
-    return saved
-
-
 def load(
     name: str = TINY,
     *,
@@ -210,18 +175,21 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
+    rope_scaling: str | None = None,
     context_parallel: bool = False,
     plan_only: bool = False,
 ) -> LoadedModel:
     """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
 
     ``revision`` is a branch, tag or commit of a Hugging Face id, and ``dtype`` may be "auto", the type that the config says.
+    ``rope_scaling`` is a text as ``tmbench.models.rope_scaling`` reads it.
 
     Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own; with
     ``context_parallel`` the whole, and prompts are split instead.
 
     Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
-    weights of a preset, for a family that structured weights are not made for, and for what the ranks cannot split.
+    weights of a preset, for a family that structured weights are not made for, for rotary embeddings that cannot be scaled,
+    and for what the ranks cannot split.
     """
     preset = is_preset(name)
     if preset and weights == "checkpoint":
@@ -232,6 +200,7 @@ def load(
             f"{fields['_name_or_path']} or a folder"
         )
     _check_revision(name, revision)
+    scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     place = parallel.device(check_device(device or default_device()))
     kind = check_dtype(None if dtype == AUTO else dtype, place)
     path = model_path(name)
@@ -243,6 +212,8 @@ def load(
         family = _family(name, config)
         commit = _commit(name, config, revision)
         kind = saved_dtype(name, config) if dtype == AUTO else kind
+        if scaling is not None:
+            scaling = scaling.apply(name, config)
         if weights == "structured":
             structured.check_family(config)
         if context_parallel:
@@ -260,6 +231,7 @@ def load(
         else:
             model, info = family.from_pretrained(
                 path,
+                config=config,
                 dtype=kind,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -270,6 +242,8 @@ def load(
             model = model.to(place)
         if weights == "structured" and not plan_only and not split:
             structured.fill(model, RANDOM_SEED)
+        if scaling is not None:
+            scaling.check_heeded(name, model)
     model.eval()
     if context_parallel:
         split_prompts(model)
@@ -279,10 +253,11 @@ def load(
         tokenizer=None if preset else _tokenizer(name, required=weights == "checkpoint", revision=revision),
         weights=weights,
         revision=commit,
-        model_hash=content_hash(name, weights, commit),
+        model_hash=content_hash(name, weights, commit, changes=[] if scaling is None else [str(scaling)]),
         planned_for=place if plan_only else None,
         tensor_parallel_size=parallel.size() if split else 1,
         context_parallel_size=parallel.size() if context_parallel else 1,
+        rope_scaling="" if scaling is None else str(scaling),
         notes=tuple(filter(None, (_code_note(name, config), kernels_note(name, config, place)))),
     )
 
@@ -358,19 +333,21 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return config
 
 
-def content_hash(name: str, weights: Weights, revision: str = "") -> str:
+def content_hash(name: str, weights: Weights, revision: str = "", changes: Sequence[str] = ()) -> str:
     """A hash of what a model of this name is made from, config, tokenizer and weights: see ``tmbench.models.fingerprint``.
 
     Nothing is loaded for it. Of a Hub checkpoint it covers the files that are on this machine, at a commit or the newest.
+    ``changes`` are what options have changed of that, in words.
     """
     drawn = "" if weights == "checkpoint" else f"{weights} weights, seed {RANDOM_SEED}"
     if is_preset(name):
-        return fingerprint.of_preset(read_preset(name), drawn)
-    folder = _folder(name, revision)
-    if folder is None:
+        found = fingerprint.of_preset(read_preset(name), drawn)
+    elif folder := _folder(name, revision):
+        with readable(folder):
+            found = fingerprint.of_folder(folder, drawn)
+    else:
         return ""
-    with readable(folder):
-        return fingerprint.of_folder(folder, drawn)
+    return fingerprint.of_changed(found, changes) if changes else found
 
 
 def _folder(name: str, revision: str) -> Path | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from tmbench.report.samples_as import drawn_words
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
@@ -18,6 +19,7 @@ class Setting:
         ("model_hash", ""),
         ("tensor_parallel_size", 1),
         ("context_parallel_size", 1),
+        ("rope_scaling", ""),
     )
     """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
 
@@ -31,12 +33,13 @@ class Setting:
     """How many GPUs shared the model."""
     context_parallel_size: int
     """How many GPUs shared each prompt."""
+    rope_scaling: str
+    """Of the option; "" for the checkpoint's own."""
 
     @property
     def base(self) -> Setting:
         """The device and the model alone: what times and accuracies of the same model have in common."""
-        own = self.device, self.model, self.revision, self.weights, self.dtype, self.model_hash
-        return Setting(*own, self.tensor_parallel_size, self.context_parallel_size)
+        return Setting(*(getattr(self, field.name) for field in fields(Setting)))
 
     @property
     def subject(self) -> str:
@@ -46,7 +49,8 @@ class Setting:
         split = f", split over {self.tensor_parallel_size} GPUs" if self.tensor_parallel_size > 1 else ""
         if self.context_parallel_size > 1:
             split += f", prompts split over {self.context_parallel_size} GPUs"
-        return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}{split}"
+        scaling = f", rope scaling {self.rope_scaling}" if self.rope_scaling else ""
+        return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}{scaling}{split}"
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +69,8 @@ class TtftSetting(Setting):
 
     @classmethod
     def of(cls, row: TtftRow, older: int) -> TtftSetting:
-        return cls(*model_of(row), row.prompt, row.prefill, row.threads, row.seed, older, row.batch_size)
+        same = ("prompt", "prefill", "threads", "seed", "batch_size")
+        return cls(**model_of(row), **_taken(row, same), older_prompt=older)
 
     @property
     def words(self) -> str:
@@ -86,7 +91,8 @@ class AgreeSetting(Setting):
 
     @classmethod
     def of(cls, row: AgreeRow, older: int) -> AgreeSetting:
-        return cls(*model_of(row), row.prompt, row.new_tokens, row.threads, row.seed, older, row.prefill)
+        same = ("prompt", "new_tokens", "threads", "seed", "prefill")
+        return cls(**model_of(row), **_taken(row, same), older_prompt=older)
 
 
 @dataclass(frozen=True, order=True)
@@ -113,10 +119,10 @@ class RulerSetting(Setting):
 
     @classmethod
     def of(cls, row: RulerRow, older: int) -> RulerSetting:
-        return cls(
-            *model_of(row), row.length, row.wording, "" if row.wording == "prepared" else row.wording_hash, row.samples_as,
-            row.chat_template, row.chat_template_kwargs, row.threads, row.seed, older, row.prefill,
-        )  # fmt: skip
+        same = ("length", "wording", "samples_as", "chat_template", "chat_template_kwargs", "threads", "seed")
+        version = "" if row.wording == "prepared" else row.wording_hash
+        newer: dict[str, Any] = {"wording_version": version, "older_data": older, "accuracy_prefill": row.prefill}
+        return cls(**model_of(row), **_taken(row, same), **newer)
 
     @property
     def drawn(self) -> str:
@@ -166,7 +172,7 @@ class LossSetting(Setting):
 
     @classmethod
     def of(cls, row: LossRow, older: int) -> LossSetting:
-        return cls(*model_of(row), row.threads, row.seed, older, row.prefill)
+        return cls(**model_of(row), **_taken(row, ("threads", "seed", "prefill")), older_data=older)
 
 
 @dataclass(frozen=True, order=True)
@@ -186,13 +192,17 @@ class ProbeSetting(Setting):
     @classmethod
     def of(cls, row: ProbeRow, older: int) -> ProbeSetting:
         given = ", ".join(f"{name} {value}" for name, value in row.settings.items())
-        return cls(*model_of(row), row.task, row.length, row.threads, row.seed, row.prefill, given, older)
+        same = ("task", "length", "threads", "seed", "prefill")
+        return cls(**model_of(row), **_taken(row, same), parameters=given, older_data=older)
 
 
-def model_of(row: Row) -> tuple[str, str, str, str, str, str, int, int]:
-    """What a row says of its device and model, in the order of ``Setting``."""
-    split = row.tensor_parallel_size, row.context_parallel_size
-    return row.device, row.model, row.revision, row.weights, row.dtype, row.model_hash, *split
+def model_of(row: Row) -> dict[str, Any]:
+    """What a row says of its device and model, by the names of ``Setting``."""
+    return _taken(row, (field.name for field in fields(Setting)))
+
+
+def _taken(row: Row, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
 
 
 def times_words(about: TtftSetting | TradeOffSetting) -> str:

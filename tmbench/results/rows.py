@@ -65,6 +65,8 @@ class Row:
     """How many GPUs shared the model, each with a part of every layer's heads and MLP."""
     context_parallel_size: int = 1
     """How many GPUs shared each prompt, each with a part of its tokens, and in attention of the heads."""
+    rope_scaling: str = ""
+    """That of ``--rope-scaling``, as the option takes it; "" for rotary embeddings as the checkpoint has them."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     peak_memory_bytes: int | None = None
@@ -85,9 +87,9 @@ class Row:
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
-        "prefill", "tensor_parallel_size", "context_parallel_size",
+        "prefill", "tensor_parallel_size", "context_parallel_size", "rope_scaling",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size")
+    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size", "rope_scaling")
     """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod

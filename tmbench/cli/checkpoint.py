@@ -1,0 +1,64 @@
+"""The options that say how the checkpoint of --model is loaded, which every command that loads one has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_args
+
+import typer
+
+from tmbench.cli.groups import grouped
+
+PANEL = "How the checkpoint is loaded"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the options say; their names are those of ``tmbench.models.loading.load``."""
+
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of a Hugging Face id.",
+            rich_help_panel=PANEL,
+            show_default="the newest",
+            metavar="NAME",
+        ),
+    ] = None
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="Scale rotary embeddings, for longer prompts than the model was trained on: yarn:factor=4,original=32768, "
+            "linear, dynamic, llama3, or the JSON of a config.",
+            rich_help_panel=PANEL,
+            show_default="as its config says",
+            metavar="SCALING",
+        ),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+AS_IT_IS = Checkpoint()
+
+
+def with_checkpoint(*, hidden: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these options in place of its parameter of the type ``Checkpoint``, which it is called with.
+
+    ``hidden`` are options that its help does not list.
+    """
+    declared = inspect.get_annotations(Checkpoint, eval_str=True)
+    options = []
+    for field in fields(Checkpoint):
+        kind, about = get_args(declared[field.name])
+        about = copy(about)
+        about.hidden = field.name in hidden
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        options.append(inspect.Parameter(field.name, place, default=field.default, annotation=Annotated[kind, about]))
+    return lambda command: grouped(command, Checkpoint, options, lambda values: Checkpoint(**values))
