@@ -28,6 +28,10 @@ class Checkpoint:
             metavar="NAME",
         ),
     ] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.", rich_help_panel=PANEL),
+    ] = False
     rope_scaling: Annotated[
         str | None,
         typer.Option(
@@ -48,14 +52,18 @@ class Checkpoint:
 AS_IT_IS = Checkpoint()
 
 
-def with_checkpoint(*, hidden: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_checkpoint(
+    *, without: tuple[str, ...] = (), hidden: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command these options in place of its parameter of the type ``Checkpoint``, which it is called with.
 
-    ``hidden`` are options that its help does not list.
+    Args:
+        without: options that the command does not have.
+        hidden: options that its help does not list.
     """
     declared = inspect.get_annotations(Checkpoint, eval_str=True)
     options = []
-    for field in fields(Checkpoint):
+    for field in (each for each in fields(Checkpoint) if each.name not in without):
         kind, about = get_args(declared[field.name])
         about = copy(about)
         about.hidden = field.name in hidden

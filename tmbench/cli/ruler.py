@@ -79,7 +79,7 @@ ChatKwargsOption = Annotated[
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
 
 
-@with_checkpoint(hidden=("rope_scaling",))
+@with_checkpoint(hidden=("rope_scaling", "trust_remote_code"))
 @with_attention(hidden=("dense_backend",))
 def ruler(
     method: o.MethodOption = None,
@@ -169,6 +169,7 @@ def ruler(
     print_measured(spec, measure(spec, where), _show, as_json=as_json)
 
 
+@with_checkpoint(without=("rope_scaling",))
 def ruler_data(
     output: Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel=o.OUTPUT)],
     length: o.LengthOption = None,
@@ -176,6 +177,7 @@ def ruler_data(
     samples: SamplesOption = 500,
     seed: o.SeedOption = 42,
     model: Annotated[str, typer.Option(help="Whose tokenizer counts: tiny, a Hugging Face id or a folder.")] = "tiny",
+    checkpoint: Checkpoint = AS_IT_IS,
     data_dir: DataDirOption = None,
     wording: WordingOption = None,
     samples_as: SamplesAsOption = "tmbench",
@@ -191,7 +193,7 @@ def ruler_data(
 
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat)
-    tokenizer = loading.load_tokenizer(model)
+    tokenizer = loading.load_tokenizer(model, loading.Reading(checkpoint.revision, checkpoint.trust_remote_code))
     say_notes(suite, tokenizer)
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
     suite.check(tasks, lengths, samples, seed, tokenizer)

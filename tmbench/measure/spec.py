@@ -47,6 +47,8 @@ class ModelSource:
     """Whether several ranks split its prompts, and not the model."""
     revision: str | None = None
     """The branch, tag or commit of a Hugging Face id; None takes the newest."""
+    trust_remote_code: bool = False
+    """Whether code that the checkpoint brings may run."""
     rope_scaling: str | None = None
     """See ``tmbench.models.rope_scaling``; None takes the config's."""
 
@@ -60,6 +62,7 @@ class ModelSource:
             loaded.dtype,
             context_parallel=loaded.context_parallel_size > 1,
             revision=loaded.revision or None,
+            trust_remote_code=loaded.remote_code,
             rope_scaling=loaded.rope_scaling or None,
         )
 
@@ -70,6 +73,7 @@ class ModelSource:
             "device": self.device,
             "dtype": self.dtype,
             "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
             "rope_scaling": self.rope_scaling,
         }
         return loading.load(self.name, **how, context_parallel=self.context_parallel, plan_only=plan_only)

@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.layer_kinds import CHUNKED, FULL, KINDS, SLIDING, kind_words, layer_kinds
+from tmbench.models.own_code import source_of
 from tmbench.results.words import counted
 
 PLACE = "_tmbench_slot"
 """The attribute of an attention module that holds its pattern while a method is applied."""
+LOOK_UP = "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]"
+"""How code looks up its attention that was written before transformers had a function for it."""
 SPARSE_KINDS = ("indexed", "sparse", "compressed")
 """Parts of the names of layer kinds under which a model chooses its keys by itself, as it was trained to."""
 
@@ -24,7 +27,7 @@ SPARSE_KINDS = ("indexed", "sparse", "compressed")
 def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The modules that a method acts on, in layer order; raises UnsupportedModelError where patterns cannot be right."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+    if not isinstance(model, PreTrainedModel) or not _uses_interface(model):
         raise UnsupportedModelError(f"{name} does not use transformers' attention interface, so no method can be applied")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; methods are for decoder-only models")
@@ -46,6 +49,12 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
                 f"layer {module.layer_idx} of {name} has attention that is not causal, which no method here can honour"
             )
     return modules
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether a model looks its attention up by the name in its config each time that it runs."""
+    # transformers knows its own way of looking up alone; a checkpoint's code may have the one before it.
+    return model._can_set_attn_implementation() or LOOK_UP in source_of(model)
 
 
 def _check_kinds(name: str, model: nn.Module, kinds: tuple[str, ...]) -> None:

@@ -33,14 +33,16 @@ VOCABULARIES = ("tokenizer.json", "vocab*", "merges*.txt", "*.model", "*.spm", "
 RELEASE = f"transformers {__version__}"
 GGUF = "which is not served: give the folder of the same model with its safetensors"
 NOT_RUN = "code of its own (auto_map), which tmbench does not run"
+TRUST = "--trust-remote-code runs it"
 
 
-def check_place(name: str, *, weights: bool, config: bool = True) -> Path | None:
+def check_place(name: str, *, weights: bool, config: bool = True, trusted: bool = False) -> Path | None:
     """The folder that a model of this name is loaded from; None for an id of the Hub.
 
     Args:
         weights: whether the weights of the checkpoint are wanted, and not only its config and tokenizer.
         config: whether its config is.
+        trusted: whether code that it brings may run.
 
     Raises:
         UserError: a path to no checkpoint folder, or to one with a file that cannot be what its name says.
@@ -64,7 +66,7 @@ def check_place(name: str, *, weights: bool, config: bool = True) -> Path | None
             raise UserError(f"--model {shortened(name)} cannot be loaded: there is no such folder; check the path")
         return None
     if config:
-        _check_config(name, path, found)
+        _check_config(name, path, found, trusted)
     _check_files(name, path, weights=weights)
     if weights:
         _check_weights(name, path, found)
@@ -78,7 +80,7 @@ def _looks_like_a_path(name: str) -> bool:
     return Path(name).is_symlink() or ("/" in name and Path(name).parent.is_dir())
 
 
-def _check_config(name: str, folder: Path, found: list[str]) -> None:
+def _check_config(name: str, folder: Path, found: list[str], trusted: bool) -> None:
     if "config.json" not in found:
         if "adapter_config.json" in found:
             raise UserError(
@@ -95,8 +97,10 @@ def _check_config(name: str, folder: Path, found: list[str]) -> None:
     config = json.loads((folder / "config.json").read_bytes())
     family = config.get("model_type")
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        if "auto_map" in config and trusted:
+            return
         if "auto_map" in config:
-            raise UserError(f"--model {name} brings {NOT_RUN}: give a model whose family transformers has")
+            raise UserError(f"--model {name} brings {NOT_RUN}: give a model whose family transformers has, or {TRUST}")
         if family is None:
             raise UserError(
                 f"--model {name} cannot be loaded: its config.json has no model_type, which says its family: add it"
@@ -173,7 +177,7 @@ def _why(name: str, error: Exception) -> str:
     """What became of loading, and what to do."""
     words = " ".join(str(error).split())
     if "custom code" in words or "trust_remote_code" in words:
-        return f"brings {NOT_RUN}: give a model whose family and tokenizer transformers has"
+        return f"brings {NOT_RUN}: give a model whose family and tokenizer transformers has, or {TRUST}"
     reason = first_sentence(error).rstrip(".")
     if not Path(name).expanduser().is_dir():
         return (

@@ -7,158 +7,61 @@ has no checkpoint, and a folder of its name comes first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from tmbench.errors import UserError, shortened
 from tmbench.methods.layer_kinds import CONVOLUTION, LINEAR, kind_words, layer_kinds
-from tmbench.methods.plan import ModelShape
 from tmbench.models import fingerprint, parallel, sharding, structured
-from tmbench.models.attention_modules import limiting_windows
-from tmbench.models.checkpoint import NOT_RUN, check_place, has_vocabulary, loading
+from tmbench.models.checkpoint import NOT_RUN, TRUST, check_place, has_vocabulary, loading
 from tmbench.models.context import check_split, split_prompts
 from tmbench.models.devices import AUTO, check_device, check_dtype, default_device, saved_dtype
-from tmbench.models.geometry import Geometry, max_positions
+from tmbench.models.loaded import LoadedModel as LoadedModel
+from tmbench.models.loaded import Weights as Weights
+from tmbench.models.own_code import code_hash
 from tmbench.models.presets import preset_names, read_preset
 from tmbench.models.rope_scaling import RopeScaling
 from tmbench.models.weights import check_loaded, check_planned
 from tmbench.results.files import readable
-from tmbench.results.words import counted
 
 TINY = "tiny"
-Weights = Literal["checkpoint", "random", "structured"]
 RANDOM_SEED = 0
 KERNELS = {"flash-linear-attention": "fla", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 """Packages whose kernels transformers takes for linear and recurrent layers and convolutions, and the modules they bring."""
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to measure, and what a result row says of it."""
+class Reading:
+    """How transformers is to read a checkpoint."""
 
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    """None where weights were drawn and the checkpoint has no tokenizer."""
-    weights: Weights
-    revision: str
-    """The commit of a Hub checkpoint, where transformers knows it."""
-    model_hash: str = ""
-    """What it was made from: see ``content_hash``."""
-    planned_for: torch.device | None = None
-    """The device of a run that is only planned: the model then has a geometry and no weights."""
-    tensor_parallel_size: int = 1
-    """Over how many ranks it is split."""
-    context_parallel_size: int = 1
-    """Over how many ranks each of its prompts is split, all of which hold the model."""
-    rope_scaling: str = ""
-    """That of ``--rope-scaling``; "" where rotary embeddings are as the checkpoint has them."""
-    notes: tuple[str, ...] = ()
-    """What was done on the user's behalf, a sentence each."""
+    revision: str | None = None
+    trusted: bool = False
+    """Whether code that it brings may run."""
 
     @property
-    def device(self) -> torch.device:
-        place: torch.device = self.model.device
-        return self.planned_for or place
+    def options(self) -> dict[str, Any]:
+        """As ``from_pretrained`` takes it."""
+        return {"trust_remote_code": self.trusted, **({} if self.revision is None else {"revision": self.revision})}
 
-    @property
-    def geometry(self) -> Geometry:
-        """The shape of its attention."""
-        return Geometry.of(self.model)
+    def brings(self, family: Any, config: Any) -> bool:
+        """Whether a checkpoint's own code is to stand for this class."""
+        return self.trusted and family.__name__ in (getattr(config, "auto_map", None) or {})
 
-    @property
-    def shape(self) -> ModelShape:
-        """What plans are made for: known by the name that rows have, whatever the folder that it was loaded from."""
-        return replace(ModelShape.of(self.model), name=self.name, model_hash=self.model_hash)
 
-    @property
-    def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
-
-    def row_fields(self) -> dict[str, Any]:
-        """The columns that a result row takes from here."""
-        named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
-        same = ("tensor_parallel_size", "context_parallel_size", "rope_scaling")
-        return {**named, "weights": self.weights, "dtype": self.dtype, **{name: getattr(self, name) for name in same}}
-
-    @property
-    def max_length(self) -> int | None:
-        """The most positions the model has, prompt and answer together; None where nothing limits them.
-
-        Weights that were drawn have learnt no positions: with rotary embeddings, which have no table, they read any length.
-        """
-        text = self.model.config.get_text_config()
-        if self.weights != "checkpoint" and getattr(text, "rope_parameters", None):
-            return None
-        return max_positions(self.model.config)
-
-    def check_length(self, length: int) -> None:
-        """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter."""
-        if self.max_length is not None and length > self.max_length:
-            scaled = f" under --rope-scaling {self.rope_scaling}" if self.rope_scaling else ""
-            others = "a larger factor or another --model" if scaled else "--rope-scaling or another --model"
-            raise UserError(
-                f"--length {length} is more than the {self.max_length} positions of {self.name}{scaled}: "
-                f"give {self.max_length} or less, {others}"
-            )
-        layer, window = min(limiting_windows(self.model).items(), key=lambda one: one[1], default=(0, None))
-        if window is not None and window < length:
-            raise UserError(
-                f"--length {length} reaches beyond the sliding window of {window} tokens in layer {layer} of {self.name}, "
-                f"which no method here can honour: give {window} or less, or another --model"
-            )
-
-    @property
-    def longest(self) -> int | None:
-        """The longest prompt and answer that the methods serve; None where nothing limits them."""
-        limits = [limit for limit in (self.max_length, *limiting_windows(self.model).values()) if limit is not None]
-        return min(limits, default=None)
-
-    def need_full_layers(self, wish: str) -> None:
-        """Raise UserError where some layers stay the model's own, whatever the method."""
-        if native := self.shape.native:
-            raise UserError(
-                f"{wish} reads models whose layers all have full attention: {counted(len(native), 'layer')} of {self.name} "
-                f"{'has' if len(native) == 1 else 'have'} {', '.join(dict.fromkeys(native.values()))}; use another --model"
-            )
-
-    def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory.
-
-        Of several ranks those of one, which has a part of the heads.
-        """
-        shape, ranks = self.geometry, self.tensor_parallel_size * self.context_parallel_size
-        one = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        q = one.expand(1, shape.heads // ranks, length, shape.qk_head_dim)
-        k = one.expand(1, shape.kv_heads // ranks, length, shape.qk_head_dim)
-        return q, k, one.expand(1, shape.kv_heads // ranks, length, shape.v_head_dim)
-
-    def need_tokenizer(self, wish: str, remedy: str = "use another --model") -> PreTrainedTokenizerBase:
-        """The tokenizer, or a UserError that says what it was wanted for, and what to do."""
-        if self.tokenizer is None:
-            raise UserError(f"{self.name} has no tokenizer, which {wish} needs: {remedy}")
-        known, vocabulary = self.tokenizer.vocab_size, self.geometry.vocabulary
-        if known > vocabulary:
-            raise UserError(
-                f"the tokenizer of {self.name} has {known} tokens and the model {vocabulary}, so {wish} cannot use it: "
-                f"give the model its own, or {remedy}"
-            )
-        return self.tokenizer
+AS_IT_IS = Reading()
 
 
 def model_path(name: str) -> str:
@@ -175,6 +78,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     rope_scaling: str | None = None,
     context_parallel: bool = False,
     plan_only: bool = False,
@@ -182,7 +86,8 @@ def load(
     """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
 
     ``revision`` is a branch, tag or commit of a Hugging Face id, and ``dtype`` may be "auto", the type that the config says.
-    ``rope_scaling`` is a text as ``tmbench.models.rope_scaling`` reads it.
+    ``trust_remote_code`` lets code run that the checkpoint brings, and ``rope_scaling`` is read by
+    ``tmbench.models.rope_scaling``.
 
     Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own; with
     ``context_parallel`` the whole, and prompts are split instead.
@@ -200,16 +105,17 @@ def load(
             f"{fields['_name_or_path']} or a folder"
         )
     _check_revision(name, revision)
+    reading = Reading(revision, trust_remote_code)
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     place = parallel.device(check_device(device or default_device()))
     kind = check_dtype(None if dtype == AUTO else dtype, place)
     path = model_path(name)
     disable_progress_bar()
     if not preset:
-        check_place(path if name == TINY else name, weights=weights == "checkpoint")
+        check_place(path if name == TINY else name, weights=weights == "checkpoint", trusted=trust_remote_code)
     with loading(name):
-        config = load_config(name, revision)
-        family = _family(name, config)
+        config = load_config(name, reading)
+        family = _family(name, config, reading)
         commit = _commit(name, config, revision)
         kind = saved_dtype(name, config) if dtype == AUTO else kind
         if scaling is not None:
@@ -217,17 +123,17 @@ def load(
         if weights == "structured":
             structured.check_family(config)
         if context_parallel:
-            check_split(name, _drawn(family, config, torch.device("meta"), kind))
+            check_split(name, _drawn(family, config, torch.device("meta"), kind, reading))
         split = parallel.size() > 1 and not context_parallel
         if plan_only:
-            model = _drawn(family, config, torch.device("meta"), kind)
+            model = _drawn(family, config, torch.device("meta"), kind, reading)
             folder = _folder(name, commit)
             if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
                 check_planned(name, model, folder)
         elif split:
-            model = _split(name, family, config, weights, _folder(name, commit), place, kind)
+            model = _split(name, family, config, weights, _folder(name, commit), place, kind, reading)
         elif weights != "checkpoint":
-            model = _drawn(family, config, place, kind)
+            model = _drawn(family, config, place, kind, reading)
         else:
             model, info = family.from_pretrained(
                 path,
@@ -235,8 +141,7 @@ def load(
                 dtype=kind,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **_at(revision),
+                **reading.options,
             )
             check_loaded(name, model, info)
             model = model.to(place)
@@ -247,24 +152,23 @@ def load(
     model.eval()
     if context_parallel:
         split_prompts(model)
+    tokenizer = None if preset else _tokenizer(name, required=weights == "checkpoint", reading=reading)
+    code = code_hash(model, config, *([] if tokenizer is None else [tokenizer]))
+    changes = ([] if scaling is None else [str(scaling)]) + [f"code {code}"] * bool(code)
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
-        tokenizer=None if preset else _tokenizer(name, required=weights == "checkpoint", revision=revision),
+        tokenizer=tokenizer,
         weights=weights,
         revision=commit,
-        model_hash=content_hash(name, weights, commit, changes=[] if scaling is None else [str(scaling)]),
+        model_hash=content_hash(name, weights, commit, changes),
         planned_for=place if plan_only else None,
         tensor_parallel_size=parallel.size() if split else 1,
         context_parallel_size=parallel.size() if context_parallel else 1,
         rope_scaling="" if scaling is None else str(scaling),
-        notes=tuple(filter(None, (_code_note(name, config), kernels_note(name, config, place)))),
+        remote_code=bool(code),
+        notes=tuple(filter(None, (_code_note(name, config, code), kernels_note(name, config, place)))),
     )
-
-
-def _at(revision: str | None) -> dict[str, str]:
-    """What transformers is told of a revision."""
-    return {} if revision is None else {"revision": revision}
 
 
 def _commit(name: str, config: Any, revision: str | None) -> str:
@@ -284,8 +188,10 @@ def _check_revision(name: str, revision: str | None) -> None:
         )
 
 
-def _code_note(name: str, config: Any) -> str:
-    return f"{name} brings {NOT_RUN}: its family is transformers' own" if hasattr(config, "auto_map") else ""
+def _code_note(name: str, config: Any, code: str) -> str:
+    if not hasattr(config, "auto_map") or code:
+        return ""
+    return f"{name} brings {NOT_RUN}: its family is transformers' own, and {TRUST}"
 
 
 def kernels_note(name: str, config: Any, device: torch.device) -> str:
@@ -300,11 +206,11 @@ def kernels_note(name: str, config: Any, device: torch.device) -> str:
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, reading: Reading = AS_IT_IS) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone; raises UserError where there is none."""
     check_has_tokenizer(name, "counting tokens")
     check_place(model_path(name), weights=False, config=False)
-    tokenizer = _tokenizer(name, required=True)
+    tokenizer = _tokenizer(name, required=True, reading=reading)
     assert tokenizer is not None
     return tokenizer
 
@@ -323,10 +229,10 @@ def check_has_tokenizer(name: str, wish: str) -> None:
         )
 
 
-def load_config(name: str, revision: str | None = None) -> Any:
+def load_config(name: str, reading: Reading = AS_IT_IS) -> Any:
     """The config of a model of this name; a preset's is named after the model that it was published for."""
     if not is_preset(name):
-        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False, **_at(revision))
+        return AutoConfig.from_pretrained(model_path(name), **reading.options)
     fields = read_preset(name)
     config = AutoConfig.for_model(**fields)
     config._name_or_path = fields["_name_or_path"]
@@ -356,10 +262,10 @@ def _folder(name: str, revision: str) -> Path | None:
     return place if place.is_dir() else fingerprint.snapshot(name, revision)
 
 
-def _family(name: str, config: Any) -> Any:
+def _family(name: str, config: Any, reading: Reading) -> Any:
     """The class that builds a model of this config: a decoder, or one that reads images too, of which the text is used."""
     for family in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in family._model_mapping:
+        if type(config) in family._model_mapping or reading.brings(family, config):
             return family
     raise UserError(
         f"--model {name} is of the family {config.model_type}, for which transformers has no model that continues a text: "
@@ -367,18 +273,26 @@ def _family(name: str, config: Any) -> Any:
     )
 
 
-def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _drawn(family: Any, config: Any, device: torch.device, dtype: torch.dtype, reading: Reading) -> Any:
     """The checkpoint's exact geometry with random weights, made on the device itself; none on the meta device."""
+    at = {"code_revision": reading.revision} if reading.revision and reading.brings(family, config) else {}
     torch.manual_seed(RANDOM_SEED)
     with device:
-        return family.from_config(config, dtype=dtype)
+        return family.from_config(config, dtype=dtype, trust_remote_code=reading.trusted, **at)
 
 
 def _split(
-    name: str, family: Any, config: Any, weights: Weights, folder: Path | None, device: torch.device, dtype: torch.dtype
+    name: str,
+    family: Any,
+    config: Any,
+    weights: Weights,
+    folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    reading: Reading,
 ) -> Any:
     """The part of the model that this rank has, with the weights that the model would have on one device."""
-    model = _drawn(family, config, torch.device("meta"), dtype)
+    model = _drawn(family, config, torch.device("meta"), dtype, reading)
     plan = sharding.plan_of(name, model, parallel.size())
     if weights == "checkpoint":
         if folder is not None and fingerprint.weight_files(folder):
@@ -393,7 +307,7 @@ def _split(
     return model
 
 
-def _tokenizer(name: str, *, required: bool, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+def _tokenizer(name: str, *, required: bool, reading: Reading) -> PreTrainedTokenizerBase | None:
     path = model_path(name)
     if Path(path).is_dir() and not has_vocabulary(Path(path)):
         if required:
@@ -401,9 +315,7 @@ def _tokenizer(name: str, *, required: bool, revision: str | None = None) -> Pre
         return None
     try:
         with loading(name, "the tokenizer of "):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=False, **_at(revision)
-            )
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **reading.options)
             # Of files that it does not know transformers makes an empty one, which turns any text into nothing.
             if not tokenizer("A text of 12 words.", add_special_tokens=False)["input_ids"]:
                 raise ValueError("it knows no word")

@@ -20,6 +20,7 @@ class Setting:
         ("tensor_parallel_size", 1),
         ("context_parallel_size", 1),
         ("rope_scaling", ""),
+        ("remote_code", False),
     )
     """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
 
@@ -35,6 +36,8 @@ class Setting:
     """How many GPUs shared each prompt."""
     rope_scaling: str
     """Of the option; "" for the checkpoint's own."""
+    remote_code: bool
+    """Whether the checkpoint's own code ran."""
 
     @property
     def base(self) -> Setting:
@@ -50,6 +53,7 @@ class Setting:
         if self.context_parallel_size > 1:
             split += f", prompts split over {self.context_parallel_size} GPUs"
         scaling = f", rope scaling {self.rope_scaling}" if self.rope_scaling else ""
+        scaling += ", by the checkpoint's own code" * self.remote_code
         return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}{scaling}{split}"
 
 

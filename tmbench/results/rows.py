@@ -67,6 +67,8 @@ class Row:
     """How many GPUs shared each prompt, each with a part of its tokens, and in attention of the heads."""
     rope_scaling: str = ""
     """That of ``--rope-scaling``, as the option takes it; "" for rotary embeddings as the checkpoint has them."""
+    remote_code: bool = False
+    """Whether code that the checkpoint brings ran, and not transformers' own for its family."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     peak_memory_bytes: int | None = None
@@ -87,9 +89,9 @@ class Row:
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
-        "prefill", "tensor_parallel_size", "context_parallel_size", "rope_scaling",
+        "prefill", "tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size", "rope_scaling")
+    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code")
     """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod
