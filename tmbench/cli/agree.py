@@ -68,7 +68,7 @@ def agree(
     if "dense" not in methods:
         methods.insert(0, "dense")
     chosen = attention.once().specs(methods)
-    if len(chosen) == 1:
+    if len(chosen) == 1 and not attention.native:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
     part = o.shard_of(shard, overwrite)
 

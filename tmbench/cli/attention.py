@@ -17,6 +17,7 @@ from tmbench.errors import UserError
 from tmbench.methods.layers import chosen_layers, whole_number
 from tmbench.methods.plan import HALF, DeepLayers, Plan
 from tmbench.methods.spec import MethodSpec, specs
+from tmbench.methods.table import ATTN_NATIVE
 from tmbench_kernels.parameters import Parameter
 from tmbench_kernels.shared import OPTIONS
 
@@ -42,6 +43,8 @@ class Attention:
     starting_layer: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """The others that were given, by name."""
+    native: bool = False
+    """Whether transformers' own attention is measured too."""
 
     @property
     def choice(self) -> str:
@@ -120,8 +123,9 @@ def with_attention(
 def _said(values: Mapping[str, Any]) -> Attention:
     """What values of the options say, by name."""
     where = {name: tuple(values.get(name) or ()) for name in (LAYERS, STARTING_LAYER)}
-    parameters = {name: value for name, value in values.items() if name not in where and value not in (None, [], ())}
-    return Attention(**where, parameters=parameters)
+    others = {*where, ATTN_NATIVE}
+    parameters = {name: value for name, value in values.items() if name not in others and value not in (None, [], ())}
+    return Attention(**where, parameters=parameters, native=bool(values.get(ATTN_NATIVE)))
 
 
 def _options(hidden: tuple[str, ...], repeated: bool) -> list[inspect.Parameter]:
@@ -141,11 +145,16 @@ def _options(hidden: tuple[str, ...], repeated: bool) -> list[inspect.Parameter]
             metavar="NAME" if declared.choices else None,
         )  # fmt: skip
         found.append(_option(name, list[kind] | None if repeated else kind | None, about))  # type: ignore[valid-type]
-    return found
+    native = typer.Option(
+        "--attn-native", rich_help_panel=PANEL, hidden=ATTN_NATIVE in hidden,
+        help="Measure transformers' own attention too, sdpa or eager as the model loads, in rows named attn_native.",
+    )  # fmt: skip
+    return [*found, _option(ATTN_NATIVE, bool, native, default=False)]
 
 
-def _option(name: str, kind: Any, about: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Annotated[kind, about])
+def _option(name: str, kind: Any, about: Any, default: Any = None) -> inspect.Parameter:
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(name, place, default=default, annotation=Annotated[kind, about])
 
 
 def _kind(declared: Parameter) -> Any:
@@ -167,6 +176,10 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executo
             where.ask(partial(_check_dense_backend, name, lengths))
     deep = next(iter(attention.once().deep_layers(loaded, lengths, results)), None)
     plans = [replace(spec, layers=deep if spec.method.deep else None).plan(loaded.shape) for spec in chosen]
+    if attention.native:
+        from tmbench.methods.attn_native import BASELINE
+
+        plans.append(BASELINE.plan(loaded.shape))
     for plan in plans:
         if plan.layers_source == HALF:
             full = loaded.shape.full

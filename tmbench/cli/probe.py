@@ -42,7 +42,7 @@ ProbeMethodOption = Annotated[
 
 
 @with_checkpoint()
-@with_attention(without=("dense_backend",))
+@with_attention(without=("dense_backend", "attn_native"))
 def probe(
     loss: Annotated[
         bool,

@@ -80,7 +80,7 @@ UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"],
 
 
 @with_checkpoint(hidden=("rope_scaling", "trust_remote_code"))
-@with_attention(hidden=("dense_backend",))
+@with_attention(hidden=("dense_backend", "attn_native"))
 def ruler(
     method: o.MethodOption = None,
     length: o.LengthOption = None,

@@ -27,7 +27,7 @@ LENGTHS = (32768,)
 
 
 @with_checkpoint()
-@with_attention(without=("patterns", "dense_backend"), repeated=True)
+@with_attention(without=("patterns", "dense_backend", "attn_native"), repeated=True)
 def sweep(
     method: Annotated[
         str, typer.Option(help="A method with a triangle; parameters may follow its name.", rich_help_panel=o.MEASURED)

@@ -27,11 +27,12 @@ from tmbench.engine.calls import rotation
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.left_padding import OFFSETS, by_text, offsets
 from tmbench.engine.local_attention import Local
-from tmbench.engine.own_attention import later_mask, own_attention
+from tmbench.engine.own_attention import AsLoaded, later_mask, own_attention
 from tmbench.engine.prefill_state import LayerPass, PrefillState
 from tmbench.engine.rereading import Rereading
 from tmbench.engine.token_split import all_heads, own_heads
 from tmbench.errors import UnsupportedModelError
+from tmbench.methods.attn_native import AttnNative
 from tmbench.methods.layer_kinds import layer_kinds
 from tmbench.methods.plan import ModelShape, Plan
 from tmbench.methods.spec import MethodSpec
@@ -103,6 +104,8 @@ class Slot:
     pattern: Pattern
     session: Applied
     layer: int
+    as_loaded: AsLoaded | None = None
+    """What computes its pairs in the place of a backend of the pattern's, under ``--attn-native``."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,13 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     session.implementations = implementations = Implementations(model, [*modules, *native])
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
-    sparse = any(pattern.name != "dense" for pattern in plan.by_layer.values())
+    sparse = any(not isinstance(pattern, Dense) for pattern in plan.by_layer.values())
     watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
     try:
         for module in modules:
-            setattr(module, PLACE, Slot(_own(plan.by_layer[module.layer_idx], model), session, module.layer_idx))
+            pattern = _own(plan.by_layer[module.layer_idx], model)
+            as_loaded = AsLoaded.of(module) if isinstance(pattern, AttnNative) else None
+            setattr(module, PLACE, Slot(pattern, session, module.layer_idx, as_loaded))
         kinds = layer_kinds(model.config)
         for module in native:
             setattr(
@@ -225,7 +230,7 @@ def _attention(
             query = own_heads(query, query.shape[1] // parallel.size())
         out = own_attention(module, query, key, value, attention_mask, **kwargs)
         return all_heads(out) if slot.session.splits_prompts else out, None
-    if type(slot.pattern) is Dense and _beyond_window(key, kwargs) and not prefill.active:
+    if isinstance(slot.pattern, Dense) and _beyond_window(key, kwargs) and not prefill.active:
         # Dense attention of such a layer is the layer's own.
         slot.session.calls += 1
         slot.session.layers.add(slot.layer)
@@ -374,6 +379,10 @@ def attend(
     def attend_texts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if session.observer is not None:
             session.observer(slot.layer, slot.pattern, q, k, scale)
+        if slot.as_loaded is not None:
+            session.backends.add(f"{slot.pattern.name}:{slot.as_loaded.name}")
+            queries = q[:, :, -1:] if session.prefill.layer.last_row else q
+            return slot.as_loaded.attend(queries, k, v, scale, **about).contiguous()
         backend = slot.pattern.backend(q, k, v, softcap=softcap, lse=sinks is not None)
         session.backends.add(f"{slot.pattern.name}:{backend.name}")
         # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().

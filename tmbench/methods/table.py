@@ -27,6 +27,8 @@ STATIC_PATTERNS = ("dense", "triangle")
 """The patterns of ``tmbench_kernels`` that do not choose their keys by the data, by name."""
 NATIVE = ("window", "chunks")
 """What rows call the attention of layers that stay the model's own, where a kernel computes it."""
+ATTN_NATIVE = "attn_native"
+"""What rows call transformers' own attention in the place of a method: see ``tmbench.methods.attn_native``."""
 LAYERS = "layers"
 """The parameter of every method with a deep pattern."""
 NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from tmbench.methods.table import ATTN_NATIVE
 from tmbench.report.comparable import parameters_text, task_of
 from tmbench.report.settings import Setting
 from tmbench.report.table import Table
@@ -91,11 +92,17 @@ class Section(Generic[S, C]):
         edited = sum(cell.row.dirty for cell in self.cells)
         rows = f"{edited} of {counted(len(self.cells), 'row')} {'comes' if edited == 1 else 'come'}"
         notes = [f"{rows} from an edited checkout: {'its' if edited == 1 else 'their'} commit does not say what ran."]
-        return notes[: bool(edited)] + [
-            f"{cell.label} failed at {cell.place}: {cell.row.error or 'reason unknown'}."
-            for cell in self.cells
-            if cell.row.status == FAILED
-        ]
+        native = sorted({cell.row.backends for cell in self.cells if cell.row.method == ATTN_NATIVE and cell.row.backends})
+        own = f"{ATTN_NATIVE} is dense attention by transformers' own backend, as the model loads ({' and '.join(native)})."
+        return (
+            notes[: bool(edited)]
+            + [own] * bool(native)
+            + [
+                f"{cell.label} failed at {cell.place}: {cell.row.error or 'reason unknown'}."
+                for cell in self.cells
+                if cell.row.status == FAILED
+            ]
+        )
 
 
 def file_notes(cells: Sequence[Cell[TtftRow | AgreeRow]]) -> list[str]:
