@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,16 @@ SINKS = {"layer_types": ["full_attention"] * 4, "num_local_experts": 4, "num_exp
 CAPPED = {"layer_types": ["full_attention"] * 4, "attn_logit_softcapping": 2.0}
 
 
-LLAMA, GPT_OSS = ("llama", {}, "sdpa"), ("gpt_oss", SINKS, "eager")
-GEMMA, QWEN = ("gemma2", CAPPED, None), ("qwen3", {"sliding_window": None}, "sdpa")
+LLAMA: tuple[Any, ...] = ("llama", {}, "sdpa")
+OTHERS: tuple[tuple[Any, ...], ...] = (
+    ("gpt_oss", SINKS, "eager"), ("gemma2", CAPPED, None), ("qwen3", {"sliding_window": None}, "sdpa"),
+)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes", "name", "kind"),
-    [*((*one, kind) for one in (LLAMA, GPT_OSS, GEMMA, QWEN) for kind in (PLAIN, EAGER)), (*LLAMA, COMPILED)],
+    [*((*one, kind) for one in (LLAMA, *OTHERS) for kind in (PLAIN, EAGER)), (*LLAMA, COMPILED)],
 )
 def test_it_is_what_the_model_computes(family, changes, name, kind, make_model, prompt):
     model, ids = make_model(family, **changes), prompt(60, 2)

@@ -131,7 +131,8 @@ def test_a_missing_shard_is_named(make_model, tmp_path):
         loading.load(str(tmp_path), device="cpu")
 
 
-def test_what_is_no_checkpoint_folder(copy, tmp_path):
+def test_what_is_no_checkpoint_folder(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tmbench.models.gguf.find_spec", lambda package: None)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "gguf").mkdir()
@@ -144,7 +145,7 @@ def test_what_is_no_checkpoint_folder(copy, tmp_path):
         (folder / there).write_bytes(b"weights")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name, sentence in {
-        str(original): "holds its weights as a GGUF file, which is not served",
+        str(original): r"holds its weights as a GGUF file: add --gguf-file model\.Q4\.gguf",
         str(beside): r"no weights in the folder \(.*\); tf_model\.h5 is not what transformers loads: add them",
         str(tmp_path / "link"): "there is no such folder",
         f"{copy}/below": "there is no such folder",
@@ -153,8 +154,8 @@ def test_what_is_no_checkpoint_folder(copy, tmp_path):
         "x" * 300: "it cannot be looked into",
         str(copy / "config.json"): f"is a file: give the folder of the checkpoint, {copy}",
         str(copy / "model.safetensors"): "is a file: give the folder",
-        str(tmp_path / "gguf" / "model.Q4.gguf"): "is a GGUF file, which is not served",
-        str(tmp_path / "gguf"): "holds a GGUF file, which is not served",
+        str(tmp_path / "gguf" / "model.Q4.gguf"): "is a GGUF file, which is read by gguf and accelerate",
+        str(tmp_path / "gguf"): r"holds a GGUF file: add --gguf-file model\.Q4\.gguf",
         str(tmp_path / "adapter"): "is an adapter, not a whole model: merge it",
         str(tmp_path / "empty"): r"has no config\.json, so it is no checkpoint",
         str(tmp_path / "nowhere"): "there is no such folder",

@@ -28,6 +28,15 @@ class Checkpoint:
             metavar="NAME",
         ),
     ] = None
+    gguf_file: Annotated[
+        str | None,
+        typer.Option(
+            help="A GGUF file in the folder or repository of --model, which may also be the file itself.",
+            rich_help_panel=PANEL,
+            show_default=False,
+            metavar="FILE.gguf",
+        ),
+    ] = None
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.", rich_help_panel=PANEL),

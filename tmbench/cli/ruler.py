@@ -79,7 +79,7 @@ ChatKwargsOption = Annotated[
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
 
 
-@with_checkpoint(hidden=("rope_scaling", "trust_remote_code"))
+@with_checkpoint(hidden=("rope_scaling", "trust_remote_code", "gguf_file"))
 @with_attention(hidden=("dense_backend", "attn_native"))
 def ruler(
     method: o.MethodOption = None,
@@ -190,10 +190,13 @@ def ruler_data(
 
     from ruler_tasks import write_dataset
     from tmbench.models import loading
+    from tmbench.models.gguf import joined
 
     chat = chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat)
-    tokenizer = loading.load_tokenizer(model, loading.Reading(checkpoint.revision, checkpoint.trust_remote_code))
+    tokenizer = loading.load_tokenizer(
+        joined(model, checkpoint.gguf_file), loading.Reading(checkpoint.revision, checkpoint.trust_remote_code)
+    )
     say_notes(suite, tokenizer)
     lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
     suite.check(tasks, lengths, samples, seed, tokenizer)

@@ -49,6 +49,8 @@ class ModelSource:
     """The branch, tag or commit of a Hugging Face id; None takes the newest."""
     trust_remote_code: bool = False
     """Whether code that the checkpoint brings may run."""
+    gguf_file: str | None = None
+    """A file in the folder or repository of the name."""
     rope_scaling: str | None = None
     """See ``tmbench.models.rope_scaling``; None takes the config's."""
 
@@ -74,6 +76,7 @@ class ModelSource:
             "dtype": self.dtype,
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
+            "gguf_file": self.gguf_file,
             "rope_scaling": self.rope_scaling,
         }
         return loading.load(self.name, **how, context_parallel=self.context_parallel, plan_only=plan_only)

@@ -18,8 +18,8 @@ from tmbench.results.words import counted
 
 PLACE = "_tmbench_slot"
 """The attribute of an attention module that holds its pattern while a method is applied."""
-LOOK_UP = "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]"
-"""How code looks up its attention that was written before transformers had a function for it."""
+LOOK_UPS = ("ALL_ATTENTION_FUNCTIONS.get_interface(", "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]")
+"""How code that a checkpoint brings looks up its attention: now, and before transformers had a function for it."""
 SPARSE_KINDS = ("indexed", "sparse", "compressed")
 """Parts of the names of layer kinds under which a model chooses its keys by itself, as it was trained to."""
 
@@ -53,8 +53,11 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def _uses_interface(model: PreTrainedModel) -> bool:
     """Whether a model looks its attention up by the name in its config each time that it runs."""
-    # transformers knows its own way of looking up alone; a checkpoint's code may have the one before it.
-    return model._can_set_attn_implementation() or LOOK_UP in source_of(model)
+    # transformers tells by the text of the model's own class, or remembers what it said of a class that this one is made of.
+    brought = [text for text in map(source_of, self_attentions(model)) if text]
+    if brought:
+        return all(any(look_up in text for look_up in LOOK_UPS) for text in brought)
+    return bool(model._can_set_attn_implementation())
 
 
 def _check_kinds(name: str, model: nn.Module, kinds: tuple[str, ...]) -> None:

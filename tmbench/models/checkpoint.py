@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from tmbench.errors import UserError, shortened
 from tmbench.models import fingerprint
+from tmbench.models.gguf import SUFFIX
 from tmbench.results.failures import is_out_of_memory
 
 POINTER = b"version https://git-lfs"
@@ -31,7 +32,6 @@ FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".model")
 VOCABULARIES = ("tokenizer.json", "vocab*", "merges*.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """What a tokenizer's words are in; without any of them there is none, whatever its config says."""
 RELEASE = f"transformers {__version__}"
-GGUF = "which is not served: give the folder of the same model with its safetensors"
 NOT_RUN = "code of its own (auto_map), which tmbench does not run"
 TRUST = "--trust-remote-code runs it"
 
@@ -58,8 +58,6 @@ def check_place(name: str, *, weights: bool, config: bool = True, trusted: bool 
     if not name.strip():
         raise UserError("--model is empty: give tiny, a Hugging Face id or a checkpoint folder")
     if is_file:
-        if path.suffix == ".gguf":
-            raise UserError(f"--model {name} is a GGUF file, {GGUF}")
         raise UserError(f"--model {name} is a file: give the folder of the checkpoint, {path.parent}")
     if not is_folder:
         if _looks_like_a_path(name):
@@ -87,8 +85,8 @@ def _check_config(name: str, folder: Path, found: list[str], trusted: bool) -> N
                 f"--model {name} is an adapter, not a whole model: merge it into its base model "
                 "(peft: merge_and_unload, save_pretrained), and give that folder"
             )
-        if any(file.endswith(".gguf") for file in found):
-            raise UserError(f"--model {name} holds a GGUF file, {GGUF}")
+        if files := sorted(file for file in found if file.endswith(SUFFIX)):
+            raise UserError(f"--model {name} is no checkpoint but holds a GGUF file: add --gguf-file {files[0]}")
         raise UserError(
             f"--model {name} has no config.json, so it is no checkpoint: give the folder that save_pretrained wrote"
         )
@@ -126,8 +124,8 @@ def _check_files(name: str, folder: Path, *, weights: bool) -> None:
 def _check_weights(name: str, folder: Path, found: list[str]) -> None:
     files = fingerprint.weight_files(folder)
     if not files:
-        if any(file.endswith(".gguf") for file in found):
-            raise UserError(f"--model {name} holds its weights as a GGUF file, {GGUF}")
+        if files := sorted(file for file in found if file.endswith(SUFFIX)):
+            raise UserError(f"--model {name} holds its weights as a GGUF file: add --gguf-file {files[0]}")
         others = sorted(file for file in found if file.endswith((".safetensors", ".bin", ".pth", ".pt", ".h5", ".msgpack")))
         there = f"; {some(others)} {'are' if len(others) > 1 else 'is'} not what transformers loads" if others else ""
         raise UserError(

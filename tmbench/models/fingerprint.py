@@ -46,6 +46,11 @@ def of_preset(fields: Mapping[str, Any], drawn: str) -> str:
     return _hex(hashlib.sha256(f"{drawn}\0{json.dumps(fields, sort_keys=True)}".encode()))
 
 
+def of_file(path: Path, drawn: str = "") -> str:
+    """A hash of a model that is one file, as ``of_folder`` has it of several; raises OSError."""
+    return _hex(hashlib.sha256(f"{drawn}\0".encode() + _digest(path, whole=path.stat().st_size <= WHOLE)))
+
+
 def of_changed(found: str, changes: Iterable[str]) -> str:
     """The hash of a model that was changed, of what it was and what was changed, in words."""
     return _hex(hashlib.sha256("\0".join([found, *changes]).encode()))

@@ -41,6 +41,8 @@ class LoadedModel:
     """That of ``--rope-scaling``; "" where rotary embeddings are as the checkpoint has them."""
     remote_code: bool = False
     """Whether code that the checkpoint brings is what runs."""
+    quantization: str = ""
+    """How the checkpoint holds its weights, and whether they were made ordinary ones; "" where they always were."""
     notes: tuple[str, ...] = ()
     """What was done on the user's behalf, a sentence each."""
 
@@ -66,7 +68,7 @@ class LoadedModel:
     def row_fields(self) -> dict[str, Any]:
         """The columns that a result row takes from here."""
         named = {"model": self.name, "revision": self.revision, "model_hash": self.model_hash}
-        same = ("tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code")
+        same = ("tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code", "quantization")
         return {**named, "weights": self.weights, "dtype": self.dtype, **{name: getattr(self, name) for name in same}}
 
     @property

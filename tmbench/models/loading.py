@@ -7,7 +7,7 @@ has no checkpoint, and a folder of its name comes first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ from tmbench.models import fingerprint, parallel, sharding, structured
 from tmbench.models.checkpoint import NOT_RUN, TRUST, check_place, has_vocabulary, loading
 from tmbench.models.context import check_split, split_prompts
 from tmbench.models.devices import AUTO, check_device, check_dtype, default_device, saved_dtype
+from tmbench.models.gguf import GgufFile, joined, read_options, types_of
 from tmbench.models.loaded import LoadedModel as LoadedModel
 from tmbench.models.loaded import Weights as Weights
 from tmbench.models.own_code import code_hash
@@ -50,11 +51,19 @@ class Reading:
     revision: str | None = None
     trusted: bool = False
     """Whether code that it brings may run."""
+    gguf_file: str | None = None
+    """The one file that it is."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """As ``from_pretrained`` takes it."""
-        return {"trust_remote_code": self.trusted, **({} if self.revision is None else {"revision": self.revision})}
+        """As ``from_pretrained`` takes it, of configs and tokenizers."""
+        given = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {"trust_remote_code": self.trusted, **{name: value for name, value in given.items() if value is not None}}
+
+    @property
+    def weight_options(self) -> dict[str, Any]:
+        """The same of weights."""
+        return self.options | ({} if self.gguf_file is None else read_options(self.gguf_file))
 
     def brings(self, family: Any, config: Any) -> bool:
         """Whether a checkpoint's own code is to stand for this class."""
@@ -65,9 +74,11 @@ AS_IT_IS = Reading()
 
 
 def model_path(name: str) -> str:
-    """Where a model of this name is loaded from: the package's folder for ``tiny``, the name itself otherwise."""
+    """Where a model of this name is loaded from: the package's folder for ``tiny``, that of a file, or the name itself."""
     if name == TINY:
         return str(Path(__file__).parent / TINY)
+    if (gguf := GgufFile.of(name)) is not None:
+        return gguf.place
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
@@ -79,6 +90,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     rope_scaling: str | None = None,
     context_parallel: bool = False,
     plan_only: bool = False,
@@ -86,8 +98,8 @@ def load(
     """Load a model for measuring, in evaluation mode on one device; with ``plan_only`` its geometry, and no weights.
 
     ``revision`` is a branch, tag or commit of a Hugging Face id, and ``dtype`` may be "auto", the type that the config says.
-    ``trust_remote_code`` lets code run that the checkpoint brings, and ``rope_scaling`` is read by
-    ``tmbench.models.rope_scaling``.
+    ``trust_remote_code`` lets code run that the checkpoint brings; ``gguf_file`` is a file in the folder of the name; and
+    ``rope_scaling`` is read by ``tmbench.models.rope_scaling``.
 
     Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own; with
     ``context_parallel`` the whole, and prompts are split instead.
@@ -96,6 +108,8 @@ def load(
     weights of a preset, for a family that structured weights are not made for, for rotary embeddings that cannot be scaled,
     and for what the ranks cannot split.
     """
+    name = joined(name, gguf_file)
+    gguf = GgufFile.of(name)
     preset = is_preset(name)
     if preset and weights == "checkpoint":
         fields = read_preset(name)
@@ -105,13 +119,15 @@ def load(
             f"{fields['_name_or_path']} or a folder"
         )
     _check_revision(name, revision)
-    reading = Reading(revision, trust_remote_code)
+    reading = Reading(revision, trust_remote_code, None if gguf is None else gguf.file)
     scaling = None if rope_scaling is None else RopeScaling.parse(rope_scaling)
     place = parallel.device(check_device(device or default_device()))
     kind = check_dtype(None if dtype == AUTO else dtype, place)
     path = model_path(name)
     disable_progress_bar()
-    if not preset:
+    if gguf is not None:
+        gguf.check(name)
+    elif not preset:
         check_place(path if name == TINY else name, weights=weights == "checkpoint", trusted=trust_remote_code)
     with loading(name):
         config = load_config(name, reading)
@@ -125,9 +141,11 @@ def load(
         if context_parallel:
             check_split(name, _drawn(family, config, torch.device("meta"), kind, reading))
         split = parallel.size() > 1 and not context_parallel
+        if split and gguf is not None:
+            raise UserError(f"--model {name} is a GGUF file, which is not split over GPUs: leave torchrun out")
         if plan_only:
             model = _drawn(family, config, torch.device("meta"), kind, reading)
-            folder = _folder(name, commit)
+            folder = None if gguf is not None else _folder(name, commit)
             if weights == "checkpoint" and folder is not None and fingerprint.weight_files(folder):
                 check_planned(name, model, folder)
         elif split:
@@ -141,7 +159,7 @@ def load(
                 dtype=kind,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **reading.options,
+                **reading.weight_options,
             )
             check_loaded(name, model, info)
             model = model.to(place)
@@ -155,6 +173,11 @@ def load(
     tokenizer = None if preset else _tokenizer(name, required=weights == "checkpoint", reading=reading)
     code = code_hash(model, config, *([] if tokenizer is None else [tokenizer]))
     changes = ([] if scaling is None else [str(scaling)]) + [f"code {code}"] * bool(code)
+    quantization = ""
+    if gguf is not None and weights == "checkpoint":
+        file = gguf.path(commit)
+        assert file is not None, "its config was read from it"
+        quantization = f"{types_of(file)}, dequantized"
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
@@ -167,6 +190,7 @@ def load(
         context_parallel_size=parallel.size() if context_parallel else 1,
         rope_scaling="" if scaling is None else str(scaling),
         remote_code=bool(code),
+        quantization=quantization,
         notes=tuple(filter(None, (_code_note(name, config, code), kernels_note(name, config, place)))),
     )
 
@@ -176,13 +200,17 @@ def _commit(name: str, config: Any, revision: str | None) -> str:
     if is_preset(name) or Path(model_path(name)).is_dir():
         return ""
     known = getattr(config, "_commit_hash", None)
-    kept = None if known else fingerprint.snapshot(name, revision or "")
+    kept = None if known else fingerprint.snapshot(model_path(name), revision or "")
     return str(known or (kept.name if kept is not None else ""))
 
 
 def _check_revision(name: str, revision: str | None) -> None:
-    here = "the embedded model" if name == TINY else "a preset" if is_preset(name) else "a folder"
-    if revision is not None and (here != "a folder" or Path(model_path(name)).is_dir()):
+    if revision is None:
+        return
+    here = "the embedded model" if name == TINY else "a preset" if is_preset(name) else ""
+    if Path(model_path(name)).is_dir():
+        here = here or ("a folder" if GgufFile.of(name) is None else "a file of this machine")
+    if here:
         raise UserError(
             f"--revision {shortened(revision)} is of a Hugging Face id, but --model {name} is {here}: leave it out"
         )
@@ -209,7 +237,11 @@ def kernels_note(name: str, config: Any, device: torch.device) -> str:
 def load_tokenizer(name: str, reading: Reading = AS_IT_IS) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone; raises UserError where there is none."""
     check_has_tokenizer(name, "counting tokens")
-    check_place(model_path(name), weights=False, config=False)
+    if (gguf := GgufFile.of(name)) is not None:
+        gguf.check(name)
+        reading = replace(reading, gguf_file=gguf.file)
+    else:
+        check_place(model_path(name), weights=False, config=False)
     tokenizer = _tokenizer(name, required=True, reading=reading)
     assert tokenizer is not None
     return tokenizer
@@ -248,6 +280,11 @@ def content_hash(name: str, weights: Weights, revision: str = "", changes: Seque
     drawn = "" if weights == "checkpoint" else f"{weights} weights, seed {RANDOM_SEED}"
     if is_preset(name):
         found = fingerprint.of_preset(read_preset(name), drawn)
+    elif gguf := GgufFile.of(name):
+        file = gguf.path(revision)
+        assert file is not None, "it was loaded"
+        with readable(file):
+            found = fingerprint.of_file(file, drawn)
     elif folder := _folder(name, revision):
         with readable(folder):
             found = fingerprint.of_folder(folder, drawn)
@@ -309,7 +346,7 @@ def _split(
 
 def _tokenizer(name: str, *, required: bool, reading: Reading) -> PreTrainedTokenizerBase | None:
     path = model_path(name)
-    if Path(path).is_dir() and not has_vocabulary(Path(path)):
+    if reading.gguf_file is None and Path(path).is_dir() and not has_vocabulary(Path(path)):
         if required:
             raise UserError(f"--model {name} has no tokenizer files: add them, or use --weights random --prompt random")
         return None

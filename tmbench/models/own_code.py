@@ -13,9 +13,9 @@ PACKAGE = "transformers_modules"
 """Under which transformers imports such code."""
 
 
-def source_of(model: Any) -> str:
-    """The text of the module that a checkpoint brought for this model's class; "" where it brought none."""
-    name = type(model).__module__
+def source_of(part: Any) -> str:
+    """The text of the file that a checkpoint brought for this object's class; "" where it brought none."""
+    name = type(part).__module__
     file = sys.modules[name].__file__ if _brought(name) else None
     return "" if file is None else Path(file).read_text(encoding="utf-8")
 

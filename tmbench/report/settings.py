@@ -21,6 +21,7 @@ class Setting:
         ("context_parallel_size", 1),
         ("rope_scaling", ""),
         ("remote_code", False),
+        ("quantization", ""),
     )
     """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
 
@@ -38,6 +39,8 @@ class Setting:
     """Of the option; "" for the checkpoint's own."""
     remote_code: bool
     """Whether the checkpoint's own code ran."""
+    quantization: str
+    """How the checkpoint holds its weights; "" for ordinary ones."""
 
     @property
     def base(self) -> Setting:
@@ -54,7 +57,8 @@ class Setting:
             split += f", prompts split over {self.context_parallel_size} GPUs"
         scaling = f", rope scaling {self.rope_scaling}" if self.rope_scaling else ""
         scaling += ", by the checkpoint's own code" * self.remote_code
-        return f"{self.model}{revision}{contents}, {self.weights} weights, {self.dtype}{scaling}{split}"
+        kept = f"{self.weights} weights" + f" ({self.quantization})" * bool(self.quantization)
+        return f"{self.model}{revision}{contents}, {kept}, {self.dtype}{scaling}{split}"
 
 
 @dataclass(frozen=True, order=True)

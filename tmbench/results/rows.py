@@ -69,6 +69,8 @@ class Row:
     """That of ``--rope-scaling``, as the option takes it; "" for rotary embeddings as the checkpoint has them."""
     remote_code: bool = False
     """Whether code that the checkpoint brings ran, and not transformers' own for its family."""
+    quantization: str = ""
+    """How the checkpoint holds its weights, such as "gguf Q4_K+Q6_K, dequantized"; "" for ordinary ones."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     peak_memory_bytes: int | None = None
@@ -89,9 +91,9 @@ class Row:
 
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
-        "prefill", "tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code",
+        "prefill", "tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code", "quantization",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code")
+    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code", "quantization")
     """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod
