@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tmbench.models.attention_modules import native_attentions, parents, self_at
 from tmbench.models.geometry import Geometry, experts_per_token
 from tmbench.models.sharding import Shard
 
+_ORDINARY: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 FUSED = ("qkv", "query_key_value")
 """Parts of the names under which one projection yields queries, keys and values."""
 
@@ -34,8 +36,9 @@ def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None
     a layer without attention, and all else is wanted at the last position alone. Of a mixture of experts it counts those
     that a token is given to. What a recurrence or convolution itself computes is not counted. What reads images beside the
     decoder has nothing to do for a text. Of a model that is split over ranks it counts what all of them do together, but for
-    what every one of them does.
+    what every one of them does. Of quantised weights it counts what they stand for.
     """
+    model = _ordinary(model)
     attention = max(self_attentions(model), key=lambda module: int(module.layer_idx))
     holder = parents(model)
     layer = holder[attention]
@@ -62,6 +65,16 @@ def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None
             continue
         flop[number] = flop.get(number, 0.0) + done
     return flop
+
+
+def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same config without quantisation, on the meta device: packed weights do not say how many they are."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    if model not in _ORDINARY:
+        with torch.device("meta"):
+            _ORDINARY[model] = type(model)._from_config(model.config)
+    return _ORDINARY[model]
 
 
 def _early_features(module: nn.Linear, name: str, model: PreTrainedModel, attends: bool) -> int:

@@ -53,6 +53,8 @@ class ModelSource:
     """A file in the folder or repository of the name."""
     rope_scaling: str | None = None
     """See ``tmbench.models.rope_scaling``; None takes the config's."""
+    quantization: str | None = None
+    """How its weights were held where it was loaded before, which a plan made elsewhere takes over; None finds out."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelSource:
@@ -66,6 +68,7 @@ class ModelSource:
             revision=loaded.revision or None,
             trust_remote_code=loaded.remote_code,
             rope_scaling=loaded.rope_scaling or None,
+            quantization=loaded.quantization or None,
         )
 
     def load(self, *, plan_only: bool = False) -> LoadedModel:
@@ -78,6 +81,7 @@ class ModelSource:
             "trust_remote_code": self.trust_remote_code,
             "gguf_file": self.gguf_file,
             "rope_scaling": self.rope_scaling,
+            "quantization": self.quantization if plan_only else None,
         }
         return loading.load(self.name, **how, context_parallel=self.context_parallel, plan_only=plan_only)
 

@@ -34,6 +34,7 @@ from tmbench.models.loaded import LoadedModel as LoadedModel
 from tmbench.models.loaded import Weights as Weights
 from tmbench.models.own_code import code_hash
 from tmbench.models.presets import preset_names, read_preset
+from tmbench.models.quantization import prepare
 from tmbench.models.rope_scaling import RopeScaling
 from tmbench.models.weights import check_loaded, check_planned
 from tmbench.results.files import readable
@@ -92,6 +93,7 @@ def load(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
     rope_scaling: str | None = None,
+    quantization: str | None = None,
     context_parallel: bool = False,
     plan_only: bool = False,
 ) -> LoadedModel:
@@ -99,14 +101,15 @@ def load(
 
     ``revision`` is a branch, tag or commit of a Hugging Face id, and ``dtype`` may be "auto", the type that the config says.
     ``trust_remote_code`` lets code run that the checkpoint brings; ``gguf_file`` is a file in the folder of the name; and
-    ``rope_scaling`` is read by ``tmbench.models.rope_scaling``.
+    ``rope_scaling`` is read by ``tmbench.models.rope_scaling``. ``quantization`` is for a plan of what is loaded elsewhere,
+    and says how weights are held there.
 
     Where several ranks share the model, all of them call this, and each holds its part alone on a device of its own; with
     ``context_parallel`` the whole, and prompts are split instead.
 
     Raises UserError where the name is no checkpoint that can be reached, the device is absent or the type unknown, for the
     weights of a preset, for a family that structured weights are not made for, for rotary embeddings that cannot be scaled,
-    and for what the ranks cannot split.
+    for quantised weights that cannot be loaded here, and for what the ranks cannot split.
     """
     name = joined(name, gguf_file)
     gguf = GgufFile.of(name)
@@ -140,9 +143,14 @@ def load(
             structured.check_family(config)
         if context_parallel:
             check_split(name, _drawn(family, config, torch.device("meta"), kind, reading))
+        held = "" if weights != "checkpoint" else quantization
+        if held is None:
+            held = prepare(name, config, place, kind) if gguf is None else _types(gguf, commit)
         split = parallel.size() > 1 and not context_parallel
-        if split and gguf is not None:
-            raise UserError(f"--model {name} is a GGUF file, which is not split over GPUs: leave torchrun out")
+        if split and held:
+            raise UserError(
+                f"--model {name} has quantised weights ({held}), which are not split over GPUs: leave torchrun out"
+            )
         if plan_only:
             model = _drawn(family, config, torch.device("meta"), kind, reading)
             folder = None if gguf is not None else _folder(name, commit)
@@ -153,6 +161,8 @@ def load(
         elif weights != "checkpoint":
             model = _drawn(family, config, place, kind, reading)
         else:
+            # Quantised weights are made for a device, and do not move.
+            at = {"device_map": {"": str(place)}} if held and place.type != "cpu" else {}
             model, info = family.from_pretrained(
                 path,
                 config=config,
@@ -160,9 +170,10 @@ def load(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **reading.weight_options,
+                **at,
             )
             check_loaded(name, model, info)
-            model = model.to(place)
+            model = model if at else model.to(place)
         if weights == "structured" and not plan_only and not split:
             structured.fill(model, RANDOM_SEED)
         if scaling is not None:
@@ -173,11 +184,6 @@ def load(
     tokenizer = None if preset else _tokenizer(name, required=weights == "checkpoint", reading=reading)
     code = code_hash(model, config, *([] if tokenizer is None else [tokenizer]))
     changes = ([] if scaling is None else [str(scaling)]) + [f"code {code}"] * bool(code)
-    quantization = ""
-    if gguf is not None and weights == "checkpoint":
-        file = gguf.path(commit)
-        assert file is not None, "its config was read from it"
-        quantization = f"{types_of(file)}, dequantized"
     return LoadedModel(
         name=name.rstrip("/"),
         model=model,
@@ -190,9 +196,16 @@ def load(
         context_parallel_size=parallel.size() if context_parallel else 1,
         rope_scaling="" if scaling is None else str(scaling),
         remote_code=bool(code),
-        quantization=quantization,
+        quantization=held,
         notes=tuple(filter(None, (_code_note(name, config, code), kernels_note(name, config, place)))),
     )
+
+
+def _types(gguf: GgufFile, commit: str) -> str:
+    """How a GGUF file holds its weights, and that they become ordinary ones."""
+    file = gguf.path(commit)
+    assert file is not None, "its config was read from it"
+    return f"{types_of(file)}, dequantized"
 
 
 def _commit(name: str, config: Any, revision: str | None) -> str:
