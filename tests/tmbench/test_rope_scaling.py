@@ -16,7 +16,7 @@ from tmbench.measure.spec import ModelSource
 from tmbench.models import loading
 from tmbench.models.rope_scaling import RopeScaling
 from tmbench.report.settings import TtftSetting
-from tmbench.results.rows import TtftRow
+from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.tables import read_all
 
 TINY = Path(loading.__file__).parent / "tiny"
@@ -91,7 +91,7 @@ def test_the_model_is_that_of_a_config_which_says_the_same(kind, folder, prompt,
     with pytest.raises(UserError, match=f"1025 is more than the 1024 positions of .* under --rope-scaling {kind}:factor=2"):
         loaded.check_length(1025)
     with pytest.raises(
-        UserError, match="700 is more than the 512 positions .*: give 512 or less, --rope-scaling or another"
+        UserError, match="700 is more than the 512 positions .*: give 512 or less, --rope-scaling, or another"
     ):
         plain.check_length(700)
 
@@ -115,11 +115,15 @@ def test_models_that_cannot_be_scaled(tmp_path, make_model):
     config.save_pretrained(tmp_path / "table")
     for name, sentence in {
         "scaled": "whose config has rotary embeddings of type linear already: leave it out",
-        "kinds": "has others in each kind of layer: give their scaling in its config.json",
-        "table": "scales rotary embeddings, of which --model .*table has none: leave it out",
+        "kinds": "which has rotary embeddings of its own in each kind of layer: give their scaling in its config.json",
+        "table": "which has no rotary embeddings: leave it out",
     }.items():
-        with pytest.raises(UserError, match=f"^--rope-scaling .*{sentence}"):
+        with pytest.raises(UserError, match=f"^--rope-scaling does not go with --model .*{name}, {sentence}"):
             loading.load(str(tmp_path / name), weights="random", device="cpu", rope_scaling=YARN)
+    # And it is not proposed where it would be refused.
+    table = loading.load(str(tmp_path / "table"), weights="random", device="cpu")
+    with pytest.raises(UserError, match="65 is more than the 64 positions of .*: give 64 or less, or another --model"):
+        table.check_length(65)
 
 
 def test_a_model_that_does_not_heed_its_config(make_model):
@@ -166,3 +170,19 @@ def test_rows_of_another_scaling_are_measured_anew(tmbench, tmp_path):
     code, out, err = tmbench("list", "--rope-scaling", "yarn:factor=2")
     assert (code, out) == (2, "")
     assert "--rope-scaling says how --model is loaded, which is not given: leave it out" in err
+
+
+@pytest.mark.slow
+def test_workers_and_shards_scale_it_too(tmbench, tmp_path):
+    given = ("ruler", "--length", "768", "--task", "vt", "--samples", "2", "--method", "dense", "--offline",
+             "--device", "cpu", "--rope-scaling", "linear:factor=4")  # fmt: skip
+    for name, options in {
+        "here": (), "workers": ("--executor", "processes", "--workers", "1"), "shards": ("--shard", "1/1"),
+    }.items():  # fmt: skip
+        code, _, err = tmbench(*given, *options, "--output-dir", str(tmp_path / name))
+        assert code == 0, err
+    code, _, err = tmbench("merge", str(tmp_path / "shards"), "--output-dir", str(tmp_path / "shards"))
+    assert code == 0, err
+    rows = [row for name in ("here", "workers", "shards") for row in read_all(tmp_path / name, RulerRow)]
+    assert [row.rope_scaling for row in rows] == ["linear:factor=4"] * 3
+    assert len({(row.key, row.score) for row in rows}) == 1

@@ -13,6 +13,7 @@ from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
 from tmbench.models.attention_modules import limiting_windows
 from tmbench.models.geometry import Geometry, max_positions
+from tmbench.models.rope_scaling import obstacle
 from tmbench.results.words import counted
 
 Weights = Literal["checkpoint", "random", "structured"]
@@ -86,10 +87,10 @@ class LoadedModel:
         """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter."""
         if self.max_length is not None and length > self.max_length:
             scaled = f" under --rope-scaling {self.rope_scaling}" if self.rope_scaling else ""
-            others = "a larger factor or another --model" if scaled else "--rope-scaling or another --model"
+            others = "a larger factor, or" if scaled else "or" if obstacle(self.model.config) else "--rope-scaling, or"
             raise UserError(
                 f"--length {length} is more than the {self.max_length} positions of {self.name}{scaled}: "
-                f"give {self.max_length} or less, {others}"
+                f"give {self.max_length} or less, {others} another --model"
             )
         layer, window = min(limiting_windows(self.model).items(), key=lambda one: one[1], default=(0, None))
         if window is not None and window < length:

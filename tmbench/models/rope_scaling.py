@@ -70,20 +70,10 @@ class RopeScaling:
 
         Raises UserError for a model without rotary embeddings, or whose config scales them, or has several kinds of them.
         """
+        if why := obstacle(config):
+            raise UserError(f"{OPTION} does not go with --model {name}, {why}")
         text = config.get_text_config()
-        rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
-        if not rope:
-            raise UserError(f"{OPTION} scales rotary embeddings, of which --model {name} has none: leave it out")
-        if any(isinstance(value, Mapping) for value in rope.values()):
-            raise UserError(
-                f"{OPTION} scales the rotary embeddings of all layers alike, and --model {name} has others in each kind of "
-                "layer: give their scaling in its config.json"
-            )
-        if (own := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            raise UserError(
-                f"{OPTION} does not go with --model {name}, whose config has rotary embeddings of type {own} already: leave "
-                "it out, or change its config.json"
-            )
+        rope = text.rope_parameters
         positions = int(text.max_position_embeddings)
         full = self._of(self.kind, {TRAINED: positions, **dict(self.numbers)})
         numbers = dict(full.numbers)
@@ -101,6 +91,18 @@ class RopeScaling:
                 f"{OPTION} does not go with --model {name}, as {type(model).__name__} has rotary embeddings that its config "
                 "does not scale: leave it out"
             )
+
+
+def obstacle(config: Any) -> str:
+    """Why a model of this config is not scaled by the option, and what to do; "" where it can be."""
+    rope: Mapping[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if not rope:
+        return "which has no rotary embeddings: leave it out"
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return "which has rotary embeddings of its own in each kind of layer: give their scaling in its config.json"
+    if (own := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        return f"whose config has rotary embeddings of type {own} already: leave it out, or change its config.json"
+    return ""
 
 
 def _of_text(text: str) -> dict[str, Any]:
