@@ -88,6 +88,30 @@ def test_it_is_the_model_that_was_written(kind, error, model, tmp_path, prompt):
 
 @readable
 @pytest.mark.slow
+def test_a_file_of_the_hub_is_known_by_its_commit(model, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    kept = tmp_path / "cache" / "models--some--model"
+    (kept / "refs").mkdir(parents=True)
+    for branch, commit, kind in (("v1", "1" * 40, "F32"), ("main", "2" * 40, "F16")):
+        folder = kept / "snapshots" / commit / "sub"
+        folder.mkdir(parents=True)
+        small_gguf.write(folder / "m.gguf", model, kind)
+        (kept / "refs" / branch).write_text(commit)
+    hashes = set()
+    for revision, commit, kind in (("v1", "1" * 40, "F32"), (None, "2" * 40, "F16"), ("2" * 40, "2" * 40, "F16")):
+        loaded = loading.load("some/model", device="cpu", revision=revision, gguf_file="sub/m.gguf")
+        assert (loaded.name, loaded.revision) == ("some/model/sub/m.gguf", commit)
+        assert loaded.quantization == f"gguf {kind}, dequantized"
+        assert ModelSource.of(loaded).load(plan_only=True).row_fields() == loaded.row_fields()
+        hashes.add(loaded.model_hash)
+    assert len(hashes) == 2
+
+
+@readable
+@pytest.mark.slow
 def test_commands_take_a_file(model, tmp_path, tmbench):
     small_gguf.write(tmp_path / "m.gguf", model, "Q8_0")
     given = ("ttft", "--model", str(tmp_path), "--length", "256", "--method", "dense", "--repeats", "1", "--device", "cpu",

@@ -49,6 +49,11 @@ class GgufFile:
         kept = try_to_load_from_cache(self.place, self.file, revision=revision or "main")
         return Path(kept) if isinstance(kept, str) else None
 
+    def commit(self, revision: str) -> str:
+        """The commit that a revision of the Hub stands for, by where the file lies on this machine; "" for a local file."""
+        kept = None if self.local else self.path(revision)
+        return "" if kept is None else kept.parents[len(Path(self.file).parts) - 1].name
+
     def check(self, name: str) -> None:
         """Raise UserError for a file that is not there or no GGUF file, and where it cannot be read here."""
         if missing := [package for package in PACKAGES if find_spec(package) is None]:

@@ -212,6 +212,8 @@ def _commit(name: str, config: Any, revision: str | None) -> str:
     """The commit of a Hub checkpoint; "" for what is none."""
     if is_preset(name) or Path(model_path(name)).is_dir():
         return ""
+    if (gguf := GgufFile.of(name)) is not None:
+        return gguf.commit(revision or "")
     known = getattr(config, "_commit_hash", None)
     kept = None if known else fingerprint.snapshot(model_path(name), revision or "")
     return str(known or (kept.name if kept is not None else ""))
