@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -61,21 +60,16 @@ class Checkpoint:
 AS_IT_IS = Checkpoint()
 
 
-def with_checkpoint(
-    *, without: tuple[str, ...] = (), hidden: tuple[str, ...] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_checkpoint(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command these options in place of its parameter of the type ``Checkpoint``, which it is called with.
 
-    Args:
-        without: options that the command does not have.
-        hidden: options that its help does not list.
+    ``without`` are options that the command does not have.
     """
     declared = inspect.get_annotations(Checkpoint, eval_str=True)
-    options = []
-    for field in (each for each in fields(Checkpoint) if each.name not in without):
-        kind, about = get_args(declared[field.name])
-        about = copy(about)
-        about.hidden = field.name in hidden
-        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        options.append(inspect.Parameter(field.name, place, default=field.default, annotation=Annotated[kind, about]))
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    options = [
+        inspect.Parameter(field.name, place, default=field.default, annotation=declared[field.name])
+        for field in fields(Checkpoint)
+        if field.name not in without
+    ]
     return lambda command: grouped(command, Checkpoint, options, lambda values: Checkpoint(**values))

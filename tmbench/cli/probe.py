@@ -41,7 +41,7 @@ ProbeMethodOption = Annotated[
 ]  # fmt: skip
 
 
-@with_checkpoint(hidden=("gguf_file",))
+@with_checkpoint()
 @with_attention(without=("dense_backend", "attn_native"))
 def probe(
     loss: Annotated[

@@ -75,11 +75,11 @@ ChatKwargsOption = Annotated[
     ),
 ]
 # Scores of synthetic weights say nothing, and times are not what this command is for: --weights and --dense-backend work as
-# in tmbench ttft, and its help has them. So has it how a checkpoint is loaded that is not loaded as it is.
+# in tmbench ttft, and its help has them.
 UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
 
 
-@with_checkpoint(hidden=("rope_scaling", "trust_remote_code", "gguf_file"))
+@with_checkpoint()
 @with_attention(hidden=("dense_backend", "attn_native"))
 def ruler(
     method: o.MethodOption = None,

@@ -26,7 +26,7 @@ TINY_LENGTHS = (4096,)
 LENGTHS = (32768,)
 
 
-@with_checkpoint(hidden=("gguf_file",))
+@with_checkpoint()
 @with_attention(without=("patterns", "dense_backend", "attn_native"), repeated=True)
 def sweep(
     method: Annotated[
