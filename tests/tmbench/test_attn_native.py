@@ -71,6 +71,15 @@ def test_a_model_that_was_loaded_with_something_else_is_refused(make_model):
         pass
 
 
+@pytest.mark.slow
+def test_what_it_cannot_show_is_refused_before_anything_is_measured(tmbench, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_attention, "SDPA", "none")
+    code, out, err = tmbench("ttft", "--length", "512", "--attn-native", "--device", "cpu", "--output-dir", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "LlamaAttention was loaded with another, sdpa: leave the option out" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_is_no_method_of_the_table():
     assert BASELINE.name not in METHODS
     assert BASELINE.declared == {}

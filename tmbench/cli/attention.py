@@ -179,6 +179,7 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executo
     if attention.native:
         from tmbench.methods.attn_native import BASELINE
 
+        where.ask(_check_native)
         plans.append(BASELINE.plan(loaded.shape))
     for plan in plans:
         if plan.layers_source == HALF:
@@ -189,6 +190,15 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executo
                 f"its depth{which}, layer {full[len(full) // 2]}; --layers chooses others, tmbench probe proposes some"
             )
     return plans
+
+
+def _check_native(loaded: LoadedModel) -> None:
+    """Raise UserError where --attn-native cannot show how the model was loaded."""
+    from tmbench.engine.own_attention import AsLoaded
+    from tmbench.models.attention_modules import attention_modules
+
+    for module in attention_modules(loaded.model):
+        AsLoaded.of(module)
 
 
 def _check_dense_backend(name: str, lengths: Sequence[int], loaded: LoadedModel) -> None:
