@@ -63,3 +63,5 @@ def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
     timed = run("ttft", "--length", "1K", "--method", "dense", "--method", "tri_mix", "--repeats", "1", "--json")
     assert '"status": "ok"' in timed
     assert (tmp_path / "results").is_dir()
+    run("report", "--html", "pages")
+    assert {"index.html", "times.html", "report.css", "chart.js"} <= {path.name for path in (tmp_path / "pages").iterdir()}

@@ -25,6 +25,10 @@ def report(
     ] = MARGIN,
     output: Annotated[Path | None, typer.Option(help="Write to this file.", show_default="the terminal")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw the plots into this folder too.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write pages to look at into this folder, in place of the text in the terminal."),
+    ] = None,
 ) -> None:
     """Render what was measured, from the result files alone: TTFT, RULER, token agreement, losses and probes, by device."""
     from tmbench.report import writers
@@ -41,10 +45,18 @@ def report(
         with writable(plots, "--plots"):
             for path in save_all(figures(built), plots):
                 say(f"drew {path}")
+    if html is not None:
+        from tmbench.report.html.pages import written
+
+        with writable(html, "--html"):
+            first = list(written(built, html))[-1]
+        say(f"wrote {first}")
     if output is not None:
         with writable(output, "--output"):
             write_whole(output, text)
         say(f"wrote {output}")
+    elif html is not None:
+        return
     elif form == "md" and console().is_terminal:
         markdown(text)
     else:

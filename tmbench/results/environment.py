@@ -46,6 +46,7 @@ PACKAGES = (
     "lm-eval",
 )
 
+
 @dataclass(frozen=True)
 class Environment:
     """One machine, device and set of versions."""

@@ -128,7 +128,9 @@ def _read(path: Path, row: type[R]) -> tuple[int, list[R]]:
         if len(values) != len(table.header):
             raise CorruptResultsError(path, f"line {number} has {len(values)} fields, not {len(table.header)}")
         if version != found[0]:
-            raise CorruptResultsError(path, f"line {number}: schema_version is {version}, where its columns are of {found[0]}")
+            raise CorruptResultsError(
+                path, f"line {number}: schema_version is {version}, where its columns are of {found[0]}"
+            )
         try:
             rows.append(row.parse(_SCHEMAS[version].translate(dict(zip(table.header, values, strict=True)))))
         except ValueError as error:

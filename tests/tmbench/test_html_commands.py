@@ -1,0 +1,73 @@
+"""The command beside a row measures that row: the program finds that nothing is left to measure."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+import made_rows
+from command_lines import FAST_TTFT
+from report_rows import COMMON, RULER, TRIANGLE, TTFT
+from tmbench.report.html.commands import AGAIN, command_of
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
+from tmbench.results.tables import read_all
+
+MEASURED = [
+    (TtftRow, (*FAST_TTFT, "--method", "dense", "--method", "tri_mix", "--layers", "2,5-6", "--n-local", "64")),
+    (TtftRow, (*FAST_TTFT, "--method", "xattention:stride=8", "--batch-size", "2", "--prompt", "random")),
+    (RulerRow, ("ruler", "--length", "512", "--samples", "1", "--task", "niah_single_1", "--offline", "--device", "cpu")),
+    (
+        AgreeRow,
+        ("agree", "--length", "256", "--samples", "1", "--new-tokens", "4", "--method", "streaming", "--device", "cpu"),
+    ),
+    (ProbeRow, ("probe", "--length", "700", "--samples", "1", "--n-local", "64", "--time-budget", "0.9", "--device", "cpu")),
+    (LossRow, ("probe", "--loss", "--length", "700", "--samples", "1", "--method", "streaming", "--device", "cpu")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "arguments"), MEASURED, ids=lambda each: getattr(each, "kind", ""))
+def test_a_measured_row_is_repeated(tmbench, tmp_path, kind, arguments):
+    assert tmbench(*arguments)[0] == 0
+    rows = read_all(tmp_path / "results", kind)
+    (tmp_path / "results").rename(tmp_path / AGAIN)
+    assert rows
+    for row in {row.method: row for row in rows}.values():
+        threads, program, *words = shlex.split(command_of(row).text)
+        assert threads == f"OMP_NUM_THREADS={row.threads}"
+        assert program == "tmbench"
+        words = [word.replace("METHOD", "streaming") for word in words]
+        code, out, err = tmbench(*words, "--plan")
+        assert code == 0, err
+        assert "Nothing is to be measured" in out
+
+
+def made(kind, **values):
+    return kind(**made_rows.columns(COMMON | values))
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "need"),
+    [
+        (made(TtftRow, **TTFT, prompt_hash="a"), "--prompt kv", None),
+        (made(TtftRow, **TTFT | {"prompt": "jsonl-abc", "prompt_file": "a b.jsonl"}), "--prompt-file FILE", "a b.jsonl"),
+        (made(TtftRow, **TTFT | {"prompt": "text-abc"}), "--prompt text:FILE", "hash abc"),
+        (made(TtftRow, **TTFT, prefill="compiled", threads=0), "--compile", None),
+        (made(TtftRow, **TTFT | TRIANGLE, method="tri_mix"), "--method dense --method tri_mix:n_init=8", "minference"),
+        (made(RulerRow, **RULER, task="vt"), "--wording reference", "noise"),
+        (made(RulerRow, **RULER | {"wording": "prepared"}, task="vt"), "--data FOLDER", "FOLDER is"),
+        (made(RulerRow, **RULER | {"wording": "mine"}, task="vt"), "--wording FILE", "wording mine"),
+        (
+            made(RulerRow, **RULER | {"chat_template": True, "chat_template_kwargs": '{"a": "b c"}'}, task="vt"),
+            """--chat-template-kwargs '{"a": "b c"}'""", None,
+        ),
+        (made(TtftRow, **TTFT, context_parallel_size=4), "torchrun --nproc-per-node 4 -m tmbench ttft", None),
+        (made(TtftRow, **TTFT | {"model": "a; rm -rf b"}), "--model 'a; rm -rf b'", None),
+        (made(TtftRow, **TTFT, patterns="heads-1", method="minference"), "--method minference:patterns=FILE", "heads-1"),
+    ],
+)  # fmt: skip
+def test_what_a_row_does_not_hold_is_said(row, words, need):
+    command = command_of(row)
+    assert words in command.text
+    assert need is None or any(need in each for each in command.needs)

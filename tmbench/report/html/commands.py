@@ -1,0 +1,151 @@
+"""The command that measures a row again, and what a reader must have for it that rows do not hold."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+
+from tmbench.methods.table import LAYERS
+from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.words import length_name
+
+AGAIN = "again"
+"""The folder that a repeated row goes to: in its own folder it would be there already."""
+FILE, FOLDER = "FILE", "FOLDER"
+PROPOSED = re.compile(r"(\w+), (accuracy|time) budget ([-+.\de]+), (\w+)")
+"""What decided a probe's proposal, as its rows have it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line for a shell, and sentences on what it does not say."""
+
+    text: str
+    needs: Sequence[str]
+
+
+def command_of(row: Row) -> Command:
+    """The command that measures a row again; capitals stand for files that rows know by a hash alone."""
+    words, needs = _own(row)
+    gpus = max(row.tensor_parallel_size, row.context_parallel_size)
+    program = ["torchrun", "--nproc-per-node", str(gpus), "-m", "tmbench"] if gpus > 1 else ["tmbench"]
+    given: dict[str, object] = {
+        "model": row.model,
+        "revision": row.revision,
+        "weights": row.weights if row.weights != "checkpoint" else "",
+        "dtype": row.dtype,
+        "device": "cpu" if row.threads else "",
+        "length": length_name(row.length),
+        "seed": row.seed,
+        "output-dir": AGAIN,
+    }
+    shared = [word for name, value in given.items() if value != "" for word in (f"--{name}", str(value))]
+    shared += ["--context-parallel"] * (row.context_parallel_size > 1)
+    threads = f"OMP_NUM_THREADS={row.threads} " if row.threads else ""
+    return Command(threads + shlex.join([*program, *words, *shared]), needs)
+
+
+@singledispatch
+def _own(row: Row) -> tuple[list[str], list[str]]:
+    """What a row's own command takes beside what all take, its name first, and what is needed."""
+    raise TypeError(f"{type(row).__name__} has no command")
+
+
+@_own.register
+def _(row: TtftRow) -> tuple[list[str], list[str]]:
+    methods, needs = _method(row)
+    beside = [name for name in row.interleaved.split() if name not in ("dense", row.method)]
+    if "dense" in row.interleaved.split() and row.method != "dense":
+        methods = ["--method", "dense", *methods]
+    if beside:
+        needs.append(f"It was timed in turns with {', '.join(beside)} too: add each as a further --method to repeat that.")
+    prompt, more = _prompt(row.prompt, "--prompt", row.prompt_file)
+    sizes = ["--batch-size", str(row.batch_size)] * (row.batch_size > 1)
+    compiled = {"compiled": ["--compile"], "eager": ["--no-compile"]}.get(row.prefill, [])
+    counts = ["--repeats", str(row.repeats), "--warmup", str(row.warmup)]
+    return ["ttft", *methods, *prompt, *sizes, *counts, *compiled], needs + more
+
+
+@_own.register
+def _(row: RulerRow) -> tuple[list[str], list[str]]:
+    methods, needs = _method(row)
+    words = ["ruler", *methods, "--task", row.task, "--samples", str(row.samples)]
+    if row.wording == "prepared":
+        needs.append(f"{FOLDER} is the folder of prepared prompts that it was asked from.")
+        words += ["--data", FOLDER]
+    else:
+        if row.wording.startswith("reference"):
+            words += ["--wording", "reference"]
+        elif not row.wording.startswith("tmbench"):
+            needs.append(f"{FILE} is the file of the wording {row.wording}.")
+            words += ["--wording", FILE]
+        words += ["--samples-as", row.samples_as] * (row.samples_as != "tmbench")
+        if row.chat_template:
+            given = row.chat_template_kwargs not in ("", "{}")
+            words += ["--chat-template-kwargs", row.chat_template_kwargs] if given else ["--apply-chat-template"]
+        if row.source.startswith("generated"):
+            words.append("--offline")
+        else:
+            needs.append(f"Its prompts are made of: {row.source}.")
+    words += ["--batch-size", str(row.batch_size)] * (row.batch_size > 1)
+    return words, needs
+
+
+@_own.register
+def _(row: AgreeRow) -> tuple[list[str], list[str]]:
+    methods, needs = _method(row)
+    if row.method == "dense":
+        needs.append("Dense is measured beside any other method: METHOD is one.")
+        methods = [*methods, "--method", "METHOD"]
+    prompt, more = _prompt(row.prompt, "--prompt", row.prompt_file)
+    words = ["agree", *methods, *prompt, "--samples", str(row.samples), "--new-tokens", str(row.new_tokens)]
+    return words + ["--batch-size", str(row.batch_size)] * (row.batch_size > 1), needs + more
+
+
+@_own.register
+def _(row: ProbeRow) -> tuple[list[str], list[str]]:
+    words: list[str] = ["probe"]
+    needs: list[str] = []
+    for name in row.task.split("+"):
+        task, more = _prompt(name, "--task")
+        words, needs = words + task, needs + more
+    words += ["--samples", str(row.samples)]
+    words += [word for name, value in row.settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    if found := PROPOSED.fullmatch(row.proposal):
+        words += ["--rule", found[1], f"--{found[2]}-budget", found[3], "--derivative", found[4]]
+    return words, needs
+
+
+@_own.register
+def _(row: LossRow) -> tuple[list[str], list[str]]:
+    methods, needs = _method(row)
+    task, more = _prompt(row.task, "--task")
+    return ["probe", "--loss", *methods, *task, "--samples", str(row.samples)], needs + more
+
+
+def _method(row: Row) -> tuple[list[str], list[str]]:
+    """The options that make a row's method."""
+    given = dict(row.settings)
+    layers = given.pop(LAYERS, None)
+    needs = []
+    if given.get("patterns") == "default":
+        del given["patterns"]
+    elif "patterns" in given:
+        needs.append(f"{FILE} is the file of head patterns that the row knows as {given['patterns']}.")
+        given["patterns"] = FILE
+    parameters = ",".join(f"{name}={value}" for name, value in given.items())
+    words = ["--method", row.method + (f":{parameters}" if parameters else "")]
+    return words + ([] if layers is None else ["--layers", str(layers)]), needs
+
+
+def _prompt(prompt: str, option: str, file: str = "") -> tuple[list[str], list[str]]:
+    """The options that make a row's prompts; a file of the user's is known by a hash of its contents."""
+    form, _, digest = prompt.partition("-")
+    if form not in ("jsonl", "text") or not digest:
+        return [option, prompt], []
+    named = f"the file {file}, or another" if file else "the file"
+    needs = [f"{FILE} is {named} whose contents have the hash {digest}."]
+    return (["--prompt-file", FILE] if form == "jsonl" else [option, f"text:{FILE}"]), needs

@@ -1,0 +1,75 @@
+"""The pages and their files: what each is made of, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tmbench.report.html import overview, times
+from tmbench.report.html.text import script_json, templates
+from tmbench.report.report import Report
+from tmbench.results.files import write_whole
+
+STATIC = ("report.css", "page.js", "chart.js", "rows.js")
+"""Files that all pages share, as they are in the package."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page: its file is its name with ".html"."""
+
+    name: str
+    title: str
+    shows: str
+    """A sentence on what it shows."""
+    nothing: str
+    """What it says where there is nothing to show."""
+    make: Callable[[Report], Mapping[str, Any]]
+    """What its template is given: ``blocks`` it shows, ``data`` for its scripts, and more."""
+    scripts: tuple[str, ...] = ("chart.js",)
+    """What it has beside ``page.js``, in this order."""
+
+
+PAGES = (
+    Page(
+        "times",
+        "Time to first token",
+        "Seconds by the prompt's length, the roofline of each method, and the share of the causal pairs that it computed.",
+        "No times were measured: tmbench ttft measures them.",
+        times.content,
+    ),
+    Page(
+        "rows",
+        "Rows and commands",
+        "Every row with the command that repeats it.",
+        "There are no rows.",
+        overview.rows_content,
+        ("rows.js",),
+    ),
+)
+
+
+def written(report: Report, directory: Path) -> Iterator[Path]:
+    """Write the pages into a folder, made where there is none; the paths of the pages, the first of them last.
+
+    Files that are there already are replaced. Raises OSError where the folder cannot be written.
+    """
+    for name in STATIC:
+        write_whole(directory / name, (files("tmbench.report.html") / "static" / name).read_bytes())
+    contents = {page.name: page.make(report) for page in PAGES}
+    shown = [(page, bool(contents[page.name]["blocks"])) for page in PAGES]
+    for page in PAGES:
+        path = directory / f"{page.name}.html"
+        given = {"page": page, "pages": shown, **contents[page.name], "data": script_json(contents[page.name]["data"])}
+        write_whole(path, _rendered(f"{page.name}.html", given))
+        yield path
+    first = directory / "index.html"
+    write_whole(first, _rendered("index.html", {"page": None, "pages": shown, **overview.content(report)}))
+    yield first
+
+
+def _rendered(template: str, given: Mapping[str, Any]) -> str:
+    return templates().get_template(template).render(given)
