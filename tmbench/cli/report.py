@@ -49,7 +49,7 @@ def report(
         from tmbench.report.html.pages import written
 
         with writable(html, "--html"):
-            first = list(written(built, html))[-1]
+            first = list(written(built, results, html))[-1]
         say(f"wrote {first}")
     if output is not None:
         with writable(output, "--output"):

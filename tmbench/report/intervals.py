@@ -72,6 +72,14 @@ class Difference:
     """Samples a task that would tell a method without loss so; None where a task has only one sample, and so no spread."""
     verdict: str
     """One of ``LOSS``, ``GAIN``, ``NO_LOSS``, ``TOO_FEW`` and the values of ``POSSIBLE``."""
+    variance: float | None
+    """Of the mean over tasks of one sample each; None where a task has only one sample."""
+
+    def at(self, margin: float) -> Difference:
+        """The same difference for another margin; what excludes 0 does so for any."""
+        spanning = self.verdict in (NO_LOSS, TOO_FEW)
+        verdict = in_words(self.low, self.high, margin) if spanning else self.verdict
+        return replace(self, needed=samples_needed(self.variance, self.tasks, margin), verdict=verdict)
 
     @property
     def words(self) -> str:
@@ -108,8 +116,9 @@ def differences(comparisons: Sequence[Sequence[Sequence[float] | Floats]], margi
             pairs=sum(map(len, tasks)),
             differing=sum(int(np.count_nonzero(task)) for task in tasks),
             tasks=len(tasks),
-            needed=samples_needed(tasks, margin),
+            needed=samples_needed(variance := _variance(tasks), len(tasks), margin),
             verdict=in_words(low, high, margin),
+            variance=variance,
         )
         for tasks, (low, high) in zip(taken, intervals(taken), strict=True)
     ]
@@ -211,10 +220,16 @@ def unseen_samples(margin: float, tasks: int = 1) -> int:
     return math.ceil(together / tasks) + (tasks > 1)
 
 
-def samples_needed(tasks: Sequence[Floats], margin: float) -> int | None:
-    """Samples a task for the margin; the formula is above. None where a task has only one sample, and so no spread."""
+def samples_needed(variance: float | None, tasks: int, margin: float) -> int | None:
+    """Samples a task for the margin, given ``Difference.variance``; the formula is above."""
+    if variance is None:
+        return None
+    by_spread = ((Z_INTERVAL + Z_POWER) / margin) ** 2 * variance
+    return max(2, math.ceil(by_spread) + (tasks > 1), unseen_samples(margin, tasks))
+
+
+def _variance(tasks: Sequence[Floats]) -> float | None:
+    """Of the mean over tasks of one sample each; None where a task has only one sample, and so no spread."""
     if any(len(task) < 2 for task in tasks):
         return None
-    variance = float(np.mean([task.var(ddof=1) for task in tasks])) / len(tasks)
-    by_spread = ((Z_INTERVAL + Z_POWER) / margin) ** 2 * variance
-    return max(2, math.ceil(by_spread) + (len(tasks) > 1), unseen_samples(margin, len(tasks)))
+    return float(np.mean([task.var(ddof=1) for task in tasks])) / len(tasks)

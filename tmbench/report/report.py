@@ -40,6 +40,8 @@ class Report:
     agree: Sequence[AgreeSection] = ()
     losses: Sequence[LossSection] = ()
     probes: Sequence[ProbeSection] = ()
+    margin: float = MARGIN
+    """The non-inferiority margin in points."""
 
     @cached_property
     def trade_offs(self) -> list[TradeOff]:
@@ -75,7 +77,7 @@ def build(root: Path, margin: float = MARGIN) -> Report:
         single = {(one.label, one.row.task, one.row.length): losses_of(root, one.row) for one in rows}
         lost.append(loss_section(setting, rows, single))
     probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
-    return Report(times, scores, agreement, lost, probed)
+    return Report(times, scores, agreement, lost, probed, margin)
 
 
 def _rows(root: Path, kind: type[R]) -> list[R]:

@@ -65,9 +65,13 @@ def interleaved(one: TtftRow, other: TtftRow) -> bool:
 
 def compare_rows(one: TtftRow, other: TtftRow) -> TimeDifference | str:
     """The time of one TTFT row against another's of the same length; in words why there is none."""
-    if not interleaved(one, other):
-        return APART
-    own, others = _seconds(one.samples_s), _seconds(other.samples_s)
+    return _compared(one.samples_s, other.samples_s) if interleaved(one, other) else APART
+
+
+@lru_cache(maxsize=2**14)
+def _compared(one: str, other: str) -> TimeDifference | str:
+    """``compare_rows`` of the repeats of two rows. Fronts ask for the same pair again for every task."""
+    own, others = _seconds(one), _seconds(other)
     if not own or len(own) != len(others):
         return UNKNOWN_REPEATS
     return ONE_REPEAT if len(own) == 1 else time_difference(own, others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,6 +85,18 @@ class TradeOff(Section[TradeOffSetting, TradeOffCell]):
         """What each parameter changes between neighbouring values, all others equal; and the shape at the same cost."""
         return effects_of([cell.time for cell in self.cells], self.labels, self.scores)
 
+    def of_task(self, task: str) -> list[TradeOffCell]:
+        """The same methods by their points on one task, with the front of these; those that were compared there."""
+        found = {cell.label: cell.difference for cell in self.scores.cells if cell.row.task == task}
+        kept = {}
+        for cell in self.cells:
+            difference = found.get(cell.label)
+            if isinstance(difference, Difference):
+                kept[cell.label] = cell.time, difference
+        dense = self.cells[0].time.dense
+        assert dense is not None
+        return _placed(dense, kept)
+
     def tables(self) -> list[Table]:
         """The methods by the time that they save, and what single parameters change."""
         methods = [
@@ -162,8 +174,13 @@ def _cells(times: TtftSection, scores: RulerSection) -> list[TradeOffCell]:
         # A forced backend of dense attention is another time for the same scores: the one that tmbench chose comes first.
         if isinstance(found, Difference) and cell.percent_vs_dense is not None:
             kept.setdefault(label, (cell, found))
+    return _placed(dense.row, kept)
+
+
+def _placed(dense: TtftRow, kept: Mapping[str, tuple[TtftCell, Difference]]) -> list[TradeOffCell]:
+    """Cells by label, the one that saves most last, on the front or behind it."""
     ordered = sorted(kept.items(), key=lambda one: -(one[1][0].percent_vs_dense or 0.0))
-    known = [_Point(dense.row, 0.0)]
+    known = [_Point(dense, 0.0)]
     known += [_Point(cell.row, found.mean) for cell, found in kept.values() if cell.percent_low is not None]
     cells = []
     for label, (cell, found) in ordered:

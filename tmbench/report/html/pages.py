@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tmbench.report.html import overview, times
+from tmbench.report.html import overview, scores, times, trade_offs
 from tmbench.report.html.text import script_json, templates
 from tmbench.report.report import Report
 from tmbench.results.files import write_whole
 
-STATIC = ("report.css", "page.js", "chart.js", "rows.js")
+STATIC = ("report.css", "page.js", "chart.js", "heat.js", "rows.js")
 """Files that all pages share, as they are in the package."""
 
 
@@ -35,11 +35,26 @@ class Page:
 
 PAGES = (
     Page(
+        "trade-off",
+        "Accuracy against time",
+        "Points that a method loses against the time that it saves, with 95 % intervals, and the front of the best.",
+        "No method was both timed and asked beside dense at one length: tmbench ttft and tmbench ruler measure that.",
+        trade_offs.content,
+    ),
+    Page(
         "times",
         "Time to first token",
         "Seconds by the prompt's length, the roofline of each method, and the share of the causal pairs that it computed.",
         "No times were measured: tmbench ttft measures them.",
         times.content,
+    ),
+    Page(
+        "tasks",
+        "Tasks by methods",
+        "Points against dense over the same samples, task by task; grey where the 95 % interval spans 0.",
+        "No scores were measured: tmbench ruler measures them.",
+        scores.content,
+        ("heat.js",),
     ),
     Page(
         "rows",
@@ -52,8 +67,8 @@ PAGES = (
 )
 
 
-def written(report: Report, directory: Path) -> Iterator[Path]:
-    """Write the pages into a folder, made where there is none; the paths of the pages, the first of them last.
+def written(report: Report, root: Path, directory: Path) -> Iterator[Path]:
+    """Write the pages of a results folder into another, made where there is none; their paths, the first page last.
 
     Files that are there already are replaced. Raises OSError where the folder cannot be written.
     """

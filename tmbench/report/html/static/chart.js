@@ -110,7 +110,7 @@ tm.charts = (() => {
 
   function draw(figure, chart, off, by) {
     const width = Math.max(figure.clientWidth, 260);
-    const height = Math.max(240, Math.min(420, width * 0.55));
+    const height = Math.max(260, Math.min(420, width * 0.55));
     const plot = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${chart.name}. The arrow keys go from point to point.` });
     const series = chart.series.filter((one) => !off.has(one.of || one.name))
       .map((one) => ({ ...one, points: one.points.filter((point) => !by.length || String(point.length) === by.length) }))
@@ -180,11 +180,10 @@ tm.charts = (() => {
     new ResizeObserver(redraw).observe(figure);
   }
 
-  tm.margin ??= () => 0;
   for (const figure of document.querySelectorAll(".chart")) {
     const { block, chart } = figure.dataset;
     const found = tm.data[block][chart];
-    show(figure, () => ["", found]);
+    show(figure, (by) => (found.views ? [by.task, found.views[by.task]] : ["", found]));
   }
   return { show };
 })();

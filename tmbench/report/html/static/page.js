@@ -23,6 +23,11 @@ const tm = (() => {
     return found;
   }
 
+  // Which of the margins is chosen, by its number.
+  const slider = form.elements.margin;
+  const margins = slider ? slider.dataset.margins.trim().split(" ") : [];
+  const margin = () => Number(slider.value);
+
   // Sections that do not have a chosen value are hidden; the pages' own scripts are then told.
   function filter() {
     const by = chosen();
@@ -34,6 +39,10 @@ const tm = (() => {
     if (blocks.length) {
       const left = blocks.filter((block) => !block.hidden).length;
       shown.textContent = `${left} of ${blocks.length} shown`;
+    }
+    if (slider) {
+      document.getElementById("chosen-margin").textContent = margins[margin()];
+      slider.setAttribute("aria-valuetext", `${margins[margin()]} points`);
     }
     for (const listener of listeners) listener(by);
   }
@@ -78,5 +87,5 @@ const tm = (() => {
   }
 
   addEventListener("DOMContentLoaded", filter);
-  return { data, form, shown, element, chosen, filter, onFilter, copy };
+  return { data, form, shown, element, chosen, filter, onFilter, copy, margin };
 })();
