@@ -9,6 +9,9 @@ from html.parser import HTMLParser
 from tmbench.report.html.pages import written
 from tmbench.report.report import build
 
+HOSTILE = "</script><script>alert(1)</script>]]>\u2028\"'><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}"
+"""A text that would be markup, a script's end or a template wherever it were not taken for a text."""
+
 
 class Elements(HTMLParser):
     """The elements of a page with their attributes, and its texts."""

@@ -7,14 +7,12 @@ import re
 
 import pytest
 
-from html_pages import Elements, data_of, pages_of, points_of
+from html_pages import HOSTILE, Elements, data_of, pages_of, points_of
 from report_rows import add_ruler, add_ttft
 from tmbench.errors import UserError
 from tmbench.report.html.pages import PAGES
 from tmbench.report.html.text import script_json
 from tmbench.report.report import build
-
-HOSTILE = "</script><script>alert(1)</script>]]>\u2028\"'><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}"
 
 
 def test_times_are_those_of_the_report(tmp_path):

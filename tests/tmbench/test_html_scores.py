@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from answered_rows import add_answers
-from html_pages import Elements, data_of, pages_of
+from html_pages import HOSTILE, Elements, data_of, pages_of
 from report_rows import add_ttft
+from tmbench.report.html import samples
 from tmbench.report.html.margins import OFFERED, says
 from tmbench.report.html.scores import look_of
 from tmbench.report.intervals import LOSS, TOO_FEW, Difference, difference
@@ -112,3 +116,88 @@ def test_the_heat_map_has_the_differences(measured, pages):
     assert isinstance(tri_mix, Difference)
     assert said[:3] == [None] * 3
     assert said[5] == list(says(tri_mix, OFFERED).words)
+
+
+def chunks_of(pages):
+    """What the files beside the page of samples hold, by the number that they call themselves."""
+    found = {}
+    for name, text in pages.items():
+        if name.startswith("data/"):
+            (called,) = re.findall(r'^tm\.chunk\("(\d+)",(.*)\);\n$', text)
+            assert name == f"data/samples-{called[0]}.js"
+            found[called[0]] = json.loads(called[1])
+    return found
+
+
+def test_samples_are_those_that_differ_with_both_answers(pages):
+    groups = {(group["label"], group["task"]): group for group in data_of(pages["samples.html"])}
+    chunks = chunks_of(pages)
+    assert set(groups) == {(label, task) for label in ("tri_mix", "minference") for task in ("vt", "cwe")}
+    assert next(iter(groups)) == ("tri_mix", "vt"), "what lost most comes first"
+    vt = groups["tri_mix", "vt"]
+    assert (vt["lost"], vt["gained"], vt["pairs"]) == (list(range(20)), [], 40)
+    held = chunks[vt["chunk"]]
+    assert held["samples"]["3"] == {"wanted": ["vt 3"], "dense": [1.0, "dense says 1.0"], "places": []}
+    assert held["answers"]["tri_mix"]["3"] == [0.0, "tri_mix says 0.0"]
+    assert groups["tri_mix", "cwe"]["lost"] == []
+    assert "tmbench ruler --save-samples" in Elements(pages["samples.html"]).texts
+
+
+def test_a_gain_is_a_sample_in_which_the_method_alone_is_right(tmp_path):
+    add_answers(tmp_path / "rows", "dense", "vt", [0.0, 1.0, 0.5])
+    add_answers(tmp_path / "rows", "streaming", "vt", [1.0, 0.0, 0.5])
+    (group,) = data_of(pages_of(tmp_path / "rows", tmp_path / "pages")["samples.html"])
+    assert (group["lost"], group["gained"]) == ([1], [0])
+
+
+def test_hostile_answers_stay_texts(tmp_path):
+    answers = [HOSTILE, "*/ );alert(3)//", "\ud800\u2029"]
+    add_answers(tmp_path / "rows", "dense", "vt", [1.0] * 3, answers)
+    add_answers(
+        tmp_path / "rows", "streaming", "vt", [0.0] * 3, answers, more=[{"prompt": f"a {HOSTILE} vt {n}"} for n in range(3)]
+    )
+    pages = pages_of(tmp_path / "rows", tmp_path / "pages")
+    (chunk,) = chunks_of(pages).values()
+    assert [chunk["answers"]["streaming"][str(n)][1] for n in range(3)] == answers
+    assert pages["data/samples-0.js"].isascii()
+    assert "<" not in pages["data/samples-0.js"]
+
+
+def test_texts_are_in_files_of_a_limited_size_and_none_is_left_of_an_earlier_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "CHUNK", 100)
+    add_answers(tmp_path / "rows", "dense", "vt", [1.0] * 3)
+    for method in ("tri_mix", "streaming", "minference"):
+        add_answers(tmp_path / "rows", method, "vt", [0.0] * 3, ["x" * 40] * 3)
+    pages = pages_of(tmp_path / "rows", tmp_path / "pages")
+    chunks = chunks_of(pages)
+    assert len(chunks) == 3
+    for group in data_of(pages["samples.html"]):
+        assert list(chunks[group["chunk"]]["answers"]) == [group["label"]]
+    own = tmp_path / "pages" / "data" / "samples-mine.js"
+    own.write_text("")
+    monkeypatch.setattr(samples, "CHUNK", 10**6)
+    pages_of(tmp_path / "rows", tmp_path / "pages")
+    assert sorted(path.name for path in own.parent.iterdir()) == ["samples-0.js", "samples-mine.js"]
+
+
+def test_the_depth_of_an_answer_is_where_it_stands_once_in_a_prompt_that_was_kept(tmp_path):
+    prompts = ["x" * 90 + f"vt {n}" + "y" * 6 for n in range(2)] + ["vt 2 and vt 2", "none"]
+    for length in (4096, 8192):
+        add_answers(tmp_path / "rows", "dense", "vt", [1.0] * 4, length=length, more=[{"prompt": text} for text in prompts])
+        add_answers(tmp_path / "rows", "streaming", "vt", [0.0, 1.0, 0.0, 0.0], length=length)
+    pages = pages_of(tmp_path / "rows", tmp_path / "pages")
+    held = chunks_of(pages)["0"]["samples"]
+    assert held["0"]["places"] == [[0.9, prompts[0]]]
+    assert held["2"]["places"] == held["3"]["places"] == []
+    (table,) = samples.content(build(tmp_path / "rows"), tmp_path / "rows")["maps"]
+    assert [column.name for column in table.columns] == ["depth", "4K", "8K"]
+    assert table.rows[9] == ["90 to 100 %", "50 / 100 (2)", "50 / 100 (2)"]
+    assert all(set(row[1:]) == {"-"} for row in table.rows[:9])
+
+
+def test_lines_without_texts_do_not_stop_the_pages(tmp_path):
+    add_answers(tmp_path / "rows", "dense", "vt", [1.0])
+    add_answers(tmp_path / "rows", "streaming", "vt", [0.0])
+    path = tmp_path / "rows" / "some-gpu" / "ruler" / "predictions" / "streaming" / "vt-4096-.jsonl"
+    path.write_text('{"index": 0, "score": 0, "outputs": ["vt 0"]}\n')
+    assert chunks_of(pages_of(tmp_path / "rows", tmp_path / "pages"))["0"]["answers"]["streaming"]["0"] == [0.0, ""]

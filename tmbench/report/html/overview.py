@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tmbench.report.html.blocks import Filters
+from tmbench.report.html.blocks import Filters, block_of, filters_of
 from tmbench.report.html.commands import command_of
 from tmbench.report.report import AnySection, Report
 from tmbench.report.section import Cell, status_text
@@ -32,7 +33,7 @@ def content(report: Report) -> Mapping[str, Any]:
     return {"blocks": (), "filters": Filters(), "provenance": _provenance(rows), "count": len(rows)}
 
 
-def rows_content(report: Report) -> Mapping[str, Any]:
+def rows_content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the template of the page of rows is given."""
     cells = [cell for section in _measured(report) for cell in section.cells]
     found = list(_lines(cells))
@@ -44,6 +45,13 @@ def rows_content(report: Report) -> Mapping[str, Any]:
         {task: task for task in sorted({str(getattr(row, "task", "")) for row in rows} - {""})},
     )
     return {"blocks": found[:1], "filters": filters, "columns": COLUMNS, "count": len(found), "data": found}
+
+
+def further_content(report: Report, root: Path) -> Mapping[str, Any]:
+    """What the template of the page of agreement and losses is given."""
+    sections: list[AnySection] = [*report.agree, *report.losses]
+    blocks = [block_of(section) for section in sections]
+    return {"blocks": blocks, "filters": filters_of(blocks), "data": None}
 
 
 def _measured(report: Report) -> list[AnySection]:

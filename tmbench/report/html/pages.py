@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tmbench.report.html import overview, scores, times, trade_offs
+from tmbench.report.html import layers, overview, samples, scores, times, trade_offs
 from tmbench.report.html.text import script_json, templates
 from tmbench.report.report import Report
 from tmbench.results.files import write_whole
 
-STATIC = ("report.css", "page.js", "chart.js", "heat.js", "rows.js")
+STATIC = ("report.css", "page.js", "chart.js", "heat.js", "rows.js", "samples.js")
 """Files that all pages share, as they are in the package."""
 
 
@@ -27,8 +27,9 @@ class Page:
     """A sentence on what it shows."""
     nothing: str
     """What it says where there is nothing to show."""
-    make: Callable[[Report], Mapping[str, Any]]
-    """What its template is given: ``blocks`` it shows, ``data`` for its scripts, and more."""
+    make: Callable[[Report, Path], Mapping[str, Any]]
+    """What its template is given, of a report and its results folder: ``blocks`` it shows, ``data`` for its scripts, and
+    ``files`` to be written beside it by their names."""
     scripts: tuple[str, ...] = ("chart.js",)
     """What it has beside ``page.js``, in this order."""
 
@@ -57,6 +58,29 @@ PAGES = (
         ("heat.js",),
     ),
     Page(
+        "samples",
+        "Samples",
+        "The samples in which a method and dense have unlike scores, with both answers.",
+        "No method answered the same samples as dense, or the answers are not beside the rows: tmbench ruler keeps them.",
+        samples.content,
+        ("samples.js",),
+    ),
+    Page(
+        "layers",
+        "Layers",
+        "How much the sections of each layer's attention matter, the layers that a probe proposes, and their density.",
+        "No layers were probed: tmbench probe does it.",
+        layers.content,
+    ),
+    Page(
+        "further",
+        "Answers and losses",
+        "How far long answers stay with dense's, and the negative log-likelihoods of prompts and answers.",
+        "No long answers and no losses were measured: tmbench agree and tmbench probe --loss do it.",
+        overview.further_content,
+        (),
+    ),
+    Page(
         "rows",
         "Rows and commands",
         "Every row with the command that repeats it.",
@@ -74,16 +98,30 @@ def written(report: Report, root: Path, directory: Path) -> Iterator[Path]:
     """
     for name in STATIC:
         write_whole(directory / name, (files("tmbench.report.html") / "static" / name).read_bytes())
-    contents = {page.name: page.make(report) for page in PAGES}
+    contents = {page.name: page.make(report, root) for page in PAGES}
     shown = [(page, bool(contents[page.name]["blocks"])) for page in PAGES]
     for page in PAGES:
         path = directory / f"{page.name}.html"
         given = {"page": page, "pages": shown, **contents[page.name], "data": script_json(contents[page.name]["data"])}
+        _write_files(directory, contents[page.name].get("files", {}))
         write_whole(path, _rendered(f"{page.name}.html", given))
         yield path
     first = directory / "index.html"
     write_whole(first, _rendered("index.html", {"page": None, "pages": shown, **overview.content(report)}))
     yield first
+
+
+def _write_files(directory: Path, made: Mapping[str, str]) -> None:
+    """Write what lies beside a page, and take away what an earlier one had more of."""
+    for name, text in made.items():
+        write_whole(directory / name, text)
+    if made:
+        for path in (directory / samples.FOLDER).glob("samples-*.js"):
+            if (
+                path.name.removeprefix("samples-").removesuffix(".js").isdigit()
+                and f"{samples.FOLDER}/{path.name}" not in made
+            ):
+                path.unlink()
 
 
 def _rendered(template: str, given: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tmbench.report.html.blocks import block_of, filters_of
@@ -42,7 +43,7 @@ class HeatMap:
     """By the method's label."""
 
 
-def content(report: Report) -> Mapping[str, Any]:
+def content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the page's template is given."""
     margins = margins_with(report.margin)
     maps = [_heat_map(section, margins) for section in report.ruler]

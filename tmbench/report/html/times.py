@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tmbench.report.html.blocks import block_of, filters_of
@@ -16,7 +17,7 @@ from tmbench.results.words import length_name
 ROOFLINE_DASH = 2
 
 
-def content(report: Report) -> Mapping[str, Any]:
+def content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the page's template is given."""
     blocks = [block_of(section, _charts(section)) for section in report.ttft]
     return {"blocks": blocks, "filters": filters_of(blocks), "data": [block.charts for block in blocks]}

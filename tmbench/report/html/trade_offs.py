@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tmbench.report.html.blocks import block_of, filters_of
@@ -17,7 +18,7 @@ AVERAGE = ""
 """The view in which points are averages over tasks; the others are by the task's name."""
 
 
-def content(report: Report) -> Mapping[str, Any]:
+def content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the page's template is given."""
     margins = margins_with(report.margin)
     blocks, data = [], []

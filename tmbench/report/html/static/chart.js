@@ -51,7 +51,10 @@ tm.charts = (() => {
       const step = [1, 2, 5, 10].map((digit) => digit * power).find((one) => one >= rough);
       for (let number = Math.ceil(low / step); number * step <= high; number += 1) found.push(number * step);
     }
-    return found.filter((value) => value >= low && value <= high).map((value) => [value, String(Number(value.toPrecision(6))).replace("-", "\u2212")]);
+    return found.filter((value) => value >= low && value <= high)
+      .map((value) => [value, Number(value.toPrecision(6))])
+      .map(([value, round]) => [value, round && Math.abs(round) < 1e-3 ? round.toExponential() : String(round)])
+      .map(([value, name]) => [value, name.replace("-", "\u2212")]);
   }
 
   function words(point) {

@@ -1,0 +1,170 @@
+"""The page of samples: those that a method lost or gained against dense, their answers side by side.
+
+The texts are in files beside the page, which its script loads when they are asked for; each holds answers to the samples of
+one task. Where prompts were kept, the place of an answer that stands in its prompt once is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tmbench.report.html.blocks import Filters
+from tmbench.report.html.text import script_json
+from tmbench.report.intervals import Difference
+from tmbench.report.report import Report
+from tmbench.report.ruler import RulerCell, RulerSection
+from tmbench.report.table import Table, columns
+from tmbench.report.words import NOTHING
+from tmbench.results.sample_texts import SampleText, read_texts
+from tmbench.results.words import length_name
+
+CHUNK = 2**19
+"""Characters of a file of texts from which on the next method's go to another."""
+FOLDER = "data"
+NEAR = 120
+"""Characters on each side of an answer that are shown of its prompt."""
+DEPTHS = 10
+"""Into how many parts a prompt is divided by the map of depths."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one method answered to the samples of one task, against dense."""
+
+    title: str
+    by: Mapping[str, str]
+    """What the filters find it by."""
+    task: str
+    label: str
+    pairs: int
+    lost: Sequence[int]
+    """The samples in which dense has the higher score, by their number."""
+    gained: Sequence[int]
+    chunk: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The scores of one sample with one answer, whose place is known."""
+
+    section: RulerSection
+    label: str
+    depth: float
+    """The share of the prompt before it."""
+    own: float
+    dense: float
+
+
+def content(report: Report, root: Path) -> Mapping[str, Any]:
+    """What the page's template is given; ``files`` are those to be written beside it, by their names."""
+    groups: list[Group] = []
+    files: dict[str, str] = {}
+    placed: list[Placed] = []
+    for section in report.ruler:
+        for task in section.tasks:
+            for own, texts in _chunks(section, task, root, placed):
+                name = str(len(files))
+                files[f"{FOLDER}/samples-{name}.js"] = f'tm.chunk("{name}",{texts});\n'
+                groups += [replace(group, chunk=name) for group in own]
+    groups.sort(key=lambda group: -len(group.lost) / group.pairs)
+    shown = {(group.by["device"], group.by["model"], group.by["length"]) for group in groups}
+    sections = [one for one in report.ruler if (one.setting.device, one.setting.model, str(one.setting.length)) in shown]
+    filters = Filters(
+        {one.setting.device: one.cells[0].row.device_name or one.setting.device for one in sections},
+        {one.setting.model: one.setting.model for one in sections},
+        {str(length): length_name(length) for length in sorted({one.setting.length for one in sections})},
+        {task: task for one in sections for task in one.tasks},
+    )
+    return {"blocks": groups[:1], "filters": filters, "data": groups, "files": files, "maps": depth_maps(placed)}
+
+
+def _chunks(section: RulerSection, task: str, root: Path, placed: list[Placed]) -> Iterator[tuple[Sequence[Group], str]]:
+    """The methods that were compared with dense on a task, and what was answered where they differ, as JSON.
+
+    What is known of places is added to ``placed``.
+    """
+    cells = {cell.label: cell for cell in section.cells if cell.row.task == task}
+    compared = [cell for cell in cells.values() if isinstance(cell.difference, Difference)]
+    if not compared:
+        return
+    wanted = section.answers.samples["dense", task]
+    dense = read_texts(root, cells["dense"].row)
+    depths: dict[int, Sequence[tuple[float, str]]] = {}
+    groups: list[Group] = []
+    samples: dict[int, Any] = {}
+    answers: dict[str, Any] = {}
+    size = 0
+    for cell in compared:
+        texts = read_texts(root, cell.row)
+        scores = section.answers.samples[cell.label, task].scores
+        pairs = [index for index in scores if index in wanted.scores]
+        for index in pairs:
+            if index not in depths:
+                prompt = next((each[index].prompt for each in (dense, texts) if index in each and each[index].prompt), "")
+                depths[index] = _places(prompt, wanted.references[index])
+            if len(wanted.references[index]) == len(depths[index]) == 1:
+                ((depth, _),) = depths[index]
+                placed.append(Placed(section, cell.label, depth, scores[index], wanted.scores[index]))
+        lost = [index for index in pairs if scores[index] < wanted.scores[index]]
+        gained = [index for index in pairs if scores[index] > wanted.scores[index]]
+        groups.append(_group(section, cell, len(pairs), lost, gained))
+        answers[cell.label] = {index: (scores[index], _text(texts, index)) for index in (*lost, *gained)}
+        for index in (*lost, *gained):
+            answer = (wanted.scores[index], _text(dense, index))
+            samples[index] = {"wanted": wanted.references[index], "dense": answer, "places": depths[index]}
+            size += sum(len(text) for text in (_text(texts, index), answer[1], *(near for _, near in depths[index])))
+        if size > CHUNK:
+            yield groups, script_json({"samples": samples, "answers": answers})
+            groups, samples, answers, size = [], {}, {}, 0
+    if groups:
+        yield groups, script_json({"samples": samples, "answers": answers})
+
+
+def _group(section: RulerSection, cell: RulerCell, pairs: int, lost: Sequence[int], gained: Sequence[int]) -> Group:
+    about, task = section.setting, cell.row.task
+    by = {"device": about.device, "model": about.model, "length": str(about.length), "task": task}
+    title = f"{section.title}; {cell.row.device_name or about.device}"
+    return Group(title, by, task, cell.label, pairs, lost, gained, "")
+
+
+def _text(texts: Mapping[int, SampleText], index: int) -> str:
+    return texts[index].prediction if index in texts else ""
+
+
+def _places(prompt: str, references: Sequence[str]) -> list[tuple[float, str]]:
+    """The share of a prompt before each answer that stands in it once, and what is around that."""
+    found = []
+    for reference in references:
+        if reference and prompt.count(reference) == 1:
+            start = prompt.index(reference)
+            found.append((start / len(prompt), prompt[max(0, start - NEAR) : start + len(reference) + NEAR]))
+    return found
+
+
+def depth_maps(placed: Sequence[Placed]) -> list[Table]:
+    """A table of mean scores by depth and length for each model and method; of samples with one answer, at a known place."""
+    together: dict[tuple[object, str], list[Placed]] = {}
+    for one in placed:
+        together.setdefault((replace(one.section.setting, length=0), one.label), []).append(one)
+    tables = []
+    for (_, label), own in together.items():
+        setting = own[0].section.setting
+        lengths = sorted({one.section.setting.length for one in own})
+        lines = []
+        for part in range(DEPTHS):
+            there = [one for one in own if min(int(one.depth * DEPTHS), DEPTHS - 1) == part]
+            ends = f"{100 * part // DEPTHS} to {100 * (part + 1) // DEPTHS} %"
+            lines.append([ends, *(_mean([one for one in there if one.section.setting.length == each]) for each in lengths)])
+        caption = f"{label}, {setting.subject}, {setting.words}: scores of the method / dense (samples) by depth and length:"
+        tables.append(Table(caption, columns("depth", *map(length_name, lengths), texts=("depth",)), lines))
+    return tables
+
+
+def _mean(placed: Sequence[Placed]) -> str:
+    if not placed:
+        return NOTHING
+    own, dense = (100 * sum(scores) / len(placed) for scores in zip(*((one.own, one.dense) for one in placed), strict=True))
+    return f"{own:.0f} / {dense:.0f} ({len(placed)})"
