@@ -38,7 +38,6 @@ def report(
     if not 0 < margin <= 100:
         raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
     built = build(results, margin)
-    text = {"md": writers.report_markdown, "csv": writers.report_csv, "json": writers.report_json}[form](built)
     if plots is not None:
         from tmbench.report.pictures import figures, save_all
 
@@ -51,12 +50,13 @@ def report(
         with writable(html, "--html"):
             first = list(written(built, results, html))[-1]
         say(f"wrote {first}")
+    if html is not None and output is None:
+        return
+    text = {"md": writers.report_markdown, "csv": writers.report_csv, "json": writers.report_json}[form](built)
     if output is not None:
         with writable(output, "--output"):
             write_whole(output, text)
         say(f"wrote {output}")
-    elif html is not None:
-        return
     elif form == "md" and console().is_terminal:
         markdown(text)
     else:

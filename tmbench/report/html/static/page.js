@@ -73,7 +73,6 @@ const tm = (() => {
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
-  addEventListener("beforeprint", () => { for (const each of document.querySelectorAll(".block:not([hidden]) details")) each.open = true; });
 
   // Copy a text, and say so; where the browser does not let a page do it, select it for the reader to copy.
   async function copy(source, status) {
