@@ -10,6 +10,7 @@ import pytest
 from html_pages import HOSTILE, Elements, data_of, pages_of, points_of
 from report_rows import add_ruler, add_ttft
 from tmbench.errors import UserError
+from tmbench.report.html.commands import command_of
 from tmbench.report.html.pages import PAGES
 from tmbench.report.html.text import script_json
 from tmbench.report.report import build
@@ -35,6 +36,35 @@ def test_times_are_those_of_the_report(tmp_path):
     shown = Elements(page).texts
     assert all(cell in shown for table in section.tables() for row in table.rows for cell in row if cell)
     assert all(note in shown for note in section.notes())
+
+
+def test_every_row_is_listed_below_the_names_of_its_columns_with_its_command(tmp_path):
+    add_ttft(tmp_path / "rows", "dense", 4096, 2.0, commit="c0ffee", dirty=True)
+    add_ttft(tmp_path / "rows", "tri_mix", 4096, status="out_of_memory")
+    add_ruler(tmp_path / "rows", task="vt", score=12.5)
+    page = pages_of(tmp_path / "rows", tmp_path / "pages")["rows.html"]
+    names = [text for text in Elements(page).texts if text.strip()]
+    names = names[names.index("repeat") + 1 :][:9]
+    lines = [dict(zip(names, row["cells"], strict=True)) for row in data_of(page)]
+    assert [line["figure"] for line in lines] == ["2.00 s", "out of memory", "12.5"]
+    assert [line["method"] for line in lines] == ["dense", "tri_mix", "dense"]
+    assert [line["task or prompt"] for line in lines] == ["kv", "kv", "vt"]
+    assert {line["device"] for line in lines} == {"Some GPU"}
+    assert data_of(page)[0]["more"].startswith("commit c0ffee, edited")
+    commands = [row["command"] for row in data_of(page)]
+    rows = [cell.row for section in build(tmp_path / "rows").sections for cell in section.cells]
+    assert commands == [command_of(row).text for row in rows]
+
+
+def test_what_ran_where_is_told_with_its_commit(tmp_path):
+    add_ttft(tmp_path / "rows", "dense", 4096, 2.0, commit="c0ffee", dirty=True)
+    add_ttft(tmp_path / "rows", "dense", 8192, 2.0, commit="beef", time="2026-01-03T00:00:00+00:00")
+    add_ruler(tmp_path / "rows", commit="beef")
+    texts = Elements(pages_of(tmp_path / "rows", tmp_path / "pages")["index.html"]).texts
+    assert "c0ffee (edited)" in texts
+    assert "3 rows of results. Each page below shows a part of them." in texts
+    line = texts[: texts.index("beef")][-11:]
+    assert [text for text in line if text.strip()][:4] == ["Some GPU", "a/model", "2", "2026-01-01 to 2026-01-03"]
 
 
 def test_a_hostile_text_stays_a_text(tmp_path):

@@ -1,8 +1,8 @@
 """What the pages' scripts draw: axes, and series of points that bring their words along.
 
-The scripts draw SVG themselves. Of the libraries that could be inlined, Bokeh (1.3 MB) draws on a canvas and Plotly's (4.8 MB)
-points take no focus: with neither can a point be reached by keyboard or be read by a screen reader, both take their colours
-from a script and not from the page, and both hold addresses of servers. What is drawn here are lines, points and intervals.
+The scripts draw SVG themselves. Of the libraries that could be inlined, Bokeh (1.3 MB) draws on a canvas, and the points of
+Plotly (4.8 MB) take no focus: with neither can a point be reached by keyboard or read by a screen reader. Both take their
+colours from a script and not from the page, and hold addresses of servers. Only lines, points and intervals are drawn here.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ FIGURES: Mapping[str, tuple[str, str | Callable[[float], str], str]] = {
     "probe": ("middle_logits", ".2e", " in the middle"),
 }
 """The figure of a row that stands for it in the list: its column, how it is written, and what follows it."""
-COLUMNS = ("kind", "device", "model", "method", "parameters", "length", "task or prompt", "figure", "measured")
 
 
 def content(report: Report) -> Mapping[str, Any]:
@@ -37,6 +36,9 @@ def rows_content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the template of the page of rows is given."""
     cells = [cell for section in _measured(report) for cell in section.cells]
     found = list(_lines(cells))
+    names = list(found[0]["cells"])
+    for line in found:
+        line["cells"] = list(line["cells"].values())
     rows = [cell.row for cell in cells]
     filters = Filters(
         {row.device: row.device_name or row.device for row in rows},
@@ -44,7 +46,7 @@ def rows_content(report: Report, root: Path) -> Mapping[str, Any]:
         {str(length): length_name(length) for length in sorted({row.length for row in rows})},
         {task: task for task in sorted({str(getattr(row, "task", "")) for row in rows} - {""})},
     )
-    return {"blocks": found[:1], "filters": filters, "columns": COLUMNS, "count": len(found), "data": found}
+    return {"blocks": found[:1], "filters": filters, "columns": names, "data": found}
 
 
 def further_content(report: Report, root: Path) -> Mapping[str, Any]:
@@ -60,26 +62,24 @@ def _measured(report: Report) -> list[AnySection]:
 
 
 def _lines(cells: Sequence[Cell[Row]]) -> Iterator[dict[str, Any]]:
-    """The rows as the script shows them: ``cells`` below ``COLUMNS``, the command and what it needs."""
+    """The rows as the script shows them: their cells by the columns' names, the command and what it needs."""
     for cell in cells:
         row = cell.row
         name, form, unit = FIGURES[row.kind]
         value = getattr(row, name)
         figure = figure_text(value, form) + unit if row.status == OK and value is not None else status_text(cell)
         task = str(getattr(row, "task", ""))
-        asked = task or str(getattr(row, "prompt", ""))
-        where, length = row.device_name or row.device, length_name(row.length)
-        said = [
-            row.kind,
-            where,
-            row.model,
-            row.method,
-            cell.parameters,
-            length,
-            asked,
-            figure,
-            row.time[:16].replace("T", " "),
-        ]
+        said = {
+            "method": row.method,
+            "length": length_name(row.length),
+            "task or prompt": task or str(getattr(row, "prompt", "")),
+            "figure": figure,
+            "kind": row.kind,
+            "parameters": cell.parameters,
+            "model": row.model,
+            "device": row.device_name or row.device,
+            "measured": row.time[:16].replace("T", " "),
+        }
         command = command_of(row)
         yield {
             "cells": said,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,9 +13,6 @@ from tmbench.report.html import layers, overview, samples, scores, times, trade_
 from tmbench.report.html.text import script_json, templates
 from tmbench.report.report import Report
 from tmbench.results.files import write_whole
-
-STATIC = ("report.css", "page.js", "chart.js", "heat.js", "rows.js", "samples.js")
-"""Files that all pages share, as they are in the package."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,15 @@ def written(report: Report, root: Path, directory: Path) -> Iterator[Path]:
 
     Files that are there already are replaced. Raises OSError where the folder cannot be written.
     """
-    for name in STATIC:
-        write_whole(directory / name, (files("tmbench.report.html") / "static" / name).read_bytes())
+    for shared in (files("tmbench.report.html") / "static").iterdir():
+        write_whole(directory / shared.name, shared.read_bytes())
     contents = {page.name: page.make(report, root) for page in PAGES}
     shown = [(page, bool(contents[page.name]["blocks"])) for page in PAGES]
     for page in PAGES:
         path = directory / f"{page.name}.html"
         given = {"page": page, "pages": shown, **contents[page.name], "data": script_json(contents[page.name]["data"])}
-        _write_files(directory, contents[page.name].get("files", {}))
+        if (beside := contents[page.name].get("files")) is not None:
+            _write_beside(directory, beside)
         write_whole(path, _rendered(f"{page.name}.html", given))
         yield path
     first = directory / "index.html"
@@ -111,17 +110,13 @@ def written(report: Report, root: Path, directory: Path) -> Iterator[Path]:
     yield first
 
 
-def _write_files(directory: Path, made: Mapping[str, str]) -> None:
-    """Write what lies beside a page, and take away what an earlier one had more of."""
+def _write_beside(directory: Path, made: Mapping[str, str]) -> None:
+    """Write the files of samples, and take away those that an earlier report had more."""
     for name, text in made.items():
         write_whole(directory / name, text)
-    if made:
-        for path in (directory / samples.FOLDER).glob("samples-*.js"):
-            if (
-                path.name.removeprefix("samples-").removesuffix(".js").isdigit()
-                and f"{samples.FOLDER}/{path.name}" not in made
-            ):
-                path.unlink()
+    for path in (directory / samples.FOLDER).glob("samples-*.js"):
+        if re.fullmatch(r"samples-\d+\.js", path.name) and f"{samples.FOLDER}/{path.name}" not in made:
+            path.unlink()
 
 
 def _rendered(template: str, given: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ class HeatMap:
     """Methods by tasks."""
 
     tasks: Sequence[str]
-    """The last is the average."""
+    """The first is the average."""
     lines: Mapping[str, Sequence[HeatCell]] = field(default_factory=dict)
     """By the method's label."""
 
@@ -73,13 +73,13 @@ def _heat_map(section: RulerSection, margins: Sequence[float]) -> HeatMap:
             else:
                 line.append(_compared(task, f"{label} on {task}: score {score_text(cell)}", cell.difference, margins))
         if label in averages:
-            line.append(_compared(section.over, f"{label}, {section.over}", averages[label], margins))
+            first = _compared(section.over, f"{label}, {section.over}", averages[label], margins)
         else:
             mean = section.averages.get(label)
             text = NOTHING if mean is None else f"{mean:.1f}"
-            line.append(HeatCell(section.over, text, "", f"{label}, average of {len(section.common_tasks)}: score {text}"))
-        lines[label] = line
-    return HeatMap([*section.tasks, section.over], lines)
+            first = HeatCell(section.over, text, "", f"{label}, average of {len(section.common_tasks)}: score {text}")
+        lines[label] = [first, *line]
+    return HeatMap([section.over, *section.tasks], lines)
 
 
 def _compared(task: str, place: str, found: Difference | str, margins: Sequence[float]) -> HeatCell:

@@ -15,7 +15,8 @@
       const row = tm.data[place];
       const button = tm.element("button", { type: "button", "aria-label": `The command of ${row.cells.join(", ")}` }, "Command");
       button.addEventListener("click", () => command(row));
-      return tm.element("tr", {}, ...row.cells.map((text) => tm.element("td", { class: "text" }, text)), tm.element("td", {}, button));
+      const cells = row.cells.map((text) => tm.element("td", { class: text.length > 30 ? "text long" : "text" }, text));
+      return tm.element("tr", {}, tm.element("td", {}, button), ...cells);
     }));
     before.disabled = start === 0;
     after.disabled = start + PART >= found.length;

@@ -38,7 +38,7 @@
         button.addEventListener("click", () => open(group, way));
         return tm.element("td", {}, button);
       });
-      return tm.element("tr", {}, tm.element("td", { class: "text" }, group.task), tm.element("th", { scope: "row", class: "text" }, group.label), tm.element("td", {}, String(group.pairs)), ...buttons, tm.element("td", { class: "text" }, group.title));
+      return tm.element("tr", {}, tm.element("td", { class: "text" }, group.task), ...buttons, tm.element("td", {}, String(group.pairs)), tm.element("th", { scope: "row", class: "text" }, group.label), tm.element("td", { class: "text long" }, group.title));
     }));
     get("before").disabled = start === 0;
     get("after").disabled = start + PART >= found.length;
