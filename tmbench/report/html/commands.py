@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
+from ruler_tasks import TASKS
 from tmbench.methods.table import LAYERS
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.words import length_name
@@ -88,8 +89,8 @@ def _(row: RulerRow) -> tuple[list[str], list[str]]:
             words += ["--chat-template-kwargs", row.chat_template_kwargs] if given else ["--apply-chat-template"]
         if row.source.startswith("generated"):
             words.append("--offline")
-        else:
-            needs.append(f"Its prompts are made of: {row.source}.")
+        elif row.task in TASKS and TASKS[row.task].needs:
+            needs.append(f"Its texts are of: {row.source}. Where they are not downloaded, --data-dir names their folder.")
     words += ["--batch-size", str(row.batch_size)] * (row.batch_size > 1)
     return words, needs
 

@@ -79,7 +79,7 @@ def _heat_map(section: RulerSection, margins: Sequence[float]) -> HeatMap:
             text = NOTHING if mean is None else f"{mean:.1f}"
             first = HeatCell(section.over, text, "", f"{label}, average of {len(section.common_tasks)}: score {text}")
         lines[label] = [first, *line]
-    return HeatMap([section.over, *section.tasks], lines)
+    return HeatMap(["average", *section.tasks], lines)
 
 
 def _compared(task: str, place: str, found: Difference | str, margins: Sequence[float]) -> HeatCell:
