@@ -116,6 +116,18 @@ def test_filters_change_what_is_shown(visit):
     assert page.text_content(".block:visible .device") == HOSTILE
 
 
+def test_what_is_chosen_goes_along_to_other_pages(visit):
+    page = visit("tasks")
+    page.select_option("select[name=length]", "8192")
+    page.get_by_role("link", name="Samples").click()
+    assert page.input_value("select[name=length]") == "8192"
+    assert page.inner_text("#shown") == "1 to 4 of 4"
+    page.select_option("select[name=length]", "")
+    assert "#" not in page.url
+    page.reload()
+    assert page.inner_text("#shown") == "1 to 8 of 8"
+
+
 def test_a_line_is_switched_off_with_its_roofline(visit):
     page = visit("times")
     chart = page.locator(".chart", has_text="Seconds").last

@@ -7,7 +7,7 @@ one task. Where prompts were kept, the place of an answer that stands in its pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def content(report: Report, root: Path) -> Mapping[str, Any]:
     placed: list[Placed] = []
     for section in report.ruler:
         for task in section.tasks:
-            for own, texts in _chunks(section, task, root, placed):
+            for chunk in _chunks(section, task, root, placed):
                 name = str(len(files))
-                files[f"{FOLDER}/samples-{name}.js"] = f'tm.chunk("{name}",{texts});\n'
-                groups += [replace(group, chunk=name) for group in own]
+                files[f"{FOLDER}/samples-{name}.js"] = f'tm.chunk("{name}",{chunk.json});\n'
+                groups += [replace(group, chunk=name) for group in chunk.groups]
     groups.sort(key=lambda group: -len(group.lost) / group.pairs)
     shown = {(group.by["device"], group.by["model"], group.by["length"]) for group in groups}
     sections = [one for one in report.ruler if (one.setting.device, one.setting.model, str(one.setting.length)) in shown]
@@ -81,8 +81,34 @@ def content(report: Report, root: Path) -> Mapping[str, Any]:
     return {"blocks": groups[:1], "filters": filters, "data": groups, "files": files, "maps": depth_maps(placed)}
 
 
-def _chunks(section: RulerSection, task: str, root: Path, placed: list[Placed]) -> Iterator[tuple[Sequence[Group], str]]:
-    """The methods that were compared with dense on a task, and what was answered where they differ, as JSON.
+@dataclass
+class Chunk:
+    """What one file of texts holds: answers of some methods to samples of one task, and dense's beside them."""
+
+    groups: list[Group] = field(default_factory=list)
+    samples: dict[int, Any] = field(default_factory=dict)
+    """By the sample's number: what was wanted, dense's score and answer, and the places of answers in the prompt."""
+    answers: dict[str, dict[int, tuple[float, str]]] = field(default_factory=dict)
+    """By the method's label and the sample's number: score and answer."""
+    size: int = 0
+    """Characters of all texts."""
+
+    def add(self, group: Group, samples: Mapping[int, Any], answers: dict[int, tuple[float, str]]) -> None:
+        """Add a method, with the samples in which it differs from dense."""
+        self.groups.append(group)
+        self.samples |= samples
+        self.answers[group.label] = answers
+        dense = [(one["dense"][1], *(near for _, near in one["places"])) for one in samples.values()]
+        self.size += sum(len(text) for _, text in answers.values()) + sum(len(text) for texts in dense for text in texts)
+
+    @property
+    def json(self) -> str:
+        """The texts, for a script."""
+        return script_json({"samples": self.samples, "answers": self.answers})
+
+
+def _chunks(section: RulerSection, task: str, root: Path, placed: list[Placed]) -> Iterator[Chunk]:
+    """The methods that were compared with dense on a task, with what was answered where they differ from it.
 
     What is known of places is added to ``placed``.
     """
@@ -90,37 +116,36 @@ def _chunks(section: RulerSection, task: str, root: Path, placed: list[Placed]) 
     compared = [cell for cell in cells.values() if isinstance(cell.difference, Difference)]
     if not compared:
         return
-    wanted = section.answers.samples["dense", task]
-    dense = read_texts(root, cells["dense"].row)
-    depths: dict[int, Sequence[tuple[float, str]]] = {}
-    groups: list[Group] = []
-    samples: dict[int, Any] = {}
-    answers: dict[str, Any] = {}
-    size = 0
+    asked, dense = section.answers.samples["dense", task], read_texts(root, cells["dense"].row)
+    places: dict[int, Sequence[tuple[float, str]]] = {}
+    chunk = Chunk()
     for cell in compared:
-        texts = read_texts(root, cell.row)
-        scores = section.answers.samples[cell.label, task].scores
-        pairs = [index for index in scores if index in wanted.scores]
+        texts, scores = read_texts(root, cell.row), section.answers.samples[cell.label, task].scores
+        pairs = [index for index in scores if index in asked.scores]
         for index in pairs:
-            if index not in depths:
-                prompt = next((each[index].prompt for each in (dense, texts) if index in each and each[index].prompt), "")
-                depths[index] = _places(prompt, wanted.references[index])
-            if len(wanted.references[index]) == len(depths[index]) == 1:
-                ((depth, _),) = depths[index]
-                placed.append(Placed(section, cell.label, depth, scores[index], wanted.scores[index]))
-        lost = [index for index in pairs if scores[index] < wanted.scores[index]]
-        gained = [index for index in pairs if scores[index] > wanted.scores[index]]
-        groups.append(_group(section, cell, len(pairs), lost, gained))
-        answers[cell.label] = {index: (scores[index], _text(texts, index)) for index in (*lost, *gained)}
-        for index in (*lost, *gained):
-            answer = (wanted.scores[index], _text(dense, index))
-            samples[index] = {"wanted": wanted.references[index], "dense": answer, "places": depths[index]}
-            size += sum(len(text) for text in (_text(texts, index), answer[1], *(near for _, near in depths[index])))
-        if size > CHUNK:
-            yield groups, script_json({"samples": samples, "answers": answers})
-            groups, samples, answers, size = [], {}, {}, 0
-    if groups:
-        yield groups, script_json({"samples": samples, "answers": answers})
+            if index not in places:
+                places[index] = _places(_prompt(dense, index) or _prompt(texts, index), asked.references[index])
+            if len(asked.references[index]) == len(places[index]) == 1:
+                placed.append(Placed(section, cell.label, places[index][0][0], scores[index], asked.scores[index]))
+        lost = [index for index in pairs if scores[index] < asked.scores[index]]
+        gained = [index for index in pairs if scores[index] > asked.scores[index]]
+        chunk.add(
+            _group(section, cell, len(pairs), lost, gained),
+            {
+                index: {
+                    "wanted": asked.references[index],
+                    "dense": (asked.scores[index], _text(dense, index)),
+                    "places": places[index],
+                }
+                for index in (*lost, *gained)
+            },
+            {index: (scores[index], _text(texts, index)) for index in (*lost, *gained)},
+        )
+        if chunk.size > CHUNK:
+            yield chunk
+            chunk = Chunk()
+    if chunk.groups:
+        yield chunk
 
 
 def _group(section: RulerSection, cell: RulerCell, pairs: int, lost: Sequence[int], gained: Sequence[int]) -> Group:
@@ -132,6 +157,10 @@ def _group(section: RulerSection, cell: RulerCell, pairs: int, lost: Sequence[in
 
 def _text(texts: Mapping[int, SampleText], index: int) -> str:
     return texts[index].prediction if index in texts else ""
+
+
+def _prompt(texts: Mapping[int, SampleText], index: int) -> str:
+    return texts[index].prompt if index in texts else ""
 
 
 def _places(prompt: str, references: Sequence[str]) -> list[tuple[float, str]]:

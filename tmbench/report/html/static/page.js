@@ -28,6 +28,19 @@ const tm = (() => {
   const margins = slider ? slider.dataset.margins.trim().split(" ") : [];
   const margin = () => Number(slider.value);
 
+  // What is chosen stands in the page's address, and goes along to the other pages.
+  function remember(by) {
+    const told = new URLSearchParams(Object.entries(by).filter(([name, value]) => value && name !== "margin"));
+    const hash = String(told) && `#${told}`;
+    history.replaceState(null, "", hash || location.pathname);
+    for (const link of document.querySelectorAll("nav a")) link.hash = hash;
+  }
+
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+    const field = form.elements.namedItem(name);
+    if (field && (field.type !== "select-one" || [...field.options].some((one) => one.value === value))) field.value = value;
+  }
+
   // Sections that do not have a chosen value are hidden; the pages' own scripts are then told.
   function filter() {
     const by = chosen();
@@ -71,7 +84,7 @@ const tm = (() => {
     document.addEventListener(end, () => { tip.hidden = true; });
   }
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
-  form.addEventListener("input", filter);
+  form.addEventListener("input", () => { filter(); remember(chosen()); });
   form.addEventListener("submit", (event) => event.preventDefault());
 
   // Copy a text, and say so; where the browser does not let a page do it, select it for the reader to copy.
@@ -85,6 +98,6 @@ const tm = (() => {
     }
   }
 
-  addEventListener("DOMContentLoaded", filter);
+  addEventListener("DOMContentLoaded", () => { filter(); remember(chosen()); });
   return { data, form, shown, element, chosen, filter, onFilter, copy, margin };
 })();
