@@ -12,7 +12,7 @@ from report_rows import add_ruler, add_ttft
 from tmbench.errors import UserError
 from tmbench.report.html.commands import command_of
 from tmbench.report.html.pages import PAGES
-from tmbench.report.html.text import script_json
+from tmbench.report.html.text import coded, script_json
 from tmbench.report.report import build
 
 
@@ -87,6 +87,10 @@ def test_json_in_a_script_holds_no_markup(text):
     assert json.loads(written_text) == {"text": text, "none": None}
     assert written_text.isascii()
     assert not set("<>&") & set(written_text)
+
+
+def test_code_in_a_note_is_code_and_nothing_else_is_markup():
+    assert str(coded("use `a <b>` & <i>")) == "use <code>a &lt;b&gt;</code> &amp; &lt;i&gt;"
 
 
 def test_nothing_refers_to_another_place(tmp_path):

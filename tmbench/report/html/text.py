@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from tmbench.results.json_text import finite
-from tmbench.results.words import counted, length_name
+from tmbench.results.words import counted
 
 IN_SCRIPTS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}
 """What could end a script, or begin something else in it, and how JSON writes it otherwise."""
@@ -40,5 +41,12 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"length_name": length_name, "counted": counted}
+    made.filters |= {"counted": counted, "coded": coded}
     return made
+
+
+def coded(text: str) -> Markup:
+    """A text in which what stands between backticks is code, all of it escaped."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(text.split("`"))
+    )
