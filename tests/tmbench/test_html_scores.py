@@ -53,7 +53,36 @@ def test_a_dot_is_a_cell_and_the_front_is_its_own_for_each_task(measured, pages)
             assert dot["y_ends"] == [cell.difference.low, cell.difference.high]
             assert dot["x_ends"] == [cell.saved_low, cell.saved_high]
             assert dot["says"]["words"][OFFERED.index(1.0)].startswith(cell.difference.verdict)
-    assert [[corner[1] for corner in views[task]["steps"]] for task in views] == [[0, -13.125, -25], [0, -1.25, -50], [0, 0]]
+    fronts = [views[task]["fronts"][0]["corners"] for task in views]
+    assert [[corner[1] for corner in front] for front in fronts] == [[0, -13.125, -25], [0, -1.25, -50], [0, 0]]
+
+
+def test_lengths_of_one_setting_share_a_chart_and_have_fronts_of_their_own(tmp_path):
+    root = tmp_path / "rows"
+    for length, methods in ((4096, ("dense", "tri_mix")), (8192, ("dense", "tri_mix", "streaming"))):
+        for method in methods:
+            add_ttft(root, method, length, SECONDS.get(method, 0.3))
+            add_answers(root, method, "vt", [1.0] * 40, length=length)
+    # Another variant alone at its length has the name that the first one has at the others.
+    add_ttft(root, "dense", 16384, 1.0)
+    add_ttft(root, "tri_mix", 16384, 0.5, n_local=64)
+    for method, parameters in (("dense", {}), ("tri_mix", {"n_local": 64})):
+        add_answers(root, method, "vt", [1.0] * 40, length=16384, **parameters)
+    page = pages_of(root, tmp_path / "pages")["trade-off.html"]
+    ((block,),) = data_of(page)
+    chart = block["views"]["vt"]
+    lengths = {series["name"]: [point["length"] for point in series["points"]] for series in chart["series"]}
+    wide = "layers 16-, n_init 8, n_local {}, last_n 128"
+    assert lengths == {
+        "dense": [4096, 8192, 16384],
+        f"tri_mix ({wide.format(512)})": [4096, 8192],
+        f"tri_mix ({wide.format(64)})": [16384],
+        "streaming": [8192],
+    }
+    assert [front["length"] for front in chart["fronts"]] == [4096, 8192, 16384]
+    texts = Elements(page).texts
+    assert any(text.startswith("Accuracy kept against time saved at 4K, 8K, 16K: a/model") for text in texts)
+    assert [text[:5] for text in texts if "The time saved over interleaved rounds" in text] == ["4K: T", "8K: T", "16K: "]
 
 
 def test_a_task_has_the_front_that_its_own_points_make(measured):

@@ -42,6 +42,8 @@ class Point:
     y_ends: tuple[float, float] | None = None
     x_ends: tuple[float, float] | None = None
     filled: bool = True
+    tag: str = ""
+    """What stands beside it while points of several lengths are shown."""
     says: Says | None = None
     """What depends on the margin."""
 
@@ -68,6 +70,14 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Front:
+    """The corners of what nothing beats at one length, as steps: a corner holds up to the next one."""
+
+    length: int
+    corners: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Chart:
     """A figure for one of the scripts."""
 
@@ -77,8 +87,7 @@ class Chart:
     series: Sequence[Series]
     bands: Sequence[tuple[float, float]] = ()
     """Stretches of the horizontal axis that are marked."""
-    steps: Sequence[tuple[float, float]] = ()
-    """The corners of a front."""
+    fronts: Sequence[Front] = ()
     margins: Sequence[float] = ()
     """The margins that points speak of; the chart then shows the chosen one as a line."""
 

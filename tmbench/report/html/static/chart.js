@@ -2,7 +2,7 @@
 // keyboard and screen reader. Figures and words come from the page's data; nothing here computes either.
 "use strict";
 
-tm.charts = (() => {
+(() => {
   const LEFT = 58, RIGHT = 14, TOP = 10, BOTTOM = 42, SIZE = 5;
   const DASHES = ["", "7 4", "2 4", "8 3 2 3"];
   // Markers as matplotlib names them: circle, square, diamond, triangles up and down, plus, cross.
@@ -61,7 +61,7 @@ tm.charts = (() => {
     return point.words + (point.says ? `; ${point.says.words[tm.margin()]}` : "");
   }
 
-  function mark(series, point, at) {
+  function mark(series, point, at, tagged) {
     const [x, y] = at(point.x, point.y);
     const made = svg("g", { class: "point", tabindex: "-1", role: "img", "aria-label": words(point), "data-tip": words(point) });
     const line = { stroke: series.colour, "stroke-width": 1.3, opacity: 0.7 };
@@ -75,6 +75,7 @@ tm.charts = (() => {
     const shape = { class: point.filled ? "mark" : "mark hollow", d: MARKERS[series.marker] || MARKERS.o, stroke: series.colour };
     if (point.filled) shape.fill = series.colour;
     made.append(svg("path", { ...shape, "stroke-width": 1.5, transform: `translate(${x} ${y})` }));
+    if (tagged && point.tag) made.append(svg("text", { x: x + 8, y: y - 6, "aria-hidden": "true" }, point.tag));
     return made;
   }
 
@@ -111,8 +112,8 @@ tm.charts = (() => {
     target.focus();
   }
 
-  function draw(figure, chart, off, by) {
-    const width = Math.max(figure.clientWidth, 260);
+  function draw(figure, given, chart, off, by) {
+    const width = Math.max(given, 260);
     const height = Math.max(260, Math.min(420, width * 0.55));
     const plot = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${chart.name}. The arrow keys go from point to point.` });
     const series = chart.series.filter((one) => !off.has(one.of || one.name))
@@ -125,9 +126,12 @@ tm.charts = (() => {
       return;
     }
     const points = series.flatMap((one) => one.points);
+    const fronts = chart.fronts.filter((one) => !by.length || String(one.length) === by.length);
+    const corners = fronts.flatMap((one) => one.corners);
+    const tagged = new Set(points.map((point) => point.length)).size > 1;
     const margin = chart.margins.length ? -chart.margins[tm.margin()] : null;
-    const across = scale(chart.x, points.flatMap((point) => [point.x, ...(point.x_ends || [])]).concat(chart.steps.map((one) => one[0])), LEFT, width - RIGHT);
-    const up = scale(chart.y, points.flatMap((point) => [point.y, ...(point.y_ends || [])]).concat(chart.steps.map((one) => one[1]), margin ?? []), height - BOTTOM, TOP);
+    const across = scale(chart.x, points.flatMap((point) => [point.x, ...(point.x_ends || [])]).concat(corners.map((one) => one[0])), LEFT, width - RIGHT);
+    const up = scale(chart.y, points.flatMap((point) => [point.y, ...(point.y_ends || [])]).concat(corners.map((one) => one[1]), margin ?? []), height - BOTTOM, TOP);
     const at = (x, y) => [across.place(x), up.place(y)];
     for (const [from, to] of chart.bands) {
       const [left, right] = [from, to].map((end) => Math.max(LEFT, Math.min(width - RIGHT, across.place(end))));
@@ -150,43 +154,50 @@ tm.charts = (() => {
     plot.append(svg("text", { x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, chart.x.name));
     plot.append(svg("text", { transform: `translate(12 ${(TOP + height - BOTTOM) / 2}) rotate(-90)`, "text-anchor": "middle" }, chart.y.name));
     if (margin !== null) plot.append(svg("line", { class: "margin", x1: LEFT, x2: width - RIGHT, y1: up.place(margin), y2: up.place(margin) }));
-    if (chart.steps.length > 1) {
-      const corners = chart.steps.map(([x, y]) => at(x, y));
-      plot.append(svg("path", { class: "front", d: corners.map(([x, y], n) => (n ? `V${y}H${x}` : `M${x} ${y}`)).join("") }));
+    for (const front of fronts) {
+      const steps = front.corners.map(([x, y]) => at(x, y));
+      plot.append(svg("path", { class: "front", d: steps.map(([x, y], n) => (n ? `V${y}H${x}` : `M${x} ${y}`)).join("") }));
     }
     for (const one of series.filter((each) => each.dash >= 0)) {
       plot.append(svg("polyline", { points: one.points.map((point) => at(point.x, point.y).join()).join(" "), fill: "none", stroke: one.colour, "stroke-width": one.of ? 1.2 : 2, "stroke-dasharray": DASHES[one.dash] }));
     }
-    const lines = series.map((one) => one.points.map((point) => mark(one, point, at)));
+    const lines = series.map((one) => one.points.map((point) => mark(one, point, at, tagged)));
     for (const marks of lines) plot.append(...marks);
     lines[0][0].setAttribute("tabindex", "0");
     plot.addEventListener("keydown", (event) => keys(event, lines));
     figure.querySelector("figcaption").after(plot);
   }
 
-  // Draw a chart in its figure, and again whenever its width or what is chosen changes.
-  function show(figure, pick) {
+  // One figure: draws when its width, the filters, the margin or its switches are others than when it was last drawn.
+  function drawing(figure) {
+    const found = tm.data[figure.dataset.block][figure.dataset.chart];
     const off = new Set();
-    let chart, key;
-    const redraw = () => {
-      if (figure.closest(".block").hidden || !figure.clientWidth) return;
+    let chart, last;
+    const update = (width) => {
       const by = tm.chosen();
-      const [name, found] = pick(by);
-      if (name !== key) {
-        [key, chart] = [name, found];
+      const now = JSON.stringify([width, by, [...off]]);
+      if (now === last) return;
+      last = now;
+      const picked = found.views ? found.views[by.task] : found;
+      if (picked !== chart) {
+        chart = picked;
         figure.querySelector(".legend")?.remove();
-        if (chart) figure.append(legend(chart, off, redraw));
+        if (chart) figure.append(legend(chart, off, () => update(figure.clientWidth)));
       }
-      if (chart) draw(figure, chart, off, by);
+      if (chart) draw(figure, width, chart, off, by);
     };
-    tm.onFilter(redraw);
-    new ResizeObserver(redraw).observe(figure);
+    return { figure, block: figure.closest(".block"), update };
   }
 
-  for (const figure of document.querySelectorAll(".chart")) {
-    const { block, chart } = figure.dataset;
-    const found = tm.data[block][chart];
-    show(figure, (by) => (found.views ? [by.task, found.views[by.task]] : ["", found]));
+  const drawings = [...document.querySelectorAll(".chart")].map(drawing);
+
+  // All widths are read before anything is drawn: each that is read in between would have the page laid out anew.
+  function drawAll() {
+    const wide = drawings.filter(({ block }) => !block.hidden).map((one) => [one, one.figure.clientWidth]);
+    for (const [one, width] of wide) if (width) one.update(width);
   }
-  return { show };
+
+  tm.onFilter(drawAll);
+  const sizes = new ResizeObserver(drawAll);
+  for (const { figure } of drawings) sizes.observe(figure);
 })();

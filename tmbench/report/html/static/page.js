@@ -60,11 +60,8 @@ const tm = (() => {
     for (const listener of listeners) listener(by);
   }
 
-  // Have a function called with what is chosen, now and whenever that changes.
-  function onFilter(listener) {
-    listeners.push(listener);
-    listener(chosen());
-  }
+  // Have a function called with what is chosen, when the page is there and whenever that changes.
+  const onFilter = (listener) => listeners.push(listener);
 
   function showTip(target) {
     tip.textContent = target.dataset.tip || target.getAttribute("aria-label");
