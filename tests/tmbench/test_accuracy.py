@@ -101,6 +101,23 @@ def test_predictions_are_kept_and_scored_from_the_file(job, answers):
     assert row.score == 100 * sum(line["score"] for line in lines) / 3
 
 
+def test_a_line_says_how_deep_in_the_prompt_an_answer_lies_that_stands_there_once(job, answers):
+    work = job(save_samples=True, tasks=("vt", "niah_single_1"))
+    work.run()
+    rows = rows_of(work.root)
+    for task in ("vt", "niah_single_1"):
+        path = kept_predictions(work.root, rows["dense", task, 1024]).path
+        for line in map(json.loads, path.read_text().splitlines()):
+            prompt, places = line["prompt"], [line["prompt"].find(answer) for answer in line["outputs"]]
+            once = [prompt.count(answer) == 1 for answer in line["outputs"]]
+            assert len(line["depths"]) == len(places)
+            assert all((depth is not None) == single for depth, single in zip(line["depths"], once, strict=True))
+            assert all(
+                abs(d * len(prompt) - place) < 1 for d, place in zip(line["depths"], places, strict=True) if d is not None
+            )
+            assert task == "vt" or once == [True]
+
+
 def test_coverage_is_that_of_the_first_sample(job, answers):
     work = job(tasks=("vt",))
     work.run()

@@ -121,6 +121,9 @@ def test_the_command_takes_the_place_of_the_text(tmbench, tmp_path):
     assert "wrote pages/index.html" in err
     code, out, _ = tmbench("report", "--html", "pages", "--output", "report.md")
     assert (tmp_path / "report.md").read_text().startswith("# tmbench report")
+    code, _, err = tmbench("report", "--html", "pages", "--format", "csv")
+    assert code == 2
+    assert "--format csv needs a file of its own: add --output" in err
     (tmp_path / "file").write_text("")
     code, _, err = tmbench("report", "--html", "file/pages")
     assert code == 2

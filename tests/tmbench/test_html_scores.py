@@ -10,6 +10,7 @@ import pytest
 from answered_rows import add_answers
 from html_pages import HOSTILE, Elements, data_of, pages_of
 from report_rows import add_ttft
+from tmbench.errors import UserError
 from tmbench.report.html import samples
 from tmbench.report.html.margins import OFFERED, says
 from tmbench.report.html.scores import look_of
@@ -124,6 +125,14 @@ def test_grey_is_what_spans_nothing(mean, low, high, look):
     assert look_of(Difference(mean, low, high, 40, 8, 1, None, LOSS, None)) == look
 
 
+def test_the_margin_of_the_report_is_one_of_the_slider(measured, tmp_path):
+    (slider,) = [
+        one for one in Elements(pages_of(measured, tmp_path, 2.5)["tasks.html"]).named("input") if one["name"] == "margin"
+    ]
+    assert slider["data-margins"].split()[int(slider["value"])] == "2.5"
+    assert int(slider["max"]) == len(OFFERED)
+
+
 def test_the_heat_map_has_the_differences(measured, pages):
     (section,) = build(measured).ruler
     cells = {
@@ -169,7 +178,7 @@ def test_samples_are_those_that_differ_with_both_answers(pages):
     assert held["samples"]["3"] == {"wanted": ["vt 3"], "dense": [1.0, "dense says 1.0"], "places": []}
     assert held["answers"]["tri_mix"]["3"] == [0.0, "tri_mix says 0.0"]
     assert groups["tri_mix", "cwe"]["lost"] == []
-    assert "tmbench ruler --save-samples" in Elements(pages["samples.html"]).texts
+    assert any(text.startswith("It is not known of these samples") for text in Elements(pages["samples.html"]).texts)
 
 
 def test_a_gain_is_a_sample_in_which_the_method_alone_is_right(tmp_path):
@@ -222,6 +231,17 @@ def test_the_depth_of_an_answer_is_where_it_stands_once_in_a_prompt_that_was_kep
     assert [column.name for column in table.columns] == ["depth", "4K", "8K"]
     assert table.rows[9] == ["90 to 100 %", "50 / 100 (2)", "50 / 100 (2)"]
     assert all(set(row[1:]) == {"-"} for row in table.rows[:9])
+
+
+def test_the_depth_is_known_without_the_prompt_where_lines_say_it(tmp_path):
+    told = [{"depths": [0.25]}, {"depths": [None]}, {}]
+    add_answers(tmp_path / "rows", "dense", "vt", [1.0] * 3, more=told)
+    add_answers(tmp_path / "rows", "streaming", "vt", [0.0] * 3)
+    held = chunks_of(pages_of(tmp_path / "rows", tmp_path / "pages"))["0"]["samples"]
+    assert [held[number]["places"] for number in "012"] == [[[0.25, ""]], [], []]
+    add_answers(tmp_path / "rows", "streaming", "vt", [0.0] * 3, more=[{"depths": [7]}] * 3)
+    with pytest.raises(UserError, match="line 1 is not a prediction"):
+        pages_of(tmp_path / "rows", tmp_path / "pages")
 
 
 def test_lines_without_texts_do_not_stop_the_pages(tmp_path):

@@ -37,6 +37,8 @@ def report(
 
     if not 0 < margin <= 100:
         raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
+    if html is not None and output is None and form != "md":
+        raise UserError(f"--html writes pages, so --format {form} needs a file of its own: add --output")
     built = build(results, margin)
     if plots is not None:
         from tmbench.report.pictures import figures, save_all

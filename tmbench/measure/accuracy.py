@@ -25,6 +25,7 @@ from tmbench.results.predictions import Prediction, kept_predictions
 from tmbench.results.rows import RulerRow, now
 from tmbench.results.sample_files import decoded
 from tmbench.results.sample_scores import read_samples
+from tmbench.results.sample_texts import depths_of
 from tmbench.results.words import counted
 from tmbench.suites.suite import Sample, Suite
 
@@ -117,8 +118,11 @@ class AccuracySpec(AnswerSpec[RulerRow]):
         )
 
     def _more(self, item: AccuracyItem) -> dict[str, Any]:
-        chosen: dict[str, Any] = {"parameters": dict(item.sample.parameters)} if item.sample.parameters else {}
-        return chosen | ({"prompt": item.sample.prompt} if self.save_samples else {})
+        """What a line says of a sample beside its prediction: the setting drawn for it, and where its answers lie."""
+        sample = item.sample
+        told: dict[str, Any] = {"parameters": dict(sample.parameters)} if sample.parameters else {}
+        told |= {"depths": depths_of(sample.prompt, sample.references)}
+        return told | ({"prompt": sample.prompt} if self.save_samples else {})
 
     def asked(self, loaded: LoadedModel, item: AccuracyItem) -> Asked:
         """The sample's prompt, to be answered."""

@@ -1,8 +1,8 @@
-"""What was answered to single samples, and to which prompt where that was kept: for people to read."""
+"""What was answered to single samples, and where in the prompt the answer lay: for people to read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from tmbench.results.files import read_lines
 from tmbench.results.rows import RulerRow
 from tmbench.results.sample_files import index_of
 
+DECIMALS = 4
+
 
 @dataclass(frozen=True)
 class SampleText:
@@ -18,6 +20,16 @@ class SampleText:
 
     prediction: str
     prompt: str
+    depths: Sequence[float | None]
+    """As ``depths_of`` makes them, one for each reference; none in lines of older versions."""
+
+
+def depths_of(prompt: str, references: Sequence[str]) -> list[float | None]:
+    """The share of a prompt's characters before each reference; None for one that does not stand in it exactly once."""
+    return [
+        round(prompt.index(reference) / len(prompt), DECIMALS) if reference and prompt.count(reference) == 1 else None
+        for reference in references
+    ]
 
 
 def read_texts(root: Path, row: RulerRow) -> Mapping[int, SampleText]:
@@ -32,4 +44,7 @@ def read_texts(root: Path, row: RulerRow) -> Mapping[int, SampleText]:
 
 
 def _entry(entry: Any) -> tuple[int, SampleText]:
-    return index_of(entry), SampleText(str(entry.get("prediction", "")), str(entry.get("prompt", "")))
+    depths = list(entry.get("depths", ()))
+    if not all(depth is None or (type(depth) in (int, float) and 0 <= depth <= 1) for depth in depths):
+        raise ValueError("a depth is from 0 to 1")
+    return index_of(entry), SampleText(str(entry.get("prediction", "")), str(entry.get("prompt", "")), depths)

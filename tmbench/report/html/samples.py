@@ -1,7 +1,7 @@
 """The page of samples: those that a method lost or gained against dense, their answers side by side.
 
 The texts are in files beside the page, which its script loads when they are asked for; each holds answers to the samples of
-one task. Where prompts were kept, the place of an answer that stands in its prompt once is known.
+one task. Lines say how deep in its prompt an answer lay that stands there once; where prompts were kept, what is around it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tmbench.report.report import Report
 from tmbench.report.ruler import RulerCell, RulerSection
 from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING
-from tmbench.results.sample_texts import SampleText, read_texts
+from tmbench.results.sample_texts import SampleText, depths_of, read_texts
 from tmbench.results.words import length_name
 
 CHUNK = 2**19
@@ -124,7 +124,8 @@ def _chunks(section: RulerSection, task: str, root: Path, placed: list[Placed]) 
         pairs = [index for index in scores if index in asked.scores]
         for index in pairs:
             if index not in places:
-                places[index] = _places(_prompt(dense, index) or _prompt(texts, index), asked.references[index])
+                wanted = asked.references[index]
+                places[index] = _places(dense.get(index), wanted) or _places(texts.get(index), wanted)
             if len(asked.references[index]) == len(places[index]) == 1:
                 placed.append(Placed(section, cell.label, places[index][0][0], scores[index], asked.scores[index]))
         lost = [index for index in pairs if scores[index] < asked.scores[index]]
@@ -159,17 +160,17 @@ def _text(texts: Mapping[int, SampleText], index: int) -> str:
     return texts[index].prediction if index in texts else ""
 
 
-def _prompt(texts: Mapping[int, SampleText], index: int) -> str:
-    return texts[index].prompt if index in texts else ""
-
-
-def _places(prompt: str, references: Sequence[str]) -> list[tuple[float, str]]:
-    """The share of a prompt before each answer that stands in it once, and what is around that."""
+def _places(sample: SampleText | None, references: Sequence[str]) -> list[tuple[float, str]]:
+    """The share of a prompt before each answer that stands in it once, and what is around that where the prompt was kept."""
+    if sample is None:
+        return []
+    if not sample.prompt:
+        return [(depth, "") for depth in sample.depths if depth is not None]
     found = []
-    for reference in references:
-        if reference and prompt.count(reference) == 1:
-            start = prompt.index(reference)
-            found.append((start / len(prompt), prompt[max(0, start - NEAR) : start + len(reference) + NEAR]))
+    for reference, depth in zip(references, depths_of(sample.prompt, references), strict=True):
+        if depth is not None:
+            start = sample.prompt.index(reference)
+            found.append((depth, sample.prompt[max(0, start - NEAR) : start + len(reference) + NEAR]))
     return found
 
 
