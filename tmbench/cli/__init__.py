@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft
+from tmbench.cli import agree, demo, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft
 from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "probe": probe.probe,
     "merge": merge.merge,
     "report": report.report,
+    "demo": demo.demo,
     "list": info.list_,
     "env": info.env,
 }
