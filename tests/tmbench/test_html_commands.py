@@ -17,6 +17,7 @@ MEASURED = [
     (TtftRow, (*FAST_TTFT, "--method", "dense", "--method", "tri_mix", "--layers", "2,5-6", "--n-local", "64")),
     (TtftRow, (*FAST_TTFT, "--method", "xattention:stride=8", "--batch-size", "2", "--prompt", "random")),
     (RulerRow, ("ruler", "--length", "512", "--samples", "1", "--task", "niah_single_1", "--offline", "--device", "cpu")),
+    (TtftRow, (*FAST_TTFT, "--method", "dense", "--attn-native", "--rope-scaling", "linear:factor=2")),
     (
         AgreeRow,
         ("agree", "--length", "256", "--samples", "1", "--new-tokens", "4", "--method", "streaming", "--device", "cpu"),
@@ -64,6 +65,10 @@ def made(kind, **values):
             """--chat-template-kwargs '{"a": "b c"}'""", None,
         ),
         (made(TtftRow, **TTFT, context_parallel_size=4), "torchrun --nproc-per-node 4 -m tmbench ttft", None),
+        (made(TtftRow, **TTFT, rope_scaling="yarn:factor=4,original=8"), "--rope-scaling yarn:factor=4,original=8", None),
+        (made(TtftRow, **TTFT, remote_code=True), "--trust-remote-code", None),
+        (made(TtftRow, **TTFT | {"interleaved": "dense attn_native"}), "ttft --method dense --attn-native --prompt", None),
+        (made(AgreeRow, prompt="kv", samples=1, new_tokens=4, method="attn_native"), "--method dense --attn-native", None),
         (made(TtftRow, **TTFT | {"model": "a; rm -rf b"}), "--model 'a; rm -rf b'", None),
         (made(TtftRow, **TTFT, patterns="heads-1", method="minference"), "--method minference:patterns=FILE", "heads-1"),
     ],

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tmbench.errors import UserError
 from tmbench.measure.spec import ModelSource
 from tmbench.models import loading
-from tmbench.models.rope_scaling import RopeScaling
+from tmbench.models.rope_scaling import RopeScaling, obstacle
 from tmbench.report.settings import TtftSetting
 from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.tables import read_all
@@ -124,6 +125,13 @@ def test_models_that_cannot_be_scaled(tmp_path, make_model):
     table = loading.load(str(tmp_path / "table"), weights="random", device="cpu")
     with pytest.raises(UserError, match="65 is more than the 64 positions of .*: give 64 or less, or another --model"):
         table.check_length(65)
+
+
+def test_a_config_without_positions_has_nothing_to_scale():
+    assert obstacle(CONFIG_MAPPING["llama"]()) == ""
+    text = SimpleNamespace(rope_parameters={"rope_type": "default"})
+    config = SimpleNamespace(get_text_config=lambda: text)
+    assert obstacle(config).startswith("whose config does not say how many positions it has")
 
 
 def test_a_model_that_does_not_heed_its_config(make_model):

@@ -95,9 +95,14 @@ class RopeScaling:
 
 def obstacle(config: Any) -> str:
     """Why a model of this config is not scaled by the option, and what to do; "" where it can be."""
-    rope: Mapping[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    text = config.get_text_config()
+    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
     if not rope:
         return "which has no rotary embeddings: leave it out"
+    if getattr(text, "max_position_embeddings", None) is None:
+        return (
+            "whose config does not say how many positions it has (max_position_embeddings): add them there, or leave it out"
+        )
     if any(isinstance(value, Mapping) for value in rope.values()):
         return "which has rotary embeddings of its own in each kind of layer: give their scaling in its config.json"
     if (own := rope.get("rope_type", rope.get("type", "default"))) != "default":

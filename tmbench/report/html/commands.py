@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from ruler_tasks import TASKS
-from tmbench.methods.table import LAYERS
+from tmbench.methods.table import ATTN_NATIVE, LAYERS
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.words import length_name
 
 AGAIN = "again"
 """The folder that a repeated row goes to: in its own folder it would be there already."""
+NATIVE_OPTION = "--attn-native"
 FILE, FOLDER = "FILE", "FOLDER"
 PROPOSED = re.compile(r"(\w+), (accuracy|time) budget ([-+.\de]+), (\w+)")
 """What decided a probe's proposal, as its rows have it."""
@@ -38,6 +39,7 @@ def command_of(row: Row) -> Command:
         "revision": row.revision,
         "weights": row.weights if row.weights != "checkpoint" else "",
         "dtype": row.dtype,
+        "rope-scaling": row.rope_scaling,
         "device": "cpu" if row.threads else "",
         "length": length_name(row.length),
         "seed": row.seed,
@@ -45,6 +47,7 @@ def command_of(row: Row) -> Command:
     }
     shared = [word for name, value in given.items() if value != "" for word in (f"--{name}", str(value))]
     shared += ["--context-parallel"] * (row.context_parallel_size > 1)
+    shared += ["--trust-remote-code"] * row.remote_code
     threads = f"OMP_NUM_THREADS={row.threads} " if row.threads else ""
     return Command(threads + shlex.join([*program, *words, *shared]), needs)
 
@@ -58,9 +61,12 @@ def _own(row: Row) -> tuple[list[str], list[str]]:
 @_own.register
 def _(row: TtftRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
-    beside = [name for name in row.interleaved.split() if name not in ("dense", row.method)]
-    if "dense" in row.interleaved.split() and row.method != "dense":
+    turns = row.interleaved.split()
+    beside = [name for name in turns if name not in ("dense", ATTN_NATIVE, row.method)]
+    if "dense" in turns and row.method not in ("dense", ATTN_NATIVE):
         methods = ["--method", "dense", *methods]
+    if ATTN_NATIVE in turns and row.method != ATTN_NATIVE:
+        methods += [NATIVE_OPTION]
     if beside:
         needs.append(f"It was timed in turns with {', '.join(beside)} too: add each as a further --method to repeat that.")
     prompt, more = _prompt(row.prompt, "--prompt", row.prompt_file)
@@ -129,6 +135,9 @@ def _(row: LossRow) -> tuple[list[str], list[str]]:
 
 def _method(row: Row) -> tuple[list[str], list[str]]:
     """The options that make a row's method."""
+    if row.method == ATTN_NATIVE:
+        # It stands beside methods, and without any named there would be several.
+        return ["--method", "dense", NATIVE_OPTION], []
     given = dict(row.settings)
     layers = given.pop(LAYERS, None)
     needs = []
