@@ -225,7 +225,7 @@ def test_the_depth_of_an_answer_is_where_it_stands_once_in_a_prompt_that_was_kep
         add_answers(tmp_path / "rows", "streaming", "vt", [0.0, 1.0, 0.0, 0.0], length=length)
     pages = pages_of(tmp_path / "rows", tmp_path / "pages")
     held = chunks_of(pages)["0"]["samples"]
-    assert held["0"]["places"] == [[0.9, prompts[0]]]
+    assert held["0"]["places"] == [["vt 0", 0.9, prompts[0]]]
     assert held["2"]["places"] == held["3"]["places"] == []
     (table,) = samples.content(build(tmp_path / "rows"), tmp_path / "rows")["maps"]
     assert [column.name for column in table.columns] == ["depth", "4K", "8K"]
@@ -238,15 +238,23 @@ def test_the_depth_is_known_without_the_prompt_where_lines_say_it(tmp_path):
     add_answers(tmp_path / "rows", "dense", "vt", [1.0] * 3, more=told)
     add_answers(tmp_path / "rows", "streaming", "vt", [0.0] * 3)
     held = chunks_of(pages_of(tmp_path / "rows", tmp_path / "pages"))["0"]["samples"]
-    assert [held[number]["places"] for number in "012"] == [[[0.25, ""]], [], []]
+    assert [held[number]["places"] for number in "012"] == [[["vt 0", 0.25, ""]], [], []]
     add_answers(tmp_path / "rows", "streaming", "vt", [0.0] * 3, more=[{"depths": [7]}] * 3)
     with pytest.raises(UserError, match="line 1 is not a prediction"):
         pages_of(tmp_path / "rows", tmp_path / "pages")
 
 
-def test_lines_without_texts_do_not_stop_the_pages(tmp_path):
+def test_lines_without_texts_or_with_odd_ones_do_not_stop_the_pages(tmp_path):
     add_answers(tmp_path / "rows", "dense", "vt", [1.0])
     add_answers(tmp_path / "rows", "streaming", "vt", [0.0])
     path = tmp_path / "rows" / "some-gpu" / "ruler" / "predictions" / "streaming" / "vt-4096-.jsonl"
-    path.write_text('{"index": 0, "score": 0, "outputs": ["vt 0"]}\n')
+    path.write_text('{"index": 0, "score": 0, "outputs": ["vt 0"], "depths": [0.5, 0.5]}\n')
     assert chunks_of(pages_of(tmp_path / "rows", tmp_path / "pages"))["0"]["answers"]["streaming"]["0"] == [0.0, ""]
+
+
+def test_an_answer_that_is_no_text_is_shown_as_one(tmp_path):
+    more = [{"outputs": [7], "prompt": "a 7 b"}]
+    for method, score in (("dense", 1.0), ("streaming", 0.0)):
+        add_answers(tmp_path / "rows", method, "vt", [score], more=more)
+    held = chunks_of(pages_of(tmp_path / "rows", tmp_path / "pages"))["0"]["samples"]["0"]
+    assert held["places"] == [["7", 0.4, "a 7 b"]]

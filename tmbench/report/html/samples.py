@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tmbench.report.html.blocks import Filters
 from tmbench.report.html.text import script_json
@@ -44,6 +44,16 @@ class Group:
     """The samples in which dense has the higher score, by their number."""
     gained: Sequence[int]
     chunk: str
+
+
+class Place(NamedTuple):
+    """Where one answer lies in a prompt."""
+
+    answer: str
+    depth: float
+    """The share of the prompt before it."""
+    near: str
+    """What is around it; "" where the prompt was not kept."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class Chunk:
         self.groups.append(group)
         self.samples |= samples
         self.answers[group.label] = answers
-        dense = [(one["dense"][1], *(near for _, near in one["places"])) for one in samples.values()]
+        dense = [(one["dense"][1], *(place.near for place in one["places"])) for one in samples.values()]
         self.size += sum(len(text) for _, text in answers.values()) + sum(len(text) for texts in dense for text in texts)
 
     @property
@@ -117,17 +127,17 @@ def _chunks(section: RulerSection, task: str, root: Path, placed: list[Placed]) 
     if not compared:
         return
     asked, dense = section.answers.samples["dense", task], read_texts(root, cells["dense"].row)
-    places: dict[int, Sequence[tuple[float, str]]] = {}
+    places: dict[int, Sequence[Place]] = {}
     chunk = Chunk()
     for cell in compared:
         texts, scores = read_texts(root, cell.row), section.answers.samples[cell.label, task].scores
         pairs = [index for index in scores if index in asked.scores]
         for index in pairs:
             if index not in places:
-                wanted = asked.references[index]
+                wanted = list(map(str, asked.references[index]))
                 places[index] = _places(dense.get(index), wanted) or _places(texts.get(index), wanted)
             if len(asked.references[index]) == len(places[index]) == 1:
-                placed.append(Placed(section, cell.label, places[index][0][0], scores[index], asked.scores[index]))
+                placed.append(Placed(section, cell.label, places[index][0].depth, scores[index], asked.scores[index]))
         lost = [index for index in pairs if scores[index] < asked.scores[index]]
         gained = [index for index in pairs if scores[index] > asked.scores[index]]
         chunk.add(
@@ -160,17 +170,20 @@ def _text(texts: Mapping[int, SampleText], index: int) -> str:
     return texts[index].prediction if index in texts else ""
 
 
-def _places(sample: SampleText | None, references: Sequence[str]) -> list[tuple[float, str]]:
-    """The share of a prompt before each answer that stands in it once, and what is around that where the prompt was kept."""
+def _places(sample: SampleText | None, references: Sequence[str]) -> list[Place]:
+    """Where the answers lie that stand in their prompt once."""
     if sample is None:
         return []
-    if not sample.prompt:
-        return [(depth, "") for depth in sample.depths if depth is not None]
+    prompt = sample.prompt
+    depths = depths_of(prompt, references) if prompt else sample.depths
+    if len(depths) != len(references):
+        return []
     found = []
-    for reference, depth in zip(references, depths_of(sample.prompt, references), strict=True):
+    for reference, depth in zip(references, depths, strict=True):
         if depth is not None:
-            start = sample.prompt.index(reference)
-            found.append((depth, sample.prompt[max(0, start - NEAR) : start + len(reference) + NEAR]))
+            start = prompt.find(reference)
+            near = prompt[max(0, start - NEAR) : start + len(reference) + NEAR] if prompt else ""
+            found.append(Place(reference, depth, near))
     return found
 
 

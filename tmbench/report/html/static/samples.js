@@ -53,8 +53,8 @@
     const { wanted, dense, places } = content.samples[index];
     const head = `sample-${index}`;
     const made = tm.element("article", { class: "sample", "aria-labelledby": head }, tm.element("h3", { id: head }, `Sample ${index}`), tm.element("p", {}, `Wanted: ${wanted.join("; ")}`));
-    for (const [depth, near] of places) {
-      made.append(tm.element("p", { class: "device" }, `The answer lay at ${Math.round(100 * depth)} % of the prompt${near ? ":" : "."}`));
+    for (const [wished, depth, near] of places) {
+      made.append(tm.element("p", { class: "device" }, `${wished} lay at ${Math.round(100 * depth)} % of the prompt${near ? ":" : "."}`));
       if (near) made.append(tm.element("pre", { tabindex: "0" }, near));
     }
     made.append(tm.element("div", { class: "answers" }, answer("dense", dense), answer(group.label, content.answers[group.label][index])));
