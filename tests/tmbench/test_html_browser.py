@@ -120,6 +120,7 @@ def test_what_is_chosen_goes_along_to_other_pages(visit):
     page = visit("tasks")
     page.select_option("select[name=length]", "8192")
     page.get_by_role("link", name="Samples").click()
+    page.wait_for_url("**/samples.html#*")
     assert page.input_value("select[name=length]") == "8192"
     assert page.inner_text("#shown") == "1 to 4 of 4"
     page.select_option("select[name=length]", "")
