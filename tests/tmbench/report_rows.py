@@ -65,14 +65,21 @@ def add_published(root):
 
 
 def tables_of(markdown):
-    """Every table as {first cell: {header: cell}}, the first cells of repeated ones joined with the second."""
+    """Every table as lines of {header: cell}; one that goes on below itself, as wide ones do, is one table."""
     tables = []
-    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+    after = -1
+    for found in re.finditer(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        block = found.group()
         lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
         assert len({len(line) for line in lines}) == 1, f"unequal columns in {block}"
         header, rule, *body = lines
         assert all(re.fullmatch(r":?-+:?", cell) for cell in rule)
-        tables.append([dict(zip(header, line, strict=True)) for line in body])
+        table = [dict(zip(header, line, strict=True)) for line in body]
+        if found.start() == after + 1 and tables:
+            tables[-1] = [before | more for before, more in zip(tables[-1], table, strict=True)]
+        else:
+            tables.append(table)
+        after = found.end()
     return tables
 
 

@@ -61,7 +61,7 @@ def test_answers_of_other_weights_are_not_taken(tmbench, ckpt):
     files = {row.predictions for row in read_all(Path("results"), RulerRow)}
     assert len(files) == 2
     _, out, _ = tmbench("report")
-    titles = [line for line in out.splitlines() if line.startswith("### RULER at 1K: ckpt (files ")]
+    titles = [line for line in out.splitlines() if line.startswith("#### RULER at 1K: ckpt (files ")]
     assert len(set(titles)) == 2, "never in one table"
     shutil.rmtree(ckpt)
     shutil.copytree(TINY, ckpt)
@@ -146,7 +146,7 @@ def test_answers_to_replaced_questions_are_not_taken(tmbench, ckpt):
     for path in Path("results").glob("*/ruler/predictions/*/*.jsonl"):
         assert all(len(json.loads(line)["prompt_hash"]) == 12 for line in path.read_text().splitlines())
     _, out, _ = tmbench("report")
-    assert sum(line.startswith("### RULER at 1K: ckpt") for line in out.splitlines()) == 2
+    assert sum(line.startswith("#### RULER at 1K: ckpt") for line in out.splitlines()) == 2
     assert "older data 1" in out
 
 

@@ -53,8 +53,8 @@ def measured(tmp_path):
 
 def test_a_line_for_each_method_a_column_for_each_length_and_the_average(measured):
     markdown = report_markdown(build(measured))
-    assert "### RULER by length: a/model, checkpoint weights, bfloat16, wording reference-ruler f00d" in markdown
-    assert markdown.index("### RULER by length") < markdown.index("### RULER at 4K")
+    assert "#### RULER by length: a/model, checkpoint weights, bfloat16, wording reference-ruler f00d" in markdown
+    assert markdown.index("#### RULER by length") < markdown.index("#### RULER at 4K")
     table = table_of(markdown, "Averages of 1 task, from 0 to 100; the last column is their mean over the lengths:")
     assert list(table) == ["dense", "tri_mix (layers 8-)", "tri_mix (layers 16-)"]
     assert table["dense"] == {"method": "dense", "4K": "100.0", "128K": "75.0", "average": "87.5"}

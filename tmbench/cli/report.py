@@ -60,6 +60,6 @@ def report(
             write_whole(output, text)
         say(f"wrote {output}")
     elif form == "md" and console().is_terminal:
-        markdown(text)
+        markdown(writers.report_markdown(built, folds=False))
     else:
         typer.echo(text)

@@ -52,6 +52,14 @@ class Evidence:
         return other, about.older_data, *most, self.other_prefill, far, -about.length, self.scores.title
 
     @cached_property
+    def difference(self) -> Difference | str | None:
+        """The average difference to dense over the tasks that both have, or why there is none."""
+        tasks = [cell.row.task for cell, _ in self.pairs]
+        if sorted(tasks) != sorted(self.scores.paired_tasks):
+            return self.scores.answers.compare(self.label, "dense", tasks)
+        return self.scores.average_differences.get(self.label)
+
+    @cached_property
     def words(self) -> str:
         """The two scores, over what they are, what is other than for the time, and what the difference says."""
         own, dense = (sum(cell.row.score or 0.0 for cell in cells) / len(cells) for cells in zip(*self.pairs, strict=True))
@@ -61,10 +69,7 @@ class Evidence:
         threads = self.scores.setting.threads
         if threads != self.times.threads:
             over += f" with {counted(threads, 'CPU thread')}, not {self.times.threads}"
-        tasks = [cell.row.task for cell, _ in self.pairs]
-        found: Difference | str | None = self.scores.average_differences.get(self.label)
-        if sorted(tasks) != sorted(self.scores.paired_tasks):
-            found = self.scores.answers.compare(self.label, "dense", tasks)
+        found = self.difference
         said = f": {found.verdict}" if isinstance(found, Difference) and self.label != "dense" else ""
         return f"RULER {own:.1f} (dense {dense:.1f}, {over}){said}"
 

@@ -21,6 +21,8 @@ class Table:
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
+    details: bool = False
+    """Whether a page may fold it."""
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):

@@ -184,6 +184,7 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             "Time against dense over the same interleaved rounds, and what it says:",
             columns("method", "length", "median", "95 % interval", "in words", texts=("method", "in words")),
             lines,
+            details=True,
         )
 
     def _details(self) -> Table:
@@ -215,7 +216,7 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             names.append("peak GiB")
             for line, peak in zip(lines, peaks, strict=True):
                 line.append(figure_text(peak and peak / 2**30, ".1f"))
-        return Table("Details:", columns(*names, texts=("method", "backends")), lines)
+        return Table("Details:", columns(*names, texts=("method", "backends")), lines, details=True)
 
     def notes(self) -> list[str]:
         cells = self.measured()
