@@ -10,8 +10,10 @@ import pytest
 from matplotlib.image import imread
 
 import made_rows
+from tmbench.methods import table
 from tmbench.report.length_lines import named_lengths
 from tmbench.report.pictures import figures, file_name, save_all
+from tmbench.report.plot_style import method_look
 from tmbench.report.report import build
 from tmbench.report.ruler_plot import ruler_figure
 from tmbench.report.ttft_plot import speed_up_figure, ttft_figure
@@ -192,6 +194,18 @@ def test_a_method_has_one_colour_everywhere(tmp_path):
     few, many = (ttft_figure(group).axes[0].get_lines() for group in build(tmp_path).ttft)
     assert [line.get_color() for line in few] == [line.get_color() for line in many[:2]]
     assert len({line.get_color() for line in many}) == 4
+
+
+def test_a_rule_has_one_hue_and_only_dense_is_black():
+    looks = {name: method_look(name) for name in table.METHODS}
+    assert [name for name, look in looks.items() if look.colour == "#000000"] == ["dense"]
+    for rule in ("minference", "flexprefill", "xattention", "flashprefill"):
+        alone, above = looks[rule], looks[f"tri_mix_{rule}"]
+        assert (alone.colour, alone.line, above.line) == (above.colour, "--", "-")
+    assert (looks["dense"].line, looks["tri_mix"].line, looks["streaming"].line) == ("-", "-", "--")
+    assert len({look.colour for look in looks.values()}) == 7
+    assert method_look("tri_mix", 1).marker != looks["tri_mix"].marker
+    assert method_look("attn_native").colour not in {look.colour for look in looks.values()}
 
 
 def test_names_of_lengths_do_not_overlap():

@@ -11,12 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from tmbench.report.plot_style import GREY, LABEL_PT, MARGINS_INCH, ROW_INCH, method_look, plain_axes, titles
+from tmbench.report.plot_style import GREY, LABEL_PT, MARGINS_INCH, ROW_INCH, Look, method_look, plain_axes, titles
 from tmbench.report.section import STATUS_WORDS
 from tmbench.report.ttft import TtftSection
 from tmbench.results.words import length_name
 
-DASHES = ("-", "--", ":", "-.")
 NAME_WIDTH = 0.06
 """What the name of a length takes of the axis of lengths."""
 
@@ -25,9 +24,7 @@ NAME_WIDTH = 0.06
 class Line:
     """One method's line: how it looks, its points, and the words at its end."""
 
-    colour: str
-    marker: str
-    dashes: str
+    look: Look
     lengths: Sequence[int]
     values: Sequence[float]
     words: Sequence[str]
@@ -36,9 +33,9 @@ class Line:
         axes.plot(
             self.lengths,
             self.values,
-            color=self.colour,
-            marker=self.marker,
-            linestyle=self.dashes,
+            color=self.look.colour,
+            marker=self.look.marker,
+            linestyle=self.look.line,
             linewidth=2,
             markersize=5.5,
             markeredgecolor="white",
@@ -49,8 +46,7 @@ class Line:
 def line_of(section: TtftSection, label: str, values: dict[int, float], words: Sequence[str]) -> Line:
     method = next(cell.row.method for cell in section.cells if cell.label == label)
     variants = list(dict.fromkeys(cell.label for cell in section.cells if cell.row.method == method))
-    dashes = DASHES[variants.index(label) % len(DASHES)]
-    return Line(*method_look(method), dashes, list(values), list(values.values()), words)
+    return Line(method_look(method, variants.index(label)), list(values), list(values.values()), words)
 
 
 def canvas(heading: str, section: TtftSection, lines: Sequence[Line]) -> tuple[Figure, Axes]:
@@ -113,7 +109,7 @@ def _label_ends(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
         tops[index] = min(tops[index], highest - row * 0.6)
         highest = tops[index] - row * (len(ends[index][2].words) - 0.4)
     for (x, y, line), top in zip(ends, tops, strict=True):
-        leader = {"arrowstyle": "-", "color": line.colour, "alpha": 0.45, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+        leader = {"arrowstyle": "-", "color": line.look.colour, "alpha": 0.45, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
         axes.annotate("", xy=(x, y), xytext=(1.025, top), xycoords="axes fraction", arrowprops=leader)
         for index, words in enumerate(line.words):
             axes.annotate(
@@ -122,7 +118,7 @@ def _label_ends(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
                 xycoords="axes fraction",
                 va="center",
                 annotation_clip=False,
-                color=GREY if index else line.colour,
+                color=GREY if index else line.look.colour,
                 weight="normal" if index else "bold",
                 size=LABEL_PT - 1.5 * (index > 0),
             )

@@ -41,7 +41,7 @@ def trade_off_figure(section: TradeOff) -> Figure:
     for number, (cell, lines) in enumerate(zip(section.cells, words, strict=True), start=1):
         x, y = cell.saved_percent, cell.difference.mean
         left, right = (x if end is None else end for end in (cell.saved_low, cell.saved_high))
-        colour, marker = method_look(cell.row.method)
+        colour, marker, _ = method_look(cell.row.method)
         axes.errorbar(
             x,
             y,

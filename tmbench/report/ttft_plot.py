@@ -25,8 +25,8 @@ def ttft_figure(section: TtftSection) -> Figure:
     axes.set_yscale("log")
     for line, cells in zip(lines, times.values(), strict=True):
         low, high = _ends(cells)
-        axes.fill_between(line.lengths, low, high, color=line.colour, alpha=0.15, linewidth=0)
-        axes.vlines(line.lengths, low, high, color=line.colour, alpha=0.5, linewidth=1)
+        axes.fill_between(line.lengths, low, high, color=line.look.colour, alpha=0.15, linewidth=0)
+        axes.vlines(line.lengths, low, high, color=line.look.colour, alpha=0.5, linewidth=1)
     finish(figure, axes, section, lines)
     bottom, top = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top / bottom < 1000 else (1,)))

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tmbench.report.length_lines import DASHES, named_lengths
-from tmbench.report.plot_style import COLOURS, method_look
+from tmbench.report.length_lines import named_lengths
+from tmbench.report.plot_style import COLOURS, DASHED, method_look
 from tmbench.results.words import length_name
 
 Scale = Literal["linear", "log"]
@@ -111,7 +111,7 @@ def length_axis(lengths: Sequence[int]) -> Axis:
 
 def series_of(name: str, method: str, variant: int, points: Sequence[Point], **more: Any) -> Series:
     """A series that looks like its method in every picture; ``variant`` is its number among the method's labels."""
-    colour, marker = method_look(method)
-    dash = more.pop("dash", variant % len(DASHES))
+    colour, marker, line = method_look(method, variant)
+    dash = more.pop("dash", int(line == DASHED))
     # Black is for dense, and is white on a dark screen.
     return Series(name, "currentColor" if colour == COLOURS[0] else colour, marker, dash, points, **more)
