@@ -22,7 +22,9 @@ from tmbench.results.json_text import json_text
 from tmbench.results.rows import ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import read_all
 
-COMMANDS = ("ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "merge", "report", "demo", "list", "env")
+COMMANDS = (
+    "ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "tune", "merge", "report", "demo", "list", "env",
+)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from tmbench.measure.search import SearchSpec
 from tmbench.measure.spec import ModelSource, Step
 from tmbench.measure.sweep import SweepSpec, swept_plans
 from tmbench.measure.ttft import TtftSpec
+from tmbench.measure.tune import Choice, Limits, TuneSpec
 from tmbench.methods.layers import Budget
 from tmbench.methods.spec import MethodSpec
 from tmbench.models import loading
@@ -46,9 +47,10 @@ TIMES = {
     "samples_s",
     "ttft_over_floor",
     "compile_s",
+    "measured_s",
 }
 """The columns in which two measurements of the same differ."""
-KINDS = ("ttft", "accuracy", "agree", "loss", "probe", "sweep", "search")
+KINDS = ("ttft", "accuracy", "agree", "loss", "probe", "sweep", "search", "tune")
 
 
 @pytest.fixture
@@ -76,6 +78,11 @@ def specs(loaded):
             return SweepSpec(**about, plans={600: swept}, ttft=ttft, accuracy=replace(accuracy, tasks=("vt",), samples=1))
         if kind == "search":
             return SearchSpec(**source, output=root / "found.json", length=2600, prompt="random")
+        if kind == "tune":
+            return TuneSpec(
+                **about, method="tri_mix", values=WINDOW, tasks=("random",), lengths=(40, 48), limits=Limits(2.0, 9.0),
+                order=(1, 0), order_source="depth", rules=(Choice("half", (1,)),), compared=4, budget=90, held_lengths=(64,),
+            )  # fmt: skip
         asked = about | {"lengths": (40,), "tasks": ("random", "kv"), "samples": 2}
         return {
             "ttft": ttft,
@@ -129,7 +136,9 @@ def test_a_spec_and_its_items_pickle_and_make_the_same_rows_elsewhere(kind, spec
     there = run(pickle.loads(pickle.dumps(spec)), executor)
     assert executor.measured
     assert by_row(there) == by_row(here)
-    assert len(here) == {"ttft": 6, "accuracy": 6, "agree": 3, "loss": 6, "probe": 20, "sweep": 6, "search": 4}[kind]
+    assert (
+        len(here) == {"ttft": 6, "accuracy": 6, "agree": 3, "loss": 6, "probe": 20, "sweep": 6, "search": 4, "tune": 6}[kind]
+    )
 
 
 @pytest.mark.slow

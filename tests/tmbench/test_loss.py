@@ -110,37 +110,37 @@ def test_differences_are_to_dense_on_the_same_samples(job, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
-    sample = loss._sample
+    sample = loss.loss_sample
     asked: list[tuple[str, int]] = []
 
-    def measure(spec, loaded, item, ran):
+    def measure(loaded, plan, prefill, question, ran):
         if len(asked) == 3:
             raise KeyboardInterrupt
-        asked.append((spec.plans[item.plan].method, item.index))
-        return sample(spec, loaded, item, ran)
+        asked.append((plan.method, question.index))
+        return sample(loaded, plan, prefill, question, ran)
 
-    monkeypatch.setattr(loss, "_sample", measure)
+    monkeypatch.setattr(loss, "loss_sample", measure)
     with pytest.raises(KeyboardInterrupt):
         job().run()
     del asked[0]
     rows = rows_of(job().run())
     assert asked == [("dense", 1), ("tri_mix", 0), ("tri_mix", 1)]
     lines = [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")]
-    monkeypatch.setattr(loss, "_sample", sample)
+    monkeypatch.setattr(loss, "loss_sample", sample)
     assert rows_of(job().run()).keys() == rows.keys()
     assert [path.read_text().count("\n") for path in tmp_path.glob("*/loss/*.csv")] == lines == [2, 2]
 
 
 @pytest.mark.slow
 def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
-    sample = loss._sample
+    sample = loss.loss_sample
 
-    def measure(spec, loaded, item, ran):
-        if spec.plans[item.plan].method == "dense":
+    def measure(loaded, plan, prefill, question, ran):
+        if plan.method == "dense":
             raise MemoryError
-        return sample(spec, loaded, item, ran)
+        return sample(loaded, plan, prefill, question, ran)
 
-    monkeypatch.setattr(loss, "_sample", measure)
+    monkeypatch.setattr(loss, "loss_sample", measure)
     rows = rows_of(job().run())
     assert (rows["dense"].status, rows["dense"].nll_prompt) == ("out_of_memory", None)
     assert (rows["tri_mix"].status, rows["tri_mix"].nll_prompt_vs_dense) == ("ok", None)
@@ -161,17 +161,17 @@ def test_what_was_read_of_another_prompt_or_answer_is_read_again(job, tmp_path, 
 
 def test_an_overwrite_killed_behind_dense_leaves_no_difference_to_the_older_one(job, tmp_path, monkeypatch):
     first = rows_of(job().run())
-    sample, real = loss._sample, keeping.append
+    sample, real = loss.loss_sample, keeping.append
 
-    def shifted(spec, loaded, item, ran):
-        one = sample(spec, loaded, item, ran)
-        return replace(one, nll_prompt=one.nll_prompt + 1.0 * (spec.plans[item.plan].method == "dense"))
+    def shifted(loaded, plan, prefill, question, ran):
+        one = sample(loaded, plan, prefill, question, ran)
+        return replace(one, nll_prompt=one.nll_prompt + 1.0 * (plan.method == "dense"))
 
     def append(root, row):
         real(root, row)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loss, "_sample", shifted)
+    monkeypatch.setattr(loss, "loss_sample", shifted)
     monkeypatch.setattr(keeping, "append", append)
     with pytest.raises(KeyboardInterrupt):
         job(overwrite=True).run()

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tmbench.errors import UserError
+from tmbench.measure.draws import Draws
 from tmbench.models import loading
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, TtftRow
 from tmbench.results.tables import read_all
+from tmbench.results.tune_rows import CHECK, COMPARISON, SEARCH
 from tmbench.suites.prompt_files import PromptFile, continuation
 from tmbench.suites.prompts import batch_ids, kind_of, prompt_ids
 from tmbench.suites.questions import questions
@@ -188,3 +190,16 @@ def test_every_command_names_the_file_in_its_rows(tmbench, asked, text):
     assert (
         tmbench("agree", "--prompt", "text:river.txt", *few, *here, "--length", "200", "--new-tokens", "4", "--plan")[0] == 0
     )
+
+
+def test_the_stages_of_a_search_share_a_files_prompts_out(asked, text, tiny):
+    for kind, length in ((PromptFile.of(asked, "jsonl"), 4096), (PromptFile.of(text, "text"), 64)):
+        count = kind.count(tiny, length)
+        kind.answered(tiny, length, count - 1)
+        with pytest.raises(UserError):
+            kind.answered(tiny, length, count)
+        taken = [Draws([(kind, length)], stage, 42, tiny).first(10**6) for stage in (SEARCH, CHECK, COMPARISON)]
+        assert sorted(draw.index for draws in taken for draw in draws) == list(range(count))
+        assert len(taken[0]) == (count + 1) // 2
+        numbers = [draw.index for draw in taken[0]]
+        assert count < 8 or numbers != sorted(numbers), "who wrote a file may have sorted it"

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, demo, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft
+from tmbench.cli import agree, demo, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft, tune
 from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "agree": agree.agree,
     "sweep": sweep.sweep,
     "probe": probe.probe,
+    "tune": tune.tune,
     "merge": merge.merge,
     "report": report.report,
     "demo": demo.demo,

@@ -29,10 +29,10 @@ PANEL = "Attention"
 LAYERS, STARTING_LAYER = "layers", "starting_layer"
 LAYERS_HELP = (
     "Layers with triangle attention, from 0: 16- (all from there on, as --starting-layer 16), 16 (it alone), 5,7,10-15, "
-    "none, random:4, a CSV of tmbench probe, or auto for its newest result."
+    "none, random:4, a CSV of tmbench probe or tune, or auto for the newest probe."
 )
 FAR = 2
-"""A probe of prompts more than so many times as long, or as short, need not fit."""
+"""A choice by prompts more than so many times as long, or as short, need not fit."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Attention:
             if whole_number(text.strip()) is not None:
                 say(f"--layers {text.strip()} is layer {text.strip()} alone; {text.strip()}- is all from there on")
             if chosen.probed is not None:
-                _say_probe(chosen, loaded, lengths)
+                _say_source(chosen, loaded, lengths)
             found[chosen] = None
         for text in self.starting_layer:
             chosen = chosen_layers(loaded.shape, starting_layer=text)
@@ -89,16 +89,17 @@ class Attention:
 NO_ATTENTION = Attention()
 
 
-def _say_probe(chosen: DeepLayers, loaded: LoadedModel, lengths: Sequence[int]) -> None:
+def _say_source(chosen: DeepLayers, loaded: LoadedModel, lengths: Sequence[int]) -> None:
     from tmbench.methods.layers import layers_text
 
     say(f"triangle attention in layers {layers_text(chosen.layers, loaded.shape.layers)}, by the {chosen.source}")
     assert chosen.probed is not None
+    noun = chosen.source.partition(" ")[0]  # "probe" or "tune", and each is a verb too
     far = [length for length in lengths if not chosen.probed / FAR <= length <= chosen.probed * FAR]
     if far:
         say(
-            f"that probe is of {chosen.probed} tokens, and this run of {', '.join(map(str, far))}: other layers may matter "
-            f"there, so probe at that length too"
+            f"that {noun} is of {chosen.probed} tokens, and this run of {', '.join(map(str, far))}: other layers may matter "
+            f"there, so {noun} at that length too"
         )
 
 

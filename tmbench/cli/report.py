@@ -30,7 +30,9 @@ def report(
         typer.Option(metavar="DIR", help="Write pages to look at into this folder, in place of the text in the terminal."),
     ] = None,
 ) -> None:
-    """Render what was measured, from the result files alone: TTFT, RULER, token agreement, losses and probes, by device."""
+    """Render what was measured, from the result files alone: TTFT, RULER, token agreement, losses, probes and choices of
+    layers, by device.
+    """
     from tmbench.report import writers
     from tmbench.report.report import build
     from tmbench.results.files import writable, write_whole

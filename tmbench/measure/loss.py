@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.finite import check_logits
 from tmbench.engine.forwards import replace_forward
+from tmbench.engine.prefill import Kind as Prefill
 from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UnsupportedModelError
 from tmbench.measure.executor import Worker
@@ -68,7 +69,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
 
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model or a length does not do."""
-        _base(loaded.model)
+        check_model(loaded.model)
         for length in self.lengths:
             for task in self.tasks:
                 check_task(task, length, loaded, self.samples)
@@ -86,21 +87,20 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
             places = self.places(self.samples, length, str(task))
             yield Step(f"{task} at {length}: preparing {counted(len(places), 'prompt')}")
             asked = list(questions(task, length, places, loaded, self.seed))
-            known = {**self.common(loaded), "length": length, "task": str(task), "samples": self.samples}
-            known |= {"wording_hash": wording_hash(str(task)), "source": ""}
+            known = {**self.common(loaded), **asked_of(task, length), "samples": self.samples}
             if own:
                 targets = [self._target(number, known, asked, {}) for number in own]
                 yield targets
                 dense = {index: sample for (_, index), sample in targets[-1].samples.items()}
             else:
                 # Its samples of an earlier run do: a row keeps what it is held against.
-                dense = kept_losses(self.root, _row(METHODS["dense"].plan(loaded.shape), known)).read()
+                dense = kept_losses(self.root, loss_row(METHODS["dense"].plan(loaded.shape), known)).read()
             yield [self._target(number, known, asked, dense) for number in others]
 
     def _target(
         self, number: int, known: Mapping[str, Any], asked: Sequence[Question], dense: Mapping[int, LossSample]
     ) -> RowTarget[LossRow, LossSample]:
-        row = _row(self.plans[number], known)
+        row = loss_row(self.plans[number], known)
         title = f"{row.method} on {row.task} at {row.length}"
         items = [
             LossItem(
@@ -119,21 +119,35 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
             {"": file},
             rows=[row],
             make=partial(loss_rows, file.name, dense),
-            belongs=_belongs,
+            belongs=belongs,
             more=lambda item: item.question.told,
         )
 
     def measure(self, item: LossItem, worker: Worker) -> None:
         """Have one method read one prompt and its answer."""
-        worker.keep(_sample(self, worker.loaded, item, worker.ran))
+        plan = self.plans[item.plan]
+        worker.keep(loss_sample(worker.loaded, plan, self.prefill, item.question, worker.ran))
 
 
-def _row(plan: Plan, known: Mapping[str, Any]) -> LossRow:
+def asked_of(task: Kind, length: int) -> dict[str, Any]:
+    """The columns that say what is asked, before it is known what the prompts are made of."""
+    return {"length": length, "task": str(task), "wording_hash": wording_hash(str(task)), "source": ""}
+
+
+def loss_row(plan: Plan, known: Mapping[str, Any]) -> LossRow:
+    """A row before it is measured, by which its samples' file is called."""
     fields: dict[str, Any] = {**known, **plan.row_fields()}
     return LossRow(**fields, time=now())
 
 
-def _belongs(item: LossItem, kept: LossSample) -> bool:
+class Asking(Protocol):
+    """An item with a question."""
+
+    @property
+    def question(self) -> Question: ...
+
+
+def belongs(item: Asking, kept: LossSample) -> bool:
     """What was read of another prompt or another answer says nothing of this sample."""
     return (kept.prompt_hash, kept.answer_hash) == (item.question.prompt_hash, item.question.answer_hash)
 
@@ -212,6 +226,11 @@ def _prompt_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tenso
     return torch.cat(parts)
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for a model whose losses cannot be measured."""
+    _base(model)
+
+
 def _base(model: PreTrainedModel) -> Any:
     """The part of the model that yields hidden states; raises UnsupportedModelError where it is not a part."""
     base = model.base_model
@@ -220,13 +239,12 @@ def _base(model: PreTrainedModel) -> Any:
     return base
 
 
-def _sample(spec: LossSpec, loaded: LoadedModel, item: LossItem, ran: set[str]) -> LossSample:
-    question = item.question
+def loss_sample(loaded: LoadedModel, plan: Plan, prefill: Prefill, question: Question, ran: set[str]) -> LossSample:
+    """The losses of one prompt, read by a plan, and of its answer; what ran is added to ``ran``. Raises as ``losses``."""
     ids = torch.tensor([question.prompt], device=loaded.device)
-    plan = spec.plans[item.plan]
-    compile_ahead(loaded.model, plan, spec.prefill, ids, every_position=True)
+    compile_ahead(loaded.model, plan, prefill, ids, every_position=True)
     start = time.perf_counter()
-    with running(loaded.model, plan, spec.prefill) as session:
+    with running(loaded.model, plan, prefill) as session:
         try:
             of_prompt, of_answer = losses(session, ids, question.answer)
         finally:

@@ -6,6 +6,7 @@ the very prompt that a run would give is seen by the run alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,14 +23,21 @@ from tmbench.measure.probe import ProbeSpec
 from tmbench.measure.spec import RowSpec, Step
 from tmbench.measure.sweep import SweepSpec
 from tmbench.measure.ttft import TtftSpec
+from tmbench.measure.tune import TuneSpec
 from tmbench.methods.plan import Plan
 from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
-from tmbench.results.rows import OUT_OF_MEMORY, TtftRow
+from tmbench.results.rows import OUT_OF_MEMORY, LossRow, TtftRow
 from tmbench.results.sample_files import Kept
-from tmbench.results.tables import newest
+from tmbench.results.tables import newest, read_all
+from tmbench.results.tune_rows import COMPARISON, HELD_OUT, TuneRow
+from tmbench.suites.questions import questions
 
-PASS, SAMPLE = "pass", "sample"
+PASS, SAMPLE, PREFILL = "pass", "sample", "prefill"
+AT_MOST = (
+    "A search ends as soon as it can tell, so these are the most prompts that it reads, those of its comparison among them, "
+    "as if every set were half of the layers."
+)
 SamplesSpec = AccuracySpec | AgreeSpec | LossSpec | ProbeSpec
 
 
@@ -85,7 +93,8 @@ def outlook(spec: RowSpec[Any], loaded: LoadedModel) -> Outlook:
     for line in _lines(spec, loaded, estimator):
         about = line.unit, line.length, line.batch_size, *line.plan.row_fields().values()
         found[about] = found[about].plus(line) if about in found else line
-    return Outlook(tuple(found.values()), (estimator.words(),) if estimator.rated else ())
+    notes = (AT_MOST,) * isinstance(spec, TuneSpec) + (estimator.words(),) * estimator.rated
+    return Outlook(tuple(found.values()), notes)
 
 
 def _lines(spec: RowSpec[Any], loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
@@ -96,12 +105,31 @@ def _lines(spec: RowSpec[Any], loaded: LoadedModel, estimator: Estimator) -> Ite
             yield from _lines(spec.asking(length), loaded, estimator)
     elif isinstance(spec, TtftSpec):
         yield from _timed(spec, loaded, estimator)
+    elif isinstance(spec, TuneSpec):
+        yield from _tuned(spec, loaded, estimator)
     elif isinstance(spec, AccuracySpec) and loaded.tokenizer is None:
         yield from _unseen(spec, estimator)
     elif isinstance(spec, SamplesSpec):
         yield from _kept(spec, loaded, estimator)
     else:
         raise TypeError(f"{type(spec).__name__} has no outlook")
+
+
+def _tuned(spec: TuneSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
+    """At most, as if every set were half of the layers, and every prompt drawn as often as another."""
+    plan = METHODS[spec.method].plan(loaded.shape, spec.values)
+    about = {**spec.common(loaded), "tuning": spec.tuning, "stage": HELD_OUT if spec.held else COMPARISON}
+    about = {name: value for name, value in about.items() if name in TuneRow.key_fields() and name != "length"}
+    rows = read_all(spec.root, TuneRow)
+    there = any(all(getattr(row, name) == value for name, value in about.items()) for row in rows)
+    own = list(product(spec.tasks, spec.lengths))
+    asked = [(*kind, math.ceil((spec.budget + spec.most_compared) / len(own))) for kind in own]
+    asked += [(*kind, math.ceil(spec.most_compared / len(spec.held))) for kind in spec.held]
+    for task, length, wanted in asked:
+        (question,) = questions(task, length, [0], loaded, spec.seed)
+        estimate = estimator.sample(Asked(LossRow, plan, length, str(task), len(question.answer)))
+        left = 0 if there else wanted
+        yield Line(PREFILL, length, plan, wanted, wanted - left, left * estimate.seconds, (estimate.basis,) * bool(left))
 
 
 def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:

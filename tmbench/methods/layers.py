@@ -1,4 +1,4 @@
-"""Lists of layers: as texts, as a probe proposes them, and as a file of probe results holds them.
+"""Lists of layers: as texts, as a probe proposes them, and as the files of probes and of ``tmbench tune`` hold them.
 
 A proposal gives the deep pattern to layers whose middle section matters little. Without the middle sections of the layers T
 the share ``sum of m_l over T / sum of m_l over all layers`` is lost, where ``m_l`` is layer l's mean gradient of the middle
@@ -18,7 +18,8 @@ from typing import Literal
 from tmbench.errors import UserError, shortened
 from tmbench.methods.plan import DeepLayers, ModelShape
 from tmbench.results.rows import OK, ProbeRow
-from tmbench.results.tables import csv_paths, read
+from tmbench.results.tables import csv_paths, kind_of, read
+from tmbench.results.tune_rows import TuneRow
 from tmbench.results.words import counted
 
 RESULTS = Path("results")
@@ -229,42 +230,73 @@ def resolve(text: str, shape: ModelShape, root: Path) -> DeepLayers:
 
     Args:
         text: "16-" for all from 16 on, "16" for that one, a list such as "5,7,10-15", "none", "random:4" for so many layers
-            drawn at random, against which a choice can be compared, a file of probe results, or "auto" for the newest probe
-            of the model under ``root``.
-        shape: the model's. A probe of other contents does not count, nor does for "auto" one that does not say.
+            drawn at random, against which a choice can be compared, a file of ``tmbench probe`` or ``tmbench tune``, or
+            "auto" for the newest probe of the model under ``root``.
+        shape: the model's. Rows of other contents do not count, nor does for "auto" a probe that does not say.
         root: the folder of result files.
 
     Raises:
         UserError: the text is neither, or there is no proposal for this model.
     """
-    model, model_hash = shape.name, shape.model_hash
     if text.startswith(RANDOM):
         return DeepLayers(random_layers(text, shape.full), "random")
+    if text != AUTO and not text.endswith(".csv") and (LIST.issuperset(text) or not _is_file(text)):
+        return DeepLayers(parse_layers(text, shape.layers, shape.native), "given")
+    if text != AUTO and kind_of(Path(text), ProbeRow, TuneRow) is TuneRow:
+        return _tuned(text, shape)
+    rows = probe_rows(text, shape, root)
+    layers = {row.layer: row.triangle for row in rows}
+    found = tuple(layer for layer in shape.full if layers[layer])
+    newest = rows[0]
+    return DeepLayers(found, f"probe of {newest.task} at {newest.length}, {newest.proposal}", newest.length)
+
+
+def probe_rows(text: str, shape: ModelShape, root: Path, *, option: str = "--layers") -> list[ProbeRow]:
+    """A row for each layer of full attention, of the newest probe in a file, or with "auto" under ``root``.
+
+    Raises UserError where there is none of this model.
+    """
+    model, model_hash = shape.name, shape.model_hash
     if text == AUTO:
         named = [row for path in csv_paths(root, ProbeRow) for row in _proposed(path, model)]
         rows = [row for row in named if model_hash in ("", row.model_hash)]
-        if not rows:
-            which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
-            raise UserError(f"--layers auto finds {which} under {root}: run tmbench probe --model {model} first")
-    elif text.endswith(".csv") or (not LIST.issuperset(text) and _is_file(text)):
+        where = f"finds {{}} under {root}"
+    else:
         named = _proposed(Path(text), model)
         rows = [row for row in named if model_hash == "" or row.model_hash in ("", model_hash)]
-        if not rows:
-            which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
-            raise UserError(f"--layers {text} holds {which}: run tmbench probe --model {model} first")
-    else:
-        return DeepLayers(parse_layers(text, shape.layers, shape.native), "given")
+        where = "holds {}"
+    if not rows:
+        which = f"no probe of {model}" if not named else f"no probe of the files that {model} has now"
+        raise UserError(f"{option} {text} {where.format(which)}: run tmbench probe --model {model} first")
     # All rows of a proposal are written at once. Of two in one second the later one counts.
     newest = max(reversed(rows), key=lambda row: row.time)
     chosen = [row for row in rows if (row.time, row.probed) == (newest.time, newest.probed)]
-    layers = {row.layer: row.triangle for row in chosen}
-    if sorted(layer for layer in layers if layer is not None) != list(shape.full):
+    layers = [row.layer for row in chosen if row.layer is not None]
+    if sorted(set(layers)) != list(shape.full):
         raise UserError(
-            f"--layers {text}: its newest probe of {model} is of {counted(len(layers), 'layer')}, but the model has "
+            f"{option} {text}: its newest probe of {model} is of {counted(len(set(layers)), 'layer')}, but the model has "
             f"{len(shape.full)}: run tmbench probe --model {model} again"
         )
-    found = tuple(layer for layer in shape.full if layers[layer])
-    return DeepLayers(found, f"probe of {newest.task} at {newest.length}, {newest.proposal}", newest.length)
+    return list({row.layer: row for row in chosen}.values())
+
+
+def middle_of(rows: Iterable[ProbeRow]) -> dict[int, float]:
+    """Each layer's mean gradient of the middle section, by the attention logits."""
+    return {row.layer: row.middle_logits for row in rows if row.layer is not None and row.middle_logits is not None}
+
+
+def _tuned(text: str, shape: ModelShape) -> DeepLayers:
+    """The layers that the newest run of ``tmbench tune`` in a file chose; raises UserError where there is none."""
+    model, model_hash = shape.name, shape.model_hash
+    named = [row for row in read(Path(text), TuneRow) if row.chosen and row.status == OK and row.model == model]
+    rows = [row for row in named if model_hash == "" or row.model_hash in ("", model_hash)]
+    if not rows:
+        which = f"no choice for {model}" if not named else f"no choice for the files that {model} has now"
+        raise UserError(f"--layers {text} holds {which}: run tmbench tune --model {model} first")
+    newest = max(reversed(rows), key=lambda row: row.time)
+    layers = parse_layers(str(newest.settings["layers"]), shape.layers, shape.native)
+    about = f"{newest.method} on {newest.task} at {newest.lengths}, margin {newest.margin:g} nats"
+    return DeepLayers(layers, f"tune of {about}, {100 * newest.confidence:g} % confidence", newest.length)
 
 
 def _is_file(text: str) -> bool:

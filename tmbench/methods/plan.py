@@ -58,9 +58,9 @@ class DeepLayers(NamedTuple):
 
     layers: tuple[int, ...]
     source: str
-    """In words: "given", "published", "half the depth", "random", "probe of ..."."""
+    """In words: "given", "published", "half the depth", "random", "probe of ...", "tune of ..."."""
     probed: int | None = None
-    """How many tokens the prompts of the probe had, where it was one."""
+    """How many tokens the prompts had by which they were chosen, where they were."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tmbench.methods.table import LAYERS, METHODS
 from tmbench.report.settings import Setting
 from tmbench.results.parameters_text import Value
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.tune_rows import TuneRow
 
 R = TypeVar("R", bound=Row)
 S = TypeVar("S", bound=Setting)
@@ -131,7 +132,7 @@ def in_value_order(name: str, value: Value) -> tuple[Any, ...]:
 
 def task_of(row: Row) -> str:
     """The task that a row is about; "" for a row of no task."""
-    return row.task if isinstance(row, RulerRow | LossRow | ProbeRow) else ""
+    return row.task if isinstance(row, RulerRow | LossRow | ProbeRow | TuneRow) else ""
 
 
 def contents(row: Row) -> str:

@@ -11,7 +11,7 @@ from tmbench.report.report import build
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["ttft", "ruler", "agree", "trade-off", "loss", "probe"]
+Kind = Literal["ttft", "ruler", "agree", "trade-off", "loss", "probe", "tune"]
 
 
 def frame(root: Path | str, kind: Kind) -> pd.DataFrame:

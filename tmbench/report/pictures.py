@@ -16,6 +16,8 @@ from tmbench.report.ruler_plot import ruler_figure
 from tmbench.report.settings import ProbeSetting, Setting
 from tmbench.report.tradeoff_plot import trade_off_figure
 from tmbench.report.ttft_plot import speed_up_figure, ttft_figure
+from tmbench.report.tune import shows
+from tmbench.report.tune_plot import tune_figure
 from tmbench.results.files import write_whole
 from tmbench.results.rows import ProbeRow
 from tmbench.results.words import length_name
@@ -40,6 +42,10 @@ def figures(report: Report) -> dict[str, Figure]:
             rows = [cell.row for cell in probe.layers.values()]
             name = file_name("probe", probe.setting, *about, told=_probed(rows[0], probe.setting))
             found[name] = probe_figure(rows, probe.derivative)
+    for tune in report.tunes:
+        if shows(tune):
+            row = tune.cells[0].row
+            found[file_name("tune", tune.setting, tune.setting.method, row.task, row.lengths)] = tune_figure(tune)
     return found
 
 

@@ -19,6 +19,7 @@ from tmbench.report.settings import Setting
 from tmbench.report.time_intervals import TimeDifference
 from tmbench.report.tradeoff import TradeOff, TradeOffCell
 from tmbench.report.ttft import TtftCell, TtftSection
+from tmbench.report.tune import TuneCell, TuneSection
 from tmbench.results.rows import OK, Row
 
 Record = dict[str, object]
@@ -38,6 +39,8 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
                 *(f"nll_{part}_vs_dense{end}" for part in LOSSES for end in ("", "_low", "_high")),
             )
         ),
+        "tune": "capped_vs_dense capped_low_vs_dense capped_high_vs_dense nll_answer_vs_dense nll_answer nll_answer_dense "
+        "capped_share time_vs_dense prefills measured_s",
         "probe": " ".join(
             (
                 *(f"{part}_{measure}{sign}" for measure in DERIVATIVES for sign in ("", "_signed") for part in SECTIONS),
@@ -111,6 +114,12 @@ def _(section: TradeOff) -> Record:
 def _(section: ProbeSection) -> Record:
     # The layers proposed for triangle attention, and what decided.
     return {"proposed": list(section.proposed), "proposal": section.proposal}
+
+
+@summary.register
+def _(section: TuneSection) -> Record:
+    # The layers that the check accepted, and what follows from the trials, in words.
+    return {"chosen": section.chosen and section.chosen.layers, "conclusions": section.conclusions()}
 
 
 def section_record(section: AnySection) -> Record:
@@ -214,6 +223,11 @@ def _(cell: LossCell) -> Record:
 @_derived.register
 def _(cell: ProbeCell) -> Record:
     return {}
+
+
+@_derived.register
+def _(cell: TuneCell) -> Record:
+    return {"layers_tried": cell.layers}
 
 
 def _effect(one: Effect) -> Record:

@@ -18,16 +18,18 @@ from tmbench.report.intervals import MARGIN
 from tmbench.report.loss import LossSection, loss_section
 from tmbench.report.probe import ProbeSection, probe_section
 from tmbench.report.ruler import RulerSection, ruler_section
-from tmbench.report.settings import AgreeSetting, LossSetting, ProbeSetting, RulerSetting, TtftSetting
+from tmbench.report.settings import AgreeSetting, LossSetting, ProbeSetting, RulerSetting, TtftSetting, TuneSetting
 from tmbench.report.tradeoff import TradeOff, trade_offs
 from tmbench.report.ttft import TtftSection, ttft_section
+from tmbench.report.tune import TuneSection, tune_section
 from tmbench.results.choices import choices_of
 from tmbench.results.loss_samples import losses_of
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.sample_scores import read_samples
 from tmbench.results.tables import read_all
+from tmbench.results.tune_rows import TuneRow
 
-AnySection = TtftSection | RulerSection | AgreeSection | TradeOff | LossSection | ProbeSection
+AnySection = TtftSection | RulerSection | AgreeSection | TradeOff | LossSection | ProbeSection | TuneSection
 R = TypeVar("R", bound=Row)
 
 
@@ -42,6 +44,7 @@ class Report:
     probes: Sequence[ProbeSection] = ()
     margin: float = MARGIN
     """The non-inferiority margin in points."""
+    tunes: Sequence[TuneSection] = ()
 
     @cached_property
     def trade_offs(self) -> list[TradeOff]:
@@ -51,7 +54,7 @@ class Report:
     @property
     def sections(self) -> list[AnySection]:
         """All sections, in the order in which they are shown."""
-        return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs, *self.losses, *self.probes]
+        return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs, *self.losses, *self.probes, *self.tunes]
 
 
 def build(root: Path, margin: float = MARGIN) -> Report:
@@ -60,8 +63,8 @@ def build(root: Path, margin: float = MARGIN) -> Report:
     Raises UserError where there are no rows, or a file is not ours.
     """
     ttft, ruler, agree = _rows(root, TtftRow), _rows(root, RulerRow), _rows(root, AgreeRow)
-    losses, probes = _rows(root, LossRow), _rows(root, ProbeRow)
-    if not any((ttft, ruler, agree, losses, probes)):
+    losses, probes, tuned = _rows(root, LossRow), _rows(root, ProbeRow), _rows(root, TuneRow)
+    if not any((ttft, ruler, agree, losses, probes, tuned)):
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
     scores = []
     for about, placed in comparable(ruler, RulerSetting.of):
@@ -77,7 +80,8 @@ def build(root: Path, margin: float = MARGIN) -> Report:
         single = {(one.label, one.row.task, one.row.length): losses_of(root, one.row) for one in rows}
         lost.append(loss_section(setting, rows, single))
     probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
-    return Report(times, scores, agreement, lost, probed, margin)
+    tunes = [tune_section(setting, rows) for setting, rows in comparable(tuned, TuneSetting.of)]
+    return Report(times, scores, agreement, lost, probed, margin, tunes)
 
 
 def _rows(root: Path, kind: type[R]) -> list[R]:

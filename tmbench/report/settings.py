@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from tmbench.report.samples_as import drawn_words
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.tune_rows import TuneRow
 from tmbench.results.words import counted
 
 
@@ -202,6 +203,22 @@ class ProbeSetting(Setting):
         given = ", ".join(f"{name} {value}" for name, value in row.settings.items())
         same = ("task", "length", "threads", "seed", "prefill")
         return cls(**model_of(row), **_taken(row, same), parameters=given, older_data=older)
+
+
+@dataclass(frozen=True, order=True)
+class TuneSetting(Setting):
+    """Of one search for layers."""
+
+    method: str
+    tuning: str
+    """A hash of all that decides how it goes."""
+    threads: int
+    seed: int
+    prefill: str
+
+    @classmethod
+    def of(cls, row: TuneRow, older: int) -> TuneSetting:
+        return cls(**model_of(row), **_taken(row, ("method", "tuning", "threads", "seed", "prefill")))
 
 
 def model_of(row: Row) -> dict[str, Any]:

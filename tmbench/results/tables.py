@@ -1,6 +1,6 @@
 """Result files: one CSV per device, command and method; every row complete in itself and written whole.
 
-``<root>/<device>/<kind>/<method>.csv``, the kind being ttft, ruler, agree, probe or loss. A row is appended by one write to
+``<root>/<device>/<kind>/<method>.csv``, the kind being ttft, ruler, agree, probe, loss or tune. A row is appended by one write to
 a file opened for appending, under a lock, and taken back if the disk takes only a part, so that a kill or a full disk leaves
 whole rows. Measuring the same thing again appends a newer row, which readers prefer; rows are never changed. A file from
 before a column was added, or one that a spreadsheet saved with its columns in another order, is read by the names of its
@@ -100,6 +100,17 @@ def read(path: Path, row: type[R]) -> list[R]:
     """
     with readable(path):
         return _rows(path, row)
+
+
+def kind_of(path: Path, *kinds: type[Row]) -> type[Row]:
+    """Which of these kinds the columns of a CSV are of; the first where they are of none, which ``read`` then refuses.
+
+    Raises UserError where the file system refuses.
+    """
+    with readable(path):
+        header = read_file(path).partition(b"\n")[0].decode(errors="replace").removeprefix("\ufeff")
+    names = header.strip().replace('"', "").split(",")
+    return next((kind for kind in kinds if kind.is_header(names)), kinds[0])
 
 
 def _rows(path: Path, row: type[R]) -> list[R]:

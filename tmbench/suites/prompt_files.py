@@ -126,6 +126,14 @@ class PromptFile:
         entry, prompt, answer = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
         return prompt, answer, entry.id
 
+    def count(self, loaded: LoadedModel, length: int) -> int:
+        """How many prompts there are that have an answer and fit this many tokens with it."""
+        tokenizer = self._tokenizer(loaded)
+        if self.form == "text":
+            front, body = _text_ids(self, tokenizer)
+            return len(body) // max(1, length - len(front))
+        return sum(len(prompt) + len(answer) <= length for _, prompt, answer in _answers(self, tokenizer))
+
     def longest_prompt(self, loaded: LoadedModel, length: int) -> int:
         """How many tokens of ``length`` a prompt has at most, less its answer."""
         if self.form == "text":
