@@ -27,6 +27,7 @@ from probe_figures import PROBE_FIGURES
 from sources import ROOT, Block, Sources
 from summary_table import SUMMARY
 from training_figures import TRAINING
+from tune_tables import TUNE
 
 from tmbench.report.pictures import figures, save_all
 from tmbench.report.writers import report_markdown
@@ -40,7 +41,17 @@ PAGES = {
 WHOLE = {"report.md", smollm2_page.NAME, *PAGES.values()}
 """All pages that are rendered whole."""
 BLOCKS: dict[str, Block] = (
-    ACCURACY | FIGURES | PROBE_FIGURES | CHECKPOINT | CLAIMS | DECODING_TABLES | KERNELS | MODEL_TABLES | SUMMARY | TRAINING
+    ACCURACY
+    | FIGURES
+    | PROBE_FIGURES
+    | CHECKPOINT
+    | CLAIMS
+    | DECODING_TABLES
+    | KERNELS
+    | MODEL_TABLES
+    | SUMMARY
+    | TRAINING
+    | TUNE
 )
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 

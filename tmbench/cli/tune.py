@@ -10,6 +10,7 @@ import typer
 
 from tmbench.cli import options as o
 from tmbench.cli.attention import NO_ATTENTION, Attention, with_attention
+from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
@@ -31,7 +32,8 @@ CAP = 10
 SEARCH, COMPARED = "The search", "Comparison"
 
 
-@with_attention(without=("layers", "starting_layer", "dense_backend"))
+@with_checkpoint()
+@with_attention(without=("layers", "starting_layer", "dense_backend", "attn_native"))
 def tune(
     method: Annotated[
         str,
@@ -114,7 +116,7 @@ def tune(
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
     device: o.DeviceOption = None,
-    revision: o.RevisionOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
     executor: o.ExecutorOption = None,
     workers: o.WorkersOption = None,
@@ -147,7 +149,7 @@ def tune(
 
     limits = Limits(margin, CAP * margin if cap is None else cap, confidence)
     tasks = o.prompts_of(task or (), prompt_file, "--task") or list(TASKS)
-    source = ModelSource(model, weights, device, dtype, revision=revision)
+    source = ModelSource(model, weights, device, dtype, **checkpoint.given)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     wanted = o.lengths_of(tasks[0], loaded, answered=True) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted)
