@@ -1,4 +1,4 @@
-"""The page of layers: what a probe found of each, what it proposes, and the layers that methods took."""
+"""The page of layers: what a probe found of each, what it proposes, which sets were searched, and what methods took."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tmbench.results.words import length_name
 def content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the page's template is given."""
     blocks = [block_of(section, _charts(section), lengths=[section.setting.length]) for section in report.probes]
+    blocks += [block_of(section) for section in report.tunes]
     data = [block.charts for block in blocks]
     taken = _taken([cell.row for section in (*report.ttft, *report.ruler) for cell in section.measured()])
     return {"blocks": blocks, "filters": filters_of(blocks), "data": data, "taken": taken}
