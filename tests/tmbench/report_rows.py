@@ -66,7 +66,7 @@ def add_published(root):
 
 def tables_of(markdown):
     """Every table as lines of {header: cell}; one that goes on below itself, as wide ones do, is one table."""
-    tables = []
+    tables: list[list[dict[str, str]]] = []
     after = -1
     for found in re.finditer(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
         block = found.group()
