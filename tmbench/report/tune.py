@@ -22,10 +22,10 @@ RANDOM = "random, "
 """How the rules of sets that were drawn at random begin."""
 BASES = {"roofline": "the roofline", "ttft rows": "measured times to first token"}
 CAPTIONS = {
-    SEARCH: "The search. Its trials may err, and nothing rests on them:",
-    CHECK: "The check, on prompts that the search did not read, the largest set first:",
-    COMPARISON: "The chosen set and others, on the same prompts, which neither search nor check read:",
-    HELD_OUT: "The same sets on {place}, which neither search nor check read:",
+    SEARCH: "The search. Its trials may err, and nothing rests on them",
+    CHECK: "The check, on prompts that the search did not read, the largest set first",
+    COMPARISON: "The chosen set and others, on the same prompts, which neither search nor check read",
+    HELD_OUT: "The same sets on {place}, which neither search nor check read",
 }
 
 
@@ -106,11 +106,11 @@ class TuneSection(Section[TuneSetting, TuneCell]):
             lines.append([str(row.trial), *rule, cell.layers, *told])
         rule = ["set"] if stage != SEARCH else []
         names = [
-            "trial", *rule, "layers", "dense's loss", "loss", "difference", "capped difference", "at the cap", "prompts",
-            "in words", "time against dense",
+            "trial", *rule, "layers", "dense", "loss", "difference", "capped difference", "at cap", "prompts", "in words",
+            "time",
         ]  # fmt: skip
         place = next((cell.place for cell in self.stage(stage)), "other prompts")
-        caption = CAPTIONS[stage].format(place=place)
+        caption = f"{CAPTIONS[stage].format(place=place)}. Losses in nats per token, time against dense's:"
         return Table(caption, columns(*names, texts=("set", "layers", "in words")), lines)
 
     def conclusions(self) -> list[str]:

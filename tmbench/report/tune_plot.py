@@ -78,6 +78,7 @@ def _compared(axes: Axes, section: TuneSection) -> None:
                 [x for x, _ in points], [y for _, y in points], color=colour, marker=marker, s=size, label=label, alpha=0.85
             )
     axes.set(xlabel="capped difference to dense, nats per token", ylabel="time against dense")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     plain_axes(axes)
     if cells:
