@@ -120,6 +120,17 @@ def test_a_speed_up_says_where_the_repeats_tell_none(tmp_path):
     assert words[start + 2 : start + 4] == ["no measurable difference at 2K", "not interleaved at 8K"]
 
 
+def test_a_speed_up_has_its_interval(tmp_path):
+    for method, seconds in (("dense", (1.0, 1.1, 0.9)), ("tri_mix", (0.5, 0.6, 0.4))):
+        add_ttft(tmp_path, method, 2048, 1.0, samples_s=" ".join(map(str, seconds)), repeats=3)
+    (section,) = build(tmp_path).ttft
+    found: Any = section.measured("tri_mix")[0].against
+    axes: Any = speed_up_figure(section).axes[0]
+    (low, high) = next(each for each in axes.collections if len(each.get_segments())).get_segments()[0][:, 1]
+    assert low == pytest.approx(1 / (1 + found.high / 100))
+    assert high == pytest.approx(1 / (1 + found.low / 100))
+
+
 def test_speed_up_is_the_time_of_dense_over_the_time_of_the_method(tmp_path):
     for length, seconds in ((2048, 2.0), (4096, 0.25)):
         add_ttft(tmp_path, "dense", length, 1.0)

@@ -8,9 +8,9 @@ from math import nan
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from tmbench.report.length_lines import canvas, finish, line_of
+from tmbench.report.length_lines import Line, canvas, finish, line_of
 from tmbench.report.plot_style import GREY, LABEL_PT
-from tmbench.report.time_intervals import FASTER, SLOWER
+from tmbench.report.time_intervals import FASTER, SLOWER, TimeDifference
 from tmbench.report.ttft import TtftCell, TtftSection
 from tmbench.results.words import length_name
 
@@ -45,6 +45,7 @@ def _ends(cells: Sequence[TtftCell]) -> tuple[list[float], list[float]]:
 def speed_up_figure(section: TtftSection) -> Figure:
     """Dense's time over each method's by length, and at the end of a line what the method kept."""
     lines = []
+    spans: list[tuple[Line, list[int], list[float], list[float]]] = []
     for label in section.labels:
         percents = {cell.row.length: 0 if label == "dense" else cell.percent_vs_dense for cell in section.measured(label)}
         ratios = {length: 1 / (1 + percent / 100) for length, percent in percents.items() if percent is not None}
@@ -52,8 +53,11 @@ def speed_up_figure(section: TtftSection) -> Figure:
             fidelity = [] if label == "dense" else section.fidelity(label).split("; ")
             words = [label, *(["fidelity not measured"] if fidelity == ["not measured"] else fidelity)]
             lines.append(line_of(section, label, ratios, [*words, *_unsure(section, label)]))
+            spans.append((lines[-1], *_ratio_ends(section.measured(label))))
     figure, axes = canvas("Speed-up over dense attention", section, lines)
     values = [value for line in lines for value in line.values]
+    for line, lengths, low, high in spans:
+        axes.vlines(lengths, low, high, color=line.look.colour, alpha=0.5, linewidth=1.5)
     axes.set_ylim(min(0.9, *values) * 0.92, max(1.1, *values) * 1.08)
     if max(values) / min(1, *values) > 4:
         axes.set_yscale("log", base=2)
@@ -61,8 +65,15 @@ def speed_up_figure(section: TtftSection) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     finish(figure, axes, section, lines)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))  # noqa: RUF001 the sign is meant
-    axes.set_ylabel("dense time / method's time: above 1 is faster", color=GREY, fontsize=LABEL_PT)
+    axes.set_ylabel("dense time / method's time, 95 % interval: above 1 is faster", color=GREY, fontsize=LABEL_PT)
     return figure
+
+
+def _ratio_ends(cells: Sequence[TtftCell]) -> tuple[list[int], list[float], list[float]]:
+    """Lengths at which a method was interleaved with dense, and the ends of the 95 % intervals of its speed-up."""
+    found = [cell.against for cell in cells if isinstance(cell.against, TimeDifference)]
+    lengths = [cell.row.length for cell in cells if isinstance(cell.against, TimeDifference)]
+    return lengths, [1 / (1 + one.high / 100) for one in found], [1 / (1 + one.low / 100) for one in found]
 
 
 def _unsure(section: TtftSection, label: str) -> list[str]:
