@@ -55,6 +55,9 @@ REASON = "_tmbench_reason"
 WINDOW = "_tmbench_window"
 """The attribute of such a mask that says how wide the window is, where that is all there is to it."""
 
+DENSE = (Dense, AttnNative)
+"""Patterns of all pairs that nothing but the output is asked of; the probe's, which is dense too, is none of them."""
+
 Observer = Callable[[int, Pattern, Tensor, Tensor, float | None], None]
 """Called before each prefill attention with (layer, pattern, q, k, scale); see ``Applied.observer``."""
 
@@ -164,7 +167,7 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     session.implementations = implementations = Implementations(model, [*modules, *native])
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
-    sparse = any(not isinstance(pattern, Dense) for pattern in plan.by_layer.values())
+    sparse = any(type(pattern) not in DENSE for pattern in plan.by_layer.values())
     watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
     try:
         for module in modules:
@@ -230,7 +233,7 @@ def _attention(
             query = own_heads(query, query.shape[1] // parallel.size())
         out = own_attention(module, query, key, value, attention_mask, **kwargs)
         return all_heads(out) if slot.session.splits_prompts else out, None
-    if isinstance(slot.pattern, Dense) and _beyond_window(key, kwargs) and not prefill.active:
+    if type(slot.pattern) in DENSE and _beyond_window(key, kwargs) and not prefill.active:
         # Dense attention of such a layer is the layer's own.
         slot.session.calls += 1
         slot.session.layers.add(slot.layer)
