@@ -21,6 +21,11 @@ def grouped(
         values = {option.name: given.pop(option.name) for option in options}
         command(**given, **{place: make(values)})
 
-    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    return with_parameters(run, parameters)
+
+
+def with_parameters(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """The command, which Typer now takes to have these parameters."""
+    command.__signature__ = inspect.signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

@@ -18,6 +18,7 @@ import typer
 from typer.models import OptionInfo
 
 from tmbench import __version__
+from tmbench.cli.groups import with_parameters
 from tmbench.errors import UserError, shortened
 
 PREFIX = "TMBENCH"
@@ -38,8 +39,8 @@ def with_sources(name: str) -> Callable[[Callable[..., None]], Callable[..., Non
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        parameters = [_with_variables(name, parameter) for parameter in own.parameters.values()]
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [_with_variables(name, parameter) for parameter in own]
         names = {parameter.name: _long(parameter) for parameter in parameters}
         repeated = {parameter.name for parameter in parameters if _repeated(parameter)}
 
@@ -71,9 +72,7 @@ def with_sources(name: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, option]
             ),
         ]
-        run.__signature__ = own.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *added)}
-        return run
+        return with_parameters(run, [*parameters, *added])
 
     return decorate
 

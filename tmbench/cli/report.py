@@ -56,12 +56,13 @@ def report(
         say(f"wrote {first}")
     if html is not None and output is None:
         return
-    text = {"md": writers.report_markdown, "csv": writers.report_csv, "json": writers.report_json}[form](built)
-    if output is not None:
-        with writable(output, "--output"):
-            write_whole(output, text)
-        say(f"wrote {output}")
-    elif form == "md" and console().is_terminal:
+    if output is None and form == "md" and console().is_terminal:
         markdown(writers.report_markdown(built, folds=False))
-    else:
+        return
+    text = {"md": writers.report_markdown, "csv": writers.report_csv, "json": writers.report_json}[form](built)
+    if output is None:
         typer.echo(text)
+        return
+    with writable(output, "--output"):
+        write_whole(output, text)
+    say(f"wrote {output}")

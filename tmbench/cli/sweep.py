@@ -117,10 +117,8 @@ def sweep(
     rows = measure(spec, where, _nothing)
     if part is not None:
         say("a shard only asks, as times are taken in turns: merge all shards, then run this without --shard")
+    if part is not None or as_json:
         print_measured(spec, rows, say_failures, as_json=as_json)
-        return
-    if as_json:
-        print_measured(spec, rows, say_failures, as_json=True)
         return
     failed = [row for row in rows if row.status != "ok"]
     _show(spec, loaded)
