@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from tmbench.engine.decode_kind import step_kind
 from tmbench.engine.prefill import PLAIN
-from tmbench.engine.prefill_kind import kind_for
+from tmbench.engine.prefill_kind import kind_for, obstacle_of
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.layer_kinds import FULL, kind_words, layer_kinds
 
@@ -172,11 +172,12 @@ def found_of(family: str) -> dict[str, str]:
     row = dict.fromkeys(COLUMNS, "") | {"family": family, "layers": kind_words(sorted(kinds, key=lambda kind: kind != FULL))}
     try:
         prefill = kind_for(model, compiled=True)
+        obstacle = obstacle_of(model)
     except UnsupportedModelError as error:
         return row | {"refused": str(error)}
     together, why = step_kind(model, prefill, capacity=SMALL["max_position_embeddings"])
     return row | {
-        "prompts": "as transformers" if prefill == PLAIN else prefill,
+        "prompts": f"as transformers, {obstacle}" if prefill == PLAIN else prefill,
         "answers": "together" if together else f"one by one, {why}",
         "static cache": "no" if family in NO_STATIC_CACHE else "yes",
     }

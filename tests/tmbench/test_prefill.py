@@ -16,13 +16,20 @@ from transformers import AutoModelForCausalLM
 from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
+from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, prepared, tensors_of
 from tmbench.engine.prefill_kind import compiles, kind_for, kind_wanted
 from tmbench.engine.prefill_state import PrefillState
+from tmbench.engine.session import running
 from tmbench.errors import UserError
 from tmbench.models.geometry import Geometry
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
+ROUTED: dict[str, Any] = MOE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -35,6 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "mixtral": {"sliding_window": None, **MOE},
     "qwen3_moe": {"mlp_only_layers": [1], **MOE},
+    "deepseek_v3": LATENT | ROUTED,
+    "glm4_moe_lite": LATENT | {"mlp_layer_types": ["dense"] * 4},
 }
 WINDOW = {"n_init": 2, "n_local": 9, "last_n": 5}
 METHOD_NAMES = ("dense", "tri_mix", "streaming", "minference")
@@ -240,6 +249,30 @@ def test_the_cache_holds_keys_and_values_and_no_more(family, kind, make_model, p
         assert kept.untyped_storage().nbytes() == kept.nbytes, "phi3's are views of a product that has queries as well"
 
 
+@pytest.mark.slow
+def test_latents_share_graphs_and_a_slot_of_a_static_cache_holds_what_they_make(make_model, prompt, graphs):
+    """Keys and values of every head, which a batched step attends to in place."""
+    model, ids = (
+        make_model("deepseek_v3", **(LATENT | ROUTED | {"num_hidden_layers": 7, "first_k_dense_replace": 3})),
+        prompt(40),
+    )
+    expected, plain = read(model, ids, PLAIN, "dense")
+    for method in METHOD_NAMES:
+        read(model, ids, COMPILED, method)
+    targets = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    layers = [names for names in targets if "tmbench.attention" in names]
+    assert len(layers) == 2, "one for dense layers and one for those with experts, of three or more each"
+    slots = KvCache(2, 50)
+    with torch.inference_mode(), running(model, plan_of(model, "dense"), COMPILED) as session:
+        same(session.read_into(ids, CacheSlot(slots, 1))[0], expected)
+    for number, (keys, values) in enumerate(slots.layers):
+        latents = plain.layers[number]
+        with torch.inference_mode():
+            wanted = model.model.layers[number].self_attn.expand_kv(latents.keys, latents.values)
+        for got, each in zip((keys, values), wanted, strict=True):
+            same(got[1:, :, :40], each)
+
+
 def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
     model = make_model("llama")
     seen: dict[str, list[int]] = {name: [] for name in ("gate", "query")}
@@ -256,13 +289,6 @@ def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
 )
 def test_layers_of_another_build_run_plainly(family, changes, make_model, prompt):
     assert kind_for(make_model(family, **changes), compiled=True) == PLAIN
-
-
-def test_a_cache_of_another_kind_is_kept(make_model):
-    """DeepSeek caches what keys and values are made of, not what attention is given."""
-    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 16}
-    model = make_model("deepseek_v3", first_k_dense_replace=4, head_dim=8, num_key_value_heads=4, **sizes)
-    assert kind_for(model, compiled=True) == PLAIN
 
 
 def test_a_model_that_differs_runs_plainly(make_model, monkeypatch):
@@ -331,7 +357,9 @@ def test_compiled_for_good(family, make_model, prompt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "fused"), [("llama", 0), ("qwen2", 0), ("gemma", 0), ("phi3", 1), ("gpt_neox", 1)])
+@pytest.mark.parametrize(
+    ("family", "fused"), [("llama", 0), ("qwen2", 0), ("gemma", 0), ("phi3", 1), ("gpt_neox", 1), ("glm4_moe_lite", 0)]
+)
 def test_the_roofline_is_what_a_fast_prefill_multiplies(family, fused, make_model, prompt):
     """Counted by torch, operator by operator; a fused projection computes queries that nobody needs."""
     model = make_model(family, **FAMILIES[family])

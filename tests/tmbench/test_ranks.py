@@ -189,6 +189,11 @@ def test_a_row_of_split_prompts_says_how_long_its_gpus_waited_for_each_other(tmp
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "that depend on a prompt's",
         ),
+        (
+            "deepseek_v3",
+            {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "first_k_dense_replace": 4},
+            "caches the latents that its keys and values are made from",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_split_are_refused(monkeypatch, make_model, family, config, reason):

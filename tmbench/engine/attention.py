@@ -297,7 +297,8 @@ def _traced_attention(
     operator = operators.last_row if layer.last_row else operators.attention
     out = operator(query, key, value, *_of_logits(kwargs))
     # What leaves a graph is not overwritten by its next call, and need not be copied. With CUDA graphs it would be.
-    layer.kept = key, value
+    if layer.kept is None:
+        layer.kept = key, value
     return layer.yielded(out, query.shape[2]), None
 
 

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 
 from tmbench.engine import operators
 from tmbench.engine.attention import NativeSlot, Slot
+from tmbench.engine.decoder_layers import DecoderLayer
 from tmbench.engine.forwards import forward_of
+from tmbench.engine.kv_cache import CacheSlot
 
 if TYPE_CHECKING:
     from tmbench.engine.last_position import LastPosition
@@ -103,23 +105,28 @@ def run_layer(
     slot: Slot | NativeSlot,
     region: operators.Region,
     run: Callable[..., Any],
-    layer: nn.Module,
+    layer: DecoderLayer,
     last_row: bool,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """One layer, of which the last row alone may be wanted; what its graph gave to attention goes into the cache."""
+    """One layer, of which the last row alone may be wanted; what its graph gave to attention goes into the cache.
+
+    A layer that makes keys and values from latents has these in transformers' cache, and keys and values in a slot.
+    """
     state = slot.session.prefill
     if not state.active:
         raise RuntimeError("the model is prepared for prefills: decode after the with block")
     state.layer.begin(last_row=last_row, dynamic=slot.pattern.dynamic)
+    if layer.latents and not isinstance(state.cache, CacheSlot):
+        kwargs[layer.cache_name] = state.layer
     try:
         with operators.entered(region):
-            out = run(layer, *args, **kwargs)
+            out = run(layer.module, *args, **kwargs)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         raise RuntimeError(
-            f"torch.compile gave up on {type(layer).__name__}, --no-compile or TORCHDYNAMO_DISABLE=1 measures without it: "
-            f"{error}"
+            f"torch.compile gave up on {type(layer.module).__name__}, --no-compile or TORCHDYNAMO_DISABLE=1 measures "
+            f"without it: {error}"
         ) from error
     finally:
         kept = state.layer.end()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.chunked_mlp import is_plain
 from tmbench.models.attention_modules import native_attentions, parents
+from tmbench.models.geometry import has_latents
 
 CACHES = ("cache", "past_key_values")
 """The parameter of a layer that takes the key-value cache, by release of transformers."""
@@ -30,6 +31,9 @@ class DecoderLayer:
     """Its attention where a method acts on it; None where the layer stays the model's own."""
     native: Any | None = None
     """The attention of a layer that stays the model's own and has a window or chunks."""
+
+    latents: bool = False
+    """Whether the attention that a method acts on makes its keys and values from latents, and caches these."""
 
     @property
     def with_router(self) -> bool:
@@ -71,7 +75,8 @@ def decoder_layers(model: PreTrainedModel, modules: Sequence[Any]) -> list[Decod
         # Somebody else's wrapper, for instance accelerate's: there is no telling what it does.
         if any("forward" in vars(module) for module in layer.modules()):
             return None
-        found.append(DecoderLayer(number, layer, mlp, own, native.get(layer)))
+        latents = own is not None and has_latents(text) and _cache_name(layer) is not None
+        found.append(DecoderLayer(number, layer, mlp, own, native.get(layer), latents))
     return found
 
 

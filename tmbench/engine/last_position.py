@@ -23,6 +23,9 @@ from tmbench.engine.native_layers import run_native
 from tmbench.engine.prefill_state import LayerPass
 from tmbench.models.attention_modules import PLACE
 
+QUERIES = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")
+"""The modules of an attention that yield queries and nothing else: one, or those that make them from latents."""
+
 
 def narrow(stack: ExitStack, last: DecoderLayer, session: Applied, run: Runners) -> None:
     """Let a model's last layer work on the last position only, but for its keys and values, until the stack unwinds.
@@ -37,13 +40,13 @@ def narrow(stack: ExitStack, last: DecoderLayer, session: Applied, run: Runners)
     slot = getattr(attention, PLACE)
     region = operators.Region(partial(attend, slot), partial(_hidden_of_mlp, last.mlp))
     run_last = run.last_layer_dynamic if slot.pattern.dynamic else run.last_layer
-    replace_forward(stack, layer, partial(run_layer, slot, region, run_last, layer, True))
-    queries = getattr(attention, "q_proj", None)
+    replace_forward(stack, layer, partial(run_layer, slot, region, run_last, last, True))
+    queries = [getattr(attention, name, None) for name in QUERIES]
     for module in {*attention.children(), *layer.children()} - {attention}:
         if module not in run.narrowed:
             forward = run.last_mlp if module is last.mlp else forward_of
             run.narrowed[module] = LastPosition(
-                module, forward, attention, queries=module is queries, with_router=module is last.mlp and last.with_router
+                module, forward, attention, queries=module in queries, with_router=module is last.mlp and last.with_router
             )
         replace_forward(stack, module, run.narrowed[module])
 

@@ -108,15 +108,17 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
         for layer in layers if every_position else layers[:-1]:
             mlp = partial(in_chunks, layer.mlp, run.mlp)
             module = layer.attention or layer.native
-            if kind == COMPILED and module is not None:
-                slot = getattr(module, PLACE)
-                region = operators.Region(partial(attend if layer.attention else attend_locally, slot), mlp)
+            traced = kind == COMPILED and module is not None
+            if traced:
                 # One function for all: a graph is bound to the identity of each function that it calls.
                 replace_forward(stack, layer.mlp, operators.mlp_and_router if layer.with_router else operators.mlp)
-                replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer.module, False))
-                continue
-            replace_forward(stack, layer.mlp, partial(with_router, mlp) if layer.with_router else mlp)
-            if layer.attention is None:
+            else:
+                replace_forward(stack, layer.mlp, partial(with_router, mlp) if layer.with_router else mlp)
+            if module is not None and (traced or layer.latents):
+                slot = getattr(module, PLACE)
+                region = operators.Region(partial(attend if layer.attention else attend_locally, slot), mlp)
+                replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer, False))
+            elif layer.attention is None:
                 replace_forward(stack, layer.module, partial(run_native, session.prefill, layer))
         if not every_position:
             narrow(stack, layers[-1], session, run)

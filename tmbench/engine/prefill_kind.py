@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tmbench.engine.attention import applied_plan
-from tmbench.engine.calls import cache_name
 from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, prepared, tensors_of
 from tmbench.errors import UserError
@@ -20,7 +18,6 @@ from tmbench.methods.table import METHODS
 from tmbench.models import parallel
 from tmbench.models.attention_modules import attention_modules, limiting_windows
 from tmbench.models.context import splits_prompts
-from tmbench.models.geometry import Geometry
 from tmbench.results.failures import describe
 
 PROBE_LENGTH = 48
@@ -33,7 +30,7 @@ def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
 
     Raises UnsupportedModelError for a model that no method can be applied to.
     """
-    if _obstacle(model):
+    if obstacle_of(model):
         return PLAIN
     return COMPILED if compiled else EAGER
 
@@ -48,7 +45,7 @@ def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | N
         UserError: compilation is asked for and cannot be had.
     """
     wish = compiles(device, compiled)
-    obstacle = _planned_obstacle(model) if planned else _obstacle(model)
+    obstacle = _layers_obstacle(model) if planned else obstacle_of(model)
     if compiled and obstacle:
         raise UserError(f"--compile: {type(model).__name__} cannot be compiled here, {obstacle}: leave the option out")
     if obstacle and splits_prompts(model):
@@ -59,6 +56,7 @@ def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | N
 
 
 def _layers_obstacle(model: PreTrainedModel) -> str:
+    """As ``obstacle_of``, as far as it shows without weights."""
     modules = attention_modules(model)
     if min(limiting_windows(model).values(), default=PROBE_LENGTH) < PROBE_LENGTH:
         return f"as its sliding windows are shorter than the {PROBE_LENGTH} tokens that it is tried with"
@@ -67,8 +65,8 @@ def _layers_obstacle(model: PreTrainedModel) -> str:
     return "as its layers are not built of an attention and an MLP that can be run apart, or have been wrapped"
 
 
-def _obstacle(model: PreTrainedModel) -> str:
-    """Why a model has to be run as transformers runs it; empty where it need not."""
+def obstacle_of(model: PreTrainedModel) -> str:
+    """Why a model has to be run as transformers runs it, in words that follow a comma; empty where it need not."""
     modules = attention_modules(model)
     if found := _layers_obstacle(model):
         return found
@@ -93,31 +91,6 @@ def _obstacle(model: PreTrainedModel) -> str:
     if not once_each or len(got) != len(expected) or not all(map(agree, got, expected)):
         return "as it answers a short prompt otherwise, or fills its cache otherwise, than transformers has it"
     return ""
-
-
-def _planned_obstacle(model: PreTrainedModel) -> str:
-    """As ``_obstacle``, of a model on the meta device: what shows without weights."""
-    own_cache = "" if _keeps_what_attends(model) else "as it caches something else than the keys and values of its attention"
-    return _layers_obstacle(model) or own_cache
-
-
-@torch.no_grad()
-def _keeps_what_attends(model: PreTrainedModel) -> bool:
-    """Whether a model on the meta device caches the keys and values that its attention is given, by their sizes.
-
-    Under multi-head latent attention some models cache what keys and values are made from.
-    """
-    cache, shape = DynamicCache(config=model.config.get_text_config()), Geometry.of(model)
-    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.device)
-    # Not all that a model does can be done without data, for instance choosing experts: its first layer tells.
-    with suppress(Exception):
-        model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
-    full = ModelShape.of(model).full
-    filled = [
-        layer for number, layer in enumerate(cache.layers) if number in full and getattr(layer, "keys", None) is not None
-    ]
-    sizes = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in filled}
-    return sizes <= {(shape.kv_heads, shape.qk_head_dim, shape.v_head_dim)}
 
 
 def compiles(device: torch.device, wish: bool | None) -> bool:

@@ -31,7 +31,7 @@ class LayerPass:
     attended: bool = False
     """Whether attention is done in a layer of which only the last row is wanted."""
     kept: tuple[Tensor, Tensor] | None = None
-    """Keys and values that a compiled layer has given to attention, on their way into the cache.
+    """Keys and values that a layer has given to attention, or to ``update``, on their way into the cache.
 
     Where one projection makes queries as well, all of its product stays until the layer ends and ``fill`` copies its part.
     """
@@ -48,6 +48,11 @@ class LayerPass:
         self.begun = self.last_row = self.narrow_queries = self.attended = False
         self.kept = None
         return kept
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a layer caches that attention is not given, as transformers' caches take it: see ``has_latents``."""
+        self.kept = key, value
+        return key, value
 
     def is_narrow(self, *, queries: bool) -> bool:
         """Whether a module that runs now works on the last position alone; ``queries`` says that it yields queries."""
@@ -87,11 +92,11 @@ class PrefillState:
         return self.cache is not None
 
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put a layer's keys and values into the cache, where there is one to be filled.
+        """Put a layer's keys and values into the cache, where there is one to be filled and the layer keeps no others.
 
         Of a prompt that is split it gets those that attention works on: see ``exchanged``.
         """
-        if self.cache is not None and self.split is None:
+        if self.cache is not None and self.split is None and self.layer.kept is None:
             fill(self.cache, layer, key, value)
 
     def exchanged(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

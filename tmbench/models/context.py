@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tmbench.errors import UserError
 from tmbench.models import parallel
 from tmbench.models.attention_modules import kept_whole, native_attentions, windows
-from tmbench.models.geometry import Geometry
+from tmbench.models.geometry import Geometry, has_latents
 from tmbench.models.rotary import depends_on_length
 
 _SPLIT: WeakSet[nn.Module] = WeakSet()
@@ -39,6 +39,11 @@ def check_split(name: str, model: Any) -> None:
         raise UserError(f"--model {name} has layers of chunked attention, whose prompts are not split: {remedy}")
     if feature := kept_whole(model):
         raise UserError(f"--model {name} has {feature}, which prompts that are split do not go with: {remedy}")
+    if has_latents(model.config):
+        raise UserError(
+            f"--model {name} caches the latents that its keys and values are made from, which no rank has a part of, so its "
+            f"prompts are not split: {remedy}"
+        )
     if depends_on_length(model):
         raise UserError(
             f"--model {name} has rotary embeddings that depend on a prompt's length, which no rank has whole: {remedy}"

@@ -36,8 +36,7 @@ class Geometry:
         # Some families have heads of another size, or another number of them, in each kind of layer.
         own = text.per_layer_config[layer]
         heads = int(own.num_attention_heads)
-        latent = getattr(own, "kv_lora_rank", None) and getattr(own, "qk_rope_head_dim", None)
-        if latent:
+        if has_latents(own):
             qk = int(getattr(own, "qk_nope_head_dim", 0)) + int(own.qk_rope_head_dim)
             return cls(len(kinds), heads, heads, qk, int(own.v_head_dim), text.vocab_size)
         dim = int(getattr(own, "head_dim", None) or text.hidden_size // heads)
@@ -48,6 +47,12 @@ class Geometry:
     def flop_per_pair(self) -> float:
         """Operations of one (query, key) pair of one head: a product of q and k, and one of its weight with v."""
         return 2.0 * (self.qk_head_dim + self.v_head_dim)
+
+
+def has_latents(config: Any) -> bool:
+    """Whether keys and values are made from a compressed latent, which transformers caches in their place."""
+    text = config.get_text_config()
+    return bool(getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None))
 
 
 def experts_per_token(config: Any) -> int:
