@@ -16,7 +16,7 @@ from tmbench import applied
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.calls import cache_name
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, tensors_of
-from tmbench.engine.prefill_kind import kind_for
+from tmbench.engine.prefill_kind import kind_for, obstacle_of
 from tmbench.engine.session import running
 from tmbench.errors import UnsupportedModelError
 from tmbench.models.attention_modules import attention_modules
@@ -145,6 +145,38 @@ def test_prompts_are_read_alike_and_decoded_after(family, kind, prompt, graphs, 
             for got, expected in zip(kept, held, strict=True):
                 near(got, expected)
             near(decoding.read([5]), after)
+
+
+HYBRIDS = [
+    *[("granitemoehybrid", {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": count}) for count in (0, 4)],
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention", "attention", "mamba"]}),
+    *[
+        ("nemotron_h", {"layers_block_type": ["attention", "mlp", "mamba", last]})
+        for last in ("attention", "moe", "mlp", "mamba")
+    ],
+    ("minimax", {"layer_types": ["full_attention", "linear_attention"] * 2}),
+]
+"""Hybrids that end with another layer than full attention, have no experts, or nothing between two attentions."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "changes"), HYBRIDS)
+def test_hybrids_may_end_with_a_layer_of_any_kind(family, changes, make_model, prompt, graphs, short_chunks):
+    model = make_model(family, **(FAMILIES[family] | changes))
+    ids = prompt(LENGTH)
+    found = {}
+    for kind in (PLAIN, EAGER, COMPILED):
+        with torch.inference_mode(), running(model, plan_of(model, "tri_mix", **TRIANGLE), kind) as session:
+            decoding = session.read(ids)
+            found[kind] = [decoding.logits, *(tensor.clone() for tensor in tensors_of(decoding.cache)), decoding.read([5])]
+    assert kind_for(model, compiled=True) == COMPILED
+    for kind in (EAGER, COMPILED):
+        for got, expected in zip(found[kind], found[PLAIN], strict=True):
+            near(got, expected)
+
+
+def test_a_recurrence_beside_attention_is_named_as_the_reason_for_reading_plainly():
+    assert obstacle_of(small("falcon_h1")) == "as its layers have a recurrence beside their attention"
 
 
 @pytest.mark.slow

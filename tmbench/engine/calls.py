@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tmbench.engine.left_padding import positions
 from tmbench.models.rotary import depends_on_length
@@ -20,6 +21,12 @@ def keep_last(model: PreTrainedModel) -> dict[str, int]:
 def cache_name(model: PreTrainedModel) -> str:
     """The parameter that takes the key-value cache: transformers 5.24 renamed it, and warns of the older name."""
     return "cache" if "cache" in _parameters(model) else "past_key_values"
+
+
+def empty_cache(model: PreTrainedModel) -> Cache:
+    """A cache that holds nothing, as the model makes one for itself: MiniMax has a class of its own, without sizes."""
+    own = getattr(sys.modules[type(model).__module__], "MiniMaxCache", None)
+    return DynamicCache(config=model.config.get_text_config()) if own is None else own()
 
 
 def cache_of(output: Any) -> Any:

@@ -52,7 +52,8 @@ def prepared(
         stack.callback(implementations.restore)
         implementations.use(IMPLEMENTATION)
         for layer, (keys, values) in zip(layers, cache.layers, strict=True):
-            region = operators.Region(partial(_attend, keys, values, cache_seqlens), partial(forward_of, layer.mlp))
+            mlp = None if layer.mlp is None else partial(forward_of, layer.mlp)
+            region = operators.Region(partial(_attend, keys, values, cache_seqlens), mlp)
             replace_forward(stack, layer.module, partial(_run_layer, region, run, layer.module))
         yield
 

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from tmbench.engine.chunked_mlp import is_plain
 from tmbench.models.attention_modules import native_attentions, parents
 from tmbench.models.geometry import has_latents
 
@@ -26,7 +25,8 @@ class DecoderLayer:
 
     number: int
     module: Any
-    mlp: nn.Module
+    mlp: nn.Module | None
+    """None where nothing follows its attention or recurrence."""
     attention: Any | None
     """Its attention where a method acts on it; None where the layer stays the model's own."""
     native: Any | None = None
@@ -68,9 +68,11 @@ def decoder_layers(model: PreTrainedModel, modules: Sequence[Any]) -> list[Decod
     native = {holder[module]: module for module in native_attentions(model)}
     found = []
     for number, layer in enumerate(layers):
-        mlp = None if layer is None else _mlp(layer)
         own = attention.get(layer)
-        if layer is None or mlp is None or (own is None and _cache_name(layer) is None):
+        mlp = None if layer is None else _mlp(layer)
+        if layer is None or (mlp is None and not hasattr(layer, "mixer")) or (own is None and _cache_name(layer) is None):
+            return None
+        if own is not None and beside(layer, own):
             return None
         # Somebody else's wrapper, for instance accelerate's: there is no telling what it does.
         if any("forward" in vars(module) for module in layer.modules()):
@@ -80,13 +82,26 @@ def decoder_layers(model: PreTrainedModel, modules: Sequence[Any]) -> list[Decod
     return found
 
 
+def beside(layer: nn.Module, attention: Any) -> bool:
+    """Whether a layer has a recurrence beside its attention."""
+    known = attention, _mlp(layer)
+    return any(_mixes(part) and part not in known for part in layer.children())
+
+
 def _mlp(layer: nn.Module) -> nn.Module | None:
-    """What follows the attention of a layer: some families call it otherwise, and may return more than hidden states."""
-    mlp, other = getattr(layer, "mlp", None), getattr(layer, "feed_forward", None)
-    if isinstance(mlp, nn.Module):
-        return mlp
-    served = isinstance(other, nn.Module) and (is_plain(other) or type(other).__name__ in WITH_ROUTER)
-    return other if served else None
+    """What follows the attention of a layer: some families call it otherwise, and may return more than hidden states.
+
+    Of experts with an MLP beside them it is the experts.
+    """
+    if _mixes(mixer := getattr(layer, "mixer", None)):
+        return None
+    found = [getattr(layer, name, None) for name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")]
+    return next((part for part in (*found, mixer) if isinstance(part, nn.Module)), None)
+
+
+def _mixes(part: Any) -> bool:
+    """Whether a module of a layer mixes positions: an attention, a recurrence or a convolution."""
+    return isinstance(part, nn.Module) and getattr(part, "layer_idx", None) is not None
 
 
 def _cache_name(layer: nn.Module) -> str | None:

@@ -34,11 +34,12 @@ def narrow(stack: ExitStack, last: DecoderLayer, session: Applied, run: Runners)
     """
     layer, attention = last.module, last.attention
     if attention is None:
-        replace_forward(stack, last.mlp, partial(_last_alone, last))
+        if last.mlp is not None:
+            replace_forward(stack, last.mlp, partial(_last_alone, last.mlp, last.with_router))
         replace_forward(stack, layer, partial(run_native, session.prefill, last))
         return
     slot = getattr(attention, PLACE)
-    region = operators.Region(partial(attend, slot), partial(_hidden_of_mlp, last.mlp))
+    region = operators.Region(partial(attend, slot), None if last.mlp is None else partial(_hidden_of_mlp, last.mlp))
     run_last = run.last_layer_dynamic if slot.pattern.dynamic else run.last_layer
     replace_forward(stack, layer, partial(run_layer, slot, region, run_last, last, True))
     queries = [getattr(attention, name, None) for name in QUERIES]
@@ -51,11 +52,11 @@ def narrow(stack: ExitStack, last: DecoderLayer, session: Applied, run: Runners)
         replace_forward(stack, module, run.narrowed[module])
 
 
-def _last_alone(last: DecoderLayer, x: Tensor) -> Any:
+def _last_alone(mlp: nn.Module, with_router: bool, x: Tensor) -> Any:
     """An MLP on the last position of ``[batch, length, width]``, seen at all of them."""
     row = x[:, -1:]
-    out = hidden_of(forward_of(last.mlp, row), row).expand(-1, x.shape[1], -1)
-    return (out, None) if last.with_router else out
+    out = hidden_of(forward_of(mlp, row), row).expand(-1, x.shape[1], -1)
+    return (out, None) if with_router else out
 
 
 def _hidden_of_mlp(mlp: nn.Module, x: Tensor) -> Tensor:

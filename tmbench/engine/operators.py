@@ -22,8 +22,8 @@ class Region:
     attention: Callable[[Tensor, Tensor, Tensor, float | None, float, Tensor | None], Tensor]
     """q, k, v ``[batch, heads, length, dim]``, scale, cap of the logits (0 for none) and sinks ``[heads]`` to
     ``[batch, length or 1, heads, v_dim]``, contiguous."""
-    mlp: Callable[[Tensor], Tensor]
-    """Hidden states ``[batch, length, hidden]`` to new ones of that shape, contiguous."""
+    mlp: Callable[[Tensor], Tensor] | None
+    """Hidden states ``[batch, length, hidden]`` to new ones of that shape, contiguous; None where a layer has no MLP."""
 
 
 _RUNNING: ContextVar[Region] = ContextVar("tmbench-region")
@@ -61,7 +61,9 @@ def _last_row_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softca
 
 @torch.library.custom_op("tmbench::mlp", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _mlp(x: Tensor) -> Tensor:
-    return _RUNNING.get().mlp(x)
+    mlp = _RUNNING.get().mlp
+    assert mlp is not None, "a layer without an MLP does not call one"
+    return mlp(x)
 
 
 @_mlp.register_fake

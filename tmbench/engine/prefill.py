@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from tmbench.engine import operators
 from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, attend_locally
-from tmbench.engine.calls import cache_of, keep_last, padded_call
+from tmbench.engine.calls import cache_of, empty_cache, keep_last, padded_call
 from tmbench.engine.chunked_mlp import in_chunks, with_router
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
 from tmbench.engine.decoder_layers import decoder_layers
@@ -82,7 +82,7 @@ class Prefill:
     def _empty_cache(self) -> Cache:
         if self.session is not None and self.session.splits_prompts:
             return cache_of_own_heads(self.model)
-        return DynamicCache(config=self.model.config.get_text_config())
+        return empty_cache(self.model)
 
 
 @contextmanager
@@ -106,14 +106,15 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
             session.implementations.use(TRACED)
         run = compiled(model) if kind == COMPILED else Runners()
         for layer in layers if every_position else layers[:-1]:
-            mlp = partial(in_chunks, layer.mlp, run.mlp)
             module = layer.attention or layer.native
             traced = kind == COMPILED and module is not None
-            if traced:
+            mlp = None if layer.mlp is None else partial(in_chunks, layer.mlp, run.mlp)
+            if layer.mlp is not None and mlp is not None:
                 # One function for all: a graph is bound to the identity of each function that it calls.
-                replace_forward(stack, layer.mlp, operators.mlp_and_router if layer.with_router else operators.mlp)
-            else:
-                replace_forward(stack, layer.mlp, partial(with_router, mlp) if layer.with_router else mlp)
+                operator = operators.mlp_and_router if layer.with_router else operators.mlp
+                replace_forward(
+                    stack, layer.mlp, operator if traced else partial(with_router, mlp) if layer.with_router else mlp
+                )
             if module is not None and (traced or layer.latents):
                 slot = getattr(module, PLACE)
                 region = operators.Region(partial(attend if layer.attention else attend_locally, slot), mlp)
@@ -133,4 +134,5 @@ def tensors_of(cache: Any) -> list[Tensor]:
             held = getattr(layer, name, None)
             several = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else [held]
             found += [tensor for tensor in several if isinstance(tensor, Tensor)]
-    return found
+    # MiniMax's recurrent states lie beside its layers.
+    return found + [state for state in getattr(cache, "linear_cache", ()) if isinstance(state, Tensor)]

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.engine.attention import applied_plan
-from tmbench.engine.decoder_layers import decoder_layers
+from tmbench.engine.decoder_layers import beside, decoder_layers
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, prepared, tensors_of
 from tmbench.errors import UserError
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models import parallel
-from tmbench.models.attention_modules import attention_modules, limiting_windows
+from tmbench.models.attention_modules import attention_modules, limiting_windows, parents
 from tmbench.models.context import splits_prompts
 from tmbench.results.failures import describe
 
@@ -62,6 +62,9 @@ def _layers_obstacle(model: PreTrainedModel) -> str:
         return f"as its sliding windows are shorter than the {PROBE_LENGTH} tokens that it is tried with"
     if decoder_layers(model, modules) is not None:
         return ""
+    holder = parents(model)
+    if any(module in holder and beside(holder[module], module) for module in modules):
+        return "as its layers have a recurrence beside their attention"
     return "as its layers are not built of an attention and an MLP that can be run apart, or have been wrapped"
 
 

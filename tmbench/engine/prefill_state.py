@@ -132,7 +132,8 @@ def fill(cache: Cache | CacheSlot, layer: int, key: Tensor, value: Tensor) -> No
 
 def release(cache: Cache | CacheSlot, layer: int) -> None:
     """Let go of the keys that a layer's window has left behind: the last ones would hold on to those of the whole prompt."""
-    if isinstance(cache, CacheSlot):
+    # Not every cache has a place for a layer that holds no keys.
+    if isinstance(cache, CacheSlot) or layer >= len(cache.layers):
         return
     for name in ("keys", "values"):
         if isinstance(held := getattr(cache.layers[layer], name, None), Tensor):
