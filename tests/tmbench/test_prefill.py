@@ -340,9 +340,9 @@ def test_where_to_compile(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek_v3"])
 def test_compiled_for_good(family, make_model, prompt):
-    model = make_model(family)
+    model = make_model(family, **FAMILIES[family])
     caches: list[Any] = []
     for length in (53, 53, 70):
         ids = (prompt(length) + len(caches)) % 97
