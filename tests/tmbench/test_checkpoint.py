@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from edited_weights import change_weights
+from tmbench.engine.roofline import attention_flop
 from tmbench.errors import UserError
 from tmbench.models import loading
 from tmbench.models.checkpoint import first_sentence
@@ -274,11 +276,16 @@ def test_the_geometry_is_what_attention_receives(family, changes, make_model, pr
     assert seen == {(q, k), v}
 
 
-def test_operations_of_latent_attention():
-    config = CONFIG_MAPPING["deepseek_v3"]()
-    shape = Geometry.of(config)
-    assert (shape.heads, shape.kv_heads, shape.qk_head_dim, shape.v_head_dim) == (128, 128, 192, 128)
-    assert shape.flop_per_pair == 2 * (192 + 128)
+@pytest.mark.parametrize(("name", "sizes"), [("deepseek_v3", (128, 192, 128)), ("glm-4-lite", (20, 256, 256))])
+def test_operations_of_latent_attention(name, sizes):
+    """As torch counts the two products of 30 queries with 50 keys of one head."""
+    shape = Geometry.of(CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else loading.load_config(name))
+    heads, qk_dim, v_dim = sizes
+    assert (shape.heads, shape.kv_heads, shape.qk_head_dim, shape.v_head_dim) == (heads, heads, qk_dim, v_dim)
+    with FlopCounterMode(display=False) as counter:
+        weights = torch.zeros(30, qk_dim) @ torch.zeros(qk_dim, 50)
+        weights @ torch.zeros(50, v_dim)
+    assert attention_flop(30 * 50, shape) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,45 @@ def test_presets_of_newer_families(name, parameters, active, full, deep, sizes):
     assert done / 8192 * shape.layers / (shape.layers - 1) == pytest.approx(active, rel=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layer", "attention", "router", "experts"),
+    [
+        ("qwen3-30b-a3b", 5, 2048 * 128 * (32 + 4 + 4 + 32), 2048 * 128, 8 * 3 * 2048 * 768),
+        ("gpt-oss-20b", 5, 2880 * 64 * (64 + 8 + 8 + 64), 2880 * 32, 4 * 3 * 2880 * 2880),
+        ("llama-4-scout-layers", 5, 5120 * 128 * (40 + 8 + 8 + 40), 5120 * 16, (1 + 1) * 3 * 5120 * 8192),
+        (
+            "glm-4-lite",
+            5,
+            2048 * 768 + 768 * 20 * (192 + 64) + 2048 * (512 + 64) + 512 * 20 * (192 + 256) + 20 * 256 * 2048,
+            2048 * 64,
+            (4 + 1) * 3 * 2048 * 1536,
+        ),
+        # Its first layer has an MLP.
+        (
+            "glm-4-lite",
+            0,
+            2048 * 768 + 768 * 20 * (192 + 64) + 2048 * (512 + 64) + 512 * 20 * (192 + 256) + 20 * 256 * 2048,
+            0,
+            3 * 2048 * 10240,
+        ),
+        (
+            "deepseek_v3",
+            4,
+            7168 * 1536 + 1536 * 128 * (128 + 64) + 7168 * (512 + 64) + 512 * 128 * (128 + 128) + 128 * 128 * 7168,
+            7168 * 256,
+            (8 + 1) * 3 * 7168 * 2048,
+        ),
+    ],
+)
+def test_the_roofline_counts_the_experts_of_a_token_and_no_others(name, layer, attention, router, experts):
+    """Each weight that works on a token does two operations: by the published sizes, experts that all tokens share too."""
+    config = CONFIG_MAPPING[name](num_hidden_layers=6) if name in CONFIG_MAPPING else loading.load_config(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert linear_flop_by_layer(model, 1000)[layer] == 2 * 1000 * (attention + router + experts)
+
+
 def test_auto_is_the_type_that_the_config_says(checkpoint):
     path = checkpoint
     config = json.loads((path / "config.json").read_text())

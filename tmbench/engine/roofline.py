@@ -33,10 +33,10 @@ def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None
     """The same for each decoder layer, and under None for what is outside of them.
 
     All of them work on every position, except in the last layer: there only what makes keys and values does, or the state of
-    a layer without attention, and all else is wanted at the last position alone. Of a mixture of experts it counts those
-    that a token is given to. What a recurrence or convolution itself computes is not counted. What reads images beside the
-    decoder has nothing to do for a text. Of a model that is split over ranks it counts what all of them do together, but for
-    what every one of them does. Of quantised weights it counts what they stand for.
+    a layer without attention, and all else is wanted at the last position alone. Of a mixture of experts it counts the
+    router and those that a token is given to. What a recurrence or convolution itself computes is not counted. What reads
+    images beside the decoder has nothing to do for a text. Of a model that is split over ranks it counts what all of them do
+    together, but for what every one of them does. Of quantised weights it counts what they stand for.
     """
     model = _ordinary(model)
     attention = max(self_attentions(model), key=lambda module: int(module.layer_idx))
@@ -61,6 +61,9 @@ def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None
             done = 2.0 * module.in_features * outputs * (module.ranks if isinstance(module, Shard) else 1)
         elif "Experts" in type(module).__name__:
             done = 2.0 * _active_weights(module, model) * (1 if module in after else length)
+        elif "Router" in type(module).__name__ and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
+            # Many routers are no linear layer, and hold a weight for each expert all the same.
+            done = 2.0 * module.weight.numel() * (1 if module in after else length)
         else:
             continue
         flop[number] = flop.get(number, 0.0) + done
