@@ -54,6 +54,25 @@ def test_each_sequence_sees_its_own_keys_and_the_new_one(make_qkv, name, heads, 
         assert not k_cache[one, :, length + 1 :].any(), "nothing else is written"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("window", [1, 2, 16, 33, 200, 400])
+def test_a_window_hides_all_keys_before_it(make_qkv, name, window):
+    lengths = [0, 1, 15, 16, 199, 340]
+    new, k_cache, v_cache, places, scale, _ = case(make_qkv, lengths, 341, heads=4, kv_heads=2, dtype=torch.float16)
+    lse = new_lse(new[0])
+    out = backend(name)(*new, k_cache, v_cache, places, scale, lse=lse, window=window)
+    token = torch.arange(341, device=DEVICE)
+    for one, length in enumerate(lengths):
+        seen = ((token <= length) & (token > length - window))[None]
+        parts = new[0][one : one + 1], k_cache[one : one + 1], v_cache[one : one + 1]
+        expected = masked_attention(*parts, seen, scale=scale).transpose(1, 2)
+        assert (out[one : one + 1].double() - expected).square().mean().sqrt() <= 0.005 * expected.square().mean().sqrt()
+        torch.testing.assert_close(
+            lse[one : one + 1].double(), masked_lse(*parts[:2], seen, scale=scale).double(), atol=2e-3, rtol=1e-3
+        )
+
+
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 def test_any_scale(make_qkv, scale):
     (q, k, v), k_cache, v_cache, places, _, _ = case(make_qkv, [130, 7], 200, dtype=torch.float16)

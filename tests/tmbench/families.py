@@ -17,7 +17,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": 4},
     "phi3": {"sliding_window": None},
     "mixtral": {"sliding_window": None, **MOE},
-    # Windows that no text reaches: only then can a static cache hold all that a layer sees.
-    "gemma2": {"sliding_window": 512, "attn_logit_softcapping": 5.0},
-    "gpt_oss": {"sliding_window": 512, **MOE},
+    "gemma2": {"sliding_window": 24, "attn_logit_softcapping": 5.0},
+    "gpt_oss": {"sliding_window": 24, **MOE},
 }

@@ -175,7 +175,7 @@ def found_of(family: str) -> dict[str, str]:
         obstacle = obstacle_of(model)
     except UnsupportedModelError as error:
         return row | {"refused": str(error)}
-    together, why = step_kind(model, prefill, capacity=SMALL["max_position_embeddings"])
+    together, why = step_kind(model, prefill)
     return row | {
         "prompts": f"as transformers, {obstacle}" if prefill == PLAIN else prefill,
         "answers": "together" if together else f"one by one, {why}",

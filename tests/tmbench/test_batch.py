@@ -38,7 +38,7 @@ def one_by_one(model, plan, prompts, most):
 def together(model, plan, prompts, most, *, size, kind=EAGER, batch=None):
     """The new tokens of each prompt, and the batch that wrote them."""
     room = max(ids.shape[1] for ids in prompts) + most
-    batch = batch or Batch(model, room, most, size=size, graph=step_kind(model, EAGER, room)[0] == GRAPH)
+    batch = batch or Batch(model, room, most, size=size, graph=step_kind(model, EAGER)[0] == GRAPH)
     waiting, found = list(enumerate(prompts)), {}
     numbers = {}
     while waiting or batch.texts:
@@ -69,6 +69,28 @@ def test_texts_are_those_of_the_plain_loop(family, method, make_model, texts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [2, 9, 45])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "gemma2", "olmo3"])
+def test_windows_that_texts_reach_beyond_are_honoured_step_by_step(family, window, make_model, texts):
+    """Of prompts longer and shorter than the window, with layers of full attention between."""
+    kinds = {"sliding_window": window, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = make_model(family, **(FAMILIES.get(family, {}) | kinds)).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "tri_mix", **WINDOW)
+    got, batch = together(model, plan, texts, 12, size=3)
+    assert got == one_by_one(model, plan, texts, 12)
+    assert batch.slots == 3
+
+
+@pytest.mark.slow
+def test_the_window_of_every_layer_is_honoured_step_by_step(make_model, texts):
+    model = make_model("mistral", sliding_window=64).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "dense")
+    assert together(model, plan, texts, 40, size=3)[0] == one_by_one(model, plan, texts, 40)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_a_text_that_ends_makes_room_for_the_next(size, make_model, texts):
     model = make_model("llama").to(DEVICE)
@@ -93,8 +115,12 @@ def test_a_batch_leaves_the_model_as_it_was(make_model, texts):
 
 
 @pytest.mark.slow
-def test_compiled_layers_decode_the_same(make_model, texts, graphs):
-    model = make_model("llama").to(DEVICE)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("gemma3_text", {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2})],
+)
+def test_compiled_layers_decode_the_same(family, changes, make_model, texts, graphs):
+    model = make_model(family, **changes).to(DEVICE)
     model.generation_config.eos_token_id = None
     plan = plan_of(model, "tri_mix", **WINDOW)
     expected = one_by_one(model, plan, texts, 12)
@@ -155,17 +181,17 @@ def test_room_is_made_anew_and_texts_keep_theirs(make_model, texts):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "capacity", "why"),
+    ("family", "changes", "why"),
     [
-        ("llama", {}, 100, ""),
-        ("mixtral", {"sliding_window": None, **MOE}, 100, ""),
-        ("mistral", {"sliding_window": 64}, 100, "sliding window of 64"),
-        ("mistral", {"sliding_window": 64}, 64, ""),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, 100, "depend on"),
+        ("llama", {}, ""),
+        ("mixtral", {"sliding_window": None, **MOE}, ""),
+        ("mistral", {"sliding_window": 64}, ""),
+        ("llama4_text", {"attention_chunk_size": 16, "no_rope_layers": [1, 0] * 2, **MOE}, "scaled by their place"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "depend on"),
     ],
 )
-def test_which_models_decode_together(family, changes, capacity, why, make_model):
-    kind, obstacle = step_kind(make_model(family, **changes).to(DEVICE), EAGER, capacity)
+def test_which_models_decode_together(family, changes, why, make_model):
+    kind, obstacle = step_kind(make_model(family, **changes).to(DEVICE), EAGER)
     # Routing to experts reads on the host how many tokens each has, so it cannot be recorded.
     recorded = GPU and family != "mixtral"
     assert kind == (None if why else GRAPH if recorded else STEPPED)
@@ -174,13 +200,13 @@ def test_which_models_decode_together(family, changes, capacity, why, make_model
 
 def test_a_model_that_answers_otherwise_decodes_alone(make_model, monkeypatch):
     model = make_model("llama").to(DEVICE)
-    assert step_kind(model, PLAIN, 100) == (None, "as its prompts are read as transformers reads them")
+    assert step_kind(model, PLAIN) == (None, "as its prompts are read as transformers reads them")
 
     def wrong(q, k, v, keys, values, seqlens, scale):
         return torch.zeros(q.shape[0], 1, q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
 
     monkeypatch.setattr("tmbench.engine.decode_step.attend_with_kvcache", wrong)
-    kind, obstacle = step_kind(model, EAGER, 100)
+    kind, obstacle = step_kind(model, EAGER)
     assert kind is None
     assert "otherwise" in obstacle
 

@@ -15,11 +15,10 @@ from tmbench.engine.prefill import EAGER, PLAIN, Kind
 from tmbench.engine.prefill_kind import agree
 from tmbench.engine.session import running
 from tmbench.errors import UnsupportedModelError, UserError
-from tmbench.methods.layer_kinds import FULL, SLIDING, kind_words, layer_kinds
+from tmbench.methods.layer_kinds import CHUNKED, FULL, SLIDING, kind_words, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models import parallel
-from tmbench.models.attention_modules import windows
 from tmbench.models.rotary import depends_on_length
 from tmbench.results.failures import describe
 
@@ -30,8 +29,8 @@ STEPS = 3
 _FOUND: WeakKeyDictionary[PreTrainedModel, tuple[StepKind | None, str]] = WeakKeyDictionary()
 
 
-def step_kind(model: PreTrainedModel, prefill: Kind, capacity: int) -> tuple[StepKind | None, str]:
-    """How texts of up to ``capacity`` tokens decode together; or None, and why they cannot, in words that follow a comma.
+def step_kind(model: PreTrainedModel, prefill: Kind) -> tuple[StepKind | None, str]:
+    """How texts decode together; or None, and why they cannot, in words that follow a comma.
 
     A model is tried once: two short texts are continued together and one by one, and their logits compared.
     """
@@ -41,10 +40,11 @@ def step_kind(model: PreTrainedModel, prefill: Kind, capacity: int) -> tuple[Ste
         return None, "as its prompts are read as transformers reads them"
     if depends_on_length(model):
         return None, "as its rotary embeddings depend on a text's length"
-    if own := [kind for kind in layer_kinds(model.config) if kind not in (FULL, SLIDING)]:
+    kinds = layer_kinds(model.config)
+    if CHUNKED in kinds:
+        return None, "as its queries are scaled by their place, which it takes from a cache of transformers'"
+    if own := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
         return None, f"as it has layers of {kind_words(own)}, whose state no static cache here holds"
-    if (window := min(windows(model).values(), default=0)) and window < capacity:
-        return None, f"as a layer's sliding window of {window} tokens is shorter than its texts"
     if model not in _FOUND:
         _FOUND[model] = _try(model)
     return _FOUND[model]

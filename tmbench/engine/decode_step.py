@@ -22,7 +22,7 @@ from tmbench.engine.forwards import forward_of, replace_forward
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.kv_cache import KvCache
 from tmbench.errors import UnsupportedModelError
-from tmbench.models.attention_modules import attention_modules, native_attentions
+from tmbench.models.attention_modules import attention_modules, native_attentions, span
 from tmbench_kernels.decode import attend_with_kvcache
 
 IMPLEMENTATION = "tmbench-decode"
@@ -53,7 +53,9 @@ def prepared(
         implementations.use(IMPLEMENTATION)
         for layer, (keys, values) in zip(layers, cache.layers, strict=True):
             mlp = None if layer.mlp is None else partial(forward_of, layer.mlp)
-            region = operators.Region(partial(_attend, keys, values, cache_seqlens), mlp)
+            module = layer.attention or layer.native
+            window = 0 if module is None else span(module, model.config)
+            region = operators.Region(partial(_attend, keys, values, cache_seqlens, window), mlp)
             replace_forward(stack, layer.module, partial(_run_layer, region, run, layer.module))
         yield
 
@@ -78,6 +80,7 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     cache_seqlens: Tensor,
+    window: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -87,6 +90,7 @@ def _attend(
 ) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     about: dict[str, Any] = ({"softcap": softcap} if softcap else {}) | ({} if sinks is None else {"sinks": sinks})
+    about |= {"window": window} if window else {}
     return attend_with_kvcache(q, k, v, keys, values, cache_seqlens, scale, **about)
 
 
@@ -99,5 +103,5 @@ def _attention(
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """None: every sequence sees all that its slot holds."""
+    """None: every sequence sees all that its slot holds, or the last of it, as the layer has it."""
     return

@@ -54,11 +54,6 @@ class AccuracySpec(AnswerSpec[RulerRow]):
     save_samples: bool = False
     """Whether each prompt is kept with its prediction."""
 
-    @property
-    def longest(self) -> int:
-        """The longest length, which answers are part of."""
-        return max(self.lengths)
-
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for a length too short for a task, and for samples that cannot be had."""
         self.suite.check(self.tasks, self.lengths, self.samples, self.seed, loaded.need_tokenizer(self.suite.title))

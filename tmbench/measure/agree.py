@@ -57,11 +57,6 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
         if self.plans[0].method != "dense":
             raise ValueError("the first plan must be dense, whose text the other methods follow")
 
-    @property
-    def longest(self) -> int:
-        """The longest prompt and what is written behind it."""
-        return max(self.lengths) + self.new_tokens
-
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for a prompt that cannot be made, or that leaves no room for the new tokens."""
         check_prompt(self.prompt, loaded, self.lengths, self.samples)

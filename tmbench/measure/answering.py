@@ -98,16 +98,11 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
     def sample(self, loaded: LoadedModel, item: Any, answer: Answer) -> Any:
         """What is kept of an item's text."""
 
-    @property
-    @abstractmethod
-    def longest(self) -> int:
-        """The most tokens of a text, its new ones included."""
-
     def notes(self, loaded: LoadedModel) -> Sequence[str]:
         """That a GPU decodes one text at a time, where it does: it then takes many times as long."""
         if loaded.device.type != "cuda":
             return ()
-        kind, obstacle = step_kind(loaded.model, self.prefill, self.longest)
+        kind, obstacle = step_kind(loaded.model, self.prefill)
         return () if kind is not None else (f"{loaded.name} decodes one text at a time, {obstacle}: that takes long",)
 
     def measure(self, item: Any, worker: Worker) -> None:
@@ -136,7 +131,7 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
         wish, on_gpu = self.batch_size, loaded.device.type == "cuda"
         if (wish or 1) == 1 and not on_gpu:
             return None
-        kind, obstacle = step_kind(loaded.model, self.prefill, room)
+        kind, obstacle = step_kind(loaded.model, self.prefill)
         if kind is None:
             if wish is not None and wish > 1:
                 raise UserError(

@@ -24,8 +24,9 @@ def attend_with_kvcache(
     *,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
-    """Write each sequence's new key and value behind its cached ones, and attend to all of them.
+    """Write each sequence's new key and value behind its cached ones, and attend to all of them, or the last ones.
 
     Args:
         q: ``[batch, heads, 1, dim]``.
@@ -35,6 +36,7 @@ def attend_with_kvcache(
             behind them must be finite.
         scale: what logits are multiplied by.
         softcap, sinks: as ``Pattern.attend`` has them.
+        window: how many keys the query sees at most, the new one among them; 0 for all.
 
     Returns:
         ``[batch, 1, heads, v_dim]``, contiguous.
@@ -50,7 +52,7 @@ def attend_with_kvcache(
         attend = triton_backend.attend
     else:
         attend = torch_backend.attend
-    out = attend(q, k, v, k_cache, v_cache, cache_seqlens, scale, softcap=softcap, lse=lse)
+    out = attend(q, k, v, k_cache, v_cache, cache_seqlens, scale, softcap=softcap, lse=lse, window=window)
     if lse is not None and sinks is not None:
         add_sinks(out.transpose(1, 2), lse, sinks)
     return out

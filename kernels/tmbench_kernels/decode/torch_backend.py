@@ -19,6 +19,7 @@ def attend(
     *,
     softcap: float = 0.0,
     lse: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """As ``tmbench_kernels.decode.attend_with_kvcache``, without sinks; fills ``lse`` ``[batch, heads, 1]`` where given."""
     sequences = torch.arange(len(q), device=q.device)
@@ -27,7 +28,8 @@ def attend(
     v_cache[sequences, :, places] = v[:, :, 0]
     # A graph on a GPU must not depend on the lengths, which it does not know while it is recorded.
     keys = k_cache.shape[2] if q.device.type == "cuda" else int(places.max()) + 1
-    seen = torch.arange(keys, device=q.device)[None, :] <= places[:, None]
+    back = places[:, None] - torch.arange(keys, device=q.device)[None, :]
+    seen = (back >= 0) & (back < (window or keys))
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
     keys_values = k_cache[:, :, :keys], v_cache[:, :, :keys]
     out = attention(q, *keys_values, scale, bias=bias[:, None, None], softcap=softcap, lse=lse)

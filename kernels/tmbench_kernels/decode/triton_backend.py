@@ -36,19 +36,23 @@ def _split(
     stride_qb, stride_qh, stride_nb, stride_nh, stride_mb, stride_mh,
     stride_kb, stride_kh, stride_kn: tl.constexpr, stride_vb, stride_vh, stride_vn: tl.constexpr,
     scale_log2, cap_scale,
+    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence's keys, for the query heads that share them. The first also has the new key.
 
-    cap_scale is None where logits are not capped.
+    cap_scale is None where logits are not capped. WINDOW is how many keys are seen, the new one among them; 0 for all.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     length = tl.load(seqlens_ptr + sequence)
-    keys_each = tl.cdiv(tl.cdiv(length, KEYS), SPLITS) * KEYS
-    low = split * keys_each
+    start = 0
+    if WINDOW > 0:
+        start = tl.maximum(length + 1 - WINDOW, 0)
+    keys_each = tl.cdiv(tl.cdiv(length - start, KEYS), SPLITS) * KEYS
+    low = start + split * keys_each
     high = tl.minimum(length, low + keys_each)
 
     row = tl.arange(0, ROWS)
@@ -133,6 +137,7 @@ def attend(
     *,
     softcap: float = 0.0,
     lse: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """As ``tmbench_kernels.decode.attend_with_kvcache``, without sinks; fills ``lse`` ``[batch, heads, 1]`` where given.
 
@@ -143,7 +148,8 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, _, dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[3]
-    splits = splits_for(batch, kv_heads, k_cache.shape[2], PROGRAMS * multiprocessors(q.device))
+    seen = min(window or k_cache.shape[2], k_cache.shape[2])
+    splits = splits_for(batch, kv_heads, seen, PROGRAMS * multiprocessors(q.device))
     split_out = q.new_empty(batch, heads, splits, v_dim, dtype=torch.float32)
     split_lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = q.new_empty(batch, 1, heads, v_dim)
@@ -153,7 +159,7 @@ def attend(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
         scale_log2, cap_scale,
-        SPLITS=splits, HEADS=heads, GROUP=group, ROWS=block_dim(group), KEYS=KEYS,
+        WINDOW=window, SPLITS=splits, HEADS=heads, GROUP=group, ROWS=block_dim(group), KEYS=KEYS,
         DIM=dim, V_DIM=v_dim, BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim),
         num_warps=1 if widest <= 256 else 4, num_stages=6 if widest <= 128 else 4 if widest <= 256 else 2,
     )  # fmt: skip
