@@ -16,6 +16,7 @@ from tmbench.measure import answering
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
 from tmbench.measure.answering import Answer
+from tmbench.measure.estimate import FREE, Estimator
 from tmbench.measure.executor import InProcess
 from tmbench.measure.loop import run
 from tmbench.measure.loss import LossSpec
@@ -207,6 +208,19 @@ def test_every_measurement_of_samples_has_a_plan(spec, loaded):
     # Rows of the measurement itself come before times to first token.
     (later, *_) = outlook(replace(agree, seed=7), loaded).lines
     assert later.bases == ("rows",)
+
+
+def test_texts_decode_together_as_far_as_all_that_their_slots_keep_goes(make_model, tmp_path):
+    """Layers with windows keep every key; a model with a recurrence decodes one text at a time."""
+    windows = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    model = make_model("gemma3_text", **windows)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    slot = 4 * 2 * (16 + 16) * 4 * 100
+    room = replace(environment.current(torch.device("cpu")), memory_bytes=int((weights + 5.5 * slot) / FREE))
+    loaded = LoadedModel("small", model, None, "random", "")
+    assert Estimator(loaded, room, tmp_path, EAGER, batch_size=64).texts(100) == 5
+    hybrid = LoadedModel("small", make_model("lfm2", layer_types=["conv", "full_attention"] * 2), None, "random", "")
+    assert Estimator(hybrid, room, tmp_path, EAGER, batch_size=64).texts(100) == 1
 
 
 def test_durations_are_easily_read():

@@ -34,20 +34,27 @@ def step_kind(model: PreTrainedModel, prefill: Kind) -> tuple[StepKind | None, s
 
     A model is tried once: two short texts are continued together and one by one, and their logits compared.
     """
-    if parallel.size() > 1:
-        return None, "as several GPUs share it"
-    if prefill == PLAIN:
-        return None, "as its prompts are read as transformers reads them"
-    if depends_on_length(model):
-        return None, "as its rotary embeddings depend on a text's length"
-    kinds = layer_kinds(model.config)
-    if CHUNKED in kinds:
-        return None, "as its queries are scaled by their place, which it takes from a cache of transformers'"
-    if own := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
-        return None, f"as it has layers of {kind_words(own)}, whose state no static cache here holds"
+    if obstacle := why_alone(model, prefill):
+        return None, obstacle
     if model not in _FOUND:
         _FOUND[model] = _try(model)
     return _FOUND[model]
+
+
+def why_alone(model: PreTrainedModel, prefill: Kind) -> str:
+    """Why texts are decoded one by one, as far as it shows without trying; empty where nothing does."""
+    if parallel.size() > 1:
+        return "as several GPUs share it"
+    if prefill == PLAIN:
+        return "as its prompts are read as transformers reads them"
+    if depends_on_length(model):
+        return "as its rotary embeddings depend on a text's length"
+    kinds = layer_kinds(model.config)
+    if CHUNKED in kinds:
+        return "as its queries are scaled by their place, which it takes from a cache of transformers'"
+    if own := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        return f"as it has layers of {kind_words(own)}, whose state no static cache here holds"
+    return ""
 
 
 @torch.inference_mode()

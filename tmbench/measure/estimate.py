@@ -17,10 +17,12 @@ from typing import Any
 from ruler_tasks import TASKS
 from tmbench.engine import roofline
 from tmbench.engine.batch import SIZES
-from tmbench.engine.prefill import PLAIN, Kind
+from tmbench.engine.decode_kind import why_alone
+from tmbench.engine.prefill import Kind
 from tmbench.measure.ttft import expected_flop
 from tmbench.methods.plan import Plan
 from tmbench.methods.table import METHODS
+from tmbench.models.geometry import Geometry
 from tmbench.models.loading import LoadedModel
 from tmbench.results.environment import Environment
 from tmbench.results.parameters_text import parse_parameters
@@ -109,13 +111,14 @@ class Estimator:
 
     def texts(self, length: int) -> int:
         """How many texts of this length are taken to decode together."""
-        if self._prefill == PLAIN or ((self._batch_size or 1) == 1 and self.loaded.device.type != "cuda"):
+        alone = (self._batch_size or 1) == 1 and self.loaded.device.type != "cuda"
+        if alone or why_alone(self.loaded.model, self._prefill):
             return 1
         most = self._batch_size or max(SIZES)
         left = FREE * self._environment.memory_bytes - sum(
             p.numel() * p.element_size() for p in self.loaded.model.parameters()
         )
-        return max(1, min(most, int(left / self._cache_bytes(length))))
+        return max(1, min(most, int(left / self._slot_bytes(length))))
 
     def sample(self, asked: Asked, kept: Iterable[float] = ()) -> Estimate:
         """The seconds of one sample; ``kept`` are those of its row's that are there already."""
@@ -152,7 +155,14 @@ class Estimator:
             f"in each decoding step all weights read once at {rates.bytes / 1e9:.3g} GB/s, measured now."
         )
 
+    def _slot_bytes(self, length: int) -> float:
+        """What a text takes in a static cache, which keeps all keys of every layer that attends."""
+        shapes = [Geometry.of(self.loaded.model, layer) for layer in range(self.loaded.shape.layers)]
+        each = sum(shape.kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in shapes)
+        return float(each * length * self.loaded.model.dtype.itemsize)
+
     def _cache_bytes(self, length: int) -> float:
+        """What a step reads of a text."""
         shape = self.loaded.geometry
         size = self.loaded.model.dtype.itemsize
         # What other layers keep is little beside the keys of full attention.
