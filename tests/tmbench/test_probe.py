@@ -33,6 +33,11 @@ from tmbench_kernels import MEASURES, SECTIONS, Sections, Triangle, section_grad
 SMALL = Sections(3, 7, 5)
 TARGET = 11
 LOGITS = MEASURES.index("logits")
+FULL = "reads models whose layers all have full attention"
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 4,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -64,11 +69,39 @@ def logit(model, ids):
     return model(ids, use_cache=False).logits[0, -1, TARGET]
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        (
+            "gemma3_text",
+            {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            f"{FULL}: 2 layers of small have sliding-window attention",
+        ),
+        (
+            "lfm2",
+            {"layer_types": ["conv", "full_attention", "full_attention", "full_attention"]},
+            f"{FULL}: 1 layer of small has a short convolution",
+        ),
+        (
+            "gemma2",
+            {"layer_types": ["full_attention"] * 4, "attn_logit_softcapping": 5.0},
+            "does not differentiate soft-capped logits, which small has",
+        ),
+    ],
+)
+def test_models_that_are_not_probed_are_refused_by_what_they_have(family, changes, words, make_model, tmp_path):
+    loaded = LoadedModel("small", make_model(family, **changes), None, "random", "")
+    about: dict[str, Any] = {"environment": environment.current(torch.device("cpu")), "root": tmp_path, "tasks": ("random",)}
+    spec = Bound(ProbeSpec, loaded, lengths=(100,), samples=1, budget=Budget(0.1), **about)
+    with pytest.raises(UserError, match=f"^tmbench probe {words}[;:] use another --model$"):
+        spec.check()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("llama", {}), ("qwen3", {"num_key_value_heads": 1}), ("granite", {"attention_multiplier": 0.3, "logits_scaling": 3.0}),
-     ("gpt_neox", {"num_key_value_heads": 4})],
+     ("gpt_neox", {"num_key_value_heads": 4}), ("deepseek_v3", LATENT)],
 )  # fmt: skip
 def test_means_are_those_of_autograd_over_whole_matrices(family, changes, make_model, prompt, matrices):
     kept, _ = matrices

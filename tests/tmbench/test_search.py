@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bound_specs import Bound
+from plans import plan_of
 from tmbench.engine.attention import applied
 from tmbench.errors import UserError
 from tmbench.measure import search
@@ -38,12 +39,48 @@ def job(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "kept_attention", lambda *a, **kw: real(*a, candidates=SMALL, first_row=100, **kw))
     monkeypatch.setattr(search, "best_pattern", lambda kept: rule.best_pattern(kept, SMALL))
 
-    def make(**changes):
-        loaded = LoadedModel("small", make_model("qwen2"), None, "random", "")
+    def make(model=None, **changes):
+        loaded = LoadedModel("small", model or make_model("qwen2"), None, "random", "")
         values = {"output": tmp_path / "found.json", "length": 400, "prompt": "random"}
         return Bound(SearchSpec, loaded, **(values | changes))
 
     return make
+
+
+MIXED: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"), [("gemma3_text", MIXED), ("lfm2", {"layer_types": ["conv", "full_attention"] * 2})]
+)
+def test_layers_that_stay_the_models_own_have_no_heads_in_the_file(family, changes, job, make_model):
+    """The others have their own numbers, and the file is taken for this very model."""
+    work = job(make_model(family, **changes))
+    found, steps = work.run_and_steps()
+    assert sum(step.work for step in steps) == pytest.approx(2)
+    assert [len(layer) for layer in found] == [0, 4, 0, 4]
+    assert [len(layer) for layer in json.loads(work.output.read_text())] == [0, 4, 0, 4]
+    plan = plan_of(work.loaded.model, "minference", patterns=str(work.output))
+    assert list(plan.by_layer) == [1, 3]
+    seen: dict[int, Any] = {}
+    ids = prompt_ids("random", 400, work.loaded, 42)
+    with torch.inference_mode(), applied(work.loaded.model, "dense") as session:
+        session.observer = lambda layer, pattern, q, k, scale: seen.update({layer: (q, k, scale)})
+        work.loaded.model(ids)
+    for layer in (1, 3):
+        q, k, scale = seen[layer]
+        kept = rule.kept_attention(q[0, :2], k[0, 0], scale=scale, candidates=SMALL, first_row=100)
+        assert list(found[layer][:2]) == [rule.best_pattern(head.tolist(), SMALL) for head in kept]
+
+
+@pytest.mark.parametrize(("family", "what"), [("gpt_oss", "learned attention sinks"), ("gemma2", "soft-capped logits")])
+def test_logits_that_the_search_does_not_weigh_are_refused_by_name(family, what, job, make_model):
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "attn_logit_softcapping": 5.0}
+    work = job(make_model(family, **(MIXED | more)))
+    with pytest.raises(UserError, match=f"^tmbench patterns search does not weigh {what}, which small has: use another"):
+        work.check()
+    assert not work.output.exists()
 
 
 def test_the_file_holds_each_heads_winner_and_what_it_keeps(job):

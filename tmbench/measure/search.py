@@ -28,6 +28,7 @@ from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import Target
 from tmbench.measure.spec import Item, ItemSpec, Part, Place
 from tmbench.methods.table import METHODS
+from tmbench.models.attention_modules import logits_feature
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.files import append_line, read_lines, replace_file, writable
@@ -74,7 +75,10 @@ class SearchItem(Item):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
-    """What one ``tmbench patterns search`` does; it hands over the pattern of each head, layer by layer."""
+    """What one ``tmbench patterns search`` does; it hands over the pattern of each head, layer by layer.
+
+    Layers that stay the model's own have none.
+    """
 
     output: Path
     length: int
@@ -84,18 +88,22 @@ class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
     """Whether streaming and block-sparse winners are written as vertical-slash heads, as the published files have them."""
 
     def check(self, loaded: LoadedModel) -> None:
-        """Raise UserError for a length that leaves nothing to weigh, and for a file that is there already."""
+        """Raise UserError for a length that leaves nothing to weigh, for logits that are weighed otherwise, and for a file
+        that is there already."""
         if self.length <= FIRST_ROW:
             raise UserError(
                 f"--length {self.length} leaves nothing to search: only queries from {FIRST_ROW} on count, so give more"
             )
-        loaded.need_full_layers("tmbench patterns search")
+        if feature := logits_feature(loaded.model):
+            raise UserError(
+                f"tmbench patterns search does not weigh {feature}, which {loaded.name} has: use another --model"
+            )
         check_output(self.output, overwrite=self.overwrite)
         check_prompt(self.prompt, loaded, [self.length])
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[tuple[HeadPattern, ...]]]:
         """One part of one target; the unit of work is a layer."""
-        yield Part(self, "search", "search finished", loaded.shape.layers, [[_HeadPatterns(self, loaded)]])
+        yield Part(self, "search", "search finished", len(loaded.shape.full), [[_HeadPatterns(self, loaded)]])
 
     def measure(self, item: SearchItem, worker: Worker) -> None:
         """Read the prompt, weigh the heads of the item's layers while it is being read, and hand over each when it is done.
@@ -154,7 +162,8 @@ class _HeadPatterns(Target[tuple[HeadPattern, ...], LayerFigures]):
         self._spec = spec
         self._name = loaded.name
         self._partial = _Partial(spec, loaded)
-        every = SearchItem(title="reading the prompt", layers=tuple(range(loaded.shape.layers)))
+        self._layers = loaded.shape.layers
+        every = SearchItem(title="reading the prompt", layers=loaded.shape.full)
         super().__init__("search", [every], {"": self._partial})
 
     def finish(self) -> Sequence[tuple[HeadPattern, ...]]:
@@ -168,7 +177,8 @@ class _HeadPatterns(Target[tuple[HeadPattern, ...], LayerFigures]):
                 raise RuntimeError(self.failure.error)
             raise UserError(f"{self._name} cannot be searched: {reason}")
         choose = published_remapping if self._spec.remap else lambda head: head
-        found = [tuple(choose(best_pattern(head)) for head in layer.kept) for layer in self.in_order()]
+        weighed = {layer.index: tuple(choose(best_pattern(head)) for head in layer.kept) for layer in self.in_order()}
+        found = [weighed.get(layer, ()) for layer in range(self._layers)]
         with writable(self._spec.output, OPTION):
             replace_file(self._spec.output, head_patterns_json(found))
         self._partial.clear()
