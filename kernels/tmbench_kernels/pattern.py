@@ -1,9 +1,28 @@
 """What every pattern offers: a definition, the number of pairs it computes, and attention over them.
 
-Shapes, everywhere in this package: q ``[batch, heads, length, head_dim]``, k and v ``[batch, kv_heads, length, head_dim]``
+Shapes, everywhere in this package: q ``[batch, heads, queries, head_dim]``, k and v ``[batch, kv_heads, keys, head_dim]``
 with ``heads`` a multiple of ``kv_heads``, any strides, fp32, fp16 or bf16. Grouped-query attention is native: query head
 ``h`` reads key head ``h // (heads // kv_heads)``, and k and v are never repeated in memory. v may be narrower or wider
 than q and k, as under multi-head latent attention: the output has v's head size.
+
+Queries are the last rows of the keys: query row r is position ``keys - queries + r`` and sees the keys up to itself, so that
+the causal diagonal ends in the lower right corner. A whole prompt has as many queries as keys; a *chunk* of a prompt has
+fewer, and its keys begin with those of the chunks before. What a pattern computes for a chunk:
+
+- Positions are those of the prompt: sinks are its first keys, and windows reach back into earlier chunks.
+- The *last* queries are the last of the chunk, as where an engine does not know how long the prompt is: every chunk is
+  treated as if the prompt ended with it. So triangle's ``last_n`` rows see everything in every chunk, a superset of what
+  they see in one piece. An engine that knows the length asks for ``pattern.of_chunk(end, length)``: there only those of
+  the prompt's last rows that lie in the chunk count as last.
+- A rule that chooses by the last queries (vertical-slash, FlexPrefill) knows no other queries than the chunk's. It chooses
+  by its last ones whether the length is known or not, by all of them where they are fewer, and for the chunk alone.
+- Blocks, strides and the runs of vertical-slash lie on the prompt's grid, which starts at position 0. A block of queries
+  that a chunk's edge cuts is chosen for by those of its queries that are in the chunk.
+- Keys of earlier chunks take part in full: in the means of key blocks, among the columns and diagonals to choose from, and
+  in every softmax. Queries of earlier chunks are gone, and nothing that was chosen for them is remembered.
+
+It follows that a rule of positions alone gives the same in chunks as in one piece, and so does one whose blocks of queries
+choose for themselves, where chunks end on the edges of blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +53,7 @@ class Backend:
     name: str
     devices: tuple[str, ...]
     attend: Callable[..., Tensor]
-    """``attend(pattern, q, k, v, scale)`` returns ``[batch, heads, length, v_dim]`` in q's type, in memory of its own.
+    """``attend(pattern, q, k, v, scale)`` returns ``[batch, heads, queries, v_dim]`` in q's type, in memory of its own.
 
     By keyword it is given ``softcap``, where logits are to be capped, and ``lse``, a tensor as ``new_lse`` makes it that it
     fills, where the log-sum-exp is asked for; neither otherwise, nor where the backend does not have it.
@@ -47,6 +66,8 @@ class Backend:
     """Whether it has soft-capped logits."""
     lse: bool = False
     """Whether it gives the log-sum-exp, and so serves learned sinks."""
+    chunks: bool = False
+    """Whether it takes fewer queries than keys."""
 
     def obstacle(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> str:
         """Why the backend cannot attend over these tensors here; "" where it can. Their values do not matter.
@@ -59,6 +80,8 @@ class Backend:
             return "has no soft-capped logits"
         if lse and not self.lse:
             return "gives no log-sum-exp, which learned sinks take"
+        if q.shape[2] != k.shape[2] and not self.chunks:
+            return f"takes as many queries as keys, not {q.shape[2]} and {k.shape[2]}"
         return self.missing() or self.refuses(pattern, q, k, v)
 
 
@@ -76,7 +99,7 @@ class Pattern(Declared):
 
     @abc.abstractmethod
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-        """The definition: which pairs are computed, bool ``[batch or 1, heads or 1, length, length]``. Quadratic."""
+        """The definition: which pairs are computed, bool ``[batch or 1, heads or 1, queries, keys]``. Quadratic."""
 
     @abc.abstractmethod
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
@@ -88,6 +111,13 @@ class Pattern(Declared):
 
     def of_heads(self, heads: range) -> Pattern:
         """The same for some of the query heads, as a rank has them of a model that is split: itself where all are alike."""
+        return self
+
+    def of_chunk(self, end: int, length: int) -> Pattern:
+        """The same for a chunk that ends before position ``end`` of a prompt known to be ``length`` tokens long.
+
+        Itself where nothing is computed for the last of a prompt's queries alone, or only the chunk's own can be.
+        """
         return self
 
     @property
@@ -118,10 +148,10 @@ class Pattern(Declared):
         softcap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention over the pattern's pairs: ``[batch, heads, length, v_dim]``, in q's type.
+        """Causal attention over the pattern's pairs: ``[batch, heads, queries, v_dim]``, in q's type.
 
         Args:
-            q, k, v: one prefill.
+            q, k, v: one prefill, or a chunk of one.
             scale: multiplies the logits; None means ``head_dim ** -0.5``.
             softcap: caps them to ``softcap * tanh(logit / softcap)``; 0 leaves them as they are.
             sinks: learned sinks ``[heads]``, one more logit in the denominator of each head's softmax, as gpt-oss has them.
@@ -225,9 +255,9 @@ def check_logits(q: Tensor, softcap: float, sinks: Tensor | None) -> None:
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
-    """Uninitialised ``[batch, heads, length, v_dim]``, in memory ``[batch, length, heads, v_dim]`` as models want it."""
-    batch, heads, length = q.shape[:3]
-    return q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
+    """Uninitialised ``[batch, heads, queries, v_dim]``, in memory ``[batch, queries, heads, v_dim]`` as models want it."""
+    batch, heads, queries = q.shape[:3]
+    return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
@@ -236,11 +266,13 @@ def default_scale(q: Tensor, scale: float | None) -> float:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q, k and v are one prefill: equal lengths, grouped heads, one type and device."""
+    """Raise ValueError unless q, k and v are a prefill or a chunk of one: grouped heads, one type and device."""
     if q.dim() != 4 or k.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"q, k, v must be [batch, heads, length, head_dim], not {q.shape}, {k.shape}, {v.shape}")
-    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, length or head_dim")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries cannot be the last of {k.shape[2]} keys")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
     if q.dtype != k.dtype or q.dtype != v.dtype or q.device != k.device or q.device != v.device:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 
-def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
-    """Query i sees key j <= i: bool ``[length, length]``."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+def causal_mask(length: int, device: torch.device | None = None, *, queries: int | None = None) -> Tensor:
+    """Query i sees key j <= i: bool ``[queries, length]``, of all queries or of the last so many."""
+    rows = length if queries is None else queries
+    return torch.ones(rows, length, dtype=torch.bool, device=device).tril(length - rows)
 
 
 def masked_attention(

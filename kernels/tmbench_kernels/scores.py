@@ -35,8 +35,14 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return out.view(batch, heads, rows, n)
 
 
-def block_means(x: Tensor, block: int) -> Tensor:
-    """The mean of every block of tokens, float32 ``[batch, heads, blocks, dim]``; the last over as many as there are."""
+def block_means(x: Tensor, block: int, start: int = 0) -> Tensor:
+    """The mean of every block of tokens, float32 ``[batch, heads, blocks, dim]``, where the first is position ``start``.
+
+    The first and the last block are means over as many tokens as there are.
+    """
+    if head := -start % block:
+        first = x[:, :, :head].mean(2, keepdim=True, dtype=torch.float32)
+        return first if head >= x.shape[2] else torch.cat([first, block_means(x[:, :, head:], block)], dim=2)
     length = x.shape[2]
     whole = length // block
     means = torch.unflatten(x[:, :, : whole * block], 2, (whole, block)).mean(3, dtype=torch.float32)
@@ -46,13 +52,13 @@ def block_means(x: Tensor, block: int) -> Tensor:
 
 
 def last_query_mass(q: Tensor, k: Tensor, scale: float, last: int) -> tuple[Tensor, Tensor]:
-    """Probability that the last min(last, length) queries give to each key and to each distance, summed over them.
+    """Probability that the last min(last, queries) queries give to each key and to each distance, summed over them.
 
-    Two float32 tensors ``[batch, heads, length]``; a distance is query minus key. A large one has fewer pairs and is not
+    Two float32 tensors ``[batch, heads, keys]``; a distance is query minus key. A large one has fewer pairs and is not
     scaled up for it. The logits are held for a few heads at a time: at 128K tokens all take gigabytes.
     """
-    batch, heads, length = q.shape[:3]
-    rows = min(last, length)
+    batch, heads, queries = q.shape[:3]
+    rows, length = min(last, queries), k.shape[2]
     by_key, by_distance = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
     sums = _sum_shares
     if runs_triton(q.device):
@@ -61,7 +67,7 @@ def last_query_mass(q: Tensor, k: Tensor, scale: float, last: int) -> tuple[Tens
 
         sums = sum_shares
     for some, kv, _ in tiles(heads, k.shape[1], 1, batch * rows * length):
-        by_key[:, some], by_distance[:, some] = sums(products(q[:, some, length - rows :], k[:, kv]), scale)
+        by_key[:, some], by_distance[:, some] = sums(products(q[:, some, queries - rows :], k[:, kv]), scale)
     return by_key, by_distance
 
 

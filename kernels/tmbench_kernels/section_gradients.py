@@ -92,12 +92,18 @@ class DenseProbe(Dense):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """As ``Dense.attend``, with gradients for q, k and v; raises ValueError for capped logits and learned sinks."""
-        check_shapes(q, k, v)
+        _check_whole(q, k, v)
         if softcap or sinks is not None:
             asked = "soft-capped logits" if softcap else "learned sinks"
             raise ValueError(f"the probe differentiates plain softmax attention, not {asked}: probe a model without")
         out: Tensor = _Attention.apply(q, k, v, default_scale(q, scale), self)  # type: ignore[no-untyped-call]
         return out
+
+
+def _check_whole(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_shapes(q, k, v)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"the probe differentiates whole prompts, not {q.shape[2]} queries over {k.shape[2]} keys")
 
 
 class _Attention(torch.autograd.Function):
@@ -131,7 +137,7 @@ def section_gradients(
 
     Raises ValueError for shapes that do not fit.
     """
-    check_shapes(q, k, v)
+    _check_whole(q, k, v)
     if grad_out.shape != (*q.shape[:3], v.shape[3]):
         raise ValueError(f"the gradient of the output must be {(*q.shape[:3], v.shape[3])}, not {tuple(grad_out.shape)}")
     scale = default_scale(q, scale)

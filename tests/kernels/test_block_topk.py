@@ -38,6 +38,20 @@ def test_definition_and_selection_follow_the_published_rule(make_qkv, make_struc
             assert [set(row.nonzero().flatten().tolist()) for row in rule] == expected
 
 
+@pytest.mark.parametrize(("length", "start"), [(640, 639), (640, 600), (1000, 100), (1000, 512), (70, 50)])
+def test_a_chunk_chooses_as_a_prompt_whose_earlier_queries_are_zeros(make_structured_qkv, length, start):
+    """The published code fills up its blocks with zeros, so that a cut block has the mean of what is there."""
+    q, k, _ = make_structured_qkv(length, heads=2, kv_heads=1, dim=32, seed=length)
+    q[:, :, :start] = 0
+    pattern = BlockTopK(3)
+    chosen = pattern.select(q[:, :, start:], k).to_map()
+    for h in range(2):
+        expected = published_blocks(q[0, h].double().numpy(), k[0, 0].double().numpy(), 3)[start // B : -(-length // B)]
+        assert [set(row.nonzero().flatten().tolist()) for row in chosen[0, h]] == expected
+        rule = pattern.rule(q[0, h, start:], k[0, 0], 1.0)
+        assert [set(row.nonzero().flatten().tolist()) for row in rule] == expected
+
+
 def test_nothing_is_forced_and_ties_go_to_the_earlier_block():
     x = torch.zeros(1, 1, 640, 8)
     chosen = BlockTopK(2).select(x, x).to_map()[0, 0]

@@ -11,14 +11,15 @@ from tmbench_kernels import FlashPrefill
 B = 128
 
 
-def published_blocks(q, k, scale, pattern):
+def published_blocks(q, k, scale, pattern, start=0):
+    """The key blocks of every query block, chosen by the queries from ``start`` on."""
     length = len(k)
     blocks = math.ceil(length / B)
     means = [k[first : first + B].mean(0) for first in range(0, length, B)]
     chosen = []
     for r in range(blocks):
         weights = [0.0] * (r + 1)
-        for i in range(r * B, min((r + 1) * B, length)):
+        for i in range(max(r * B, start), min((r + 1) * B, length)):
             for c in range(r + 1):
                 if i >= (c + 1) * B - 1:
                     weights[c] += math.exp(q[i] @ means[c] * scale)
@@ -45,6 +46,19 @@ CASES = [
     FlashPrefill(alpha=0.8, sinks=1, window=1, last=1, min_budget=257),
     FlashPrefill(alpha=1, sinks=0, window=3, last=0),
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", CASES, ids=repr)
+@pytest.mark.parametrize(("length", "start"), [(1100, 1099), (1100, 1000), (777, 133), (1024, 512), (300, 260)])
+def test_a_chunk_chooses_by_its_own_queries(make_structured_qkv, pattern, length, start):
+    q, k, _ = make_structured_qkv(length, heads=2, kv_heads=1, dim=32, seed=length)
+    chosen = pattern.select(q[:, :, start:], k, scale=0.2).to_map()
+    for h in range(2):
+        expected = published_blocks(q[0, h].double().numpy(), k[0, 0].double().numpy(), 0.2, pattern, start)[start // B :]
+        assert [set(row.nonzero().flatten().tolist()) for row in chosen[0, h]] == expected
+        rule = pattern.rule(q[0, h, start:], k[0, 0], 0.2)
+        assert [set(row.nonzero().flatten().tolist()) for row in rule.tril(start // B)] == expected
 
 
 @pytest.mark.slow

@@ -11,24 +11,24 @@ from tmbench_kernels import FlexPrefill
 B = 128
 
 
-def published_blocks(q, k, scale, pattern):
-    """One head: (the key blocks of each query block, whether the head is query-aware)."""
+def published_blocks(q, k, scale, pattern, start=0):
+    """One head's queries from ``start`` on: (the key blocks of each query block, whether the head is query-aware)."""
     length = len(k)
-    blocks = math.ceil(length / B)
+    blocks, first_block, last = math.ceil(length / B), start // B, min(B, length - start)
     if length <= max(2 * B, math.ceil(pattern.min_budget / B) * B):
-        return [set(range(r + 1)) for r in range(blocks)], False
+        return [set(range(r + 1)) for r in range(first_block, blocks)], False
     keys, distances = np.zeros(length), np.zeros(length)
-    for i in range(length - B, length):
+    for i in range(length - last, length):
         share = softmax(k[: i + 1] @ q[i] * scale)
         for j in range(i + 1):
-            keys[j] += share[j] / B
-            distances[i - j] += share[j] / B
+            keys[j] += share[j] / last
+            distances[i - j] += share[j] / last
     diagonals = distances[::-1]
     by_key = [keys[first : first + B].sum() for first in range(0, length, B)]
     by_diagonal = [diagonals[first : first + B].sum() for first in range(0, length, B)]
     key_means = np.stack([k[first : first + B].mean(0) for first in range(0, length, B)])
-    query_means = np.stack([q[first : first + B].mean(0) for first in range(0, length, B)])
-    estimate = softmax(key_means @ q[length - B :].mean(0) * scale)
+    query_means = {r: q[max(r * B, start) : (r + 1) * B].mean(0) for r in range(first_block, blocks)}
+    estimate = softmax(key_means @ q[length - last :].mean(0) * scale)
     aware = jensen_shannon(estimate, by_key) < pattern.tau
     least = math.ceil(pattern.min_budget / B)
     most = blocks if pattern.max_budget is None else min(math.ceil(pattern.max_budget / B), blocks)
@@ -37,18 +37,18 @@ def published_blocks(q, k, scale, pattern):
     columns = set(sorted(range(blocks), key=lambda n: (-by_key[n], n))[: counts[0]])
     ranked = sorted(range(blocks), key=lambda n: (-by_diagonal[n], -n))[: counts[1]]
     offsets = {blocks - 1 - n for n in ranked}
-    chosen = [{c for c in range(r + 1) if c in columns or r - c in offsets} for r in range(blocks)]
+    chosen = [{c for c in range(r + 1) if c in columns or r - c in offsets} for r in range(first_block, blocks)]
     if aware:
         cells = []
-        for r in range(blocks):
+        for r in range(first_block, blocks):
             share = softmax(key_means[: r + 1] @ query_means[r] * scale)
             cells += [(-share[c], r, c) for c in range(r + 1)]
         total = 0.0
         for share, r, c in sorted(cells):
             total -= share
-            if total > pattern.gamma * blocks:
+            if total > pattern.gamma * (blocks - first_block):
                 break
-            chosen[r].add(c)
+            chosen[r - first_block].add(c)
     return chosen, aware
 
 
@@ -101,6 +101,23 @@ def test_definition_and_selection_follow_the_published_rule(make_qkv, make_struc
             kinds.add(aware)
             assert [set(row.nonzero().flatten().tolist()) for row in chosen[0, h]] == expected
             rule = pattern.rule(q[0, h], k[0, h // 2], scale)
+            assert [set(row.nonzero().flatten().tolist()) for row in rule] == expected
+    assert kinds == {True, False}, "both kinds of head must occur"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", CASES, ids=repr)
+def test_a_chunk_chooses_by_its_last_queries(make_structured_qkv, pattern):
+    kinds = set()
+    for length, start, scale in ((1100, 1099, 0.2), (1280, 1200, 0.1), (999, 133, 0.3), (1280, 512, 0.1), (257, 230, 0.3)):
+        q, k, _ = make_structured_qkv(length, heads=4, kv_heads=2, dim=32, seed=length)
+        chosen = pattern.select(q[:, :, start:], k, scale=scale).to_map()
+        for h in range(4):
+            head = q[0, h].double().numpy(), k[0, h // 2].double().numpy()
+            expected, aware = published_blocks(*head, scale, pattern, start)
+            kinds.add(aware)
+            assert [set(row.nonzero().flatten().tolist()) for row in chosen[0, h]] == expected
+            rule = pattern.rule(q[0, h, start:], k[0, h // 2], scale)
             assert [set(row.nonzero().flatten().tolist()) for row in rule] == expected
     assert kinds == {True, False}, "both kinds of head must occur"
 

@@ -28,6 +28,12 @@ def test_weights_of_mean_keys(make_qkv, length, heads, kv_heads, dim):
     got = mean_weights(q, means, 0.3)
     assert got.shape == expected.shape == (2, heads, blocks, blocks)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    for start in {length // 3, length - 1}:
+        first = start // 128
+        got = mean_weights(q[:, :, start:], means, 0.3, start)
+        expected = _weights(q[:, :, start:], means, range(first, blocks), 0.3, start % 128)
+        assert got.shape == expected.shape == (2, heads, blocks - first, blocks)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -72,18 +78,21 @@ def test_the_last_queries_see_more_keys_than_a_tile():
     st.integers(1, 12),
     st.integers(0, 11),
     st.integers(0, 127),
+    st.integers(0, 127),
     st.sampled_from([-0.7, 0.1, 2.0]),
     st.integers(0, 99),
 )
-def test_sums_of_strides(cells, blocks, start, missing, scale, seed):
-    """The query blocks from any one on, of a prompt whose last block may lack strides."""
+def test_sums_of_strides(cells, blocks, start, missing, before, scale, seed):
+    """The query blocks from any one on, of a prompt whose last block, and a chunk whose first block, may lack strides."""
     from tmbench_kernels.xattention.triton_backend import sum_strides
 
     start, strides = start % blocks, blocks * cells - missing % cells
     shape = (2, 2, (blocks - start) * cells, blocks * cells)
     logits = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    got = sum_strides(logits, start, cells, strides, scale)
-    expected = _sum_strides(logits.clone(), start, cells, strides, scale)
+    skipped = start * cells + before % cells
+    got = sum_strides(logits, start, cells, strides, scale, skipped)
+    expected = _sum_strides(logits.clone(), start, cells, strides, scale, skipped)
+    assert (got.sum((2, 3)) - max(strides - skipped, 0)).abs().max() < 1e-2, "every stride that counts gives 1"
     assert got.shape == expected.shape == (2, 2, blocks - start, blocks)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 

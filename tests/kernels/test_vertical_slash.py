@@ -11,11 +11,11 @@ from tmbench_kernels.vertical_slash import Selection, selection_mask
 from tmbench_kernels.vertical_slash import torch_backend as backend
 
 
-def published_selection(q, k, columns, distances, scale):
-    """One head, in float64, one query and one key at a time: the two sets as sorted lists."""
+def published_selection(q, k, columns, distances, scale, start=0):
+    """One head's queries from ``start`` on, in float64, one query and one key at a time: the two sets as sorted lists."""
     length = len(k)
     vertical, slash = [0.0] * length, [0.0] * length
-    for i in range(max(length - 64, 0), length):
+    for i in range(max(length - 64, start), length):
         logits = np.array([float(q[i] @ k[j]) * scale for j in range(i + 1)])
         weights = np.exp(logits - logits.max())
         for j, p in enumerate(weights / weights.sum()):
@@ -81,6 +81,21 @@ def test_selection_follows_the_published_rule(make_qkv, length, budget):
         columns, distances = published_selection(*head, budget[0], budget[1], 0.4)
         assert chosen.columns[0, h].nonzero().flatten().tolist() == columns
         assert chosen.distances[0, h].nonzero().flatten().tolist() == distances
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "start"), [(331, 330), (331, 300), (260, 100), (260, 192), (600, 450)])
+def test_a_chunk_selects_by_its_last_queries(make_qkv, length, start):
+    q, k, _ = make_qkv(length, heads=2, kv_heads=1, dim=16)
+    pattern = VerticalSlash(((35, 60),))
+    part = q[:, :, start:]
+    chosen, mask = pattern.select(part, k, scale=0.4), pattern.mask(part, k, scale=0.4)
+    for h in range(2):
+        columns, distances = published_selection(q[0, h].double().numpy(), k[0, 0].double().numpy(), 35, 60, 0.4, start)
+        assert chosen.columns[0, h].nonzero().flatten().tolist() == columns
+        assert chosen.distances[0, h].nonzero().flatten().tolist() == distances
+        assert torch.equal(mask[0, h], published_mask(columns, distances, length)[start:])
+    assert pattern.pairs(part, k, scale=0.4) == int(mask.sum())
 
 
 def test_each_head_has_its_own_budget(make_qkv):

@@ -11,8 +11,8 @@ from tmbench_kernels import XAttention
 B = 128
 
 
-def published_mass(q, k, scale, stride):
-    """What the block of queries r gives to the block of keys c, ``[blocks, blocks]``."""
+def published_mass(q, k, scale, stride, start=0):
+    """What the block of queries r gives to the block of keys c, ``[blocks, blocks]``; q has zeros before ``start``."""
     length = len(k)
     blocks = math.ceil(length / B)
     q, k = (np.concatenate([x, np.zeros((blocks * B - length, x.shape[1]))]) for x in (q, k))
@@ -23,7 +23,7 @@ def published_mass(q, k, scale, stride):
         forwards = np.arange(tiles) * stride + step
         logits += np.einsum("rd,cd->rc", q[backwards], k[forwards])
     mass = np.zeros((blocks, blocks))
-    for row in range(math.ceil(length / stride)):
+    for row in range(start // stride, math.ceil(length / stride)):
         weights = np.exp((logits[row, : row + 1] - logits[row, : row + 1].max()) * scale / stride)
         for column, share in enumerate(weights / weights.sum()):
             mass[row * stride // B, column * stride // B] += share
@@ -60,6 +60,24 @@ CASES = [
     XAttention(stride=128, threshold=0.4),
     XAttention(stride=1, threshold=0.8),
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", CASES, ids=repr)
+@pytest.mark.parametrize(("length", "start"), [(1100, 1099), (1100, 1000), (777, 133), (1100, 512), (300, 260)])
+def test_a_chunk_has_strides_of_its_own_queries(make_structured_qkv, pattern, length, start):
+    q, k, _ = make_structured_qkv(length, heads=2, kv_heads=1, dim=32, seed=length)
+    q[:, :, :start] = 0
+    chosen = pattern.select(q[:, :, start:], k, scale=0.2).to_map()
+    for h in range(2):
+        mass = published_mass(q[0, h].double().numpy(), k[0, 0].double().numpy(), 0.2, pattern.stride, start)
+        covers = [
+            (first_chunk_cover if r * B < pattern.first_chunk else minimal_cover)(mass, r, pattern.threshold)
+            for r in range(start // B, len(mass))
+        ]
+        assert [set(row.nonzero().flatten().tolist()) for row in chosen[0, h]] == covers
+        rule = pattern.rule(q[0, h, start:], k[0, 0], 0.2)
+        assert [set(row.nonzero().flatten().tolist()) for row in rule] == covers
 
 
 @pytest.mark.slow

@@ -61,14 +61,14 @@ class BlockSparse(Pattern):
 
     @abc.abstractmethod
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """The definition for one head, q and k ``[length, dim]``: which key blocks each query block attends to.
+        """The definition for one head, q ``[queries, dim]`` and k ``[keys, dim]``: the key blocks of each query block.
 
         Bool ``[q_blocks, k_blocks]``; what it holds for key blocks after the query block's own does not count.
         """
 
     @abc.abstractmethod
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """``rule`` for all heads, bool ``[batch, heads, blocks, blocks]``: the future does not count here either.
+        """``rule`` for all heads, bool ``[batch, heads, q_blocks, k_blocks]``: the future does not count here either.
 
         Reads nothing back to the host, loops over no head for its own sake, and holds a few GiB at most for 32 heads of 128K
         tokens. Sums run in float32 in another order than the rule's, so that a near tie may fall the other way.
@@ -76,13 +76,15 @@ class BlockSparse(Pattern):
 
     def select(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> BlockLists:
         """The key blocks of these q and k."""
-        return BlockLists.from_map(self.block_map(q, k, default_scale(q, scale)), q.shape[2], self.block)
+        start = k.shape[2] - q.shape[2]
+        return BlockLists.from_map(self.block_map(q, k, default_scale(q, scale)), k.shape[2], self.block, start)
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-        """Bool ``[batch, heads, length, length]``: the rule's blocks, up to each query."""
+        """Bool ``[batch, heads, queries, keys]``: the rule's blocks, up to each query."""
         groups, factor = q.shape[1] // k.shape[1], default_scale(q, scale)
         rules = [[self.rule(qh, k[b, h // groups], factor) for h, qh in enumerate(qb)] for b, qb in enumerate(q)]
-        return token_mask(torch.stack([torch.stack(heads) for heads in rules]), q.shape[2], self.block)
+        block_map = torch.stack([torch.stack(heads) for heads in rules])
+        return token_mask(block_map, k.shape[2], self.block, k.shape[2] - q.shape[2])
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of a selection."""

@@ -1,7 +1,8 @@
 """Which key blocks each block of queries attends to: what a selection hands to the kernel that attends.
 
-Queries and keys are cut into blocks of the same size, from position 0 on; the last block of a prompt may be shorter. A
-pattern *selects* block lists from q and k; a backend attends over them and knows nothing of how they came about.
+Queries and keys are cut into blocks of the same size, from position 0 of the prompt on; the last block of a prompt may be
+shorter, and so may the first block of a chunk's queries. A pattern *selects* block lists from q and k; a backend attends
+over them and knows nothing of how they came about.
 """
 
 from __future__ import annotations
@@ -34,20 +35,26 @@ class BlockLists:
     indices: Tensor
     """int32 ``[batch, heads, q_blocks, k_blocks]``, contiguous."""
     length: int
-    """Tokens of the prompt."""
+    """Keys: the tokens of the prompt up to here."""
     block: int = BLOCK
     """Tokens of a block, of queries and of keys."""
+    start: int = 0
+    """The position of the first query; the first block of queries is the one that holds it."""
 
     def __post_init__(self) -> None:
         blocks = block_count(self.length, self.block)
+        rows = blocks - self.first_block
         if self.counts.dtype != torch.int32 or self.indices.dtype != torch.int32:
             raise ValueError(f"counts and indices must be int32, not {self.counts.dtype} and {self.indices.dtype}")
-        if self.counts.dim() != 3 or self.indices.shape != (*self.counts.shape, blocks) or self.counts.shape[2] != blocks:
+        if self.counts.dim() != 3 or self.indices.shape != (*self.counts.shape, blocks) or self.counts.shape[2] != rows:
             shapes = f"{tuple(self.counts.shape)} and {tuple(self.indices.shape)}"
-            raise ValueError(f"{self.length} tokens are {blocks} blocks of {self.block}; counts and indices are {shapes}")
+            from_ = f", {rows} of them from token {self.start} on" * bool(self.start)
+            raise ValueError(
+                f"{self.length} tokens are {blocks} blocks of {self.block}{from_}; counts and indices are {shapes}"
+            )
 
     @classmethod
-    def from_map(cls, block_map: Tensor, length: int, block: int = BLOCK) -> BlockLists:
+    def from_map(cls, block_map: Tensor, length: int, block: int = BLOCK, start: int = 0) -> BlockLists:
         """The lists of a bool map ``[batch, heads, q_blocks, k_blocks]``; blocks after the query block's own are dropped.
 
         Nothing is sorted, and nothing is read back to the host.
@@ -56,8 +63,13 @@ class BlockLists:
             # Imported when it is first used: it takes Triton.
             from tmbench_kernels.block_sparse.triton_lists import list_blocks
 
-            return cls(*list_blocks(block_map), length, block)
-        return cls(*_list_blocks(block_map), length, block)
+            return cls(*list_blocks(block_map), length, block, start)
+        return cls(*_list_blocks(block_map), length, block, start)
+
+    @property
+    def first_block(self) -> int:
+        """The number of the first block of queries."""
+        return self.start // self.block
 
     def to_map(self) -> Tensor:
         """The lists as a bool map ``[batch, heads, q_blocks, k_blocks]``."""
@@ -71,27 +83,27 @@ class BlockLists:
     def own_listed(self) -> Tensor:
         """Whether a query block's own keys are in its list, bool ``[batch, heads, q_blocks]``; if so they are the last."""
         last = self.indices.gather(3, (self.counts[..., None] - 1).clamp_(min=0).long()).squeeze(3)
-        own = torch.arange(self.counts.shape[2], device=self.counts.device)
+        own = torch.arange(self.first_block, self.indices.shape[3], device=self.counts.device)
         return (last == own) & (self.counts > 0)
 
     def mask(self) -> Tensor:
-        """Which pairs the lists stand for, bool ``[batch, heads, length, length]``. Quadratic."""
-        return token_mask(self.to_map(), self.length, self.block)
+        """Which pairs the lists stand for, bool ``[batch, heads, queries, keys]``. Quadratic."""
+        return token_mask(self.to_map(), self.length, self.block, self.start)
 
     def pairs(self) -> int:
         """How many (query, key) pairs the lists stand for, over batch and heads; reads the counts back to the host."""
-        blocks = self.counts.shape[2]
-        rows = torch.full((blocks,), self.block, device=self.counts.device)
-        rows[-1:].fill_(self.length - (blocks - 1) * self.block)
+        edges = self.block * torch.arange(self.first_block, self.indices.shape[3] + 1, device=self.counts.device)
+        # Where a block's queries begin and end, counted from the block's first token.
+        low, high = (self.start - edges[:-1]).clamp(min=0), edges[1:].clamp(max=self.length) - edges[:-1]
         own = self.own_listed().long()
         whole = (self.counts.long() - own) * self.block
-        return int((rows * whole + own * (rows * (rows + 1) // 2)).sum())
+        return int(((high - low) * whole + own * ((high * (high + 1) - low * (low + 1)) // 2)).sum())
 
 
 def _list_blocks(block_map: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and indices of a bool map: each block is sent to its place, which is known from running counts."""
     blocks = block_map.shape[3]
-    block_map = block_map & causal_mask(blocks, block_map.device)
+    block_map = block_map & causal_mask(blocks, block_map.device, queries=block_map.shape[2])
     ranks = block_map.cumsum(3, dtype=torch.int32)
     numbers = torch.arange(blocks, dtype=torch.int32, device=block_map.device)
     # Block n is the ranks[n]-th of the list, or the (n + 1 - ranks[n])-th from the end.
@@ -105,7 +117,14 @@ def block_count(length: int, block: int = BLOCK) -> int:
     return -(-length // block)
 
 
-def token_mask(block_map: Tensor, length: int, block: int = BLOCK) -> Tensor:
-    """The pairs of a bool block map: key j <= query i where the map has j's block for i's. ``[..., length, length]``."""
-    tokens = torch.arange(length, device=block_map.device) // block
-    return block_map[..., tokens[:, None], tokens] & causal_mask(length, block_map.device)
+def split_blocks(x: Tensor, block: int = BLOCK, start: int = 0) -> list[Tensor]:
+    """The tokens of ``x``, its first dimension, block by block, where the first of them is position ``start``."""
+    head = -start % block
+    return [part for part in (x[:head], *torch.split(x[head:], block)) if len(part)]
+
+
+def token_mask(block_map: Tensor, length: int, block: int = BLOCK, start: int = 0) -> Tensor:
+    """The pairs of a bool block map: key j <= query i where the map has j's block for i's. ``[..., queries, keys]``."""
+    keys = torch.arange(length, device=block_map.device) // block
+    rows = keys[start:] - start // block
+    return block_map[..., rows[:, None], keys] & causal_mask(length, block_map.device, queries=length - start)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tmbench_kernels.block_sparse import BlockSparse
-from tmbench_kernels.block_sparse.lists import block_count
+from tmbench_kernels.block_sparse.lists import block_count, split_blocks
 from tmbench_kernels.reference import causal_mask
 from tmbench_kernels.scores import block_means, largest, products, tiles
 
@@ -35,30 +35,36 @@ class BlockTopK(BlockSparse):
             raise ValueError(f"blocks must be at least 1, not {self.blocks}")
 
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        blocks = block_count(len(q), self.block)
+        start = len(k) - len(q)
+        first = start // self.block
         queries, keys = (
-            torch.stack([part.float().sum(0) / self.block for part in torch.split(x, self.block)]) for x in (q, k)
+            torch.stack([part.float().sum(0) / self.block for part in split_blocks(x, self.block, begin)])
+            for x, begin in ((q, start), (k, 0))
         )
-        kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=q.device)
-        for r in range(blocks):
-            scores = keys[: r + 1] @ queries[r]
+        kept = torch.zeros(len(queries), len(keys), dtype=torch.bool, device=q.device)
+        for r in range(len(queries)):
+            scores = keys[: first + r + 1] @ queries[r]
             kept[r, scores.argsort(descending=True, stable=True)[: self.blocks]] = True
         return kept
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        batch, heads, length = q.shape[:3]
-        blocks = block_count(length, self.block)
-        queries, keys = (self._means(x) for x in (q, k))
-        causal = causal_mask(blocks, q.device)
-        kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
-        for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * blocks):
+        batch, heads = q.shape[:2]
+        queries, keys = self._means(q, k.shape[2] - q.shape[2]), self._means(k, 0)
+        q_blocks, blocks = queries.shape[2], keys.shape[2]
+        causal = causal_mask(blocks, q.device, queries=q_blocks)
+        kept = torch.zeros(batch, heads, q_blocks, blocks, dtype=torch.bool, device=q.device)
+        for some, kv, rows in tiles(heads, k.shape[1], q_blocks, batch * blocks):
             scores = products(queries[:, some, rows.start : rows.stop], keys[:, kv])
             scores.masked_fill_(~causal[rows.start : rows.stop], -torch.inf)
             kept[:, some, rows.start : rows.stop] = largest(scores, self.blocks)
         return kept
 
-    def _means(self, x: Tensor) -> Tensor:
-        """Means of blocks, the last one over as many tokens as the others."""
-        means = block_means(x, self.block)
-        means[:, :, -1] *= (x.shape[2] - (means.shape[2] - 1) * self.block) / self.block
+    def _means(self, x: Tensor, start: int) -> Tensor:
+        """Means of blocks, the first and the last one over as many tokens as the others."""
+        means = block_means(x, self.block, start)
+        blocks, end = means.shape[2], start + x.shape[2]
+        if missing := start % self.block:
+            means[:, :, 0] *= (min(self.block - missing, x.shape[2])) / self.block
+        if blocks > 1 or not missing:
+            means[:, :, -1] *= (end - (block_count(end, self.block) - 1) * self.block) / self.block
         return means

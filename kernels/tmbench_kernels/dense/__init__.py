@@ -53,13 +53,13 @@ class Dense(Pattern):
         return tuple(backend for backend in self.backends if backend.name == self.dense_backend)
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-        """Bool ``[1, 1, length, length]``; the values of q and k do not matter."""
-        return causal_mask(q.shape[2], q.device)[None, None]
+        """Bool ``[1, 1, queries, keys]``; the values of q and k do not matter."""
+        return causal_mask(k.shape[2], q.device, queries=q.shape[2])[None, None]
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
-        """``length * (length + 1) / 2`` for each batch and head."""
-        batch, heads, length = q.shape[:3]
-        return batch * heads * length * (length + 1) // 2
+        """The query at position i has ``i + 1``: ``keys * (keys + 1) / 2`` for each batch and head of a whole prompt."""
+        batch, heads, queries = q.shape[:3]
+        return batch * heads * queries * (2 * k.shape[2] - queries + 1) // 2
 
     def compute_last_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
         """The last query over all keys; reads no other query."""

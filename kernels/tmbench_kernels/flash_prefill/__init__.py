@@ -7,7 +7,7 @@ local window and the last queries are always attended to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -49,41 +49,49 @@ class FlashPrefill(BlockSparse):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, but it is {getattr(self, field)}")
 
+    def of_chunk(self, end: int, length: int) -> FlashPrefill:
+        """With those of the prompt's last query blocks that come before ``end``."""
+        return replace(self, last=max(self.last - (block_count(length) - block_count(end)), 0))
+
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        length, blocks = len(q), block_count(len(q))
+        length, blocks, start = len(k), block_count(len(k)), len(k) - len(q)
+        first = start // BLOCK
         means = torch.stack([part.float().mean(0) for part in torch.split(k, BLOCK)]).to(k.dtype).float()
         logits = q.float() @ means.T * scale
-        kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=q.device)
-        for r in range(blocks):
-            # Of a key block's queries those count that see all of it: of its own, the last one alone.
-            rows = [logits[max(r * BLOCK, (c + 1) * BLOCK - 1) : min((r + 1) * BLOCK, length), c] for c in range(r + 1)]
-            weights = torch.stack([row.logsumexp(0) for row in rows])
-            kept[r, : r + 1] = (weights - weights.max()).exp() >= self.alpha
+        kept = torch.zeros(blocks - first, blocks, dtype=torch.bool, device=q.device)
+        for row, r in zip(kept, range(first, blocks), strict=True):
+            # Of a block's queries those count that see all of a key block: of its own, the last one alone.
+            end = min((r + 1) * BLOCK, length) - start
+            seen = [logits[max(r * BLOCK - start, (c + 1) * BLOCK - 1 - start, 0) : end, c] for c in range(r + 1)]
+            weights = torch.stack([part.logsumexp(0) for part in seen])
+            row[: r + 1] = (weights - weights.max()).exp() >= self.alpha
             heaviest = weights.argsort(descending=True, stable=True)
-            kept[r, heaviest[: block_count(self.min_budget)]] = True
-            kept[r, : self.sinks] = True
-            kept[r, max(r - self.window + 1, 0) :] = True
-        kept[max(blocks - self.last, 0) :] = True
+            row[heaviest[: block_count(self.min_budget)]] = True
+            row[: self.sinks] = True
+            row[max(r - self.window + 1, 0) :] = True
+        kept[max(blocks - first - self.last, 0) :] = True
         return kept
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        batch, heads, length = q.shape[:3]
-        blocks = block_count(length)
+        batch, heads, length = *q.shape[:2], k.shape[2]
+        blocks, start = block_count(length), length - q.shape[2]
+        first, skipped = start // BLOCK, start % BLOCK
         means = block_means(k, BLOCK).to(k.dtype)
         if triton_serves(q):
             # Of the weights alone, a matrix of blocks, instead of one of queries by blocks.
             from tmbench_kernels.flash_prefill.triton_backend import mean_weights
 
-            kept = self._heavy(mean_weights(q, means, scale))
+            kept = self._heavy(mean_weights(q, means, scale, start))
         else:
-            kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
-            for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * BLOCK * blocks):
-                part = q[:, some, rows.start * BLOCK : rows.stop * BLOCK]
-                heavy = self._heavy(_weights(part, means[:, kv, : rows.stop], rows, scale))
-                kept[:, some, rows.start : rows.stop, : rows.stop] = heavy
+            kept = torch.zeros(batch, heads, blocks - first, blocks, dtype=torch.bool, device=q.device)
+            for some, kv, part in tiles(heads, k.shape[1], blocks - first, batch * BLOCK * blocks):
+                rows = range(first + part.start, first + part.stop)
+                queries = q[:, some, max(part.start * BLOCK - skipped, 0) : part.stop * BLOCK - skipped]
+                weights = _weights(queries, means[:, kv, : rows.stop], rows, scale, 0 if part.start else skipped)
+                kept[:, some, part.start : part.stop, : rows.stop] = self._heavy(weights)
         columns = torch.arange(blocks, device=q.device)
-        distance = columns[:, None] - columns
-        kept |= (columns < self.sinks) | (distance < self.window) | (columns[:, None] >= blocks - self.last)
+        row = columns[first:, None]
+        kept |= (columns < self.sinks) | (row - columns < self.window) | (row >= blocks - self.last)
         return kept
 
     def _heavy(self, weights: Tensor) -> Tensor:
@@ -95,13 +103,15 @@ class FlashPrefill(BlockSparse):
         return chosen
 
 
-def _weights(q: Tensor, means: Tensor, rows: range, scale: float) -> Tensor:
+def _weights(q: Tensor, means: Tensor, rows: range, scale: float, skipped: int = 0) -> Tensor:
     """Logarithm of what the query blocks ``rows`` give to each mean, float32 ``[batch, heads, rows, blocks]``.
 
-    A sum over the queries that see the whole key block; -inf where there are none. q holds the queries of ``rows`` alone.
+    A sum over the queries that see the whole key block; -inf where there are none. q holds the queries of ``rows`` alone,
+    of the first block without its first ``skipped``.
     """
-    missing = len(rows) * BLOCK - q.shape[2]
-    logits = torch.unflatten(products(F.pad(q, (0, 0, 0, missing)), means).mul_(scale), 2, (len(rows), BLOCK))
+    missing = len(rows) * BLOCK - q.shape[2] - skipped
+    logits = torch.unflatten(products(F.pad(q, (0, 0, skipped, missing)), means).mul_(scale), 2, (len(rows), BLOCK))
+    logits[:, :, 0, :skipped] = -torch.inf
     logits[:, :, -1, BLOCK - missing :] = -torch.inf
     row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
     column = torch.arange(means.shape[2], device=q.device)

@@ -13,9 +13,9 @@ from tmbench_kernels.block_sparse.lists import BLOCK, block_count
 from tmbench_kernels.launch import LOG2_E, block_dim
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "stride_qb"])
+@triton.jit(do_not_specialize=["length", "start", "rows", "blocks", "stride_qb"])
 def _mean_weights(
-    q_ptr, means_ptr, out_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, blocks, scale_log2, log_2,
+    q_ptr, means_ptr, out_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, start, rows, blocks, scale_log2, log_2,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
@@ -25,13 +25,14 @@ def _mean_weights(
     head = both % HEADS
     batch = both // HEADS
     position = row * BLOCK + tl.arange(0, BLOCK)
-    row_ok = position < length
+    row_ok = (position >= start) & (position < length)
+    query = (position - start).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     dim_ok = dim < DIM
-    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qn
+    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & dim_ok[None, :], other=0.0)
     means = means_ptr + (batch * (HEADS // GROUPS) + head // GROUPS).to(tl.int64) * blocks * DIM
-    out = out_ptr + (both.to(tl.int64) * blocks + row) * blocks
+    out = out_ptr + (both.to(tl.int64) * rows + row - (blocks - rows)) * blocks
     for first in range(0, blocks, MEANS):
         column = first + tl.arange(0, MEANS)
         row_max = tl.full([MEANS], -float("inf"), tl.float32)
@@ -50,18 +51,20 @@ def _mean_weights(
         tl.store(out + column, (row_max + tl.log2(tl.maximum(row_sum, 1.0))) * log_2, mask=column < blocks)
 
 
-def mean_weights(q: Tensor, means: Tensor, scale: float) -> Tensor:
-    """Logarithm of what each block of queries gives to each mean key, float32 ``[batch, heads, blocks, blocks]``.
+def mean_weights(q: Tensor, means: Tensor, scale: float, start: int = 0) -> Tensor:
+    """Logarithm of what each block of queries gives to each mean key, float32 ``[batch, heads, q_blocks, blocks]``.
 
-    q ``[batch, heads, length, dim]`` and means ``[batch, kv_heads, blocks, dim]`` are of one 16-bit type. A sum over the
-    queries that see the whole key block; -inf where there are none.
+    q ``[batch, heads, queries, dim]``, from position ``start`` on, and means ``[batch, kv_heads, blocks, dim]`` are of one
+    16-bit type. A sum over the queries that see the whole key block; -inf where there are none.
     """
-    batch, heads, length, dim = q.shape
+    batch, heads, queries, dim = q.shape
+    length = start + queries
     blocks = block_count(length)
+    rows = blocks - start // BLOCK
     means = means.contiguous()
-    out = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
-    _mean_weights[(batch * heads, blocks)](
-        q, means, out, *q.stride(), length, blocks, scale * LOG2_E, math.log(2),
+    out = torch.empty(batch, heads, rows, blocks, dtype=torch.float32, device=q.device)
+    _mean_weights[(batch * heads, rows)](
+        q, means, out, *q.stride(), length, start, rows, blocks, scale * LOG2_E, math.log(2),
         HEADS=heads, GROUPS=heads // means.shape[1], DIM=dim, BLOCK_DIM=block_dim(dim), BLOCK=BLOCK,
         MEANS=128 if dim <= 256 else 64, num_warps=8,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmbench_kernels.block_sparse import BlockSparse
-from tmbench_kernels.block_sparse.lists import BLOCK, block_count
+from tmbench_kernels.block_sparse.lists import BLOCK, block_count, split_blocks
 from tmbench_kernels.parameters import parameter
 from tmbench_kernels.reference import causal_mask
 from tmbench_kernels.scores import block_means, largest, last_query_mass, products
@@ -50,42 +50,47 @@ class FlexPrefill(BlockSparse):
             raise ValueError(f"max_budget must be at least min_budget, {self.min_budget}, not {self.max_budget}")
 
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        length, blocks = len(q), block_count(len(q))
+        length, start, blocks, last = len(k), len(k) - len(q), block_count(len(k)), min(BLOCK, len(q))
+        first = start // BLOCK
         if self._is_dense(length):
-            return causal_mask(blocks, q.device)
+            return causal_mask(blocks, q.device, queries=blocks - first)
         q, k = q.float(), k.float()
-        future = torch.ones(BLOCK, length, dtype=torch.bool, device=q.device).triu(length - BLOCK + 1)
-        shares = (q[-BLOCK:] @ k.T * scale).masked_fill(future, -torch.inf).softmax(1)
+        future = torch.ones(last, length, dtype=torch.bool, device=q.device).triu(length - last + 1)
+        shares = (q[-last:] @ k.T * scale).masked_fill(future, -torch.inf).softmax(1)
         by_key = shares.mean(0)
         # The diagonal of index n ends at the last query and key n: the distance of all its pairs is length - 1 - n.
         by_diagonal = torch.zeros_like(by_key)
-        for later in range(BLOCK):
-            by_diagonal[later:] += shares[BLOCK - 1 - later, : length - later] / BLOCK
+        for later in range(last):
+            by_diagonal[later:] += shares[last - 1 - later, : length - later] / last
         columns, diagonals = (torch.stack([part.sum() for part in torch.split(x, BLOCK)]) for x in (by_key, by_diagonal))
-        query_means, key_means = (torch.stack([part.mean(0) for part in torch.split(x, BLOCK)]) for x in (q, k))
-        estimate = (q[-BLOCK:].mean(0) @ key_means.T * scale).softmax(0)
+        query_means, key_means = (
+            torch.stack([part.mean(0) for part in split_blocks(x, BLOCK, begin)]) for x, begin in ((q, start), (k, 0))
+        )
+        estimate = (q[-last:].mean(0) @ key_means.T * scale).softmax(0)
         aware = bool(_distance(estimate, columns) < self.tau)
         count, diagonal_count = (self._least(length) if aware else self._blocks_for(x) for x in (by_key, by_diagonal))
         columns[0] = diagonals[-1] = torch.inf
         near_first = diagonals.flip(0)
-        kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=q.device)
+        kept = torch.zeros(blocks - first, blocks, dtype=torch.bool, device=q.device)
         kept[:, columns.argsort(descending=True, stable=True)[:count]] = True
         for offset in near_first.argsort(descending=True, stable=True)[:diagonal_count].tolist():
-            kept.diagonal(-offset).fill_(True)
+            kept.diagonal(first - offset).fill_(True)
         if aware:
-            logits = (query_means @ key_means.T * scale).masked_fill(~causal_mask(blocks, q.device), -torch.inf)
+            past = causal_mask(blocks, q.device, queries=blocks - first)
+            logits = (query_means @ key_means.T * scale).masked_fill(~past, -torch.inf)
             pooled = logits.softmax(1).flatten()
             heaviest = pooled.argsort(descending=True, stable=True)
-            within = pooled[heaviest].double().cumsum(0) <= self.gamma * blocks
+            within = pooled[heaviest].double().cumsum(0) <= self.gamma * (blocks - first)
             kept.view(-1)[heaviest[within]] = True
-        return kept & causal_mask(blocks, q.device)
+        return kept & causal_mask(blocks, q.device, queries=blocks - first)
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        batch, heads, length = q.shape[:3]
-        blocks = block_count(length)
+        batch, heads, queries = q.shape[:3]
+        length, last = k.shape[2], min(BLOCK, queries)
+        blocks, first = block_count(length), (length - queries) // BLOCK
         if self._is_dense(length):
-            return causal_mask(blocks, q.device).expand(batch, heads, blocks, blocks)
-        by_key, by_distance = (mass / BLOCK for mass in last_query_mass(q, k, scale, BLOCK))
+            return causal_mask(blocks, q.device, queries=blocks - first).expand(batch, heads, -1, -1)
+        by_key, by_distance = (mass / last for mass in last_query_mass(q, k, scale, BLOCK))
         by_diagonal = by_distance.flip(2)
         counts, diagonal_counts = self._blocks_for(by_key), self._blocks_for(by_diagonal)
         columns, diagonals = (
@@ -94,17 +99,17 @@ class FlexPrefill(BlockSparse):
         aware = asked = None
         if self.tau > 0:
             key_means = block_means(k, BLOCK)
-            last = q[:, :, length - BLOCK :].mean(2, keepdim=True, dtype=torch.float32)
-            estimate = products(last, key_means).mul_(scale).softmax(3).squeeze(2)
+            mean = q[:, :, queries - last :].mean(2, keepdim=True, dtype=torch.float32)
+            estimate = products(mean, key_means).mul_(scale).softmax(3).squeeze(2)
             aware = _distance(estimate, columns) < self.tau
             counts, diagonal_counts = (n.masked_fill(aware, self._least(length)) for n in (counts, diagonal_counts))
-            asked = aware[..., None, None] & self._asked(block_means(q, BLOCK), key_means, scale)
+            asked = aware[..., None, None] & self._asked(block_means(q, BLOCK, length - queries), key_means, scale)
         columns[..., 0] = torch.inf
         diagonals[..., -1] = torch.inf
         chosen = largest(columns, counts)
         offsets = largest(diagonals.flip(2), diagonal_counts)
         numbers = torch.arange(blocks, device=q.device)
-        kept = chosen[:, :, None] | offsets[..., (numbers[:, None] - numbers).clamp(min=0)]
+        kept = chosen[:, :, None] | offsets[..., (numbers[first:, None] - numbers).clamp(min=0)]
         if asked is not None:
             kept |= asked
         return kept
@@ -128,16 +133,17 @@ class FlexPrefill(BlockSparse):
 
         What it says of blocks in the future does not count.
         """
-        blocks = key_means.shape[2]
-        future = ~causal_mask(blocks, key_means.device)
+        rows, blocks = query_means.shape[2], key_means.shape[2]
+        first = blocks - rows
+        future = ~causal_mask(blocks, key_means.device, queries=rows)
         pooled = products(query_means, key_means).mul_(scale).masked_fill_(future, -torch.inf).softmax(3).flatten(2)
-        # Half of the matrix is in the future, all zeros: only the other half is sorted, which keeps its order for ties.
-        row, column = torch.tril_indices(blocks, blocks, device=pooled.device)
+        # What is in the future is all zeros: only the rest is sorted, which keeps its order for ties.
+        row, column = torch.tril_indices(rows, blocks, first, device=pooled.device)
         ranked, order = pooled.index_select(2, row * blocks + column).sort(dim=2, descending=True, stable=True)
-        within = ranked.cumsum(2, dtype=torch.float64) <= self.gamma * blocks
+        within = ranked.cumsum(2, dtype=torch.float64) <= self.gamma * rows
         asked = torch.zeros_like(within).scatter_(2, order, within)
-        row, column = torch.arange(blocks, device=pooled.device)[:, None], torch.arange(blocks, device=pooled.device)
-        return asked[..., row * (row + 1) // 2 + torch.minimum(row, column)]
+        row, column = torch.arange(rows, device=pooled.device)[:, None], torch.arange(blocks, device=pooled.device)
+        return asked[..., row * (row + 1) // 2 + row * first + torch.minimum(row + first, column)]
 
 
 def _distance(p: Tensor, q: Tensor) -> Tensor:

@@ -87,9 +87,8 @@ class MInferenceHeads(Pattern):
         return MInferenceHeads(tuple(self.heads[head] for head in heads))
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-        """Bool ``[batch, heads, length, length]``: each head by the definition of its kind."""
-        batch, heads, length = q.shape[:3]
-        mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=q.device)
+        """Bool ``[batch, heads, queries, keys]``: each head by the definition of its kind."""
+        mask = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
         for part in self.parts(q, k):
             mask[:, part.queries] = part.pattern.mask(q[:, part.queries], k[:, part.keys], scale=scale)
         return mask

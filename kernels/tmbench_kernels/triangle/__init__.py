@@ -8,7 +8,7 @@ released code never reads it, and its effective value there is always 128.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from tmbench_kernels.triangle.torch_backend import attend as attend_torch
 
 @dataclass(frozen=True)
 class Triangle(Pattern):
-    """Query i attends to key j <= i when ``j < n_init``, or ``i - j < n_local``, or ``i >= length - last_n``.
+    """Query i attends to key j <= i when ``j < n_init``, or ``i - j < n_local``, or ``i >= keys - last_n``.
 
     All three count tokens; 0 switches a part off and a value beyond the length makes the pattern dense. With neither sinks
     nor a window the queries before the last attend to nothing, and their output is zero. Raises ValueError for a negative.
@@ -50,28 +50,37 @@ class Triangle(Pattern):
         """The A-shape: sinks and window, no last queries."""
         return cls(n_init, n_local, last_n=0)
 
-    def attends(self, i: Tensor, j: Tensor, length: int) -> Tensor:
+    def of_chunk(self, end: int, length: int) -> Triangle:
+        """With those of the prompt's last queries that come before ``end``."""
+        return replace(self, last_n=max(self.last_n - (length - end), 0))
+
+    def attends(self, i: Tensor, j: Tensor, keys: int) -> Tensor:
         """The definition: whether query i attends to key j, bool, for positions that broadcast."""
-        return (j <= i) & ((j < self.n_init) | (i - j < self.n_local) | (i >= length - self.last_n))
+        return (j <= i) & ((j < self.n_init) | (i - j < self.n_local) | (i >= keys - self.last_n))
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-        """Bool ``[1, 1, length, length]``; the values of q and k do not matter."""
-        positions = torch.arange(q.shape[2], device=q.device)
-        return self.attends(positions[:, None], positions, q.shape[2])[None, None]
+        """Bool ``[1, 1, queries, keys]``; the values of q and k do not matter."""
+        positions = torch.arange(k.shape[2], device=q.device)
+        return self.attends(positions[k.shape[2] - q.shape[2] :, None], positions, k.shape[2])[None, None]
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """In closed form: a query before the last attends to ``min(i + 1, n_init + n_local)`` keys."""
-        batch, heads, length = q.shape[:3]
-        tail = max(length - self.last_n, 0)
+        batch, heads, queries = q.shape[:3]
+        keys = k.shape[2]
+        start = keys - queries
+        tail = max(keys - self.last_n, start)
+        last = (keys * (keys + 1) - tail * (tail + 1)) // 2
+        return batch * heads * (self._before(tail) - self._before(start) + last)
+
+    def _before(self, end: int) -> int:
+        """The pairs of the queries before position ``end``, none of them among the last."""
         width = self.n_init + self.n_local
-        ramp = min(width, tail)
-        before = ramp * (ramp + 1) // 2 + (tail - ramp) * width
-        last = (length * (length + 1) - tail * (tail + 1)) // 2
-        return batch * heads * (before + last)
+        ramp = min(width, end)
+        return ramp * (ramp + 1) // 2 + (end - ramp) * width
 
     def compute_last_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
         """The last query over its keys, the sinks and the window where it is not among ``last_n``; reads no other query."""
-        length = q.shape[2]
+        length = k.shape[2]
         start = 0 if self.last_n else max(length - self.n_local, 0)
         sinks = min(self.n_init, start)
         if sinks:

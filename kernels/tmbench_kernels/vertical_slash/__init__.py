@@ -33,7 +33,7 @@ MIN_DISTANCES = 50
 
 @dataclass(frozen=True)
 class Selection:
-    """What one prefill attends to. Both are sets, bool ``[batch, heads, length]``: entry n tells whether n is selected."""
+    """What one prefill attends to. Both are sets, bool ``[batch, heads, keys]``: entry n tells whether n is selected."""
 
     columns: Tensor
     distances: Tensor
@@ -91,40 +91,42 @@ class VerticalSlash(Pattern):
     def select(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Selection:
         """The columns and distances with the most attention from the last 64 queries, for each head of its budget.
 
+        In a chunk these are the chunk's, or all of them where it has fewer.
+
         Probabilities are taken in float32, whatever the type of q and k: where the released code rounds logits to bf16,
         near ties can fall the other way. Ties go to the smaller column and the smaller distance.
         """
         vertical, slash = last_query_mass(q, k, default_scale(q, scale), LAST_QUERIES)
         vertical[..., :FORCED_COLUMNS] = torch.inf
         slash[..., :FORCED_DISTANCES] = torch.inf
-        columns, distances = self.counts(q.shape[1], q.shape[2])
+        columns, distances = self.counts(q.shape[1], k.shape[2])
         return Selection(top_entries(vertical, columns), top_entries(slash, distances))
 
     def counts(self, heads: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How many columns and how many distances each of so many heads selects in a prompt of this length."""
+        """How many columns and how many distances each of so many heads selects of so many keys."""
         budgets = self._head_budgets(heads)
         columns = tuple(min(length, max(columns, FORCED_COLUMNS)) for columns, _ in budgets)
         return columns, tuple(min(length, max(distances, MIN_DISTANCES)) for _, distances in budgets)
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
-        """Bool ``[batch, heads, length, length]``: the selection of these q and k, widened to runs."""
-        return selection_mask(self.select(q, k, scale=scale))
+        """Bool ``[batch, heads, queries, keys]``: the selection of these q and k, widened to runs."""
+        return selection_mask(self.select(q, k, scale=scale), k.shape[2] - q.shape[2])
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of a selection; memory linear in length."""
-        if runs_triton(q.device):
+        if runs_triton(q.device) and q.shape[2] == k.shape[2]:
             from tmbench_kernels.vertical_slash import triton_backend
 
             return triton_backend.count_pairs(self.index(q, k, default_scale(q, scale)), q.shape[2])
         chosen = self.select(q, k, scale=scale)
-        return count_pairs(chosen.columns, chosen.distances)
+        return count_pairs(chosen.columns, chosen.distances, k.shape[2] - q.shape[2])
 
     def index(self, q: Tensor, k: Tensor, scale: float) -> Index:
         """The selection of these q and k as the kernels take it, with room for the largest of the heads' budgets."""
         from tmbench_kernels.vertical_slash.triton_backend import build_index
 
         chosen = self.select(q, k, scale=scale)
-        columns, distances = self.counts(q.shape[1], q.shape[2])
+        columns, distances = self.counts(q.shape[1], k.shape[2])
         return build_index(chosen.columns, chosen.distances, max(columns), max(distances))
 
     def _head_budgets(self, heads: int) -> tuple[tuple[int, int], ...]:
@@ -135,8 +137,10 @@ class VerticalSlash(Pattern):
         return self.budgets * heads if len(self.budgets) == 1 else self.budgets
 
 
-def selection_mask(chosen: Selection) -> Tensor:
-    """The definition of which pairs a selection stands for, bool ``[batch, heads, length, length]``.
+def selection_mask(chosen: Selection, start: int = 0) -> Tensor:
+    """The definition of which pairs a selection stands for, for the queries from position ``start`` on.
+
+    Bool ``[batch, heads, queries, keys]``.
 
     For the block of 64 queries that ends before e: each selected distance s < e names the 64 keys that end at e - s, or the
     first 64. In ascending order these join into runs: a range that ends inside the current run adds nothing, one that ends
@@ -144,15 +148,15 @@ def selection_mask(chosen: Selection) -> Tensor:
     every key <= i that lies in a run or is a selected column.
     """
     batch, heads, length = chosen.columns.shape
-    mask = chosen.columns[:, :, None, :].repeat(1, 1, length, 1)
+    mask = chosen.columns[:, :, None, :].repeat(1, 1, length - start, 1)
     for b in range(batch):
         for h in range(heads):
             distances = chosen.distances[b, h].nonzero().flatten().tolist()
-            for first in range(0, length, BLOCK):
+            for first in range(start // BLOCK * BLOCK, length, BLOCK):
                 end = first + BLOCK
                 for low, high in _runs([max(end - s, BLOCK) for s in reversed(distances) if s < end]):
-                    mask[b, h, first:end, low:high] = True
-    return mask.tril_()
+                    mask[b, h, max(first - start, 0) : end - start, low:high] = True
+    return mask.tril_(start)
 
 
 def _runs(ends: Sequence[int]) -> list[tuple[int, int]]:

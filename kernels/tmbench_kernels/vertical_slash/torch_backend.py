@@ -82,8 +82,8 @@ def visible_keys(columns: Tensor, distances: Tensor, first: int, last: int) -> T
     return (inside | columns[:, :, None, :keys]) & (torch.arange(keys, device=columns.device) < ends[:, None])
 
 
-def count_pairs(columns: Tensor, distances: Tensor) -> int:
-    """How many (query, key) pairs the selection stands for, over batch and heads.
+def count_pairs(columns: Tensor, distances: Tensor, start: int = 0) -> int:
+    """How many (query, key) pairs the selection stands for, over batch and heads, for the queries from ``start`` on.
 
     Memory is linear in length: which keys are seen is never written down. A query block sees all columns before its end, and
     of each of its key blocks those keys that are no columns.
@@ -92,7 +92,7 @@ def count_pairs(columns: Tensor, distances: Tensor) -> int:
     below = largest_below(distances)
     taken = F.pad(columns.cumsum(2), (1, 0))
     total = 0
-    for blocks in _parts(range(-(-length // BLOCK)), COUNTED):
+    for blocks in _parts(range(start // BLOCK, -(-length // BLOCK)), COUNTED):
         ends = (BLOCK * torch.arange(blocks.start + 1, blocks.stop + 1, device=columns.device)).clamp_(max=length)
         seen = taken[..., ends]
         for starts in _steps(below, blocks.start, blocks.stop):
@@ -101,7 +101,7 @@ def count_pairs(columns: Tensor, distances: Tensor) -> int:
             fresh = high - low - taken.gather(2, high) + taken.gather(2, low)
             seen += fresh.masked_fill_(starts < 0, 0)
         for block, keys in zip(blocks, seen.sum((0, 1)).tolist(), strict=True):
-            rows = min(BLOCK, length - block * BLOCK)
+            rows = min(BLOCK, length - block * BLOCK) - max(start - block * BLOCK, 0)
             # Of the visible keys the block's own are seen by its later queries only.
             total += rows * keys - batch * heads * rows * (rows - 1) // 2
     return total

@@ -49,17 +49,20 @@ class XAttention(BlockSparse):
     name: ClassVar[str] = "xattention"
 
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        length, stride, blocks = len(q), self.stride, block_count(len(q))
-        q, k = (F.pad(x.float(), (0, 0, 0, blocks * BLOCK - length)) for x in (q, k))
+        length, stride, blocks = len(k), self.stride, block_count(len(k))
+        start, cells = length - len(q), BLOCK // stride
+        first = start // BLOCK
+        # Zeros stand for the tokens of a cut block that are not there, at either end.
+        q, k = (F.pad(x.float(), (0, 0, front, blocks * BLOCK - length)) for x, front in ((q, start % BLOCK), (k, 0)))
         logits = sum((q[stride - 1 - t :: stride] @ k[t::stride].T for t in range(stride)), q.new_zeros(()))
-        future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        future = torch.ones_like(logits, dtype=torch.bool).triu(first * cells + 1)
         shares = (logits * (scale / stride)).masked_fill(future, -torch.inf).softmax(1)
-        shares[block_count(length, stride) :] = 0
-        cells = BLOCK // stride
-        mass = shares.view(blocks, cells, blocks, cells).sum((1, 3))
-        kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=q.device)
-        for r in range(blocks):
-            kept[r, self._cover(mass[r, : r + 1].tolist(), within_first=r * BLOCK < self.first_chunk)] = True
+        number = torch.arange(first * cells, blocks * cells, device=q.device)
+        shares[(number < start // stride) | (number >= block_count(length, stride))] = 0
+        mass = shares.view(blocks - first, cells, blocks, cells).sum((1, 3))
+        kept = torch.zeros(blocks - first, blocks, dtype=torch.bool, device=q.device)
+        for row, r in enumerate(range(first, blocks)):
+            kept[row, self._cover(mass[row, : r + 1].tolist(), within_first=r * BLOCK < self.first_chunk)] = True
         return kept
 
     def _cover(self, mass: list[float], *, within_first: bool) -> list[int]:
@@ -75,9 +78,12 @@ class XAttention(BlockSparse):
         return [0, *forced, *(n for n, held in zip(order, before, strict=True) if held < need)]
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        batch, heads, length = q.shape[:3]
-        blocks, cells = block_count(length), BLOCK // self.stride
-        kept = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool, device=q.device)
+        batch, heads, length = *q.shape[:2], k.shape[2]
+        start, blocks, cells = length - q.shape[2], block_count(length), BLOCK // self.stride
+        first = start // BLOCK
+        if start % BLOCK:
+            q = F.pad(q, (0, 0, start % BLOCK, 0))
+        kept = torch.zeros(batch, heads, blocks - first, blocks, dtype=torch.bool, device=q.device)
         # Of two strides laid side by side, one of them backwards, the product of the whole is the antidiagonal's sum.
         keys = _strides(k, blocks, self.stride).flip(3).flatten(3)
         sums, strides = _sum_strides, block_count(length, self.stride)
@@ -86,13 +92,14 @@ class XAttention(BlockSparse):
             from tmbench_kernels.xattention.triton_backend import sum_strides
 
             sums = sum_strides
-        for some, kv, rows in tiles(heads, k.shape[1], blocks, batch * cells * cells * blocks):
-            queries = q[:, some, rows.start * BLOCK : rows.stop * BLOCK]
+        for some, kv, part in tiles(heads, k.shape[1], blocks - first, batch * cells * cells * blocks):
+            rows = range(first + part.start, first + part.stop)
+            queries = q[:, some, part.start * BLOCK : part.stop * BLOCK]
             queries = _strides(queries, len(rows), self.stride).flatten(3)
             logits = products(queries, keys[:, kv, : rows.stop * cells])
-            mass = sums(logits, rows.start, cells, strides, scale / self.stride)
+            mass = sums(logits, rows.start, cells, strides, scale / self.stride, start // self.stride)
             del logits
-            kept[:, some, rows.start : rows.stop, : rows.stop] = self._covers(mass, rows)
+            kept[:, some, part.start : part.stop, : rows.stop] = self._covers(mass, rows)
         return kept
 
     def _covers(self, mass: Tensor, rows: range) -> Tensor:
@@ -113,12 +120,13 @@ class XAttention(BlockSparse):
         return kept | forced | (column == 0)
 
 
-def _sum_strides(logits: Tensor, start: int, cells: int, strides: int, scale: float) -> Tensor:
+def _sum_strides(logits: Tensor, start: int, cells: int, strides: int, scale: float, skipped: int = 0) -> Tensor:
     """``triton.sum_strides`` in torch; it overwrites the logits."""
     size = logits.shape[2]
     future = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu(1)
     logits.mul_(scale)[..., start * cells :].masked_fill_(future, -torch.inf)
     shares = logits.softmax(3)
+    shares[:, :, : max(skipped - start * cells, 0)] = 0
     shares[:, :, strides - start * cells :] = 0
     return torch.unflatten(torch.unflatten(shares, 3, (-1, cells)).sum(4), 2, (-1, cells)).sum(3)
 
