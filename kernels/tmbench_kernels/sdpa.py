@@ -8,14 +8,18 @@ neither soft-capped logits nor the log-sum-exp; ``written_out`` has both, block 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmbench_kernels.pattern import empty_output
+from tmbench_kernels.pattern import empty_output, new_lse
 
 _LOGITS = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are held at a time where they are written out."""
+_BIAS = 2**23
+"""Numbers of the bias that makes a chunk's attention causal: few rows multiply slowly, many take memory."""
 
 
 def attention(
@@ -38,9 +42,11 @@ def attention(
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention of q ``[batch, heads, queries, dim]`` over k and v ``[batch, kv_heads, keys, dim]``, grouped or not.
 
-    ``bias`` is added to the logits and broadcasts to ``[batch, heads, queries, keys]``; ``causal`` aligns the first query
-    with the first key. Returns ``[batch, heads, queries, v_dim]``. A query whose keys all have a bias of -inf gets zeros.
+    ``bias`` is added to the logits and broadcasts to ``[batch, heads, queries, keys]``; ``causal`` aligns the last query
+    with the last key. Returns ``[batch, heads, queries, v_dim]``. A query whose keys all have a bias of -inf gets zeros.
     """
+    if causal and q.shape[2] != k.shape[2]:
+        return _causal_chunk(q, k, v, scale)
     width = v.shape[-1]
     dim = max(q.shape[-1], width)
     q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
@@ -57,6 +63,24 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
         ]
         out = torch.stack(slices, dim=2).flatten(1, 2)
     return out[..., :width]
+
+
+def _causal_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last queries: torch's own aligns the first query with the first key."""
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == 1:
+        return sdpa(q, k, v, scale)
+    step = min(max(_BIAS // keys, 1), queries)
+    # Its right end serves every block of queries, of so many rows or fewer, over keys that end with the block's own.
+    bias = q.new_zeros(step, keys)
+    bias[:, keys - step :] = q.new_full((step, step), -torch.inf).triu_(1)
+    out = empty_output(q, v)
+    for low in range(0, queries, step):
+        high = min(low + step, queries)
+        seen = keys - queries + high
+        part = bias[step - (high - low) :, keys - seen :]
+        out[:, :, low:high] = sdpa(q[:, :, low:high], k[:, :, :seen], v[:, :, :seen], scale, bias=part)
+    return out
 
 
 def written_out(
@@ -79,17 +103,18 @@ def written_out(
     if q.device.type != "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
     rows, keys = q.shape[2], k.shape[2]
+    start = keys - rows
     step = max(1, _LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * keys))
     for low in range(0, rows, step):
         high = min(low + step, rows)
-        seen = min(high, keys) if causal else keys
+        seen = start + high if causal else keys
         logits = _grouped(q[:, :, low:high], k[:, :, :seen].transpose(2, 3), summed=True).mul_(scale)
         if softcap:
             logits.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
             logits += bias[..., low:high, :] if bias.shape[-2] > 1 else bias
         if causal:
-            positions = torch.arange(low, high, device=q.device)[:, None]
+            positions = torch.arange(start + low, start + high, device=q.device)[:, None]
             logits.masked_fill_(torch.arange(seen, device=q.device) > positions, -torch.inf)
         total = logits.logsumexp(3)
         if lse is not None:
@@ -97,6 +122,21 @@ def written_out(
         # A query that sees no key has a total of -inf, and -inf - -inf is not a number.
         weights = logits.sub_(total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp_()
         out[:, :, low:high] = _grouped(weights.to(v.dtype), v[:, :, :seen])
+    return out
+
+
+def from_an_edge(
+    attend: Callable[[Tensor, Tensor | None], Tensor], q: Tensor, v: Tensor, skipped: int, lse: Tensor | None
+) -> Tensor:
+    """``attend(q, lse)`` for a q whose first block lacks its ``skipped`` first queries: zeros stand for them meanwhile.
+
+    Returns ``[batch, heads, queries, v_dim]`` and fills ``lse``, if any, for the queries of q alone.
+    """
+    whole = F.pad(q, (0, 0, skipped, 0))
+    sums = None if lse is None else new_lse(whole)
+    out = empty_output(q, v).copy_(attend(whole, sums)[:, :, skipped:])
+    if lse is not None and sums is not None:
+        lse.copy_(sums[:, :, skipped:])
     return out
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import (
+    Backend,
     BlockTopK,
     Dense,
     DenseProbe,
@@ -20,6 +21,7 @@ from tmbench_kernels import (
     VerticalSlash,
     XAttention,
 )
+from tmbench_kernels.reference import masked_lse
 
 BY_POSITION = [Dense(), Triangle(3, 50, 0), Triangle(0, 200, 0), Triangle.streaming(130, 1)]
 BY_OWN_BLOCK = [
@@ -126,3 +128,67 @@ def test_the_probe_refuses_a_chunk(make_qkv):
     q, k, v = make_qkv(64)
     with pytest.raises(ValueError, match="the probe differentiates whole prompts, not 10 queries over 64 keys"):
         DenseProbe(sections=Sections()).attend(q[:, :, -10:], k, v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("queries", CHUNKS)
+def test_attention_is_exact(make_structured_qkv, assert_exact, pattern, queries, dtype):
+    for length in (queries, 901, 1024):
+        q, k, v = make_structured_qkv(length, batch=2, dtype=dtype, seed=length)
+        q = q[:, :, -queries:]
+        mask = pattern.mask(q, k, scale=0.3)
+        out = pattern.attend(q, k, v, scale=0.3)
+        assert_exact(out, q, k, v, mask, 0.3)
+        assert out.transpose(1, 2).is_contiguous(), "as models want it in memory"
+        assert_exact(pattern.last_row(q, k, v, scale=0.3), q[:, :, -1:], k, v, mask[:, :, -1:], 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [*PATTERNS, Triangle(0, 0, 20)], ids=repr)
+@pytest.mark.parametrize("queries", [1, 100])
+def test_capped_logits_and_their_sums(make_structured_qkv, assert_exact, pattern, queries):
+    q, k, v = make_structured_qkv(700)
+    q = q[:, :, -queries:]
+    mask = pattern.mask(q, k)
+    out, lse = pattern.attend_lse(q, k, v, softcap=3.0)
+    assert_exact(out, q, k, v, mask, softcap=3.0)
+    torch.testing.assert_close(lse.double(), masked_lse(q, k, mask, softcap=3.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Dense(),
+        Triangle(),
+        VerticalSlash(((100, 300),)),
+        FlexPrefill(min_budget=256),
+        XAttention(),
+        FlashPrefill(),
+        BlockTopK(9),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(("queries", "length"), [(2048, 5000), (8192, 9000)])
+def test_long_chunks_on_sampled_queries(make_structured_qkv, assert_exact, pattern, queries, length):
+    q, k, v = make_structured_qkv(length, heads=1, kv_heads=1, dim=16)
+    q = q[:, :, -queries:]
+    rows = torch.tensor([0, 1, 63, 64, 700, queries // 2, queries - 200, queries - 1])
+    out = pattern.attend(q, k, v)
+    assert_exact(out[:, :, rows], q[:, :, rows], k, v, pattern.mask(q, k)[:, :, rows])
+
+
+def test_dense_goes_through_a_chunk_in_several_steps(make_qkv, assert_exact, monkeypatch):
+    q, k, v = make_qkv(500)
+    q = q[:, :, -130:]
+    monkeypatch.setattr("tmbench_kernels.sdpa._BIAS", 500 * 47)
+    assert_exact(Dense(dense_backend="sdpa").attend(q, k, v), q, k, v, Dense().mask(q, k))
+
+
+def test_a_backend_without_chunks_says_so(make_qkv):
+    q, k, v = make_qkv(64)
+    backend = Backend("whole", ("cpu",), lambda *tensors: v)
+    assert backend.obstacle(Dense(), q, k, v) == ""
+    assert backend.obstacle(Dense(), q[:, :, -10:], k, v) == "takes as many queries as keys, not 10 and 64"

@@ -56,7 +56,7 @@ class BlockSparse(Pattern):
         ),
         for_hopper(over_lists(imported("block_sparse.hopper_backend", "attend_lists"))),
         for_triton(over_lists(imported("block_sparse.triton_backend", "attend_lists"))),
-        Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists), softcap=True, lse=True),
+        Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists), softcap=True, lse=True, chunks=True),
     )
 
     @abc.abstractmethod

@@ -7,7 +7,7 @@ GPU it serves where no kernel does; there it waits for the lists and takes far l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_sparse.lists import BlockLists
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.sdpa import attention
+from tmbench_kernels.sdpa import attention, from_an_edge
 
 _GATHERED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """How much of k is gathered at a time: on a CPU what stays in the caches, on a GPU what keeps it busy."""
@@ -46,10 +46,17 @@ def attend_lists(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the lists: ``[batch, heads, length, v_dim]``, in q's type; a query without keys gets zeros."""
-    block, length, groups = lists.block, q.shape[2], q.shape[1] // k.shape[1]
-    blocks = lists.counts.shape[2]
-    everything = lists.counts == torch.arange(1, blocks + 1, device=q.device)
+    """Attention over the lists: ``[batch, heads, queries, v_dim]``, in q's type; a query without keys gets zeros."""
+    block, groups, first = lists.block, q.shape[1] // k.shape[1], lists.first_block
+    if skipped := lists.start % block:
+        aligned = replace(lists, start=first * block)
+
+        def attend(q: Tensor, lse: Tensor | None) -> Tensor:
+            return attend_lists(q, k, v, aligned, scale, softcap=softcap, lse=lse)
+
+        return from_an_edge(attend, q, v, skipped, lse)
+    blocks = lists.indices.shape[3]
+    everything = lists.counts == torch.arange(first + 1, blocks + 1, device=q.device)
     if bool(everything.all()):
         return attention(q, k, v, scale, causal=True, softcap=softcap, lse=lse)
     out = empty_output(q, v)
@@ -63,9 +70,9 @@ def attend_lists(
     most = max(1, _GATHERED_ELEMENTS[k.device.type] // (block * k.shape[3]))
     # Fresh memory for every batch would cost more in page faults than the copies themselves.
     buffers = [x.new_empty(max(most, blocks), x.shape[1]) for x in sources]
-    whole = length // block
+    whole = q.shape[2] // block
     # The last query block may be shorter, so it does not go together with the others.
-    for rows in (range(whole), range(whole, blocks)):
+    for rows in (range(whole), range(whole, blocks - first)):
         if not rows:
             continue
         tokens = slice(rows.start * block, rows.stop * block)
@@ -78,8 +85,8 @@ def attend_lists(
                 if totals is not None:
                     totals[place] = -torch.inf
                 continue
-            first = (part.batch * k.shape[1] + part.head // groups) * blocks
-            listed = first[:, None] + lists.indices[part.batch, part.head, part.row, : part.count]
+            head_blocks = (part.batch * k.shape[1] + part.head // groups) * blocks
+            listed = head_blocks[:, None] + lists.indices[part.batch, part.head, part.row, : part.count]
             keys, values = (
                 torch.index_select(x, 0, listed.flatten(), out=buffer[: listed.numel()]).view(
                     len(part.row), 1, part.count * block, -1

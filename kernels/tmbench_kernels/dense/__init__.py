@@ -40,9 +40,9 @@ class Dense(Pattern):
     name: ClassVar[str] = "dense"
     backends: ClassVar[tuple[Backend, ...]] = (
         *CUDA_BACKENDS,
-        Backend(_SDPA, ("cpu", "cuda"), _attend_sdpa),
+        Backend(_SDPA, ("cpu", "cuda"), _attend_sdpa, chunks=True),
         for_triton(imported("triangle.triton_backend", "attend_dense")),
-        Backend(_WRITTEN_OUT, ("cpu", "cuda"), _attend_written_out, softcap=True, lse=True),
+        Backend(_WRITTEN_OUT, ("cpu", "cuda"), _attend_written_out, softcap=True, lse=True, chunks=True),
     )
 
     @property

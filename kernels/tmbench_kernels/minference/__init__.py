@@ -75,7 +75,7 @@ class MInferenceHeads(Pattern):
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
         *INDEX_BACKENDS,
-        Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts, softcap=True, lse=True),
+        Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts, softcap=True, lse=True, chunks=True),
     )
 
     def __post_init__(self) -> None:

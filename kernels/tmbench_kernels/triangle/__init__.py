@@ -37,7 +37,7 @@ class Triangle(Pattern):
     backends: ClassVar[tuple[Backend, ...]] = (
         for_hopper(imported("triangle.hopper_backend", "attend")),
         for_triton(imported("triangle.triton_backend", "attend")),
-        Backend("torch-banded", ("cpu", "cuda"), attend_torch, softcap=True, lse=True),
+        Backend("torch-banded", ("cpu", "cuda"), attend_torch, softcap=True, lse=True, chunks=True),
     )
 
     def useless(self) -> str:

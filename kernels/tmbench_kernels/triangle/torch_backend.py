@@ -28,8 +28,9 @@ def attend(
     lse: Tensor | None = None,
 ) -> Tensor:
     """Blocks of queries, each over the sinks and the keys that its windows span: linear in length, in time and memory."""
-    length = q.shape[2]
-    if max(pattern.n_init, pattern.n_local, pattern.last_n) >= length:
+    length = k.shape[2]
+    first = length - q.shape[2]
+    if max(pattern.n_init, pattern.n_local) >= length or pattern.last_n >= q.shape[2]:
         return attention(q, k, v, scale, causal=True, softcap=softcap, lse=lse)
     out = empty_output(q, v)
     rows = _rows_per_block(pattern.n_local)
@@ -37,17 +38,17 @@ def attend(
     settled = tail
     if pattern.n_init or pattern.n_local:
         # From the settled query on, windows have left the sinks behind: all blocks have the same mask.
-        settled = min(pattern.n_init + _reach(pattern), tail)
+        settled = min(max(pattern.n_init + _reach(pattern), first), tail)
         blocks = (tail - settled) // rows
         for b in range(q.shape[0] if blocks else 0):
-            regular = slice(settled, settled + blocks * rows)
+            regular = slice(settled - first, settled - first + blocks * rows)
             sums = None if lse is None else lse[b, :, regular]
             _attend_windows(pattern, q[b, :, regular], k[b], v[b], scale, settled, rows, out[b, :, regular], softcap, sums)
-        irregular = [range(settled), range(settled + blocks * rows, tail), range(tail, length)]
+        irregular = [range(first, settled), range(settled + blocks * rows, tail), range(tail, length)]
     else:
-        out[:, :, :tail] = 0
+        out[:, :, : tail - first] = 0
         if lse is not None:
-            lse[:, :, :tail] = -torch.inf
+            lse[:, :, : tail - first] = -torch.inf
         irregular = [range(tail, length)]
     for part in irregular:
         for start in part[::rows]:
@@ -116,14 +117,15 @@ def _attend_block(
     softcap: float,
     lse: Tensor | None,
 ) -> None:
-    """The queries start..end-1, which are either all or none among the last ones."""
-    length = q.shape[2]
+    """The queries at positions start..end-1, which are either all or none among the last ones."""
+    length = k.shape[2]
+    rows = slice(start - length + q.shape[2], end - length + q.shape[2])
     low = 0 if end > length - pattern.last_n else max(start - _reach(pattern), 0)
     sinks = min(pattern.n_init, low)
     bias = _bias(pattern, q, range(start, end), torch.cat([torch.arange(sinks), torch.arange(low, end)]), length)
     k, v = (torch.cat([x[:, :, :sinks], x[:, :, low:end]], dim=2) if sinks else x[:, :, low:end] for x in (k, v))
-    sums = None if lse is None else lse[:, :, start:end]
-    out[:, :, start:end] = attention(q[:, :, start:end], k, v, scale, bias=bias, softcap=softcap, lse=sums)
+    sums = None if lse is None else lse[:, :, rows]
+    out[:, :, rows] = attention(q[:, :, rows], k, v, scale, bias=bias, softcap=softcap, lse=sums)
 
 
 def _bias(pattern: Triangle, q: Tensor, rows: range, keys: Tensor, length: int) -> Tensor:

@@ -74,7 +74,7 @@ class VerticalSlash(Pattern):
     dynamic: ClassVar[bool] = True
     backends: ClassVar[tuple[Backend, ...]] = (
         *INDEX_BACKENDS,
-        Backend("torch-gathered", ("cpu", "cuda"), _attend_torch, softcap=True, lse=True),
+        Backend("torch-gathered", ("cpu", "cuda"), _attend_torch, softcap=True, lse=True, chunks=True),
     )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.sdpa import attention
+from tmbench_kernels.sdpa import attention, from_an_edge
 
 BLOCK = 64
 """Queries that share their keys, and keys that a distance widens to."""
@@ -118,8 +118,15 @@ def attend_selected(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention over a selection: ``[batch, heads, length, v_dim]``, in q's type."""
-    heads, length = q.shape[1:3]
+    """Attention over a selection: ``[batch, heads, queries, v_dim]``, in q's type."""
+    heads, length = q.shape[1], k.shape[2]
+    start = length - q.shape[2]
+    if skipped := start % BLOCK:
+
+        def attend(q: Tensor, lse: Tensor | None) -> Tensor:
+            return attend_selected(q, k, v, columns, distances, scale, softcap=softcap, lse=lse)
+
+        return from_an_edge(attend, q, v, skipped, lse)
     groups = heads // k.shape[1]
     whole = _sees_everything(distances)
     if bool(whole.all()):
@@ -132,17 +139,16 @@ def attend_selected(
     sparse = (~whole).nonzero().tolist()
     # One buffer for all strips: fresh memory of this size would cost more in page faults than the masks themselves.
     scratch = q.new_empty(min(STRIP * BLOCK, length) * length)
-    for blocks in _parts(range(-(-length // BLOCK)), PREPARED):
+    for blocks in _parts(range(start // BLOCK, -(-length // BLOCK)), PREPARED):
         seen = visible_keys(columns, distances, blocks.start, blocks.stop)
         for strip in _parts(blocks, STRIP):
-            rows = slice(strip.start * BLOCK, strip.stop * BLOCK)
+            first, end = strip.start * BLOCK, strip.stop * BLOCK
+            rows = slice(first - start, end - start)
             for b, h in sparse:
-                keys = seen[b, h, strip.start - blocks.start : strip.stop - blocks.start, : rows.stop]
+                keys = seen[b, h, strip.start - blocks.start : strip.stop - blocks.start, :end]
                 kv = h // groups
                 sums = None if lse is None else lse[b, h, rows]
-                _attend_strip(
-                    q[b, h, rows], k[b, kv], v[b, kv], keys, rows.start, scale, scratch, out[b, h, rows], softcap, sums
-                )
+                _attend_strip(q[b, h, rows], k[b, kv], v[b, kv], keys, first, scale, scratch, out[b, h, rows], softcap, sums)
     return out
 
 
