@@ -121,4 +121,6 @@ def for_hopper(attend: Callable[..., Tensor]) -> Backend:
 
 def for_triton(attend: Callable[..., Tensor]) -> Backend:
     """A pattern's kernel in Triton."""
-    return Backend("triton", ("cuda",), attend, missing=missing_triton, refuses=refuses_triton, softcap=True, lse=True)
+    return Backend(
+        "triton", ("cuda",), attend, missing=missing_triton, refuses=refuses_triton, softcap=True, lse=True, chunks=True
+    )

@@ -17,11 +17,11 @@ from tmbench_kernels.online_softmax import attend_tile, log_sum_exp
 from tmbench_kernels.pattern import empty_output
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "batches", "stride_qb"])
+@triton.jit(do_not_specialize=["length", "first_query", "rows", "blocks", "batches", "stride_qb"])
 def _walk(
     q_ptr, out_ptr, lse_ptr, k_tiles, v_tiles, counts_ptr, indices_ptr,
     stride_qb, stride_qh, stride_qn, stride_qd,
-    length, blocks, batches, scale_log2, cap_scale,
+    length, first_query, rows, blocks, batches, scale_log2, cap_scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -41,16 +41,17 @@ def _walk(
     start = piece * ROWS
 
     position = start + tl.arange(0, ROWS)
-    row_ok = position < length
+    query = position - first_query
+    row_ok = (query >= 0) & (position < length)
     dim = tl.arange(0, BLOCK_DIM)
     v_dim = tl.arange(0, BLOCK_V_DIM)
-    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qn
+    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & (dim < DIM)[None, :], other=0.0)
 
     acc = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
-    row = (batch.to(tl.int64) * HEADS + head) * blocks + block
+    row = (batch.to(tl.int64) * HEADS + head) * rows + block - (blocks - rows)
     count = tl.load(counts_ptr + row)
     indices = indices_ptr + row * blocks
     for t in range(count * steps):
@@ -63,13 +64,14 @@ def _walk(
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    slot = (batch.to(tl.int64) * length + position) * HEADS + head
+    queries = length - first_query
+    slot = (batch.to(tl.int64) * queries + query) * HEADS + head
     tl.store(
         out_ptr + slot[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (v_dim < V_DIM)[None, :],
     )  # fmt: skip
     if lse_ptr is not None:
-        place = (batch.to(tl.int64) * HEADS + head) * length + position
+        place = (batch.to(tl.int64) * HEADS + head) * queries + query
         tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
@@ -83,12 +85,13 @@ def attend_lists(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the listed blocks, ``[batch, heads, length, v_dim]``, a view of ``[batch, length, heads, v_dim]``."""
+    """Attention over the listed blocks, ``[batch, heads, queries, v_dim]``, a view of ``[batch, queries, heads, v_dim]``."""
     q, scale = positive(q, scale)
     scale_log2, cap_scale = logit_scales(scale, softcap)
     k, v = loadable(k), loadable(v)
-    batch, heads, length, dim = q.shape
-    v_dim, blocks = v.shape[3], lists.counts.shape[2]
+    batch, heads, queries, dim = q.shape
+    length, v_dim = k.shape[2], v.shape[3]
+    q_blocks, blocks = lists.indices.shape[2:]
     widest = max(dim, v_dim)
     wide = widest > 128
     rows, keys = (64, 32) if wide else (lists.block, 64)
@@ -98,8 +101,9 @@ def attend_lists(
     v_tiles = TensorDescriptor(v, list(v.shape), list(v.stride()), [1, 1, keys, v_block])
     # Two programs of 8 warps share a multiprocessor if none takes more than half of its registers.
     options = {} if wide or rows < 128 or q.device.type != "cuda" else {"maxnreg": 128}
-    _walk[(blocks * (lists.block // rows) * heads * batch,)](
-        q, out, lse, k_tiles, v_tiles, lists.counts, lists.indices, *q.stride(), length, blocks, batch,
+    _walk[(q_blocks * (lists.block // rows) * heads * batch,)](
+        q, out, lse, k_tiles, v_tiles, lists.counts, lists.indices, *q.stride(),
+        length, length - queries, q_blocks, blocks, batch,
         scale_log2, cap_scale,
         HEADS=heads, GROUPS=heads // k.shape[1], DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block,
         BLOCK=lists.block, ROWS=rows, KEYS=keys, num_warps=8 if rows == 128 or widest > 256 else 4, num_stages=2, **options,

@@ -130,7 +130,7 @@ class MInferenceHeads(Pattern):
         from tmbench_kernels.vertical_slash.triton_backend import build_index
 
         self._check_heads(q)
-        heads, length = self.heads, q.shape[2]
+        heads, length = self.heads, k.shape[2]
         kinds, budgets = {head.type for head in heads}, _budgets(heads, q.device)
         numbers = torch.arange(length, device=q.device)
         columns = (numbers < (budgets.vertical * budgets.streams)[:, None]).expand(len(q), -1, -1)
@@ -149,6 +149,7 @@ class MInferenceHeads(Pattern):
             distances,
             max(most_columns + tuple(head.vertical for head in streams)),
             max(most_distances + tuple(head.slash for head in streams) + (blocks.blocks,) * ("block_sparse" in kinds)),
+            length - q.shape[2],
         )
         if "block_sparse" in kinds:
             lists = blocks.select(q, k, scale=scale)

@@ -50,8 +50,9 @@ def _combine(
 def combine(split_out: Tensor, split_lse: Tensor, schedule: Schedule, out: Tensor, lse: Tensor | None) -> None:
     """Write the last rows of ``out``, made by ``empty_output``, and of ``lse``, if any, from their splits."""
     splits, batch, rows, heads, v_dim = split_out.shape
-    whole = (None, None, None) if lse is None else (out.shape[2], schedule.tail, heads)
+    tail = out.shape[2] - schedule.last_n
+    whole = (None, None, None) if lse is None else (out.shape[2], tail, heads)
     _combine[(-(-rows * heads // 16), batch)](
-        split_out, split_lse, out[:, :, schedule.tail :], lse, rows * heads, splits, out.stride(0), *whole,
+        split_out, split_lse, out[:, :, tail:], lse, rows * heads, splits, out.stride(0), *whole,
         V_DIM=v_dim, BLOCK_V_DIM=block_dim(v_dim), ROWS=16,
     )  # fmt: skip

@@ -26,7 +26,7 @@ class Schedule:
     """Query heads in a tile, which share a key head."""
     head_tiles: int
     tail: int
-    """The first of the last rows."""
+    """The position of the first of the last rows."""
     last_n: int
     band_tiles: int
     last_tiles: int
@@ -49,16 +49,18 @@ def schedule_for(
     keys: int,
     overhead: int,
     slots: int,
+    queries: int | None = None,
 ) -> Schedule:
     """Schedule for tiles of ``positions`` x ``keys``, for ``slots`` programs at a time that lose ``overhead`` tiles each.
 
-    The last rows are split over the keys until one split takes no longer than what each slot has to do altogether; short
-    prompts' are never split.
+    It is of a prompt of ``length`` tokens, or of its last ``queries`` alone. The last rows are split over the keys until one
+    split takes no longer than what each slot has to do altogether; short prompts' are never split.
     """
     tile_heads = heads_per_tile(heads // kv_heads)
     head_tiles = heads // tile_heads
-    last_n = min(pattern.last_n, length)
-    band_tiles = -(-(length - last_n) // positions)
+    rows = length if queries is None else queries
+    last_n = min(pattern.last_n, rows)
+    band_tiles = -(-(rows - last_n) // positions)
     last_tiles = -(-last_n // positions)
     steps = -(-length // keys)
     band_steps = pattern.n_local // keys + overhead

@@ -37,8 +37,8 @@ FEW_SINKS = 16
 
 @triton.jit(
     do_not_specialize=[
-        "length", "tail", "n_init", "n_local", "split_keys", "splits", "last_tiles", "batches", "stride_qb", "stride_kb",
-        "stride_vb",
+        "length", "first_query", "tail", "n_init", "n_local", "split_keys", "splits", "last_tiles", "batches",
+        "stride_qb", "stride_kb", "stride_vb",
     ]
 )  # fmt: skip
 def _walk(
@@ -46,7 +46,7 @@ def _walk(
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    length, tail, n_init, n_local, split_keys, splits, last_tiles, batches,
+    length, first_query, tail, n_init, n_local, split_keys, splits, last_tiles, batches,
     scale_log2, cap_scale,
     HEADS_TOTAL: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, POSITIONS: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr,
@@ -80,7 +80,7 @@ def _walk(
         reach = length
         sinks = 0
     else:
-        start = program * POSITIONS
+        start = first_query + program * POSITIONS
         rows_end = tail
         low = tl.maximum(start - n_local + 1, 0)
         high = tl.minimum(start + POSITIONS, length)
@@ -95,11 +95,12 @@ def _walk(
 
     row = tl.arange(0, ROWS)
     position = start + row // HEADS
+    query = position - first_query
     head = first_head + row % HEADS
     row_ok = (row < POSITIONS * HEADS) & (position < rows_end)
     dim = tl.arange(0, BLOCK_DIM)
     v_dim = tl.arange(0, BLOCK_V_DIM)
-    q_rows = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qn
+    q_rows = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & (dim < DIM)[None, :], other=0.0)
 
     acc = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
@@ -142,16 +143,17 @@ def _walk(
         tl.store(split_out_ptr + slot[:, None] * V_DIM + v_dim[None, :], acc, mask=inside)
         tl.store(split_lse_ptr + slot, row_max + tl.log2(row_sum), mask=row_ok)
     else:
-        slot = (batch * length + position) * HEADS_TOTAL + head
+        queries = length - first_query
+        slot = (batch * queries + query) * HEADS_TOTAL + head
         tl.store(out_ptr + slot[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
         if lse_ptr is not None:
-            place = (batch * HEADS_TOTAL + head) * length + position
+            place = (batch * HEADS_TOTAL + head) * queries + query
             tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
 def attend_dense(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
     """Dense attention, as a triangle whose window is as long as the prompt."""
-    return attend(Triangle(0, q.shape[2], 0), q, k, v, scale, **asked)
+    return attend(Triangle(0, k.shape[2], 0), q, k, v, scale, **asked)
 
 
 def attend(
@@ -164,18 +166,18 @@ def attend(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Triangle attention ``[batch, heads, length, v_dim]``, as a view of ``[batch, length, heads, v_dim]``."""
+    """Triangle attention ``[batch, heads, queries, v_dim]``, as a view of ``[batch, queries, heads, v_dim]``."""
     q, scale = positive(q, scale)
     scale_log2, cap_scale = logit_scales(scale, softcap)
     k, v = loadable(k), loadable(v)
-    batch, heads, length, dim = q.shape
-    v_dim = v.shape[3]
+    batch, heads, queries, dim = q.shape
+    length, v_dim = k.shape[2], v.shape[3]
     wide = max(dim, v_dim) > 128
     rows, keys = (64, 32) if wide else (128, 64)
     positions = rows // heads_per_tile(heads // k.shape[1])
     schedule = schedule_for(
         pattern, batch, heads, k.shape[1], length, positions=positions, keys=keys, overhead=3,
-        slots=4 * multiprocessors(q.device),
+        slots=4 * multiprocessors(q.device), queries=queries,
     )  # fmt: skip
     out = empty_output(q, v)
     split_out, split_lse = new_splits(schedule, out)
@@ -186,8 +188,8 @@ def attend(
     options = {} if wide or q.device.type != "cuda" else {"maxnreg": 128}
     _walk[((schedule.band_tiles + schedule.last_tiles * schedule.splits) * schedule.head_tiles * batch,)](
         q, k, v, out, lse, split_out, split_lse, k_tiles, v_tiles, *q.stride(), *k.stride(), *v.stride(),
-        length, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits, schedule.last_tiles,
-        batch, scale_log2, cap_scale,
+        length, length - queries, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits,
+        schedule.last_tiles, batch, scale_log2, cap_scale,
         HEADS_TOTAL=heads, KV_HEADS=k.shape[1], HEADS=schedule.tile_heads, POSITIONS=positions,
         DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block, ROWS=rows, KEYS=keys,
         SMALL=FEW_SINKS if pattern.n_init <= FEW_SINKS else 0, num_warps=8, num_stages=2, **options,

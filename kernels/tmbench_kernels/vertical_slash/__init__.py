@@ -114,12 +114,13 @@ class VerticalSlash(Pattern):
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of a selection; memory linear in length."""
-        if runs_triton(q.device) and q.shape[2] == k.shape[2]:
+        start = k.shape[2] - q.shape[2]
+        if runs_triton(q.device):
             from tmbench_kernels.vertical_slash import triton_backend
 
-            return triton_backend.count_pairs(self.index(q, k, default_scale(q, scale)), q.shape[2])
+            return triton_backend.count_pairs(self.index(q, k, default_scale(q, scale)), k.shape[2], start)
         chosen = self.select(q, k, scale=scale)
-        return count_pairs(chosen.columns, chosen.distances, k.shape[2] - q.shape[2])
+        return count_pairs(chosen.columns, chosen.distances, start)
 
     def index(self, q: Tensor, k: Tensor, scale: float) -> Index:
         """The selection of these q and k as the kernels take it, with room for the largest of the heads' budgets."""
@@ -127,7 +128,7 @@ class VerticalSlash(Pattern):
 
         chosen = self.select(q, k, scale=scale)
         columns, distances = self.counts(q.shape[1], k.shape[2])
-        return build_index(chosen.columns, chosen.distances, max(columns), max(distances))
+        return build_index(chosen.columns, chosen.distances, max(columns), max(distances), k.shape[2] - q.shape[2])
 
     def _head_budgets(self, heads: int) -> tuple[tuple[int, int], ...]:
         if len(self.budgets) not in (1, heads):

@@ -55,9 +55,10 @@ def _keep(kept, low, high, CHUNK: tl.constexpr):
         low += CHUNK
 
 
-@triton.jit(do_not_specialize=["length", "rows", "most", "width"])
+@triton.jit(do_not_specialize=["length", "first_row", "rows", "most", "width"])
 def _index(
-    below_ptr, rank_ptr, starts_ptr, counts_ptr, kept_ptr, before_ptr, length, rows, most, width, BLOCK: tl.constexpr
+    below_ptr, rank_ptr, starts_ptr, counts_ptr, kept_ptr, before_ptr, length, first_row, rows, most, width,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
     row = tl.program_id(0)
@@ -67,7 +68,7 @@ def _index(
     slot = head * rows + row
     starts = starts_ptr + slot * most
     kept = kept_ptr + slot * width
-    end = row * BLOCK + BLOCK
+    end = (first_row + row) * BLOCK + BLOCK
     reach = 0
     count = 0
     column = 0
@@ -88,10 +89,10 @@ def _index(
     tl.store(before_ptr + slot, before)
 
 
-@triton.jit(do_not_specialize=["length", "rows", "most", "width", "stride_qb"])
+@triton.jit(do_not_specialize=["length", "first_query", "rows", "most", "width", "stride_qb"])
 def _walk(
     q_ptr, out_ptr, lse_ptr, k_tiles, v_tiles, k_columns, v_columns, starts_ptr, counts_ptr, columns_ptr, kept_ptr,
-    before_ptr, reach_ptr, sinks_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, rows, most, width,
+    before_ptr, reach_ptr, sinks_ptr, stride_qb, stride_qh, stride_qn, stride_qd, length, first_query, rows, most, width,
     scale_log2, cap_scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
@@ -104,14 +105,15 @@ def _walk(
     both = tl.program_id(0)
     head = both % HEADS
     batch = both // HEADS
-    start = row * BLOCK
+    start = (first_query // BLOCK + row) * BLOCK
     slot = both.to(tl.int64) * rows + row
 
     position = start + tl.arange(0, BLOCK)
-    row_ok = position < length
+    query = position - first_query
+    row_ok = (query >= 0) & (position < length)
     dim = tl.arange(0, BLOCK_DIM)
     v_dim = tl.arange(0, BLOCK_V_DIM)
-    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qn
+    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & (dim < DIM)[None, :], other=0.0)
 
     acc = tl.zeros([BLOCK, BLOCK_V_DIM], tl.float32)
@@ -143,20 +145,25 @@ def _walk(
             acc, row_sum, row_max = softmax_step(s, v, scale_log2, acc, row_sum, row_max)
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    place = (batch.to(tl.int64) * length + position) * HEADS + head
+    queries = length - first_query
+    place = (batch.to(tl.int64) * queries + query) * HEADS + head
     tl.store(
         out_ptr + place[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (v_dim < V_DIM)[None, :],
     )  # fmt: skip
     if lse_ptr is not None:
-        tl.store(lse_ptr + both.to(tl.int64) * length + position, log_sum_exp(row_max, row_sum), mask=row_ok)
+        tl.store(lse_ptr + both.to(tl.int64) * queries + query, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
-def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_distances: int) -> Index:
-    """The index of a selection: two sets, bool ``[batch, heads, length]``, of at most so many entries a head."""
+def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_distances: int, start: int = 0) -> Index:
+    """The index of a selection: two sets, bool ``[batch, heads, keys]``, of at most so many entries a head.
+
+    It is for the queries from position ``start`` on.
+    """
     batch, heads, length = columns.shape
-    rows = -(-length // BLOCK)
-    most, width = max(1, min(rows, most_distances)), -(-max(1, min(length, most_columns)) // BLOCK) * BLOCK
+    blocks = -(-length // BLOCK)
+    rows = blocks - start // BLOCK
+    most, width = max(1, min(blocks, most_distances)), -(-max(1, min(length, most_columns)) // BLOCK) * BLOCK
     device, shape = columns.device, (batch, heads, rows)
     ranks = F.pad(columns.cumsum(2, dtype=torch.int32), (1, 0))
     # Every column goes to its place in order; all that is not selected goes to one place beyond, which is cut off.
@@ -176,30 +183,24 @@ def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_dist
     )
     below = largest_below(distances).int()
     _index[(rows, batch * heads)](
-        below,
-        ranks,
-        index.starts,
-        index.counts,
-        index.kept,
-        index.before,
-        length,
-        rows,
-        most,
-        width,
-        BLOCK=BLOCK,
-        num_warps=1,
-    )
+        below, ranks, index.starts, index.counts, index.kept, index.before, length, start // BLOCK, rows, most, width,
+        BLOCK=BLOCK, num_warps=1,
+    )  # fmt: skip
     return index
 
 
-def count_pairs(index: Index, length: int) -> int:
-    """How many (query, key) pairs an index stands for, over batch and heads, if every block sees its own keys."""
-    first = BLOCK * torch.arange(index.counts.shape[2], device=index.counts.device)
-    queries = (length - first).clamp(max=BLOCK)
+def count_pairs(index: Index, length: int, start: int = 0) -> int:
+    """How many (query, key) pairs an index stands for, over batch and heads, if every block sees its own keys.
+
+    It is of the queries from position ``start`` on, over ``length`` keys.
+    """
+    first = BLOCK * torch.arange(start // BLOCK, -(-length // BLOCK), device=index.counts.device)
+    inside = (length - first).clamp(max=BLOCK)
     last = index.starts.gather(3, (index.counts - 1).clamp(min=0).long()[..., None]).squeeze(3)
     # The last piece may go on beyond its block's end.
-    beyond = (last + BLOCK - (first + queries)).clamp(min=0).masked_fill(index.counts == 0, 0)
+    beyond = (last + BLOCK - (first + inside)).clamp(min=0).masked_fill(index.counts == 0, 0)
     keys = index.counts.long() * BLOCK - beyond + index.kept.sum(3)
+    queries = inside - (start - first).clamp(min=0)
     # Of these the block's own are seen by its later queries only.
     return int((queries * keys - queries * (queries - 1) // 2).sum())
 
@@ -222,11 +223,11 @@ def attend_index(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention over an index, ``[batch, heads, length, v_dim]``, a view of ``[batch, length, heads, v_dim]``."""
+    """Attention over an index, ``[batch, heads, queries, v_dim]``, a view of ``[batch, queries, heads, v_dim]``."""
     q, scale = positive(q, scale)
     scale_log2, cap_scale = logit_scales(scale, softcap)
-    batch, heads, length, dim = q.shape
-    v_dim, groups = v.shape[3], heads // k.shape[1]
+    batch, heads, queries, dim = q.shape
+    length, v_dim, groups = k.shape[2], v.shape[3], heads // k.shape[1]
     rows, width = index.counts.shape[2], index.columns.shape[2]
     k_columns, v_columns = (loadable(gathered(x, index)) for x in (k, v))
     k, v = loadable(k), loadable(v)
@@ -241,7 +242,7 @@ def attend_index(
     _walk[(batch * heads, rows)](
         q, out, lse, tiles(k, block), tiles(v, v_block), tiles(k_columns, block), tiles(v_columns, v_block),
         index.starts, index.counts, index.columns, index.kept, index.before, index.reach, index.sinks, *q.stride(),
-        length, rows, index.starts.shape[3], width, scale_log2, cap_scale,
+        length, length - queries, rows, index.starts.shape[3], width, scale_log2, cap_scale,
         HEADS=heads, GROUPS=groups, DIM=dim, V_DIM=v_dim, BLOCK_DIM=block, BLOCK_V_DIM=v_block, BLOCK=BLOCK, KEYS=keys,
         num_warps=8 if widest > 256 else 4, num_stages=2,
     )  # fmt: skip
