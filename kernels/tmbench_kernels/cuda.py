@@ -115,7 +115,10 @@ def imported(module: str, name: str) -> Callable[..., Tensor]:
 
 
 def for_hopper(attend: Callable[..., Tensor]) -> Backend:
-    """A pattern's kernel in CUDA C++ for Hopper."""
+    """A pattern's kernel in CUDA C++ for Hopper.
+
+    Chunks are written in it, too; it serves them once a GPU has run their tests.
+    """
     return Backend("cuda-hopper", ("cuda",), attend, missing=missing_hopper, refuses=refuses_hopper, lse=True)
 
 

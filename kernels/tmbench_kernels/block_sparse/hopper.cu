@@ -32,9 +32,9 @@ struct Plan {
   const int* reach;           // [heads], or null where queries see all of their pieces
   const int* sinks;           // [heads]
   int* next;                  // the next work tile, for all programs
-  int length, rows, fold, unit, most, width, heads, groups, work_tiles;  // ``fold`` rows share a list
+  int length, first_query, first_row, rows, fold, unit, most, width, heads, groups, work_tiles;  // ``fold`` rows share a list
   float scale_log2;
-  float* lse;  // [batch, heads, length], where LSE is 1
+  float* lse;  // [batch, heads, queries], where LSE is 1
 };
 
 enum Kind { PIECE, COLUMNS, END };
@@ -98,7 +98,7 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
     const int kv_head = work.head / p.groups;
 
     // Each of the first lanes walks its consumer's list; the smallest start of all is the next tile.
-    const int row = work.row + lane, lists = (p.rows + p.fold - 1) / p.fold, own_end = (row + 1) * WARPGROUP_ROWS;
+    const int row = work.row + lane, lists = (p.rows + p.fold - 1) / p.fold, own_end = (p.first_row + row + 1) * WARPGROUP_ROWS;
     const u64 list = u64(work.batch * p.heads + work.head) * lists + row / p.fold;
     const int* entry = p.entries + list * p.most;
     const int* end = entry + (lane < CONSUMERS && row < p.rows ? p.counts[list] : 0);
@@ -222,12 +222,14 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     mbarrier_wait(barriers + 8 * (WORK_TILE_FULL + n % WORK_TILES), n / WORK_TILES & 1);
     const WorkTile work = shared.work_tiles[n % WORK_TILES];
     if (!work.more) return;
-    start = (work.row + warpgroup) * WARPGROUP_ROWS;
+    start = (p.first_row + work.row + warpgroup) * WARPGROUP_ROWS;
     reach = work.reach, sinks = work.sinks, free_from = max(start + WARPGROUP_ROWS - reach, 0);
     if (warp == 0 && lane == 0) {
       mbarrier_expect(q_full, Q_BYTES);
 #pragma unroll
-      for (int h = 0; h < DIM / 64; h++) load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, start, work.head, work.batch);
+      // Of a chunk's first block the queries before the chunk lie outside of the tensor: they are read as zeros.
+      for (int h = 0; h < DIM / 64; h++)
+        load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, start - p.first_query, work.head, work.batch);
     }
     r.position[0] = start + warp * 16 + (lane >> 2);
     r.position[1] = r.position[0] + 8;
@@ -301,8 +303,9 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     if ((lane & 3) == 0) {
 #pragma unroll
       for (int x = 0; x < 2; x++)
-        if (r.position[x] < p.length)
-          p.lse[(u64(work.batch) * p.heads + work.head) * p.length + r.position[x]] = log_sum_exp(r.row_max[x], row_sum[x]);
+        if (r.position[x] >= p.first_query && r.position[x] < p.length)
+          p.lse[(u64(work.batch) * p.heads + work.head) * (p.length - p.first_query) + r.position[x] - p.first_query] =
+              log_sum_exp(r.row_max[x], row_sum[x]);
     }
 #endif
     stage_output(o, factor, warpgroup, warp, slot);
@@ -311,7 +314,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     if (lane == 0) {
 #pragma unroll
       for (int h = 0; h < V_DIM / 64; h++)
-        store_4d(&maps.out, slot + warp * 2048 + h * Q_HALF, h * 64, start + warp * 16, work.head, work.batch);
+        store_4d(&maps.out, slot + warp * 2048 + h * Q_HALF, h * 64, start - p.first_query + warp * 16, work.head, work.batch);
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }

@@ -33,7 +33,7 @@ MOST_STAGES = 5
 """Depth of the pipeline, where the shared memory suffices; a stage holds a tile of keys and one of values."""
 REST_BYTES = 1024
 """Shared memory for barriers, work tiles and what is said of each tile of keys."""
-PLAN = struct.Struct("7q9ifq")
+PLAN = struct.Struct("7q11ifq")
 """The kernel's struct Plan."""
 
 
@@ -79,9 +79,9 @@ class Lists:
 
 
 def attend_lists(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, *, lse: Tensor | None = None) -> Tensor:
-    """Attention over the listed blocks, of 64 keys or a multiple: ``[batch, heads, length, v_dim]``.
+    """Attention over the listed blocks, of 64 keys or a multiple: ``[batch, heads, queries, v_dim]``.
 
-    The output is a view of ``[batch, length, heads, v_dim]``.
+    The output is a view of ``[batch, queries, heads, v_dim]``.
     """
     return attend(q, k, v, Lists(lists.indices, lists.counts, lists.block, lists.block), scale, lse=lse)
 
@@ -90,8 +90,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: 
     """As ``attend_lists``, over lists as the kernel takes them."""
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
-    batch, heads, length, dim = q.shape
-    v_dim, rows = v.shape[3], -(-length // WARPGROUP_ROWS)
+    batch, heads, queries, dim = q.shape
+    length, v_dim, fold = k.shape[2], v.shape[3], lists.block // WARPGROUP_ROWS
+    # Rows of the kernel begin with the block that holds the first query.
+    first_row = (length - queries) // lists.block * fold
+    rows = -(-length // WARPGROUP_ROWS) - first_row
     k_columns, v_columns = lists.columns or (k, v)
     width = k_columns.shape[2] if lists.columns else 0
     tables = [table.data_ptr() for table in lists.tables] or [0, 0, 0, 0]
@@ -100,8 +103,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: 
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
         lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(),
-        length, rows, lists.block // WARPGROUP_ROWS, lists.unit, lists.entries.shape[3], width, heads, heads // k.shape[1],
-        batch * heads * -(-rows // consumers(dim, v_dim)), scale * LOG2_E, 0 if lse is None else lse.data_ptr(),
+        length, length - queries, first_row, rows, fold, lists.unit, lists.entries.shape[3], width,
+        heads, heads // k.shape[1], batch * heads * -(-rows // consumers(dim, v_dim)), scale * LOG2_E,
+        0 if lse is None else lse.data_ptr(),
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, q.dtype, lse=lse is not None).items())
     threads = 128 * (consumers(dim, v_dim) + 1)

@@ -18,10 +18,10 @@ struct Maps { TensorMap q, k, v, k_box, v_box, out_band, out_last; };
 struct Plan {
   float* split_out;
   float* split_lse;
-  int length, tail, n_init, n_local, split_keys, splits, last_tiles, batches, last_items, band_items, extra_from, rounds;
+  int length, first_query, tail, n_init, n_local, split_keys, splits, last_tiles, batches, last_items, band_items, extra_from, rounds;
   int heads, tile_heads, groups, head_shift, v_dim;
   float scale_log2;
-  float* lse;  // [batch, heads, length], where LSE is 1
+  float* lse;  // [batch, heads, queries], where LSE is 1
 };
 
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ WorkTile work_tile_at(const Plan& p, int n, int lasts
   i.batch = rest % p.batches;
   rest /= p.batches;
   i.split = i.is_last ? rest / p.last_tiles : 0;
-  i.start = (i.is_last ? p.tail + rest % p.last_tiles * positions : rest * positions);
+  i.start = (i.is_last ? p.tail + rest % p.last_tiles * positions : p.first_query + rest * positions);
   i.high = min(i.start + positions, p.length);
   if (i.is_last) {
     i.low = i.split * p.split_keys;
@@ -120,7 +120,7 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, WorkTile* wor
 #pragma unroll
       for (int h = 0; h < DIM / 64; h++)
         load_5d(smem + (turn * CONSUMERS + warpgroup) * SLOT_BYTES + h * Q_HALF, &maps.q, barriers + 8 * (Q_FULL + turn), h * 64, 0,
-                i.head_tile, i.start + warpgroup * (WARPGROUP_ROWS >> p.head_shift), i.batch);
+                i.head_tile, i.start - p.first_query + warpgroup * (WARPGROUP_ROWS >> p.head_shift), i.batch);
     for (int t = 0; t < i.tiles; t++) {
       load_stage<DIM>(i, t, &maps.k, &maps.k_box, kv_head, pipe, smem);
       if (t > 0)
@@ -185,7 +185,8 @@ __device__ __forceinline__ void write(const Plan& p, const WorkTile& i, float (&
       const int position = warpgroup_start + (at >> p.head_shift), head = at & ((1 << p.head_shift) - 1);
       // A tile of the band may reach into the last rows, which are not its own.
       if (position < (i.is_last ? p.length : p.tail) && head < p.tile_heads)
-        p.lse[(u64(i.batch) * p.heads + i.head_tile * p.tile_heads + head) * p.length + position] = log_sum_exp(row_max[row], row_sum[row]);
+        p.lse[(u64(i.batch) * p.heads + i.head_tile * p.tile_heads + head) * (p.length - p.first_query) + position - p.first_query] =
+            log_sum_exp(row_max[row], row_sum[row]);
     }
   }
 #endif
@@ -197,11 +198,11 @@ __device__ __forceinline__ void send(const Maps& maps, const Plan& p, const Work
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncwarp();
   if ((threadIdx.x & 31) == 0 && !(i.is_last && p.splits > 1)) {
-    const int position = i.start + ((warpgroup * WARPGROUP_ROWS + warp * 16) >> p.head_shift);
+    const int query = i.start - p.first_query + ((warpgroup * WARPGROUP_ROWS + warp * 16) >> p.head_shift);
     const TensorMap* map = i.is_last ? &maps.out_last : &maps.out_band;
 #pragma unroll
     for (int h = 0; h < V_DIM / 64; h++)
-      store_5d(map, slot_at + warp * 2048 + h * Q_HALF, h * 64, 0, i.head_tile, position, i.batch);
+      store_5d(map, slot_at + warp * 2048 + h * Q_HALF, h * 64, 0, i.head_tile, query, i.batch);
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
 }

@@ -40,7 +40,7 @@ REST_BYTES = 512
 """Shared memory for barriers and work tiles."""
 WORK_TILE_STEPS = 2
 """What a work tile costs beyond its window, in tiles: the mixed tile, the masks, its queries and its output."""
-PLAN = struct.Struct("2q17ifq")
+PLAN = struct.Struct("2q18ifq")
 """The kernel's struct Plan."""
 
 
@@ -99,24 +99,26 @@ def _launch(
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
+    length: int,
     kv_heads: int,
     v_dim: int,
     scale: float,
     lse: bool,
 ) -> _Launch:
-    batch, heads, length, dim = shape
+    batch, heads, queries, dim = shape
     tile_heads = heads_per_tile(heads // kv_heads)
     shift = (tile_heads - 1).bit_length()
     programs = multiprocessors(device)
     schedule = schedule_for(
         pattern, batch, heads, kv_heads, length,
         positions=consumers(dim, v_dim) * WARPGROUP_ROWS >> shift, keys=KEYS, overhead=WORK_TILE_STEPS, slots=programs,
+        queries=queries,
     )  # fmt: skip
     macros = tuple(settings(dim, v_dim, dtype, lse=lse).items())
     threads = 128 * (consumers(dim, v_dim) + 1)
     kernel = load_kernel(device, SOURCE, KERNEL, shared_bytes(dim, v_dim), threads, macros)
     numbers = (
-        length, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits,
+        length, length - queries, schedule.tail, pattern.n_init, pattern.n_local, schedule.split_keys, schedule.splits,
         max(schedule.last_tiles, 1), batch, *_tile_schedule(schedule, batch, programs),
         heads, tile_heads, heads // kv_heads, shift, v_dim, scale * LOG2_E,
     )  # fmt: skip
@@ -132,8 +134,8 @@ def _place(x: Tensor) -> Place:
 
 
 @lru_cache(maxsize=1024)
-def _maps(dtype: torch.dtype, tile_heads: int, block: int, tail: int, q: Place, k: Place, v: Place, out: Place) -> bytes:
-    """The kernel's struct Maps: queries and outputs as [batch, length, head tiles, tile_heads, dim], keys as they are."""
+def _maps(dtype: torch.dtype, tile_heads: int, block: int, last_n: int, q: Place, k: Place, v: Place, out: Place) -> bytes:
+    """The kernel's struct Maps: queries and outputs as [batch, queries, head tiles, tile_heads, dim], keys as they are."""
 
     def by_heads(place: Place, rows: int, positions: int) -> bytes:
         pointer, (batch, heads, _, dim), (by_batch, by_head, by_row, by_dim) = place
@@ -146,19 +148,19 @@ def _maps(dtype: torch.dtype, tile_heads: int, block: int, tail: int, q: Place, 
         return tensor_map(pointer, dtype, shape, strides, (1, 1, keys, 64))
 
     queries = by_heads(q, q[1][2], WARPGROUP_ROWS // block)
-    outputs = (by_heads(out, rows, 16 // block) for rows in (tail, out[1][2]))
+    outputs = (by_heads(out, rows, 16 // block) for rows in (out[1][2] - last_n, out[1][2]))
     return b"".join((queries, by_keys(k, KEYS), by_keys(v, KEYS), by_keys(k, BOX), by_keys(v, BOX), *outputs))
 
 
 def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, *, lse: Tensor | None = None) -> Tensor:
-    """Triangle attention ``[batch, heads, length, v_dim]``, as a view of ``[batch, length, heads, v_dim]``."""
+    """Triangle attention ``[batch, heads, queries, v_dim]``, as a view of ``[batch, queries, heads, v_dim]``."""
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
-    launch = _launch(pattern, q.device, q.dtype, q.shape, k.shape[1], v.shape[3], scale, lse is not None)
+    launch = _launch(pattern, q.device, q.dtype, q.shape, k.shape[2], k.shape[1], v.shape[3], scale, lse is not None)
     schedule = launch.schedule
     out = empty_output(q, v)
     split_out, split_lse = new_splits(schedule, out)
-    maps = _maps(q.dtype, schedule.tile_heads, launch.block, schedule.tail, _place(q), _place(k), _place(v), _place(out))
+    maps = _maps(q.dtype, schedule.tile_heads, launch.block, schedule.last_n, _place(q), _place(k), _place(v), _place(out))
     sums = 0 if lse is None else lse.data_ptr()
     plan = PLAN.pack(split_out.data_ptr(), split_lse.data_ptr(), *launch.numbers, sums)
     launch.kernel.launch(launch.programs, q.device, maps, plan)
