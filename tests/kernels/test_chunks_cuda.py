@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,10 @@ PATTERNS = [
 ]
 
 
+OVER_LISTS = {True: "flash-attn-4", False: None}
+"""A library's kernel that takes whole prompts alone, by whether the pattern is dynamic."""
+
+
 @pytest.fixture(autouse=True)
 def _running_sums_on_a_gpu():
     torch.use_deterministic_algorithms(not GPU)
@@ -49,7 +55,12 @@ def check(measure_errors):
     """``check(pattern, q, k, v)`` attends by every kernel that serves, and checks outputs and log-sum-exps."""
 
     def serves(backend, pattern, *tensors):
-        return not backend.obstacle(pattern, *tensors) if GPU else backend.name == "triton"
+        if not GPU:
+            return backend.name == "triton"
+        if backend.name == "cuda-hopper":
+            # It says that it takes no chunks until these tests have run.
+            backend = replace(backend, chunks=True)
+        return not backend.obstacle(pattern, *tensors)
 
     def check(pattern, *tensors):
         q, k, v = (x.to(DEVICE) for x in tensors)
@@ -87,6 +98,19 @@ def test_any_chunk(check, make_structured_qkv, monkeypatch, pattern, queries, le
 def test_chunks_as_engines_feed_them(check, make_structured_qkv, pattern, queries):
     q, k, v = make_structured_qkv(9001, heads=4, kv_heads=1, dim=64, dtype=torch.bfloat16)
     check(pattern, q[:, :, -queries:], k, v)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_kernels_whose_chunks_no_gpu_has_run_are_passed_over(make_qkv, pattern):
+    """FlashAttention 4's over lists, too, whose mask compares positions within the tensors."""
+    x = torch.zeros(1, 4, 64, 16, device="meta")
+    for backend in pattern.backends:
+        assert backend.chunks == (
+            backend.name not in ("cuda-hopper", "cudnn") and backend.name != OVER_LISTS[pattern.dynamic]
+        )
+        on_meta = replace(backend, devices=("meta",))
+        if not backend.chunks:
+            assert on_meta.obstacle(pattern, x[:, :, :9], x, x) == "takes as many queries as keys, not 9 and 64"
 
 
 @pytest.mark.slow

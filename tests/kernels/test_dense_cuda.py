@@ -96,11 +96,11 @@ def gpu(monkeypatch, install):
     forget()
 
 
-def on_cuda(dim=128, *, v_dim=None, length=256, dtype=torch.bfloat16):
+def on_cuda(dim=128, *, v_dim=None, length=256, queries=None, dtype=torch.bfloat16):
     """What backends ask of q, k and v on a GPU: no tensor can be there, so nothing is computed with these."""
     q, k, v = (
-        SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=torch.Size((1, heads, length, width)))
-        for heads, width in ((8, dim), (2, dim), (2, v_dim or dim))
+        SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=torch.Size((1, heads, tokens, width)))
+        for heads, tokens, width in ((8, queries or length, dim), (2, length, dim), (2, length, v_dim or dim))
     )
     return q, k, v
 
@@ -130,6 +130,7 @@ def test_order_of_preference(install, gpu):
         (9, {"dim": 100}, []),
         (9, {"v_dim": 64}, []),
         (9, {"dtype": torch.float32}, []),
+        (9, {"queries": 100}, ["flash-attn-4", "flash-attn-3", "flash-attn-2"]),
         (9, {"length": 1}, ["flash-attn-4", "flash-attn-3", "flash-attn-2"]),
         (9, {"dim": 192, "v_dim": 128}, ["flash-attn-4", "flash-attn-3"]),
         (10, {"dim": 192, "v_dim": 128}, ["flash-attn-4"]),
@@ -173,6 +174,7 @@ def test_cudnn_is_not_deterministic(gpu):
         ("flash-attn-4", {}, "flash-attn-4 is not installed (pip install flash-attn-4)"),
         ("flash-attn-3", {}, "flash-attn-3 is not installed (build"),
         ("cudnn", {"dtype": torch.float32}, "cudnn takes float16 or bfloat16, not float32"),
+        ("cudnn", {"queries": 100}, "cudnn takes as many queries as keys, not 100 and 256"),
         ("cudnn", {"dim": 256}, "cudnn takes head sizes up to 128, not 256"),
         ("cudnn", {"dim": 192, "v_dim": 128}, "cudnn takes values as wide as queries, not 128 and 192"),
         ("triton", {"dim": 513}, "triton takes head sizes up to 512, not 513"),
@@ -235,7 +237,8 @@ calls = []
 def flash_attn_func(q, k, v, *, softmax_scale, causal, **options):
     calls.append(options)
     x, y, z = (t.transpose(1, 2) for t in (q, k, v))
-    asked = {"mask": causal_mask(x.shape[2]), "scale": softmax_scale, "softcap": options.get("softcap", 0.0)}
+    mask = causal_mask(y.shape[2], queries=x.shape[2])
+    asked = {"mask": mask, "scale": softmax_scale, "softcap": options.get("softcap", 0.0)}
     out = masked_attention(x, y, z, **asked).to(q.dtype).transpose(1, 2)
     return RETURNED if any(name.startswith("return_") for name in options) else out
 """
@@ -261,6 +264,9 @@ def test_the_call_for_a_log_sum_exp_or_a_cap(install, make_qkv, name, returned, 
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
     module = FLASH[name].removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
     assert sys.modules[module].calls == [{option: True}, {"softcap": 2.0}]
+    part = q[:, :, -20:]
+    exact = masked_attention(part, k, v, Dense().mask(part, k), scale=0.3)
+    torch.testing.assert_close(BACKENDS[name].attend(Dense(), part, k, v, 0.3).double(), exact, rtol=0, atol=1e-5)
 
 
 def test_what_gives_neither_is_passed_over(install, gpu):

@@ -3,6 +3,10 @@
 None of them is required. Each says whether it is installed and which tensors it serves, as far as its own checks tell:
 FlashAttention 4 in ``flash_attn/cute/interface.py``, FlashAttention 3 and 2 in their ``flash_api.cpp``, and cuDNN in torch's
 ``sdp_utils.cpp``, by which cuDNN takes grouped heads natively, as the others do.
+
+With fewer queries than keys FlashAttention aligns the last query with the last key, as chunks of prompts are defined here
+(its documentation says so of 3 and of 2 from 2.1 on, the mask's offset in ``flash_attn/cute/mask.py`` of 4). torch's
+``is_causal`` aligns the first ones, so cuDNN takes whole prompts alone.
 """
 
 from __future__ import annotations
@@ -186,6 +190,7 @@ def _flash(
         partial(_attend_flash, module, returns_lse),
         softcap=True,
         lse=True,
+        chunks=True,
         missing=partial(missing_module, module, install),
         refuses=partial(refuses, limits, latent=latent),
     )
