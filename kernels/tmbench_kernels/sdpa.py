@@ -18,8 +18,8 @@ from tmbench_kernels.pattern import empty_output, new_lse
 
 _LOGITS = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are held at a time where they are written out."""
-_BIAS = 2**23
-"""Numbers of the bias that makes a chunk's attention causal: few rows multiply slowly, many take memory."""
+_BIAS = 2**26
+"""Numbers of the bias that makes a chunk's attention causal on a GPU: few rows multiply slowly, many take memory."""
 
 
 def attention(
@@ -45,11 +45,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
     ``bias`` is added to the logits and broadcasts to ``[batch, heads, queries, keys]``; ``causal`` aligns the last query
     with the last key. Returns ``[batch, heads, queries, v_dim]``. A query whose keys all have a bias of -inf gets zeros.
     """
-    if causal and q.shape[2] != k.shape[2]:
-        return _causal_chunk(q, k, v, scale)
     width = v.shape[-1]
     dim = max(q.shape[-1], width)
     q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
+    if causal and q.shape[2] != k.shape[2]:
+        chunk = _masked_chunk if q.device.type == "cuda" else _combined_chunk
+        return chunk(q, k, v, scale)[..., :width]
     groups = q.shape[1] // k.shape[1]
     if groups == 1 or _fuses_groups(q, bias):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=groups > 1)
@@ -65,21 +66,32 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
     return out[..., :width]
 
 
-def _causal_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last queries: torch's own aligns the first query with the first key."""
+def _combined_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last queries on a CPU: over the keys before them, and over their own, by the log-sum-exps.
+
+    torch's ``is_causal`` aligns the first query with the first key, and a mask would cost half as much again.
+    """
+    start = k.shape[2] - q.shape[2]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    earlier, earlier_lse = flash(q, k[:, :, :start], v[:, :, :start], scale=scale)
+    own, own_lse = flash(q, k[:, :, start:], v[:, :, start:], is_causal=True, scale=scale)
+    share = (earlier_lse - own_lse).sigmoid_()[..., None]
+    wide = share.dtype
+    return empty_output(q, v).copy_(own.to(wide).lerp_(earlier.to(wide), share))
+
+
+def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same by a mask, some queries at a time."""
     queries, keys = q.shape[2], k.shape[2]
-    if queries == 1:
-        return sdpa(q, k, v, scale)
-    step = min(max(_BIAS // keys, 1), queries)
-    # Its right end serves every block of queries, of so many rows or fewer, over keys that end with the block's own.
-    bias = q.new_zeros(step, keys)
-    bias[:, keys - step :] = q.new_full((step, step), -torch.inf).triu_(1)
+    step = max(_BIAS // keys, 1)
     out = empty_output(q, v)
     for low in range(0, queries, step):
         high = min(low + step, queries)
-        seen = keys - queries + high
-        part = bias[step - (high - low) :, keys - seen :]
-        out[:, :, low:high] = sdpa(q[:, :, low:high], k[:, :, :seen], v[:, :, :seen], scale, bias=part)
+        rows, seen = high - low, keys - queries + high
+        bias = q.new_zeros(rows, seen)
+        bias[:, seen - rows :] = q.new_full((rows, rows), -torch.inf).triu_(1)
+        out[:, :, low:high] = sdpa(q[:, :, low:high], k[:, :, :seen], v[:, :, :seen], scale, bias=bias)
     return out
 
 

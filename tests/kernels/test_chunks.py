@@ -22,6 +22,7 @@ from tmbench_kernels import (
     XAttention,
 )
 from tmbench_kernels.reference import masked_lse
+from tmbench_kernels.sdpa import _masked_chunk
 
 BY_POSITION = [Dense(), Triangle(3, 50, 0), Triangle(0, 200, 0), Triangle.streaming(130, 1)]
 BY_OWN_BLOCK = [
@@ -181,10 +182,20 @@ def test_long_chunks_on_sampled_queries(make_structured_qkv, assert_exact, patte
 
 
 def test_dense_goes_through_a_chunk_in_several_steps(make_qkv, assert_exact, monkeypatch):
+    """The path that CUDA takes."""
     q, k, v = make_qkv(500)
     q = q[:, :, -130:]
     monkeypatch.setattr("tmbench_kernels.sdpa._BIAS", 500 * 47)
-    assert_exact(Dense(dense_backend="sdpa").attend(q, k, v), q, k, v, Dense().mask(q, k))
+    assert_exact(_masked_chunk(q, k, v, 0.3), q, k, v, Dense().mask(q, k), 0.3)
+
+
+@pytest.mark.parametrize("v_dim", [16, 48])
+def test_dense_takes_any_strides_and_values_of_another_width(make_qkv, assert_exact, v_dim):
+    q, k, v = make_qkv(90, heads=6, kv_heads=2, dim=32, v_dim=v_dim, batch=2)
+    q = q[:, :, -50:]
+    k[:, :, 3] *= 40  # so that either part can hold all of a query's attention
+    for tensors in ((q, k, v), tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))):
+        assert_exact(Dense().attend(*tensors), q, k, v, Dense().mask(q, k))
 
 
 def test_a_backend_without_chunks_says_so(make_qkv):
