@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ from tmbench_kernels import (
     VerticalSlash,
     XAttention,
 )
-from tmbench_kernels.reference import masked_lse
+from tmbench_kernels.reference import masked_attention, masked_lse
 from tmbench_kernels.sdpa import _masked_chunk
 
 BY_POSITION = [Dense(), Triangle(3, 50, 0), Triangle(0, 200, 0), Triangle.streaming(130, 1)]
@@ -144,6 +146,26 @@ def test_attention_is_exact(make_structured_qkv, assert_exact, pattern, queries,
         assert_exact(out, q, k, v, mask, 0.3)
         assert out.transpose(1, 2).is_contiguous(), "as models want it in memory"
         assert_exact(pattern.last_row(q, k, v, scale=0.3), q[:, :, -1:], k, v, mask[:, :, -1:], 0.3)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([Dense(), Triangle(3, 50, 0), Triangle(3, 50, 70), Triangle(0, 0, 300), Triangle(200, 1, 1)]),
+    st.integers(1, 700),
+    st.sets(st.integers(1, 699)),
+    st.integers(0, 99),
+)
+def test_chunks_of_any_sizes_give_what_one_piece_gives(make_qkv, pattern, length, cuts, seed):
+    """Where the prompt's length is known, in float64."""
+    q, k, v = make_qkv(length, dim=16, dtype=torch.float64, seed=seed)
+    edges = [0, *sorted(cut for cut in cuts if cut < length), length]
+    parts = [
+        pattern.of_chunk(end, length).attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end])
+        for start, end in pairwise(edges)
+    ]
+    exact = masked_attention(q, k, v, pattern.mask(q, k))
+    torch.testing.assert_close(torch.cat(parts, dim=2), exact, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow
