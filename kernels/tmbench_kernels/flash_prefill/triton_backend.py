@@ -26,10 +26,13 @@ def _mean_weights(
     batch = both // HEADS
     position = row * BLOCK + tl.arange(0, BLOCK)
     row_ok = (position >= start) & (position < length)
-    query = (position - start).to(tl.int64)
+    # What is no query sees nothing.
+    reach = tl.where(row_ok, position, -1)
     dim = tl.arange(0, BLOCK_DIM)
     dim_ok = dim < DIM
-    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query * stride_qn
+    # Rows of q are counted from the first query on: its base moves, so that rows are positions.
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh - start.to(tl.int64) * stride_qn
+    q_rows = q_ptr + position.to(tl.int64) * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & dim_ok[None, :], other=0.0)
     means = means_ptr + (batch * (HEADS // GROUPS) + head // GROUPS).to(tl.int64) * blocks * DIM
     out = out_ptr + (both.to(tl.int64) * rows + row - (blocks - rows)) * blocks
@@ -43,7 +46,7 @@ def _mean_weights(
             # Means by queries: a row is then summed within one warp, not across all of them.
             s = tl.dot(mean, q.T) * scale_log2
             # Those count that see all of a key block: of its own queries the last alone.
-            sees = row_ok[None, :] & (position[None, :] >= (column * BLOCK + BLOCK - 1)[:, None])
+            sees = reach[None, :] >= (column * BLOCK + BLOCK - 1)[:, None]
             s = tl.where(sees, s, -float("inf"))
             row_max = tl.max(s, 1)
             row_sum = tl.sum(tl.exp2(s - tl.where(row_max == -float("inf"), 0.0, row_max)[:, None]), 1)

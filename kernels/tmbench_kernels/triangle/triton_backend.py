@@ -95,12 +95,13 @@ def _walk(
 
     row = tl.arange(0, ROWS)
     position = start + row // HEADS
-    query = position - first_query
     head = first_head + row % HEADS
     row_ok = (row < POSITIONS * HEADS) & (position < rows_end)
     dim = tl.arange(0, BLOCK_DIM)
     v_dim = tl.arange(0, BLOCK_V_DIM)
-    q_rows = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
+    # Rows of q and of the outputs are counted from the first query on: their bases move, so that rows are positions.
+    q_ptr += batch * stride_qb - first_query.to(tl.int64) * stride_qn
+    q_rows = q_ptr + head.to(tl.int64) * stride_qh + position.to(tl.int64) * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & (dim < DIM)[None, :], other=0.0)
 
     acc = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
@@ -144,10 +145,10 @@ def _walk(
         tl.store(split_lse_ptr + slot, row_max + tl.log2(row_sum), mask=row_ok)
     else:
         queries = length - first_query
-        slot = (batch * queries + query) * HEADS_TOTAL + head
+        slot = (batch * queries - first_query + position) * HEADS_TOTAL + head
         tl.store(out_ptr + slot[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
         if lse_ptr is not None:
-            place = (batch * HEADS_TOTAL + head) * queries + query
+            place = (batch * HEADS_TOTAL + head) * queries - first_query + position
             tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 

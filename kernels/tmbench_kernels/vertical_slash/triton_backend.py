@@ -109,11 +109,12 @@ def _walk(
     slot = both.to(tl.int64) * rows + row
 
     position = start + tl.arange(0, BLOCK)
-    query = position - first_query
-    row_ok = (query >= 0) & (position < length)
+    row_ok = (position >= first_query) & (position < length)
     dim = tl.arange(0, BLOCK_DIM)
     v_dim = tl.arange(0, BLOCK_V_DIM)
-    q_rows = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
+    # Rows of q and of the outputs are counted from the first query on: their bases move, so that rows are positions.
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh - first_query.to(tl.int64) * stride_qn
+    q_rows = q_ptr + position.to(tl.int64) * stride_qn
     q = tl.load(q_rows[:, None] + dim[None, :] * stride_qd, mask=row_ok[:, None] & (dim < DIM)[None, :], other=0.0)
 
     acc = tl.zeros([BLOCK, BLOCK_V_DIM], tl.float32)
@@ -146,13 +147,13 @@ def _walk(
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     queries = length - first_query
-    place = (batch.to(tl.int64) * queries + query) * HEADS + head
+    place = (batch.to(tl.int64) * queries - first_query + position) * HEADS + head
     tl.store(
         out_ptr + place[:, None] * V_DIM + v_dim[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & (v_dim < V_DIM)[None, :],
     )  # fmt: skip
     if lse_ptr is not None:
-        tl.store(lse_ptr + both.to(tl.int64) * queries + query, log_sum_exp(row_max, row_sum), mask=row_ok)
+        tl.store(lse_ptr + both.to(tl.int64) * queries - first_query + position, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
 def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_distances: int, start: int = 0) -> Index:
