@@ -23,7 +23,7 @@ constexpr int NEVER = 0x7fffffff, ALL = 1 << 30;
 
 static_assert(STAGES < WORK_TILES, "a work tile could be overwritten before all consumers have read it");
 
-struct Maps { TensorMap q, k, v, k_columns, v_columns, out; };
+struct Maps { TensorMap q, k, v, k_columns, v_columns, out_first, out; };  // out_first: the queries of the first row, no others
 struct Plan {
   const int* entries;         // [batch, heads, lists, most], ascending: where ``fold`` pieces start, in ``unit`` keys
   const int* counts;          // [batch, heads, lists]
@@ -98,8 +98,9 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
     const int kv_head = work.head / p.groups;
 
     // Each of the first lanes walks its consumer's list; the smallest start of all is the next tile.
-    const int row = work.row + lane, lists = (p.rows + p.fold - 1) / p.fold, own_end = (p.first_row + row + 1) * WARPGROUP_ROWS;
-    const u64 list = u64(work.batch * p.heads + work.head) * lists + row / p.fold;
+    const int row = work.row + lane, own_end = (p.first_row + row + 1) * WARPGROUP_ROWS, first_list = p.first_row / p.fold;
+    const int lists = (p.first_row + p.rows + p.fold - 1) / p.fold - first_list;
+    const u64 list = u64(work.batch * p.heads + work.head) * lists + (p.first_row + row) / p.fold - first_list;
     const int* entry = p.entries + list * p.most;
     const int* end = entry + (lane < CONSUMERS && row < p.rows ? p.counts[list] : 0);
     int start = entry < end ? *entry * p.unit : NEVER, ahead = entry + 1 < end ? entry[1] * p.unit : NEVER, piece = 0;
@@ -170,7 +171,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
   u32 probabilities[KEYS / 4];
   SoftmaxState r;
   PipelineState pipe = {0};
-  int start, free_from, reach, sinks, kind, first;
+  int start, query, free_from, reach, sinks, kind, first;
   u64 counted;
 
   // A stage, all of it; or where they leave apart its keys, and later its values.
@@ -223,15 +224,16 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     const WorkTile work = shared.work_tiles[n % WORK_TILES];
     if (!work.more) return;
     start = (p.first_row + work.row + warpgroup) * WARPGROUP_ROWS;
+    // A chunk may begin within its first row, and the accelerator writes nothing before a tensor: an illegal instruction. That
+    // row is then worked on from the chunk's first query on, and what lies behind the row is not written.
+    query = max(start - p.first_query, 0);
     reach = work.reach, sinks = work.sinks, free_from = max(start + WARPGROUP_ROWS - reach, 0);
     if (warp == 0 && lane == 0) {
       mbarrier_expect(q_full, Q_BYTES);
 #pragma unroll
-      // Of a chunk's first block the queries before the chunk lie outside of the tensor: they are read as zeros.
-      for (int h = 0; h < DIM / 64; h++)
-        load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, start - p.first_query, work.head, work.batch);
+      for (int h = 0; h < DIM / 64; h++) load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, query, work.head, work.batch);
     }
-    r.position[0] = start + warp * 16 + (lane >> 2);
+    r.position[0] = p.first_query + query + warp * 16 + (lane >> 2);
     r.position[1] = r.position[0] + 8;
 #pragma unroll
     for (int x = 0; x < 2; x++) r.row_max[x] = NEG_INFINITY, r.shift[x] = r.row_sum[x][0] = r.row_sum[x][1] = 0.0f;
@@ -303,7 +305,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     if ((lane & 3) == 0) {
 #pragma unroll
       for (int x = 0; x < 2; x++)
-        if (r.position[x] >= p.first_query && r.position[x] < p.length)
+        if (r.position[x] < min(start + WARPGROUP_ROWS, p.length))
           p.lse[(u64(work.batch) * p.heads + work.head) * (p.length - p.first_query) + r.position[x] - p.first_query] =
               log_sum_exp(r.row_max[x], row_sum[x]);
     }
@@ -312,9 +314,10 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     if (lane == 0) {
+      const TensorMap* out = work.row + warpgroup == 0 ? &maps.out_first : &maps.out;
 #pragma unroll
       for (int h = 0; h < V_DIM / 64; h++)
-        store_4d(&maps.out, slot + warp * 2048 + h * Q_HALF, h * 64, start - p.first_query + warp * 16, work.head, work.batch);
+        store_4d(out, slot + warp * 2048 + h * Q_HALF, h * 64, query + warp * 16, work.head, work.batch);
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }

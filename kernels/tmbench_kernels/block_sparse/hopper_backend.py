@@ -92,18 +92,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: 
     q, k, v = loadable(q), loadable(k), loadable(v)
     batch, heads, queries, dim = q.shape
     length, v_dim, fold = k.shape[2], v.shape[3], lists.block // WARPGROUP_ROWS
-    # Rows of the kernel begin with the block that holds the first query.
-    first_row = (length - queries) // lists.block * fold
+    first_query = length - queries
+    first_row = first_query // WARPGROUP_ROWS
     rows = -(-length // WARPGROUP_ROWS) - first_row
     k_columns, v_columns = lists.columns or (k, v)
     width = k_columns.shape[2] if lists.columns else 0
     tables = [table.data_ptr() for table in lists.tables] or [0, 0, 0, 0]
     out = empty_output(q, v)
-    maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, k_columns, v_columns)) + _tiles(out, 16)
+    maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, k_columns, v_columns))
+    maps += _tiles(out[:, :, : (first_row + 1) * WARPGROUP_ROWS - first_query], 16) + _tiles(out, 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
         lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(),
-        length, length - queries, first_row, rows, fold, lists.unit, lists.entries.shape[3], width,
+        length, first_query, first_row, rows, fold, lists.unit, lists.entries.shape[3], width,
         heads, heads // k.shape[1], batch * heads * -(-rows // consumers(dim, v_dim)), scale * LOG2_E,
         0 if lse is None else lse.data_ptr(),
     )  # fmt: skip
