@@ -189,8 +189,8 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
   // Skip the tiles of other consumers, at most ``limit`` tiles in all: whether the last one looked at is this one's, or an end.
   const auto find = [&](int limit) {
     for (int looked = 0; looked < limit; looked++) {
-      const u32 at = pipe.index();
-      mbarrier_wait(barriers + 8 * (K_FULL + at), pipe.phase());
+      const u32 at = pipe.index(), phase = pipe.phase();
+      mbarrier_wait(barriers + 8 * (K_FULL + at), phase);
       pipe.count++;
       const Tile& tile = shared.tiles[at];
       kind = tile.kind, first = tile.first;
@@ -199,6 +199,9 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
         if (kind == COLUMNS) counted = tile.counted[warpgroup];
         return true;
       }
+      // Keys can come while another consumer still needs the values that were there before: only the tile's own values say that
+      // all have released those, and that a release now counts for this tile.
+      if (APART) mbarrier_wait(barriers + 8 * (V_FULL + at), phase);
       __syncwarp();
       release(at);
     }
