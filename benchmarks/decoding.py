@@ -65,7 +65,7 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> It
     plan = MethodSpec.of(options.method, {}).with_layers(shape, None, None).plan(shape)
     prompts = _prompts(loaded, length, max(options.samples, *options.sizes))
     compile_ahead(model, plan, kind, prompts[0])
-    step, obstacle = step_kind(model, kind, length + new)
+    step, obstacle = step_kind(model, kind)
     if step is None:
         raise SystemExit(f"{options.model} decodes one text at a time, {obstacle}")
     known = {

@@ -15,6 +15,7 @@ LENGTHS = ("32K", "64K", "128K")
 DYNAMIC = "benchmarks/dynamic_attention.csv"
 ATTENTION = "benchmarks/attention.csv"
 STRUCTURED = "benchmarks/structured_density.csv"
+WIDE = "benchmarks/wide_attention.csv"
 BUDGETS = {
     "vertical_slash 512 2048": "MInference (512, 2048)",
     "vertical_slash 1000 6096": "MInference (1000, 6096)",
@@ -115,6 +116,33 @@ def more_than_window(sources: Sources, length: str) -> str:
     return f"{whole / window - 1:.0%}".replace("%", " %")
 
 
+def wide_heads(sources: Sources) -> str:
+    """Milliseconds of the triangle beside the fastest dense attention, by head size and length."""
+    lines = [line for line in sources.lines(WIDE) if line["times_dense"]]
+    places = dict.fromkeys((line["head_dim"], line["v_head_dim"], line["heads"], line["length"]) for line in lines)
+    rows = []
+    for dim, v_dim, heads, length in places:
+        about = {"head_dim": dim, "v_head_dim": v_dim, "length": length}
+        found = [line for line in lines if all(line[name] == value for name, value in about.items())]
+        dense, triangle = (
+            min((one for one in found if one["pattern"] == pattern), key=lambda one: float(one["ms_median"]))
+            for pattern in ("dense", "triangle")
+        )
+        size = dim if dim == v_dim else f"{dim}, values {v_dim}"
+        times = [
+            cell for one in (dense, triangle) for cell in (f"`{one['implementation']}`", milliseconds(one["ms_median"]))
+        ]
+        rows.append([size, heads, length_name(int(length)), *times, f"{float(triangle['times_dense']):.0f}"])
+    texts = ("head size", "dense by", "triangle by")
+    return table_markdown(
+        Table(
+            "",
+            columns("head size", "heads", "tokens", "dense by", "ms", "triangle by", "ms", "times faster", texts=texts),
+            rows,
+        )
+    )
+
+
 def of_dense(sources: Sources, what: str, *shares: str) -> str:
     """flash-attn 4 over blocks at random, its throughput in percent of its own dense attention's.
 
@@ -169,6 +197,7 @@ KERNELS: dict[str, Block] = {
     "dynamic": dynamic,
     "more-than-window": more_than_window,
     "of-dense": of_dense,
+    "wide-heads": wide_heads,
     "hopper-against-flash-attn": hopper_against_flash_attn,
     "density-range": density_range,
     "intervals": intervals,

@@ -18,8 +18,8 @@ TRITON_SIZES = ((8, 256), (9, 512), (10, 512), (11, 256), (12, 256))
 A tile of 64 queries of size 512, and two of 32 keys and values, take 196 KiB of shared memory.
 """
 TRITON_CAPABILITIES = tuple(major for major, _ in TRITON_SIZES)
-HOPPER_SIZES = ((9, 128),)
-"""The same of the kernels in CUDA C++. They are written for up to 256, which they serve once a GPU has run their tests."""
+HOPPER_SIZES = ((9, 256),)
+"""The same of the kernels in CUDA C++."""
 
 
 @cache
@@ -115,11 +115,8 @@ def imported(module: str, name: str) -> Callable[..., Tensor]:
 
 
 def for_hopper(attend: Callable[..., Tensor]) -> Backend:
-    """A pattern's kernel in CUDA C++ for Hopper.
-
-    Chunks are written in it, too; it serves them once a GPU has run their tests.
-    """
-    return Backend("cuda-hopper", ("cuda",), attend, missing=missing_hopper, refuses=refuses_hopper, lse=True)
+    """A pattern's kernel in CUDA C++ for Hopper."""
+    return Backend("cuda-hopper", ("cuda",), attend, missing=missing_hopper, refuses=refuses_hopper, lse=True, chunks=True)
 
 
 def for_triton(attend: Callable[..., Tensor]) -> Backend:

@@ -57,9 +57,6 @@ def check(measure_errors):
     def serves(backend, pattern, *tensors):
         if not GPU:
             return backend.name == "triton"
-        if backend.name == "cuda-hopper":
-            # It says that it takes no chunks until these tests have run.
-            backend = replace(backend, chunks=True)
         return not backend.obstacle(pattern, *tensors)
 
     def check(pattern, *tensors):
@@ -101,13 +98,11 @@ def test_chunks_as_engines_feed_them(check, make_structured_qkv, pattern, querie
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-def test_kernels_whose_chunks_no_gpu_has_run_are_passed_over(make_qkv, pattern):
+def test_kernels_of_libraries_that_take_whole_prompts_alone_are_passed_over(make_qkv, pattern):
     """FlashAttention 4's over lists, too, whose mask compares positions within the tensors."""
     x = torch.zeros(1, 4, 64, 16, device="meta")
     for backend in pattern.backends:
-        assert backend.chunks == (
-            backend.name not in ("cuda-hopper", "cudnn") and backend.name != OVER_LISTS[pattern.dynamic]
-        )
+        assert backend.chunks == (backend.name != "cudnn" and backend.name != OVER_LISTS[pattern.dynamic])
         on_meta = replace(backend, devices=("meta",))
         if not backend.chunks:
             assert on_meta.obstacle(pattern, x[:, :, :9], x, x) == "takes as many queries as keys, not 9 and 64"
