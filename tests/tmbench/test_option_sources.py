@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tmbench import cli
-from tmbench.cli.progress import EVERY, Lines
 
 RUN = """
 command = "ttft"
@@ -113,19 +112,3 @@ def test_every_option_has_its_variables():
                 continue
             long = next(text for text in option.opts if text.startswith("--"))[2:].upper().replace("-", "_")
             assert option.envvar == [f"TMBENCH_{name.upper().replace(' ', '_').replace('-', '_')}_{long}", f"TMBENCH_{long}"]
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
-    now = 100.0
-    bar = Lines(lambda: now)
-    bar.start()
-    task = bar.add_task("reading", total=4)
-    bar.update(task, advance=1)
-    now += EVERY
-    bar.update(task, description="reading on", advance=1)
-    bar.update(task, advance=1)
-    assert capsys.readouterr().err == "reading on: 50 %, 10 s so far, 20 s left\n"
-    bar.update(task, description="read", advance=1)
-    bar.stop()
-    bar.stop()
-    assert capsys.readouterr().err == "read: 100 %, 10 s\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import (
@@ -22,6 +23,8 @@ from tmbench.results.words import duration
 
 ESTIMATE_PERIOD = 3600.0
 """Seconds of which the time left is estimated: passes differ in length by orders of magnitude, and none may be forgotten."""
+SOON = 2.0
+"""Seconds after which a bar appears of what is often done at once."""
 EVERY = 10.0
 """Seconds between two lines of a log."""
 
@@ -40,6 +43,25 @@ def progress_bar() -> Progress:
         console=error_console(),
         speed_estimate_period=ESTIMATE_PERIOD,
     )
+
+
+@contextmanager
+def late_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """What is told ``(done, total)`` and shows it from SOON seconds on: what takes less shows nothing."""
+    began, bar = time.monotonic(), progress_bar()
+
+    def tell(done: int, total: int) -> None:
+        if not bar.tasks:
+            if time.monotonic() - began < SOON:
+                return
+            bar.start()
+            bar.add_task(description)
+        bar.update(bar.tasks[0].id, completed=done, total=total)
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
 
 
 class Lines(Progress):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.progress import late_bar
 from tmbench.cli.screen import console, markdown, say
 from tmbench.errors import UserError
 
@@ -41,7 +42,8 @@ def report(
         raise UserError(f"--margin must be above 0 and at most 100 points, not {margin:g}: 1 is usual")
     if html is not None and output is None and form != "md":
         raise UserError(f"--html writes pages, so --format {form} needs a file of its own: add --output")
-    built = build(results, margin)
+    with late_bar("reading results") as tell:
+        built = build(results, margin, tell)
     if plots is not None:
         from tmbench.report.pictures import figures, save_all
 
@@ -51,8 +53,8 @@ def report(
     if html is not None:
         from tmbench.report.html.pages import written
 
-        with writable(html, "--html"):
-            first = list(written(built, results, html))[-1]
+        with writable(html, "--html"), late_bar("writing pages") as tell:
+            first = list(written(built, results, html, tell))[-1]
         say(f"wrote {first}")
     if html is not None and output is None:
         return

@@ -5,7 +5,7 @@ A speed-up never stands without a figure of what the method kept, or the words t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,12 @@ from tmbench.results.tune_rows import TuneRow
 
 AnySection = TtftSection | RulerSection | AgreeSection | TradeOff | LossSection | ProbeSection | TuneSection
 R = TypeVar("R", bound=Row)
+Tell = Callable[[int, int], None]
+"""Who is told how far something is: how much is done, and how much there is."""
+
+
+def nobody(done: int, total: int) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +63,42 @@ class Report:
         return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs, *self.losses, *self.probes, *self.tunes]
 
 
-def build(root: Path, margin: float = MARGIN) -> Report:
+def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     """The report on all rows under a results folder; ``margin`` is the non-inferiority margin in points.
 
-    Raises UserError where there are no rows, or a file is not ours.
+    ``tell`` is told how many of the rows are done, section by section, and how many there are. Raises
+    UserError where there are no rows, or a file is not ours.
     """
     ttft, ruler, agree = _rows(root, TtftRow), _rows(root, RulerRow), _rows(root, AgreeRow)
     losses, probes, tuned = _rows(root, LossRow), _rows(root, ProbeRow), _rows(root, TuneRow)
     if not any((ttft, ruler, agree, losses, probes, tuned)):
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
+    total, done = len(ttft) + len(ruler) + len(agree) + len(losses) + len(probes) + len(tuned), 0
+
+    def told(placed: Sequence[object]) -> None:
+        nonlocal done
+        done += len(placed)
+        tell(done, total)
+
     scores = []
     for about, placed in comparable(ruler, RulerSetting.of):
         samples = {(one.label, one.row.task): read_samples(root, vars(one.row)) for one in placed}
         scores.append(ruler_section(about, placed, samples, margin))
+        told(placed)
     agreement = []
-    for told, found in comparable(agree, AgreeSetting.of):
+    for answered, found in comparable(agree, AgreeSetting.of):
         choices = {(one.label, one.row.length): choices_of(root, vars(one.row)) for one in found}
-        agreement.append(agree_section(told, found, choices))
+        agreement.append(agree_section(answered, found, choices))
+        told(found)
     times = [ttft_section(setting, rows, scores) for setting, rows in comparable(ttft, TtftSetting.of)]
     lost = []
     for setting, rows in comparable(losses, LossSetting.of):
         single = {(one.label, one.row.task, one.row.length): losses_of(root, one.row) for one in rows}
         lost.append(loss_section(setting, rows, single))
+        told(rows)
     probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
     tunes = [tune_section(setting, rows) for setting, rows in comparable(tuned, TuneSetting.of)]
+    tell(total, total)
     return Report(times, scores, agreement, lost, probed, margin, tunes)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tmbench.report.html import layers, overview, samples, scores, times, trade_offs
 from tmbench.report.html.text import script_json, templates
-from tmbench.report.report import Report
+from tmbench.report.report import Report, Tell, nobody
 from tmbench.results.files import write_whole
 
 
@@ -89,21 +89,26 @@ PAGES = (
 )
 
 
-def written(report: Report, root: Path, directory: Path) -> Iterator[Path]:
+def written(report: Report, root: Path, directory: Path, tell: Tell = nobody) -> Iterator[Path]:
     """Write the pages of a results folder into another, made where there is none; their paths, the first page last.
 
-    Files that are there already are replaced. Raises OSError where the folder cannot be written.
+    ``tell`` is told how many of the pages are made, and then how many of them are written. Files that are there already are
+    replaced. Raises OSError where the folder cannot be written.
     """
     for shared in (files("tmbench.report.html") / "static").iterdir():
         write_whole(directory / shared.name, shared.read_bytes())
-    contents = {page.name: page.make(report, root) for page in PAGES}
+    contents = {}
+    for number, page in enumerate(PAGES, 1):
+        contents[page.name] = page.make(report, root)
+        tell(number, 2 * len(PAGES))
     shown = [(page, bool(contents[page.name]["blocks"])) for page in PAGES]
-    for page in PAGES:
+    for number, page in enumerate(PAGES, 1):
         path = directory / f"{page.name}.html"
         given = {"page": page, "pages": shown, **contents[page.name], "data": script_json(contents[page.name]["data"])}
         if (beside := contents[page.name].get("files")) is not None:
             _write_beside(directory, beside)
         write_whole(path, _rendered(f"{page.name}.html", given))
+        tell(len(PAGES) + number, 2 * len(PAGES))
         yield path
     first = directory / "index.html"
     write_whole(first, _rendered("index.html", {"page": None, "pages": shown, **overview.content(report)}))

@@ -1,0 +1,35 @@
+"""Progress where there is no terminal, and of what is often done at once."""
+
+from __future__ import annotations
+
+from report_rows import add_ttft
+from tmbench.cli import progress
+from tmbench.cli.progress import EVERY, Lines
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    now = 100.0
+    bar = Lines(lambda: now)
+    bar.start()
+    task = bar.add_task("reading", total=4)
+    bar.update(task, advance=1)
+    now += EVERY
+    bar.update(task, description="reading on", advance=1)
+    bar.update(task, advance=1)
+    assert capsys.readouterr().err == "reading on: 50 %, 10 s so far, 20 s left\n"
+    bar.update(task, description="read", advance=1)
+    bar.stop()
+    bar.stop()
+    assert capsys.readouterr().err == "read: 100 %, 10 s\n"
+
+
+def test_a_report_says_how_far_it_is_only_when_it_takes_long(tmbench, tmp_path, monkeypatch):
+    for method in ("dense", "tri_mix"):
+        add_ttft(tmp_path / "rows", method, 4096, 1.0)
+    arguments = "report", "--results", str(tmp_path / "rows"), "--html", str(tmp_path / "pages")
+    code, _, told = tmbench(*arguments)
+    assert (code, [line.partition(":")[0] for line in told.splitlines()]) == (0, [f"wrote {tmp_path}/pages/index.html"])
+    monkeypatch.setattr(progress, "SOON", 0.0)
+    code, _, told = tmbench(*arguments)
+    lines = [line.partition(",")[0] for line in told.splitlines()]
+    assert (code, lines[:2]) == (0, ["reading results: 100 %", "writing pages: 100 %"])
