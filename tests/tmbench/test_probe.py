@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from served_families import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -18,7 +19,8 @@ from tmbench import applied
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.measure import probe
 from tmbench.measure.probe import ProbeSpec, gradients
-from tmbench.methods.layers import Budget
+from tmbench.methods.layers import Budget, resolve
+from tmbench.methods.plan import ModelShape
 from tmbench.models.loading import LoadedModel
 from tmbench.report.pictures import figures, save, save_all
 from tmbench.report.probe import Derivative
@@ -31,9 +33,10 @@ from tmbench.suites.questions import questions
 from tmbench_kernels import MEASURES, SECTIONS, Sections, Triangle, section_gradients
 
 SMALL = Sections(3, 7, 5)
+MIXED = ("qwen3_next", "gemma3_text", "llama4_text", "granitemoehybrid", "lfm2", "nemotron_h", "minimax", "jamba")
+"""Families some of whose layers stay the model's own."""
 TARGET = 11
 LOGITS = MEASURES.index("logits")
-FULL = "reads models whose layers all have full attention"
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 4,
@@ -51,7 +54,7 @@ def matrices():
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         logits = logits + added.get(module.layer_idx, 0)
-        later = ~torch.ones(length, length, dtype=torch.bool).tril()
+        later = ~torch.ones(length, length, dtype=torch.bool).tril() if attention_mask is None else ~attention_mask
         logits = logits.masked_fill(later, -torch.inf)
         p = logits.softmax(-1)
         if logits.requires_grad:
@@ -73,16 +76,6 @@ def logit(model, ids):
     ("family", "changes", "words"),
     [
         (
-            "gemma3_text",
-            {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
-            f"{FULL}: 2 layers of small have sliding-window attention",
-        ),
-        (
-            "lfm2",
-            {"layer_types": ["conv", "full_attention", "full_attention", "full_attention"]},
-            f"{FULL}: 1 layer of small has a short convolution",
-        ),
-        (
             "gemma2",
             {"layer_types": ["full_attention"] * 4, "attn_logit_softcapping": 5.0},
             "does not differentiate soft-capped logits, which small has",
@@ -101,7 +94,8 @@ def test_models_that_are_not_probed_are_refused_by_what_they_have(family, change
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("llama", {}), ("qwen3", {"num_key_value_heads": 1}), ("granite", {"attention_multiplier": 0.3, "logits_scaling": 3.0}),
-     ("gpt_neox", {"num_key_value_heads": 4}), ("deepseek_v3", LATENT)],
+     ("gpt_neox", {"num_key_value_heads": 4}), ("deepseek_v3", LATENT),
+     *((family, FAMILIES[family]) for family in MIXED)],
 )  # fmt: skip
 def test_means_are_those_of_autograd_over_whole_matrices(family, changes, make_model, prompt, matrices):
     kept, _ = matrices
@@ -113,10 +107,12 @@ def test_means_are_those_of_autograd_over_whole_matrices(family, changes, make_m
     z.backward()
     labels = SMALL.labels(43)
     expected = torch.empty_like(found.means)
-    for layer, (logits, p) in kept.items():
+    full = ModelShape.of(model).full
+    assert len(expected) == len(full)
+    for place, (logits, p) in enumerate(kept[layer] for layer in full):
         for n, values in enumerate((logits.grad.abs(), logits.grad, p.grad.abs(), p.grad)):
             for s in range(len(SECTIONS)):
-                expected[layer, :, s, n] = values[0][:, labels == s].double().mean(-1)
+                expected[place, :, s, n] = values[0][:, labels == s].double().mean(-1)
     assert expected[:, :, :, LOGITS].max() > 1e-4, "the test must see gradients"
     torch.testing.assert_close(found.means, expected, rtol=2e-3, atol=1e-6)
     assert found.probability == pytest.approx(float(model(ids).logits[0, -1].softmax(-1)[TARGET].detach()), rel=1e-4)
@@ -238,10 +234,10 @@ def test_models_are_refused_as_elsewhere(make_model, prompt):
 @pytest.fixture
 def job(make_model, tmp_path):
     """``job(**changes)``: two samples of 40 random tokens."""
-    loaded = LoadedModel("small", make_model("llama"), None, "random", "")
-    here = environment.current(loaded.device)
+    here = environment.current(torch.device("cpu"))
 
-    def make(**changes):
+    def make(*, model=("llama", {}), **changes):
+        loaded = LoadedModel("small", make_model(model[0], **model[1]), None, "random", "")
         about = {"lengths": [40], "tasks": ["random"], "samples": 2, "budget": Budget(0.3), "window": Triangle(3, 7, 5)}
         return Bound(ProbeSpec, loaded, environment=here, root=tmp_path, **(about | changes))
 
@@ -267,6 +263,20 @@ def test_rows_are_means_over_samples_and_heads(job, tmp_path):
     assert rows[15].triangle
     assert rows[1].triangle is None
     assert rows[0].lost_share <= 0.3
+
+
+@pytest.mark.slow
+def test_layers_that_stay_the_models_own_are_not_probed(job, tmp_path):
+    windows = {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    measured = job(model=("gemma3_text", windows), budget=Budget(None, 0.9), rule="depth")
+    rows = measured.run()
+    layers = [row for row in rows if row.head is None]
+    assert [(row.layer, row.triangle) for row in layers] == [(0, False), (2, True)]
+    assert (len(rows), read_all(tmp_path, ProbeRow)) == (2 * (1 + 4), rows)
+    chosen = resolve("auto", measured.loaded.shape, tmp_path)
+    assert chosen.layers == (2,)
+    assert set(build(tmp_path).probes[0].layers) == {0, 2}
+    assert [path.suffix for path in save_all(figures(build(tmp_path)), tmp_path / "plots")]
 
 
 @pytest.mark.slow

@@ -255,7 +255,9 @@ def _native_attention(
     **kwargs: Any,
 ) -> Tensor:
     """Attention of a layer that stays the model's own: over a whole prompt by a kernel, where its window is all there is."""
-    if getattr(attention_mask, WINDOW, None) != slot.local.span or query.shape[2] != key.shape[2]:
+    # Kernels over windows are not differentiated.
+    kernel = query.shape[2] == key.shape[2] and not torch.is_grad_enabled()
+    if getattr(attention_mask, WINDOW, None) != slot.local.span or not kernel:
         return own_attention(module, query, key, value, attention_mask, **kwargs)
     return attend_locally(slot, query, key, value, *_of_logits(kwargs), padding=getattr(attention_mask, OFFSETS, ()))
 

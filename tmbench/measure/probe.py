@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.calls import keep_last
+from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.first_token import synchronize
 from tmbench.engine.forwards import replace_forward
@@ -66,7 +67,10 @@ class Gradients:
     """What one prompt's backward pass found."""
 
     means: Tensor
-    """float64 ``[layers, heads, len(SECTIONS), len(MEASURES)]`` on the CPU: means over pairs, NaN where there are none."""
+    """float64 ``[layers, heads, len(SECTIONS), len(MEASURES)]`` on the CPU: means over pairs, NaN where there are none.
+
+    Of the layers of full attention, in ascending order.
+    """
     probability: float
     """Of the true next token."""
     likeliest: bool
@@ -101,6 +105,8 @@ class ProbeSample:
     """By layer, head, section and measure."""
     prompt_hash: str = ""
     """A hash of the prompt's token ids; "" in files of older versions."""
+    layers: list[int] = field(default_factory=list)
+    """The numbers of the model's layers that ``means`` are of; none where it is all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,6 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model cannot be probed, or nothing is in the middle."""
         attention_modules(loaded.model)
-        loaded.need_full_layers("tmbench probe")
         if feature := logits_feature(loaded.model):
             raise UserError(f"tmbench probe does not differentiate {feature}, which {loaded.name} has: use another --model")
         if loaded.model.dtype == torch.float16:
@@ -151,7 +156,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
                 "of it: give a longer one, or a smaller --n-local"
             )
         # A budget that cannot be met is refused now and not after the measurement.
-        propose([1.0] * loaded.shape.layers, statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
+        propose([1.0] * len(loaded.shape.full), statistics.mean(map(self.kept_share, tokens)), self.budget, self.rule)
 
     def kept_share(self, length: int) -> float:
         """The share of the causal pairs that is not in the middle section."""
@@ -276,7 +281,9 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
             raise RuntimeError(f"layer {layer} was differentiated twice")
         found[layer] = sums[0].cpu()
 
-    patterns = tuple(DenseProbe(sections=sections, record=partial(record, layer)) for layer in range(len(modules)))
+    layers = [int(module.layer_idx) for module in modules]
+    of_layer = {layer: DenseProbe(sections=sections, record=partial(record, layer)) for layer in layers}
+    patterns = tuple(map(of_layer.get, range(model.config.get_text_config().num_hidden_layers)))
     with (
         torch.enable_grad(),
         applied_plan(model, Plan(METHOD, patterns)) as session,
@@ -289,8 +296,8 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
     if len(found) != len(modules):
         raise RuntimeError(f"only {len(found)} of {counted(len(modules), 'layer')} were differentiated")
     pairs = torch.tensor(sections.pairs(ids.shape[1]), dtype=torch.float64)
-    sums = torch.stack([found[layer] for layer in range(len(modules))])
-    for layer, own in enumerate(sums):
+    sums = torch.stack([found[layer] for layer in layers])
+    for layer, own in zip(layers, sums, strict=True):
         if not own.isfinite().all():
             raise not_finite(f"the gradients of layer {layer}", model)
     logits = logits.detach()
@@ -303,13 +310,16 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
 def _differentiable(model: PreTrainedModel, modules: Sequence[Any]) -> Iterator[None]:
     """Inside, gradients flow from the logits down to the embeddings, through layers that are run again for them."""
     holder = parents(model)
+    # Layers that stay the model's own stand in the same list, where they can be told.
+    layers = decoder_layers(model, modules)
+    own = [holder[module] for module in modules] if layers is None else [layer.module for layer in layers]
     with ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.requires_grad_())
         stack.callback(hook.remove)
-        for layer in dict.fromkeys(holder[module] for module in modules):
+        for layer in dict.fromkeys(own):
             replace_forward(stack, layer, partial(_again, layer.forward))
         yield
 
@@ -341,6 +351,7 @@ def _sample(spec: ProbeSpec, loaded: LoadedModel, question: Question) -> ProbeSa
         # Six digits are more than bfloat16 has, and a third of the file.
         means=[[[[_short(x) for x in section] for section in head] for head in layer] for layer in means],
         prompt_hash=question.prompt_hash,
+        layers=list(loaded.shape.full) if loaded.shape.native else [],
     )
 
 
@@ -357,6 +368,7 @@ def gradient_rows(proposing: Proposing, known: Sequence[ProbeRow], samples: Sequ
     by_layer = means.mean(1)
     kept = statistics.mean(sample.kept_share for sample in samples)
     proposal = proposed(by_layer, kept, proposing)
+    numbers = samples[0].layers or range(len(means))
     peaks = [sample.peak_memory for sample in samples if sample.peak_memory is not None]
     common = replace(
         row,
@@ -369,20 +381,23 @@ def gradient_rows(proposing: Proposing, known: Sequence[ProbeRow], samples: Sequ
         peak_memory_bytes=max(peaks, default=None),
     )
     rows = []
-    for layer in range(len(means)):
+    for place, layer in enumerate(numbers):
         said: dict[str, Any] = {
-            "triangle": layer in proposal.layers,
+            "triangle": place in proposal.layers,
             "proposal": f"{proposing.rule}, {proposing.budget}, {proposing.derivative}",
             "lost_share": proposal.lost,
             "pairs_share": proposal.pairs,
         }
-        rows.append(replace(common, layer=layer, **_figures(by_layer[layer]), **said))
-        rows += [replace(common, layer=layer, head=head, **_figures(own)) for head, own in enumerate(means[layer])]
+        rows.append(replace(common, layer=layer, **_figures(by_layer[place]), **said))
+        rows += [replace(common, layer=layer, head=head, **_figures(own)) for head, own in enumerate(means[place])]
     return rows
 
 
 def proposed(by_layer: Tensor, kept: float, proposing: Proposing) -> Proposal:
-    """The proposal for layers' means ``[layers, sections, measures]``; raises ValueError where they are not finite."""
+    """The proposal for layers' means ``[layers, sections, measures]``, by their places there.
+
+    Raises ValueError where they are not finite.
+    """
     middle = by_layer[:, SECTIONS.index("middle"), MEASURES.index(proposing.derivative)]
     return propose([float(value) for value in middle], kept, proposing.budget, proposing.rule)
 

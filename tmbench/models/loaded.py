@@ -14,7 +14,6 @@ from tmbench.methods.plan import ModelShape
 from tmbench.models.attention_modules import limiting_windows
 from tmbench.models.geometry import Geometry, max_positions
 from tmbench.models.rope_scaling import obstacle
-from tmbench.results.words import counted
 
 Weights = Literal["checkpoint", "random", "structured"]
 
@@ -104,14 +103,6 @@ class LoadedModel:
         """The longest prompt and answer that the methods serve; None where nothing limits them."""
         limits = [limit for limit in (self.max_length, *limiting_windows(self.model).values()) if limit is not None]
         return min(limits, default=None)
-
-    def need_full_layers(self, wish: str) -> None:
-        """Raise UserError where some layers stay the model's own, whatever the method."""
-        if native := self.shape.native:
-            raise UserError(
-                f"{wish} reads models whose layers all have full attention: {counted(len(native), 'layer')} of {self.name} "
-                f"{'has' if len(native) == 1 else 'have'} {', '.join(dict.fromkeys(native.values()))}; use another --model"
-            )
 
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """What one layer's q, k and v of a prompt look like, in shape, type and device; they take no memory.

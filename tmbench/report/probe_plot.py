@@ -22,12 +22,12 @@ def probe_figure(rows: Sequence[ProbeRow], derivative: Derivative) -> Figure:
     and is named below it.
     """
     layers = {row.layer: row for row in rows if row.head is None and row.layer is not None}
-    first = layers[0]
+    first = next(iter(layers.values()))
     figure = Figure(figsize=(8.4, 4.9), layout="constrained")
     axes = figure.subplots()
     gradients = {layer: asdict(ProbeCell(row, row.method).gradients(derivative)) for layer, row in layers.items()}
     zeros = []
-    for number, section in enumerate(gradients[0]):
+    for number, section in enumerate(next(iter(gradients.values()))):
         values = {layer: found[section] for layer, found in gradients.items()}
         shown = {layer: value for layer, value in values.items() if value}
         zeros += [f"{section} of layer {layer}" for layer, value in values.items() if value == 0]
@@ -46,7 +46,7 @@ def probe_figure(rows: Sequence[ProbeRow], derivative: Derivative) -> Figure:
     for layer, row in layers.items():
         if row.triangle:
             axes.axvspan(layer - 0.5, layer + 0.5, color=PALE, alpha=0.45, linewidth=0, zorder=0)
-    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_xlim(-0.5, max(layers) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     below = ["layer; grey: proposed for triangle attention"]
     if zeros:

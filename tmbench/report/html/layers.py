@@ -35,7 +35,7 @@ def _charts(section: ProbeSection) -> list[Chart]:
     gradients = {layer: cell.gradients(section.derivative) for layer, cell in layers.items()}
     series = [_gradients(number, name, gradients, length) for number, name in enumerate(SECTIONS)]
     bands = [(layer - 0.5, layer + 0.5) for layer in section.proposed]
-    ends = (-0.5, len(layers) - 0.5)
+    ends = (-0.5, max(layers) + 0.5)
     axis = Axis("layer", ends=ends)
     by = f"mean {DERIVATIVES[section.derivative]}"
     name = "Gradients by section; marked: the layers proposed for triangle attention; what is 0 has no place"
