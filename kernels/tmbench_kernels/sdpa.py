@@ -8,7 +8,8 @@ neither soft-capped logits nor the log-sum-exp; ``written_out`` has both, block 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +73,44 @@ def _combined_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     torch's ``is_causal`` aligns the first query with the first key, and a mask would cost half as much again.
     """
     start = k.shape[2] - q.shape[2]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    earlier, earlier_lse = flash(q, k[:, :, :start], v[:, :, :start], scale=scale)
-    own, own_lse = flash(q, k[:, :, start:], v[:, :, start:], is_causal=True, scale=scale)
-    share = (earlier_lse - own_lse).sigmoid_()[..., None]
-    wide = share.dtype
-    return empty_output(q, v).copy_(own.to(wide).lerp_(earlier.to(wide), share))
+    return in_parts(q, [Part(k[:, :, :start], v[:, :, :start]), Part(k[:, :, start:], v[:, :, start:], causal=True)], scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of the keys and values that queries attend to, at least one."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    causal: bool = False
+    unseeing: Tensor | None = None
+    """Queries that see none of these keys, bool ``[queries]``; None where all see one."""
+
+
+def in_parts(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
+    """Attention on a CPU over keys in parts, combined by their log-sum-exps; q, k and v have one head size.
+
+    Every query must see a key of the first part.
+    """
+    out, sums = _with_lse(q, parts[0], scale)
+    for part in parts[1:]:
+        more, lse = _with_lse(q, part, scale)
+        out = more.lerp_(out, (sums - lse).sigmoid_()[..., None])
+        sums = torch.logaddexp(sums, lse)
+    return empty_output(q, parts[0].v).copy_(out)
+
+
+def _with_lse(q: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over one part, and the log-sum-exps ``[batch, heads, queries]``, both in the latter's type."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, part.k, part.v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=part.causal, attn_mask=part.bias, scale=scale
+    )
+    if part.unseeing is not None:
+        # torch has another number for a query that sees nothing.
+        lse = lse.masked_fill(part.unseeing, -torch.inf)
+    return out.to(lse.dtype), lse
 
 
 def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

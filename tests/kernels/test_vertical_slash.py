@@ -184,3 +184,22 @@ def test_malformed_budgets_are_refused(budgets):
 def test_budgets_for_another_number_of_heads_are_refused(make_qkv):
     with pytest.raises(ValueError, match="budgets for 3 heads, but q has 4"):
         VerticalSlash(((30, 100),) * 3).attend(*make_qkv(10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gaps", [[(700, 850)], [(1030, 1100), (300, 364)], [(1100, 1400)], []])
+@pytest.mark.parametrize("length", [1400, 1500])
+def test_keys_that_most_blocks_see_go_without_a_bias(make_qkv, assert_exact, monkeypatch, gaps, length):
+    """On a CPU, where a bias for every pair takes as long as attention; some queries see none of what is left over."""
+    parts = []
+    in_parts = backend.in_parts
+    monkeypatch.setattr(backend, "in_parts", lambda q, given, scale: parts.append(given) or in_parts(q, given, scale))
+    q, k, v = make_qkv(length, heads=2, kv_heads=1, dim=16)
+    columns, distances = (torch.zeros(1, 2, length, dtype=torch.bool) for _ in range(2))
+    columns[..., [3, 200, 640]] = True
+    distances[...] = True
+    for low, high in gaps:
+        distances[:, 1, low:high] = False
+    out = backend.attend_selected(q, k, v, columns, distances, 0.25)
+    assert_exact(out, q, k, v, selection_mask(Selection(columns, distances)), scale=0.25)
+    assert bool(parts) == bool(gaps)

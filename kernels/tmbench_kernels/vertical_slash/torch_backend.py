@@ -7,13 +7,14 @@ blocks of 64 keys for each block of 64 queries; ``visible_keys`` adds the column
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.sdpa import attention, from_an_edge
+from tmbench_kernels.sdpa import Part, attention, from_an_edge, in_parts
 
 BLOCK = 64
 """Queries that share their keys, and keys that a distance widens to."""
@@ -138,7 +139,7 @@ def attend_selected(
         out[b, h] = attention(query, key, value, scale, causal=True, softcap=softcap, lse=sums)[0, 0]
     sparse = (~whole).nonzero().tolist()
     # One buffer for all strips: fresh memory of this size would cost more in page faults than the masks themselves.
-    scratch = q.new_empty(min(STRIP * BLOCK, length) * length)
+    scratch = q.new_empty(min(STRIP, -(-length // BLOCK)) * BLOCK * length)
     for blocks in _parts(range(start // BLOCK, -(-length // BLOCK)), PREPARED):
         seen = visible_keys(columns, distances, blocks.start, blocks.stop)
         for strip in _parts(blocks, STRIP):
@@ -191,20 +192,56 @@ def _attend_strip(
         _attend_strip(q[:half], k, v, seen[: blocks // 2], start, scale, scratch, out[:half], softcap, first)
         _attend_strip(q[half:], k, v, seen[blocks // 2 :], start + half, scale, scratch, out[half:], softcap, second)
         return
+    plain = not softcap and lse is None and q.shape[-1] == v.shape[-1]
+    if q.device.type == "cpu" and plain and (parts := _mostly_free(k, v, seen, start, rows, scratch)):
+        out[:] = in_parts(q[None, None], parts, scale)[0, 0]
+        return
     keys = union.nonzero().flatten()
     if together == seen.shape[1]:
         k, v = k[:together], v[:together]
     else:
         k, v, seen = k.index_select(0, keys), v.index_select(0, keys), seen.index_select(1, keys)
-    by_block = q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    bias = scratch[: rows * together].view(rows, together)
-    for block in range(seen.shape[0]):
-        bias[block * BLOCK : (block + 1) * BLOCK] = by_block[block]
-    late = int((keys < start).sum())
-    positions = torch.arange(start, start + rows, device=q.device)
-    bias[:, late:].masked_fill_(keys[late:] > positions[:, None], -torch.inf)
+    bias = _bias(seen, keys, start, rows, scratch)
     sums = None if lse is None else lse[None, None]
     out[:] = attention(q[None, None], k[None, None], v[None, None], scale, bias=bias, softcap=softcap, lse=sums)[0, 0]
+
+
+def _mostly_free(k: Tensor, v: Tensor, seen: Tensor, start: int, rows: int, scratch: Tensor) -> list[Part]:
+    """The keys of a strip in parts that need no bias, its own and those that all of its blocks see, and the rest.
+
+    No parts where the blocks do not see all of each other, or see nothing alike.
+    """
+    block = torch.arange(start, seen.shape[1], device=seen.device) // BLOCK - start // BLOCK
+    later = block > torch.arange(seen.shape[0], device=seen.device)[:, None]
+    alike = seen[:, :start].all(0)
+    if not bool(alike.any() and (seen[:, start:] | later).all()):
+        return []
+
+    def part(keys: Tensor) -> Part:
+        return Part(k.index_select(0, keys)[None, None], v.index_select(0, keys)[None, None])
+
+    own = slice(start, start + rows)
+    parts = [Part(k[None, None, own], v[None, None, own], causal=True), part(alike.nonzero().flatten())]
+    keys = (seen[:, :start].any(0) & ~alike).nonzero().flatten()
+    if len(keys):
+        seen = seen.index_select(1, keys)
+        bias = _bias(seen, keys, start, rows, scratch)
+        unseeing = (~seen.any(1)).repeat_interleave(BLOCK)[:rows]
+        parts.append(replace(part(keys), bias=bias[None, None], unseeing=unseeing))
+    return parts
+
+
+def _bias(seen: Tensor, keys: Tensor, start: int, rows: int, scratch: Tensor) -> Tensor:
+    """What hides the keys that a strip's blocks do not see, ``[rows, keys]``, in ``scratch``. ``keys`` are positions."""
+    blocks, together = seen.shape
+    by_block = scratch.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    # In one copy: a call for each block would wait for all threads each time.
+    whole = scratch[: blocks * BLOCK * together].view(blocks, BLOCK, together)
+    bias = whole.copy_(by_block[:, None]).view(-1, together)[:rows]
+    late = int((keys < start).sum())
+    positions = torch.arange(start, start + rows, device=keys.device)
+    bias[:, late:].masked_fill_(keys[late:] > positions[:, None], -torch.inf)
+    return bias
 
 
 def _attend_blocks(
