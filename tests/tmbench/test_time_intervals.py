@@ -19,6 +19,7 @@ from tmbench.report.time_intervals import (
     _cut,
     compare_rows,
     time_difference,
+    time_text,
 )
 from tmbench.results.rows import TtftRow
 
@@ -113,3 +114,11 @@ def test_rows_are_compared_interleaved_and_more_than_once():
 def test_what_cannot_be_compared_is_refused(own, others):
     with pytest.raises(ValueError, match="two or more rounds"):
         time_difference(own, others)
+
+
+def test_ends_beyond_all_use_are_not_told():
+    apart = time_difference([1.0, 9.0], [1.0, 1.0])
+    assert apart.high > 1e6
+    words = time_text(apart.percent, apart.low, apart.high, apart.verdict)
+    assert words == "no measurable difference (-100.0 to over +1000 %)"
+    assert time_text(-5.0, -3000.0, -1.0, "slower") == "-5.0 % (below -1000 to -1.0)"

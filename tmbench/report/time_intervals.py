@@ -28,13 +28,15 @@ from functools import cache, lru_cache
 from itertools import accumulate, combinations_with_replacement, takewhile
 
 from tmbench.report.student import mean_interval
-from tmbench.report.words import ends_text, percent_text
+from tmbench.report.words import percent_text, signed
 from tmbench.results.rows import TtftRow
 
 CONFIDENCE = 0.95
 FEWEST_RANKED, MANY_RANKED = 6, 50
 """Beyond so many the ranks' sum counts as normal."""
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no measurable difference"
+FAR = 1000
+"""Percent beyond which an end of an interval is not told: two repeats that differ have one in the millions."""
 APART, ONE_REPEAT, UNKNOWN_REPEATS = "not interleaved", "one repeat", "repeats not known"
 
 
@@ -96,8 +98,13 @@ def time_text(percent: float, low: float | None, high: float | None, words: str)
     """A change of a time with its interval; without one, why there is none."""
     if low is None or high is None:
         return f"{percent_text(percent)}, {words}"
-    ends = ends_text(low, high, 1)
+    ends = f"{_end(low)} to {_end(high)}"
     return f"{NO_DIFFERENCE} ({ends} %)" if words == NO_DIFFERENCE else f"{percent_text(percent)} ({ends})"
+
+
+def _end(percent: float) -> str:
+    """An end of an interval of percent."""
+    return signed(percent, 1) if abs(percent) <= FAR else f"{'over +' if percent > 0 else 'below -'}{FAR}"
 
 
 @lru_cache(maxsize=2**14)
