@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, pstdev
 from typing import Literal
 
 from ruler_tasks.draws import Kind, draw_new, seeded
-from ruler_tasks.fit import Draft, Filled, largest, most_units
+from ruler_tasks.fit import Draft, Filled, most_units
+from ruler_tasks.lines import LineTokens
 from ruler_tasks.recipe import Setting
 from ruler_tasks.sources import Essays
 from ruler_tasks.wording import Wording
@@ -25,7 +24,6 @@ DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 
 _LEAST_WORDS = 16
 _LEAST_LINES = 4
-_SPREAD = 2.0  # standard deviations by which the first prompt of random lines is kept below the room
 
 
 @dataclass(frozen=True)
@@ -135,15 +133,12 @@ class _LineDraft:
         self._least = max(_LEAST_LINES, len(needles.sentences))
         self._base = setting.count_one(needles.filled(setting, "\n".join(needles.sentences), 0).prompt)
         if self._noise is None:
-            self._mean, self._deviation = _line_tokens(setting, needles)
+            self._line = _line_tokens(setting, needles)
         else:
-            self._mean, self._deviation = float(setting.tokens.pieces([f"\n{self._noise}"])[0]), 0.0
-
-    def _cost(self, lines: int) -> float:
-        return self._base + lines * self._mean + _SPREAD * self._deviation * sqrt(lines)
+            self._line = LineTokens(float(setting.tokens.pieces([f"\n{self._noise}"])[0]), 0.0)
 
     def fill(self, room: int) -> Filled:
-        lines = largest(self._cost, room, self._least, int(room / self._mean))
+        lines = self._line.most(room - self._base, self._least)
         return self._needles.filled(self._setting, self._context(lines), lines)
 
     def _context(self, count: int) -> str:
@@ -160,19 +155,16 @@ class _LineDraft:
         return "\n".join(lines)
 
 
-def _line_tokens(setting: Setting, needles: Needles) -> tuple[float, float]:
-    """Mean and standard deviation of the tokens of a distractor line, from lines drawn for the purpose."""
-    count = 2048 if setting.length > 16384 else 128
+def _line_tokens(setting: Setting, needles: Needles) -> LineTokens:
+    """The tokens of a distractor line, from lines drawn for the purpose."""
     task = needles.task
-    key = ("needle lines", setting.wording.hash, task.keys, task.values, count)
-    if key not in setting.tokens.memo:
+
+    def lines(count: int) -> list[str]:
         rng = seeded("needle lines")
         others = Needles.drawn(task, setting.wording, rng)
-        lines = [f".\n{others.distractor(rng)}" for _ in range(count)]
-        anchor, *counts = setting.tokens.count([".", *lines], add_special_tokens=False)
-        setting.tokens.memo[key] = fmean(counts) - anchor, pstdev(counts)
-    mean, deviation = setting.tokens.memo[key]
-    return mean, deviation
+        return [others.distractor(rng) for _ in range(count)]
+
+    return LineTokens.of(setting, ("needle lines", setting.wording.hash, task.keys, task.values), lines)
 
 
 class _EssayDraft:

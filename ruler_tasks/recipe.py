@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ruler_tasks.example import Frame
 from ruler_tasks.fit import Draft
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the samples of one task at one length share.
+class Fitting:
+    """What the samples of one task at one length share, whatever they are made of.
 
     Attributes:
         task: the task's name.
@@ -32,9 +32,7 @@ class Setting:
     answer: int
     seed: int
     tokens: TokenCounter
-    wording: Wording
     frame: Frame
-    sources: Sources
 
     @property
     def budget(self) -> int:
@@ -50,11 +48,22 @@ class Setting:
         return self.count([text])[0]
 
 
-class Recipe(Protocol):
+@dataclass(frozen=True)
+class Setting(Fitting):
+    """What the samples of one of the thirteen tasks share at one length: their sentences and texts too."""
+
+    wording: Wording
+    sources: Sources
+
+
+F = TypeVar("F", bound=Fitting, contravariant=True)
+
+
+class Recipe(Protocol[F]):
     """How a task makes its samples."""
 
-    def source(self, setting: Setting) -> str:
+    def source(self, setting: F) -> str:
         """Where the text of the samples comes from."""
 
-    def draft(self, setting: Setting, index: int, rng: random.Random) -> Draft:
+    def draft(self, setting: F, index: int, rng: random.Random) -> Draft:
         """Sample number `index`, with every random choice taken from `rng` and its size left open."""

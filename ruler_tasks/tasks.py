@@ -5,19 +5,16 @@ Parameters, budgets and metrics are RULER's (Hsieh et al. 2024, arXiv 2404.06654
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
 from types import MappingProxyType
 from typing import Literal
 
 from ruler_tasks import scoring
-from ruler_tasks.draws import seeded
+from ruler_tasks.drawing import drawn, shortest
 from ruler_tasks.encoding import Tokenizer
 from ruler_tasks.errors import TaskLengthError, UnknownTaskError
 from ruler_tasks.example import Example, Frame
-from ruler_tasks.fit import Draft, Filled, fit, in_step
 from ruler_tasks.niah import Niah
 from ruler_tasks.published import published_examples
 from ruler_tasks.qa import Questions
@@ -31,12 +28,6 @@ from ruler_tasks.words import CommonWords, FrequentWords
 
 SamplesAs = Literal["tmbench", "reference"]
 """Whose rules samples are drawn by."""
-
-_PROBES = 16
-_ATTEMPTS = 64
-_STRIDE = 7919
-_BATCH = 4
-_BATCH_TOKENS = 600_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Task:
     summary: str
     tokens_to_generate: int
     metric: Metric
-    recipe: Recipe = field(repr=False)
+    recipe: Recipe[Setting] = field(repr=False)
     needs: tuple[str, ...] = ()
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
@@ -154,7 +145,7 @@ def examples(
     least = _minimum(chosen, setting)
     if length < least:
         raise TaskLengthError(f"Task {task} needs a length of at least {least} tokens here; {length} is too short.")
-    return _generate(chosen, setting, indices)
+    return drawn(chosen.recipe, setting, indices)
 
 
 def minimum_length(
@@ -192,70 +183,4 @@ def _setting(
 
 
 def _minimum(task: Task, setting: Setting) -> int:
-    """The largest of the smallest prompts of some samples drawn for the purpose, and the answer.
-
-    The smallest prompt varies from sample to sample by what is drawn; a sample that happens to need more than this is
-    drawn again.
-    """
-    key = ("minimum", task.name, setting.wording.hash, setting.frame, setting.sources if task.needs else None)
-    if key not in setting.tokens.memo:
-        probe = Setting(
-            task=setting.task, length=0, answer=setting.answer, seed=0, tokens=setting.tokens,
-            wording=setting.wording, frame=setting.frame, sources=setting.sources,
-        )  # fmt: skip
-        drafts = (task.recipe.draft(probe, index, seeded("probe", task.name, index)) for index in range(_PROBES))
-        smallest = max(setting.count([draft.fill(0).prompt for draft in drafts]))
-        setting.tokens.memo[key] = smallest + setting.answer
-    least: int = setting.tokens.memo[key]
-    return least
-
-
-def _generate(task: Task, setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
-    source = task.recipe.source(setting)
-    size = max(1, min(_BATCH, _BATCH_TOKENS // setting.length))
-    remaining = iter(indices)
-    while batch := list(islice(remaining, size)):
-        fits = in_step(
-            [fit(_draft(task, setting, index, 0), setting.budget) for index in batch],
-            setting.count,
-        )
-        found = [result or _again(task, setting, index) for index, result in zip(batch, fits, strict=True)]
-        for index, (filled, tokens) in zip(batch, found, strict=True):
-            yield Example(
-                task=task.name,
-                index=index,
-                input=filled.input,
-                answer_prefix=filled.answer_prefix,
-                outputs=filled.outputs,
-                length=tokens + setting.answer,
-                max_new_tokens=setting.answer,
-                source=source,
-                position=_position(setting, filled),
-                parameters=filled.parameters,
-            )
-
-
-def _draft(task: Task, setting: Setting, index: int, attempt: int) -> Draft:
-    rng = seeded(setting.seed, setting.task, setting.length, index, attempt)
-    # Only questions go by the number: a question whose documents are too long for the length makes way for another.
-    return task.recipe.draft(setting, index + attempt * _STRIDE, rng)
-
-
-def _again(task: Task, setting: Setting, index: int) -> tuple[Filled, int]:
-    """A sample whose first draw was too long even at its smallest, drawn again."""
-    for attempt in range(1, _ATTEMPTS):
-        result = in_step([fit(_draft(task, setting, index, attempt), setting.budget)], setting.count)[0]
-        if result is not None:
-            return result
-    raise TaskLengthError(f"Task {task.name} finds no sample {index} that fits a length of {setting.length} tokens.")
-
-
-def _tokens_before(tokenizer: Tokenizer, text: str, at: int) -> int:
-    return TokenCounter(tokenizer).count_one(text[:at], add_special_tokens=False)
-
-
-def _position(setting: Setting, filled: Filled) -> Callable[[], int] | None:
-    """What counts the tokens in front of the first answer, where the task keeps its place."""
-    if filled.answer_at is None:
-        return None
-    return partial(_tokens_before, setting.tokens.tokenizer, filled.input, filled.answer_at)
+    return shortest(task.recipe, setting, setting.wording.hash, setting.sources if task.needs else None)

@@ -23,7 +23,7 @@ from ruler_tasks.words import CommonWords, FrequentWords
 _LARGEST_SEED = 2**32 - 1  # what numpy's generator takes
 
 
-def published_examples(recipe: Recipe, setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
+def published_examples(recipe: Recipe[Setting], setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
     """The samples with these numbers, in their order; those in between are drawn and dropped.
 
     Raises:
@@ -41,7 +41,7 @@ def published_examples(recipe: Recipe, setting: Setting, indices: Iterable[int])
     return _generate(recipe, setting, indices)
 
 
-def _generate(recipe: Recipe, setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
+def _generate(recipe: Recipe[Setting], setting: Setting, indices: Iterable[int]) -> Iterator[Example]:
     drawing = _drawing(recipe, setting)
     drawing.begin()
     at = 0
@@ -70,7 +70,7 @@ def _tokens_before(tokens: TokenCounter, filled: Filled) -> int:
     return tokens.count_one(filled.input[: filled.answer_at], add_special_tokens=False)
 
 
-def _drawing(recipe: Recipe, setting: Setting) -> Drawing:
+def _drawing(recipe: Recipe[Setting], setting: Setting) -> Drawing:
     match recipe:
         case Niah():
             return NeedleDrawing(setting, recipe)

@@ -23,7 +23,8 @@ from tmbench.results.rows import ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import read_all
 
 COMMANDS = (
-    "ttft", "ruler", "ruler-data", "agree", "sweep", "probe", "patterns", "tune", "merge", "report", "demo", "list", "env",
+    "ttft", "ruler", "ruler-data", "suite", "agree", "sweep", "probe", "patterns", "tune", "merge", "report", "demo", "list",
+    "env",
 )  # fmt: skip
 
 
@@ -58,10 +59,10 @@ def test_no_panel_of_a_command_has_more_than_8_options():
         assert len(options) <= 36, name
     # What the help leaves out is named here one by one, and works as it does where it is shown.
     unlisted = {f"{name} --{o.name}" for name, command in every.items() for o in command.params if o.hidden}
-    layered = ("agree", "probe", "ruler", "sweep", "ttft")
+    layered = ("agree", "probe", "ruler", "suite", "sweep", "ttft")
     refused = {"ttft --executor"}
     assert unlisted == {
-        "ruler --weights", "ruler --dense_backend", "ruler --attn_native",
+        *(f"{name} --{option}" for name in ("ruler", "suite") for option in ("weights", "dense_backend", "attn_native")),
         *(f"{name} --starting_layer" for name in layered), *refused
     }  # fmt: skip
     assert {"weights", "dense_backend"} <= {option.name for option in shown["ttft"]}

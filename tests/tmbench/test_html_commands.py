@@ -11,12 +11,14 @@ from command_lines import FAST_TTFT
 from report_rows import COMMON, RULER, TRIANGLE, TTFT
 from tmbench.report.html.commands import AGAIN, command_of
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, RulerRow, TtftRow
+from tmbench.results.suite_rows import GraphWalksRow
 from tmbench.results.tables import read_all
 
 MEASURED = [
     (TtftRow, (*FAST_TTFT, "--method", "dense", "--method", "tri_mix", "--layers", "2,5-6", "--n-local", "64")),
     (TtftRow, (*FAST_TTFT, "--method", "xattention:stride=8", "--batch-size", "2", "--prompt", "random")),
     (RulerRow, ("ruler", "--length", "512", "--samples", "1", "--task", "niah_single_1", "--offline", "--device", "cpu")),
+    (GraphWalksRow, ("suite", "graphwalks", "--length", "700", "--samples", "1", "--task", "parents", "--device", "cpu")),
     (TtftRow, (*FAST_TTFT, "--method", "dense", "--attn-native", "--rope-scaling", "linear:factor=2")),
     (
         AgreeRow,

@@ -119,7 +119,7 @@ def test_bad_input_is_one_sentence_for_all_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        (("probe",), "torchrun is for tmbench ttft, ruler, agree"),
+        (("probe",), "torchrun is for tmbench ttft, ruler, suite, agree"),
         ((*FAST_TTFT, "--plan"), "--plan does not go with torchrun"),
         (("agree", "--executor", "processes", "--device", "cpu"), "--executor does not go with torchrun"),
         (("ttft", "--context-parallel", "--plan"), "--plan does not go with torchrun"),

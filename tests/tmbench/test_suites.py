@@ -45,6 +45,9 @@ class Count(Suite):
         if min(lengths) < self.least:
             raise UserError(f"--length {min(lengths)} is too short to count")
 
+    def new_tokens(self, task):
+        return 3
+
     def samples(self, task, length, places, seed, tokenizer):
         step = 1 if task == "up" else -1
         texts = [(f"{seed + index}, {seed + index + step}, ", str(seed + index + 2 * step)) for index in places]

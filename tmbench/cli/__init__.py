@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, demo, info, merge, patterns, probe, ranks, report, ruler, streams, sweep, ttft, tune
+from tmbench.cli import agree, demo, info, merge, patterns, probe, ranks, report, ruler, streams, suite, sweep, ttft, tune
 from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ttft": ttft.ttft,
     "ruler": ruler.ruler,
     "ruler-data": ruler.ruler_data,
+    "suite": suite.suite,
     "agree": agree.agree,
     "sweep": sweep.sweep,
     "probe": probe.probe,

@@ -42,6 +42,7 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
     from ruler_tasks import TASKS
     from tmbench.models.presets import preset_names, read_preset
     from tmbench.models.structured import FAMILIES
+    from tmbench.suites.table import DRAWN
     from tmbench_kernels import MInferenceHeads, Pattern
     from tmbench_kernels.kernel_kinds import KINDS
 
@@ -80,6 +81,19 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
         score = "share found" if task.metric == "all" else "any found"
         tasks.add_row(task.name, task.summary, score, str(task.tokens_to_generate))
     screen.print(tasks)
+
+    drawn = table(
+        "Tasks of tmbench suite, which downloads nothing",
+        "suite",
+        "task",
+        "what is asked",
+        "answer tokens",
+        right=("answer tokens",),
+    )
+    for suite in DRAWN.values():
+        for name in suite.tasks:
+            drawn.add_row(suite.name, name, suite.recipes[name].summary, str(suite.recipes[name].new_tokens))
+    screen.print(drawn)
 
     models = table("Models", "model", "what it is")
     models.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from tmbench.errors import UserError
 from tmbench.models import parallel
 
-COMMANDS = ("ttft", "ruler", "agree")
+COMMANDS = ("ttft", "ruler", "suite", "agree")
 """Those that measure a model on several GPUs."""
 
 

@@ -8,29 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ruler_tasks.errors import DatasetError, SourceError, WordingError
+from tmbench.cli import asking
 from tmbench.cli import options as o
-from tmbench.cli.attention import NO_ATTENTION, Attention, plans_for, with_attention
+from tmbench.cli.attention import NO_ATTENTION, Attention, with_attention
 from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
-from tmbench.cli.measuring import measure, opened, print_measured
-from tmbench.cli.planning import check_plan, show_plan
+from tmbench.cli.planning import check_plan
 from tmbench.cli.progress import progress_bar
-from tmbench.cli.screen import console, say, say_failures, table
+from tmbench.cli.screen import console, say
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from rich.progress import Progress, TaskID
-    from transformers import PreTrainedTokenizerBase
 
     from ruler_tasks import Example, SamplesAs
-    from tmbench.results.rows import RulerRow
     from tmbench.suites.ruler import Ruler
-
-TINY_LENGTHS = (4096,)
-LENGTHS = (131072,)
 
 TaskOption = Annotated[
     list[str] | None,
@@ -38,7 +33,6 @@ TaskOption = Annotated[
         "--task", metavar="TASK", help="A RULER task; repeat for several.", rich_help_panel=o.MEASURED, show_default="all 13"
     ),
 ]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Samples per task.", rich_help_panel=o.MEASURED)]
 DataDirOption = Annotated[
     Path | None,
     typer.Option(help="Essays, SQuAD and HotpotQA in their published files.", rich_help_panel=o.PROMPTS),
@@ -61,22 +55,6 @@ SamplesAsOption = Annotated[
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Download nothing: generated texts stand in.", rich_help_panel=o.PROMPTS)
 ]
-ChatOption = Annotated[
-    bool,
-    typer.Option("--apply-chat-template", help="Ask as a user's message in the model's format.", rich_help_panel=o.PROMPTS),
-]
-ChatKwargsOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="JSON",
-        help="Variables of the chat template, which is then applied.",
-        rich_help_panel=o.PROMPTS,
-        show_default="thinking off",
-    ),
-]
-# Scores of synthetic weights say nothing, and times are not what this command is for: --weights and --dense-backend work as
-# in tmbench ttft, and its help has them.
-UnlistedWeightsOption = Annotated[Literal["checkpoint", "random", "structured"], typer.Option("--weights", hidden=True)]
 
 
 @with_checkpoint()
@@ -85,10 +63,10 @@ def ruler(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
     task: TaskOption = None,
-    samples: SamplesOption = 20,
+    samples: asking.SamplesOption = 20,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
-    weights: UnlistedWeightsOption = "checkpoint",
+    weights: asking.UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
     checkpoint: Checkpoint = AS_IT_IS,
     dtype: o.DtypeOption = None,
@@ -104,15 +82,13 @@ def ruler(
     data_dir: DataDirOption = None,
     wording: WordingOption = None,
     samples_as: SamplesAsOption = "tmbench",
-    apply_chat_template: ChatOption = False,
-    chat_template_kwargs: ChatKwargsOption = None,
+    apply_chat_template: asking.ChatOption = False,
+    chat_template_kwargs: asking.ChatKwargsOption = None,
     offline: OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     overwrite: o.OverwriteOption = False,
     shard: o.ShardOption = None,
-    save_samples: Annotated[
-        bool, typer.Option("--save-samples", help="Keep each prompt with its prediction.", rich_help_panel=o.OUTPUT)
-    ] = False,
+    save_samples: asking.SaveSamplesOption = False,
     as_json: o.JsonOption = False,
     plan: o.PlanOption = False,
 ) -> None:
@@ -133,40 +109,30 @@ def ruler(
         making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
-    from tmbench.measure.accuracy import AccuracySpec
-    from tmbench.measure.spec import ModelSource, place, prefill_kind
+    from tmbench.measure.spec import ModelSource
     from tmbench.models import loading
 
     if not plan:
         loading.check_has_tokenizer(model, "RULER")
-    chat = chat_text(chat_template_kwargs, apply_chat_template)
-    suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat, data)
-    source = ModelSource(model, weights, device, dtype, context_parallel, **checkpoint.given)
-    where, loaded = opened(source, executor, workers, address, plan_only=plan)
-    lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
-    if plan and loaded.tokenizer is None:
-        say(f"{loaded.name} has no tokenizer, so prompts are taken to fill their length, and it cannot be run")
-    else:
-        say_notes(suite, loaded.need_tokenizer("RULER"))
-    spec = AccuracySpec(
-        **where.ask(place),
-        root=output_dir,
-        suite=suite,
-        plans=plans_for(chosen, attention, where, loaded, lengths, output_dir),
-        lengths=lengths,
-        tasks=tasks,
+    chat = asking.chat_text(chat_template_kwargs, apply_chat_template)
+    asking.ask(
+        suite_for(tasks, wording, data_dir, offline, samples_as, chat, data),
+        tasks,
+        ModelSource(model, weights, device, dtype, context_parallel, **checkpoint.given),
+        asking.Where(executor, workers, address),
+        chosen,
+        attention,
+        length,
+        output_dir,
         samples=samples,
         batch_size=batch_size,
         seed=seed,
-        prefill=where.ask(prefill_kind),
         overwrite=overwrite,
         save_samples=save_samples,
         shard=part,
+        as_json=as_json,
+        plan=plan,
     )
-    if plan:
-        show_plan(spec, loaded, workers)
-        return
-    print_measured(spec, measure(spec, where), _show, as_json=as_json)
 
 
 @with_checkpoint(without=("rope_scaling",))
@@ -174,15 +140,15 @@ def ruler_data(
     output: Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel=o.OUTPUT)],
     length: o.LengthOption = None,
     task: TaskOption = None,
-    samples: SamplesOption = 500,
+    samples: asking.SamplesOption = 500,
     seed: o.SeedOption = 42,
     model: Annotated[str, typer.Option(help="Whose tokenizer counts: tiny, a Hugging Face id or a folder.")] = "tiny",
     checkpoint: Checkpoint = AS_IT_IS,
     data_dir: DataDirOption = None,
     wording: WordingOption = None,
     samples_as: SamplesAsOption = "tmbench",
-    apply_chat_template: ChatOption = False,
-    chat_template_kwargs: ChatKwargsOption = None,
+    apply_chat_template: asking.ChatOption = False,
+    chat_template_kwargs: asking.ChatKwargsOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Write RULER samples in the published format, <output>/<length>/data/<task>/validation.jsonl, and evaluate nothing."""
@@ -192,13 +158,13 @@ def ruler_data(
     from tmbench.models import loading
     from tmbench.models.gguf import joined
 
-    chat = chat_text(chat_template_kwargs, apply_chat_template)
+    chat = asking.chat_text(chat_template_kwargs, apply_chat_template)
     suite = suite_for(tasks, wording, data_dir, offline, samples_as, chat)
     tokenizer = loading.load_tokenizer(
         joined(model, checkpoint.gguf_file), loading.Reading(checkpoint.revision, checkpoint.trust_remote_code)
     )
-    say_notes(suite, tokenizer)
-    lengths = list(dict.fromkeys(length or (TINY_LENGTHS if model == "tiny" else LENGTHS)))
+    asking.say_notes(suite, tokenizer)
+    lengths = list(dict.fromkeys(length or asking.lengths_of(model)))
     suite.check(tasks, lengths, samples, seed, tokenizer)
     with progress_bar() as bar:
         shown = bar.add_task("RULER data", total=sum(lengths) * len(tasks) * samples)
@@ -220,18 +186,6 @@ def tasks_for(names: list[str] | None) -> list[str]:
         if name not in TASKS:
             raise UserError(f"--task {name} is unknown: choose from {', '.join(TASKS)}")
     return list(dict.fromkeys(names or TASKS))
-
-
-def chat_text(kwargs: str | None, apply: bool) -> str | None:
-    """The variables of ``--chat-template-kwargs``, which implies the template; None where no template is to be applied.
-
-    Raises UserError for text that is no JSON object.
-    """
-    from tmbench.suites.chat import parse_kwargs
-
-    if kwargs is not None:
-        parse_kwargs(kwargs)
-    return kwargs if kwargs is not None else "{}" if apply else None
 
 
 def suite_for(
@@ -277,38 +231,7 @@ def suite_for(
     return made
 
 
-def say_notes(suite: Ruler, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell what must be known of the model's chat template; raises UserError for one that cannot be used."""
-    for note in suite.chat(tokenizer).notes:
-        say(note)
-
-
 def _advance(bar: Progress, shown: TaskID, work: int, examples: Iterable[Example]) -> Iterator[Example]:
     for example in examples:
         yield example
         bar.update(shown, advance=work)
-
-
-def _show(rows: Sequence[RulerRow]) -> None:
-    methods = list(dict.fromkeys(row.method for row in rows))
-    for length in sorted({row.length for row in rows}):
-        shown = table(f"RULER at {counted(length, 'token')}", "task", *methods, right=tuple(methods))
-        cells = {(row.task, row.method): row for row in rows if row.length == length}
-        tasks = list(dict.fromkeys(task for task, _ in cells))
-        for task in tasks:
-            shown.add_row(task, *(_cell(cells.get((task, method))) for method in methods))
-        shown.add_section()
-        shown.add_row(f"mean of {len(tasks)}", *(_mean([cells.get((task, method)) for task in tasks]) for method in methods))
-        console().print(shown)
-    say_failures(rows)
-
-
-def _cell(row: RulerRow | None) -> str:
-    if row is None:
-        return ""
-    return row.status.replace("_", " ") if row.score is None else f"{row.score:.1f}"
-
-
-def _mean(rows: list[RulerRow | None]) -> str:
-    scores = [row.score for row in rows if row is not None and row.score is not None]
-    return f"{sum(scores) / len(scores):.1f}" if len(scores) == len(rows) else ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tmbench.cli import asking
 from tmbench.cli import options as o
 from tmbench.cli import ruler as r
 from tmbench.cli.attention import NO_ATTENTION, PANEL, Attention, with_attention
@@ -43,7 +44,7 @@ def sweep(
     ] = False,
     length: o.LengthOption = None,
     task: r.TaskOption = None,
-    samples: r.SamplesOption = 20,
+    samples: asking.SamplesOption = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats.", rich_help_panel=o.MEASURED)] = 3,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
@@ -59,8 +60,8 @@ def sweep(
     data_dir: r.DataDirOption = None,
     wording: r.WordingOption = None,
     samples_as: r.SamplesAsOption = "tmbench",
-    apply_chat_template: r.ChatOption = False,
-    chat_template_kwargs: r.ChatKwargsOption = None,
+    apply_chat_template: asking.ChatOption = False,
+    chat_template_kwargs: asking.ChatKwargsOption = None,
     offline: r.OfflineOption = False,
     output_dir: o.OutputDirOption = o.RESULTS,
     shard: o.ShardOption = None,
@@ -84,12 +85,12 @@ def sweep(
     several = variants(swept_method(method), attention.parameters)
     tasks = r.tasks_for(task)
     loading.check_has_tokenizer(model, "RULER")
-    chat = r.chat_text(chat_template_kwargs, apply_chat_template)
+    chat = asking.chat_text(chat_template_kwargs, apply_chat_template)
     suite = r.suite_for(tasks, wording, data_dir, offline, samples_as, chat)
     source = ModelSource(model, weights, device, dtype, **checkpoint.given)
     where, loaded = opened(source, executor, workers, address, plan_only=plan)
     lengths = o.lengths_for(loaded, length, TINY_LENGTHS if model == "tiny" else LENGTHS, longest_first=where.elsewhere)
-    r.say_notes(suite, loaded.need_tokenizer("RULER"))
+    asking.say_notes(suite, loaded.need_tokenizer("RULER"))
     common: dict[str, Any] = {
         **where.ask(place),
         "root": output_dir,

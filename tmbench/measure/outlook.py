@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ruler_tasks import TASKS
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
 from tmbench.measure.answering import AnswerSpec
@@ -148,7 +147,7 @@ def _unseen(spec: AccuracySpec, estimator: Estimator) -> Iterator[Line]:
     for length, task in product(spec.lengths, spec.tasks):
         count = len(spec.places(spec.samples, length, task))
         for plan in spec.plans:
-            estimate = estimator.sample(Asked(spec.suite.row, plan, length, task, TASKS[task].tokens_to_generate))
+            estimate = estimator.sample(Asked(spec.suite.row, plan, length, task, spec.suite.new_tokens(task)))
             yield Line(SAMPLE, length, plan, count, 0, count * estimate.seconds, (estimate.basis,))
 
 

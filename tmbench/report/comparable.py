@@ -101,11 +101,12 @@ def order_of(rows: Iterable[Row]) -> Callable[[Row], tuple[Any, ...]]:
     for row in rows:
         variants.setdefault(row.method, []).append(row)
     names = {method: parameter_names(own) for method, own in variants.items()}
-    methods, tasks = list(METHODS), list(TASKS)
+    methods = list(METHODS)
 
     def key(row: Row) -> tuple[Any, ...]:
         given = row.settings
         method = methods.index(row.method) if row.method in methods else len(methods)
+        tasks = tasks_of(row)
         task = tasks.index(task_of(row)) if task_of(row) in tasks else len(tasks)
         # Dense attention as tmbench chooses it comes before what a user forced.
         backend = in_value_order(DENSE_BACKEND, given.get(DENSE_BACKEND, ""))
@@ -133,6 +134,11 @@ def in_value_order(name: str, value: Value) -> tuple[Any, ...]:
 def task_of(row: Row) -> str:
     """The task that a row is about; "" for a row of no task."""
     return row.task if isinstance(row, RulerRow | LossRow | ProbeRow | TuneRow) else ""
+
+
+def tasks_of(row: Row) -> tuple[str, ...]:
+    """The tasks of a row's suite, in its order; RULER's for a row of no suite."""
+    return (row.tasks if isinstance(row, RulerRow) else ()) or tuple(TASKS)
 
 
 def contents(row: Row) -> str:

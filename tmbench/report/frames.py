@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tmbench.report.records import FIGURES, records
 from tmbench.report.report import build
@@ -11,11 +11,9 @@ from tmbench.report.report import build
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["ttft", "ruler", "agree", "trade-off", "loss", "probe", "tune"]
 
-
-def frame(root: Path | str, kind: Kind) -> pd.DataFrame:
-    """The rows of one kind under a results folder, one a line, with the columns that the report's JSON has.
+def frame(root: Path | str, kind: str) -> pd.DataFrame:
+    """The rows of one kind, such as "ttft", under a results folder, one a line, with the columns that the report's JSON has.
 
     Beside the columns of the row stand what follows from it: its label, what its time or its score is against dense's, the
     ends of the intervals, the words. Times are in seconds, scores from 0 to 100.

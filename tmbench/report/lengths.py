@@ -1,4 +1,4 @@
-"""RULER by length, in the layout of the publications: a line for each method, a column for each length, and their mean."""
+"""Scores by length, in the layout of the publications: a line for each method, a column for each length, and their mean."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RulerLengths:
     @property
     def title(self) -> str:
         about = self.sections[0].setting
-        return f"RULER by length: {about.subject}, {about.words}"
+        return f"{self.sections[0].suite} by length: {about.subject}, {about.words}"
 
     @cached_property
     def _own_labels(self) -> dict[str, dict[int, str]]:

@@ -31,9 +31,10 @@ def figures(report: Report) -> dict[str, Figure]:
             found[file_name("ttft", times.setting, times.setting.prompt)] = ttft_figure(times)
         if any(cell.percent_vs_dense is not None for cell in times.cells):
             found[file_name("speed-up", times.setting, times.setting.prompt)] = speed_up_figure(times)
-    for scores in report.ruler:
+    for scores in report.scores:
         if scores.measured():
-            found[file_name("ruler", scores.setting, length_name(scores.setting.length))] = ruler_figure(scores)
+            kind = scores.cells[0].row.kind
+            found[file_name(kind, scores.setting, length_name(scores.setting.length))] = ruler_figure(scores)
     for both in report.trade_offs:
         found[file_name("trade-off", both.setting, length_name(both.setting.length))] = trade_off_figure(both)
     for probe in report.probes:

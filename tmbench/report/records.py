@@ -21,16 +21,19 @@ from tmbench.report.tradeoff import TradeOff, TradeOffCell
 from tmbench.report.ttft import TtftCell, TtftSection
 from tmbench.report.tune import TuneCell, TuneSection
 from tmbench.results.rows import OK, Row
+from tmbench.results.suite_rows import SUITE_ROWS
 
 Record = dict[str, object]
 LOSSES = ("prompt", "answer", "first")
 SECTIONS = tuple(field.name for field in fields(SectionGradients))
+SCORES = "score nulls prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high"
 FIGURES: Mapping[str, tuple[str, ...]] = {
     kind: tuple(names.split())
     for kind, names in {
         "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes "
         "tokens_per_second",
-        "ruler": "score nulls prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high",
+        "ruler": SCORES,
+        **{kind.kind: SCORES for kind in SUITE_ROWS},
         "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
         "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
         "loss": " ".join(

@@ -26,6 +26,7 @@ from tmbench.results.choices import choices_of
 from tmbench.results.loss_samples import losses_of
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.sample_scores import read_samples
+from tmbench.results.suite_rows import SUITE_ROWS
 from tmbench.results.tables import read_all
 from tmbench.results.tune_rows import TuneRow
 
@@ -51,6 +52,13 @@ class Report:
     margin: float = MARGIN
     """The non-inferiority margin in points."""
     tunes: Sequence[TuneSection] = ()
+    suites: Sequence[RulerSection] = ()
+    """Scores of suites other than RULER, suite by suite. No time is held against these."""
+
+    @property
+    def scores(self) -> list[RulerSection]:
+        """Those of all suites, RULER's first."""
+        return [*self.ruler, *self.suites]
 
     @cached_property
     def trade_offs(self) -> list[TradeOff]:
@@ -60,7 +68,7 @@ class Report:
     @property
     def sections(self) -> list[AnySection]:
         """All sections, in the order in which they are shown."""
-        return [*self.ttft, *self.ruler, *self.agree, *self.trade_offs, *self.losses, *self.probes, *self.tunes]
+        return [*self.ttft, *self.scores, *self.agree, *self.trade_offs, *self.losses, *self.probes, *self.tunes]
 
 
 def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
@@ -69,28 +77,33 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     ``tell`` is told how many of the rows are done, section by section, and how many there are. Raises
     UserError where there are no rows, or a file is not ours.
     """
-    ttft, ruler, agree = _rows(root, TtftRow), _rows(root, RulerRow), _rows(root, AgreeRow)
+    ttft, agree = _rows(root, TtftRow), _rows(root, AgreeRow)
     losses, probes, tuned = _rows(root, LossRow), _rows(root, ProbeRow), _rows(root, TuneRow)
-    if not any((ttft, ruler, agree, losses, probes, tuned)):
+    kinds: tuple[type[RulerRow], ...] = (RulerRow, *SUITE_ROWS)
+    asked = {kind: _rows(root, kind) for kind in kinds}
+    total = len(ttft) + sum(map(len, asked.values())) + len(agree) + len(losses) + len(probes) + len(tuned)
+    done = 0
+    if not total:
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
-    total, done = len(ttft) + len(ruler) + len(agree) + len(losses) + len(probes) + len(tuned), 0
 
     def told(placed: Sequence[object]) -> None:
         nonlocal done
         done += len(placed)
         tell(done, total)
 
-    scores = []
-    for about, placed in comparable(ruler, RulerSetting.of):
-        samples = {(one.label, one.row.task): read_samples(root, vars(one.row)) for one in placed}
-        scores.append(ruler_section(about, placed, samples, margin))
-        told(placed)
+    scores: dict[type[RulerRow], list[RulerSection]] = {kind: [] for kind in asked}
+    for kind, own in asked.items():
+        for about, placed in comparable(own, RulerSetting.of):
+            samples = {(one.label, one.row.task): read_samples(root, vars(one.row), kind.kind) for one in placed}
+            scores[kind].append(ruler_section(about, placed, samples, margin))
+            told(placed)
+    ruler, suites = scores.pop(RulerRow), [section for own in scores.values() for section in own]
     agreement = []
     for answered, found in comparable(agree, AgreeSetting.of):
         choices = {(one.label, one.row.length): choices_of(root, vars(one.row)) for one in found}
         agreement.append(agree_section(answered, found, choices))
         told(found)
-    times = [ttft_section(setting, rows, scores) for setting, rows in comparable(ttft, TtftSetting.of)]
+    times = [ttft_section(setting, rows, ruler) for setting, rows in comparable(ttft, TtftSetting.of)]
     lost = []
     for setting, rows in comparable(losses, LossSetting.of):
         single = {(one.label, one.row.task, one.row.length): losses_of(root, one.row) for one in rows}
@@ -99,7 +112,7 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
     tunes = [tune_section(setting, rows) for setting, rows in comparable(tuned, TuneSetting.of)]
     tell(total, total)
-    return Report(times, scores, agreement, lost, probed, margin, tunes)
+    return Report(times, ruler, agreement, lost, probed, margin, tunes, suites)
 
 
 def _rows(root: Path, kind: type[R]) -> list[R]:

@@ -1,4 +1,4 @@
-"""RULER scores of one model at one length, under one wording and on one set of data."""
+"""Scores of one model at one length, under one wording and on one set of data: of RULER or of another suite."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ruler_tasks import TASKS
 from tmbench.report.answers import Answers
-from tmbench.report.comparable import Placed
+from tmbench.report.comparable import Placed, tasks_of
 from tmbench.report.intervals import MARGIN, Difference, by_chance, unseen_samples
 from tmbench.report.samples_as import drawing_notes
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
@@ -18,6 +17,7 @@ from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING, ends_text, figure_text, signed
 from tmbench.results.rows import OK, RulerRow
 from tmbench.results.sample_scores import Samples, mixture_notes
+from tmbench.results.suite_rows import SuiteRow
 from tmbench.results.words import counted, length_name
 
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
@@ -60,22 +60,32 @@ class RulerSection(Section[RulerSetting, RulerCell]):
 
     @property
     def title(self) -> str:
-        return f"RULER at {length_name(self.setting.length)}: {self.setting.subject}, {self.setting.words}"
+        return f"{self.suite} at {length_name(self.setting.length)}: {self.setting.subject}, {self.setting.words}"
+
+    @property
+    def suite(self) -> str:
+        """What people call the suite."""
+        return self.cells[0].row.title
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """All tasks of the suite, in its order."""
+        return tasks_of(self.cells[0].row)
 
     @cached_property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Scores from 0 to 100 by label and task, tasks in RULER's order; those that are known."""
+        """Scores from 0 to 100 by label and task, tasks in the suite's order; those that are known."""
         found: dict[str, dict[str, float]] = {label: {} for label in self.labels}
-        for cell in sorted(self.cells, key=lambda cell: list(TASKS).index(cell.row.task)):
+        for cell in sorted(self.cells, key=lambda cell: self.order.index(cell.row.task)):
             if cell.row.score is not None:
                 found[cell.label][cell.row.task] = cell.row.score
         return found
 
     @cached_property
     def tasks(self) -> list[str]:
-        """The tasks that any method was asked, in RULER's order."""
+        """The tasks that any method was asked, in the suite's order."""
         asked = {cell.row.task for cell in self.cells}
-        return [task for task in TASKS if task in asked]
+        return [task for task in self.order if task in asked]
 
     @cached_property
     def common_tasks(self) -> list[str]:
@@ -160,7 +170,7 @@ class RulerSection(Section[RulerSetting, RulerCell]):
         """A line for each task and method that differ from dense."""
         lines = [
             [cell.row.task, cell.label, *difference_texts(cell.difference, 1)]
-            for cell in sorted(self.cells, key=lambda cell: list(TASKS).index(cell.row.task))
+            for cell in sorted(self.cells, key=lambda cell: self.order.index(cell.row.task))
             if isinstance(cell.difference, Difference) and cell.difference.differing
         ]
         margin = self.answers.margin
@@ -173,7 +183,8 @@ class RulerSection(Section[RulerSetting, RulerCell]):
 
     def notes(self) -> list[str]:
         common, wording = self.common_tasks, self.setting.wording
-        missing = ", ".join(task for task in TASKS if task not in common)
+        of_ruler = not isinstance(self.cells[0].row, SuiteRow)
+        missing = ", ".join(task for task in self.order if task not in common)
         stand_ins: dict[str, dict[str, None]] = {}
         for cell in self.cells:
             if cell.row.source.startswith("generated"):
@@ -197,7 +208,10 @@ class RulerSection(Section[RulerSetting, RulerCell]):
             },
             "The prompts were prepared elsewhere, so their wording is not known here.": wording == "prepared",
             "The wording is not the published one: published scores compare only under `--wording reference`.": (
-                wording != "prepared" and not wording.startswith("reference")
+                of_ruler and wording != "prepared" and not wording.startswith("reference")
+            ),
+            f"The sentences are tmbench's own, and so is the drawing: published scores of {self.suite} do not compare.": (
+                not of_ruler
             ),
             f"Only {few} of some task: fewer than {FEW_SAMPLES} say little about a difference.": least < FEW_SAMPLES,
             f"Chance alone may make up to {by_chance(compared):.1f} of {compared} differences by task look like a loss. So "

@@ -215,6 +215,10 @@ class RulerRow(Row):
     """One RULER score: a method on one task at one length."""
 
     kind: ClassVar[str] = "ruler"
+    title: ClassVar[str] = "RULER"
+    """What people call the suite."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """All there are, in the suite's own order; RULER's are those of ``ruler_tasks``."""
     extra_key: ClassVar[tuple[str, ...]] = (
         "task", "wording", "wording_hash", "source", "chat_template", "data_hash", "samples_as",
         "chat_template_kwargs",

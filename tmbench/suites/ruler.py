@@ -24,22 +24,21 @@ from ruler_tasks import (
     Sources,
     Wording,
     count_nulls,
-    encode_prompt,
     load_wording,
 )
 from ruler_tasks.dataset import dataset_path
 from tmbench.errors import UserError
 from tmbench.results.files import readable
 from tmbench.results.rows import RulerRow, short_hash
-from tmbench.suites.chat import Chat, parse_kwargs, take_apart
-from tmbench.suites.suite import Sample, Suite
+from tmbench.suites.examples import ExampleSuite
+from tmbench.suites.suite import Sample
 
 QUESTIONS = ("squad", "hotpotqa")
 """The sources that hold questions, each of which the reference asks once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ruler(Suite):
+class Ruler(ExampleSuite):
     """RULER's tasks. Where ``data`` is given, the other fields are not read: prepared samples are asked as they are."""
 
     wording: str | None = None
@@ -50,13 +49,11 @@ class Ruler(Suite):
     """Whether nothing is downloaded: generated texts stand in for what is not here."""
     samples_as: SamplesAs = "tmbench"
     """Whose rules samples are drawn by."""
-    chat_template_kwargs: str | None = None
-    """The variables of the model's chat template, as JSON; None asks without a template."""
     data: Path | None = None
     """A folder of prepared ``validation.jsonl`` files to use in place of generated samples."""
 
     name: ClassVar[str] = "ruler"
-    title: ClassVar[str] = "RULER"
+    title: ClassVar[str] = RulerRow.title
     row: ClassVar[type[RulerRow]] = RulerRow
     tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
 
@@ -69,19 +66,6 @@ class Ruler(Suite):
     def sources(self) -> Sources:
         """Essays and questions, loaded when first asked for; raises ruler_tasks.SourceError for a folder that is none."""
         return Sources(self.data_dir, offline=self.offline)
-
-    def chat(self, tokenizer: PreTrainedTokenizerBase) -> Chat:
-        """What the model's chat template makes of a prompt; raises UserError where it cannot be used."""
-        if self.chat_template_kwargs is None:
-            return Chat()
-        return take_apart(tokenizer, parse_kwargs(self.chat_template_kwargs))
-
-    def chat_columns(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """What rows say of the model's chat template; raises UserError where it cannot be used."""
-        return {
-            "chat_template": self.chat_template_kwargs is not None,
-            "chat_template_kwargs": self.chat(tokenizer).kwargs,
-        }
 
     def check(
         self, tasks: Iterable[str], lengths: Sequence[int], count: int, seed: int, tokenizer: PreTrainedTokenizerBase
@@ -147,23 +131,9 @@ class Ruler(Suite):
         making["frame"] = self.chat(tokenizer).frame
         return ruler_tasks.examples(task, length, indices, tokenizer=tokenizer, seed=seed, **making)
 
-    def samples(
-        self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
-    ) -> Sequence[Sample]:
-        """The samples at these places, each with the ids that the model reads."""
-        special = self.chat(tokenizer).frame.add_special_tokens
-        return [
-            Sample(
-                example.index,
-                example.prompt,
-                tuple(encode_prompt(tokenizer, example.prompt, add_special_tokens=special)),
-                example.outputs,
-                example.max_new_tokens,
-                example.source,
-                dict(example.parameters),
-            )
-            for example in self.examples(task, length, places, seed, tokenizer)
-        ]
+    def new_tokens(self, task: str) -> int:
+        """RULER's budget for an answer."""
+        return TASKS[task].tokens_to_generate
 
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:
         """The share of the references that the answer holds, or whether it holds any, as the task counts."""

@@ -63,6 +63,10 @@ class Suite(ABC):
         return count
 
     @abstractmethod
+    def new_tokens(self, task: str) -> int:
+        """The most tokens that an answer to a task may take."""
+
+    @abstractmethod
     def samples(
         self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> Sequence[Sample]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tmbench.suites.drawn import DrawnSuite
+from tmbench.suites.graphwalks import GraphWalks
 from tmbench.suites.ruler import Ruler
 from tmbench.suites.suite import Suite
 
-SUITES: Mapping[str, type[Suite]] = {suite.name: suite for suite in (Ruler,)}
+DRAWN: Mapping[str, type[DrawnSuite]] = {suite.name: suite for suite in (GraphWalks,)}
+"""Those of ``tmbench suite`` by name."""
+SUITES: Mapping[str, type[Suite]] = {Ruler.name: Ruler, **DRAWN}
 """Every suite by its name."""

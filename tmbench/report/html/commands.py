@@ -11,6 +11,7 @@ from functools import singledispatch
 from ruler_tasks import TASKS
 from tmbench.methods.table import ATTN_NATIVE, LAYERS
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.suite_rows import SuiteRow
 from tmbench.results.words import length_name
 
 AGAIN = "again"
@@ -90,15 +91,20 @@ def _(row: RulerRow) -> tuple[list[str], list[str]]:
             needs.append(f"{FILE} is the file of the wording {row.wording}.")
             words += ["--wording", FILE]
         words += ["--samples-as", row.samples_as] * (row.samples_as != "tmbench")
-        if row.chat_template:
-            given = row.chat_template_kwargs not in ("", "{}")
-            words += ["--chat-template-kwargs", row.chat_template_kwargs] if given else ["--apply-chat-template"]
+        words += _template(row)
         if row.source.startswith("generated"):
             words.append("--offline")
         elif row.task in TASKS and TASKS[row.task].needs:
             needs.append(f"Its texts are of: {row.source}. Where they are not downloaded, --data-dir names their folder.")
     words += ["--batch-size", str(row.batch_size)] * (row.batch_size > 1)
     return words, needs
+
+
+@_own.register
+def _(row: SuiteRow) -> tuple[list[str], list[str]]:
+    methods, needs = _method(row)
+    words = ["suite", row.kind, *methods, "--task", row.task, "--samples", str(row.samples), *_template(row)]
+    return words + ["--batch-size", str(row.batch_size)] * (row.batch_size > 1), needs
 
 
 @_own.register
@@ -131,6 +137,14 @@ def _(row: LossRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
     task, more = _prompt(row.task, "--task")
     return ["probe", "--loss", *methods, *task, "--samples", str(row.samples)], needs + more
+
+
+def _template(row: RulerRow) -> list[str]:
+    """The option of a chat template, where there was one."""
+    if not row.chat_template:
+        return []
+    given = row.chat_template_kwargs not in ("", "{}")
+    return ["--chat-template-kwargs", row.chat_template_kwargs] if given else ["--apply-chat-template"]
 
 
 def _method(row: Row) -> tuple[list[str], list[str]]:

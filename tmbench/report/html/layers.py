@@ -24,7 +24,7 @@ def content(report: Report, root: Path) -> Mapping[str, Any]:
     blocks = [block_of(section, _charts(section), lengths=[section.setting.length]) for section in report.probes]
     blocks += [block_of(section) for section in report.tunes]
     data = [block.charts for block in blocks]
-    taken = _taken([cell.row for section in (*report.ttft, *report.ruler) for cell in section.measured()])
+    taken = _taken([cell.row for section in (*report.ttft, *report.scores) for cell in section.measured()])
     return {"blocks": blocks, "filters": filters_of(blocks), "data": data, "taken": taken}
 
 

@@ -13,12 +13,14 @@ from tmbench.report.section import Cell, status_text
 from tmbench.report.table import Table, columns
 from tmbench.report.words import figure_text, significant
 from tmbench.results.rows import OK, Row
+from tmbench.results.suite_rows import SUITE_ROWS
 from tmbench.results.words import length_name
 
 RAN = ("driver", "torch", "triton", "transformers", "python", "tmbench")
 FIGURES: Mapping[str, tuple[str, str | Callable[[float], str], str]] = {
     "ttft": ("ttft_median_s", significant, " s"),
     "ruler": ("score", ".4g", ""),
+    **{kind.kind: ("score", ".4g", "") for kind in SUITE_ROWS},
     "agree": ("agreement", ".1%", " agree"),
     "loss": ("nll_prompt", ".4f", " nats a token"),
     "probe": ("middle_logits", ".2e", " in the middle"),
@@ -58,7 +60,7 @@ def further_content(report: Report, root: Path) -> Mapping[str, Any]:
 
 def _measured(report: Report) -> list[AnySection]:
     """The sections whose cells are rows; trade-offs are made of them."""
-    return [*report.ttft, *report.ruler, *report.agree, *report.losses, *report.probes]
+    return [*report.ttft, *report.scores, *report.agree, *report.losses, *report.probes]
 
 
 def _lines(cells: Sequence[Cell[Row]]) -> Iterator[dict[str, Any]]:

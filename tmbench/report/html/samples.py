@@ -73,7 +73,7 @@ def content(report: Report, root: Path) -> Mapping[str, Any]:
     groups: list[Group] = []
     files: dict[str, str] = {}
     placed: list[Placed] = []
-    for section in report.ruler:
+    for section in report.scores:
         for task in section.tasks:
             for chunk in _chunks(section, task, root, placed):
                 name = str(len(files))
@@ -81,7 +81,7 @@ def content(report: Report, root: Path) -> Mapping[str, Any]:
                 groups += [replace(group, chunk=name) for group in chunk.groups]
     groups.sort(key=lambda group: -len(group.lost) / group.pairs)
     shown = {(group.by["device"], group.by["model"], group.by["length"]) for group in groups}
-    sections = [one for one in report.ruler if (one.setting.device, one.setting.model, str(one.setting.length)) in shown]
+    sections = [one for one in report.scores if (one.setting.device, one.setting.model, str(one.setting.length)) in shown]
     filters = Filters(
         {one.setting.device: one.cells[0].row.device_name or one.setting.device for one in sections},
         {one.setting.model: one.setting.model for one in sections},

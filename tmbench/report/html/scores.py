@@ -46,10 +46,10 @@ class HeatMap:
 def content(report: Report, root: Path) -> Mapping[str, Any]:
     """What the page's template is given."""
     margins = margins_with(report.margin)
-    maps = [_heat_map(section, margins) for section in report.ruler]
+    maps = [_heat_map(section, margins) for section in report.scores]
     blocks = [
         block_of(section, tasks=section.tasks, lengths=[section.setting.length], more=heat)
-        for section, heat in zip(report.ruler, maps, strict=True)
+        for section, heat in zip(report.scores, maps, strict=True)
     ]
     cells = [[cell.says and cell.says.words for line in heat.lines.values() for cell in line] for heat in maps]
     chosen = {"margins": margins, "margin": margins.index(report.margin)}

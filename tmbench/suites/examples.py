@@ -1,0 +1,59 @@
+"""What suites of text have in common: the model's chat template around a task's text, and token ids of what is drawn."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ruler_tasks import Example, encode_prompt
+from tmbench.suites.chat import Chat, parse_kwargs, take_apart
+from tmbench.suites.suite import Sample, Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSuite(Suite):
+    """A suite whose samples are those of ``ruler_tasks``."""
+
+    chat_template_kwargs: str | None = None
+    """The variables of the model's chat template, as JSON; None asks without a template."""
+
+    @abstractmethod
+    def examples(
+        self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterable[Example]:
+        """The samples of a task as ``ruler_tasks`` has them; raises UserError as ``check`` does."""
+
+    def chat(self, tokenizer: PreTrainedTokenizerBase) -> Chat:
+        """What the model's chat template makes of a prompt; raises UserError where it cannot be used."""
+        if self.chat_template_kwargs is None:
+            return Chat()
+        return take_apart(tokenizer, parse_kwargs(self.chat_template_kwargs))
+
+    def chat_columns(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What rows say of the model's chat template; raises UserError where it cannot be used."""
+        return {
+            "chat_template": self.chat_template_kwargs is not None,
+            "chat_template_kwargs": self.chat(tokenizer).kwargs,
+        }
+
+    def samples(
+        self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Sample]:
+        """The samples at these places, each with the ids that the model reads."""
+        special = self.chat(tokenizer).frame.add_special_tokens
+        return [
+            Sample(
+                example.index,
+                example.prompt,
+                tuple(encode_prompt(tokenizer, example.prompt, add_special_tokens=special)),
+                example.outputs,
+                example.max_new_tokens,
+                example.source,
+                dict(example.parameters),
+            )
+            for example in self.examples(task, length, places, seed, tokenizer)
+        ]

@@ -1,0 +1,216 @@
+"""GraphWalks: breadth-first searches and parents over a list of edges, where no edge may be skipped.
+
+The tasks and their score are those of OpenAI's data set (huggingface.co/datasets/openai/graphwalks, MIT), in the reading of
+its correction of February 2026: a search results in the nodes at exactly its depth. Graphs and sentences are drawn and
+written here, so scores do not compare with published ones.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ruler_tasks.draws import seeded
+from ruler_tasks.fit import Draft, Filled
+from ruler_tasks.lines import LineTokens
+from ruler_tasks.recipe import Fitting
+from tmbench.results.suite_rows import GraphWalksRow
+from tmbench.suites.drawn import DrawnSuite, DrawnTask
+
+DEPTHS = (1, 2, 3)
+MOST_NODES = 8
+"""Of an answer, and so of the edges that leave a node or lead to it."""
+NEW_TOKENS = 128
+"""An answer of 8 nodes has at most 97 characters, and so no more tokens."""
+EDGES_A_NODE = 2
+LEAST_EDGES = 4
+PREFIX = "Final Answer:"
+TEXT = """\
+A directed graph is given below as a list of edges, and after it an operation on the graph. Each line "a -> b" is an edge
+that leads from node a to node b. Carry out the operation, and answer with the set of nodes that it results in.
+A BFS (breadth-first search) from a node with depth n results in the nodes whose shortest path from that node has exactly n
+edges: nodes that are nearer do not belong to it, and neither does the node itself.
+The parents of a node are the nodes from which an edge leads to it.
+
+This is an example. The graph has these edges:
+lime -> moss
+dune -> lime
+dune -> reed
+reed -> lime
+moss -> dune
+Operation: BFS from node dune with depth 1
+Final Answer: [lime, reed]
+Operation: BFS from node reed with depth 2
+Final Answer: [moss]
+Operation: parents of node lime
+Final Answer: [dune, reed]
+The example ends here.
+
+The graph to work on has these edges:
+{edges}
+Operation: {operation}
+Write the nodes in square brackets with commas between them, as in the example.
+"""
+BFS = "BFS from node {node} with depth {depth}"
+PARENTS = "parents of node {node}"
+Edge = tuple[str, str]
+
+_LIST = re.compile(rf"{PREFIX}\s*\[(.*)\]")
+
+
+def f1(answer: str, references: Sequence[str]) -> float:
+    """F1 of the set of nodes that an answer lists, as the data set grades it: 0 where there is no list in its form.
+
+    The prompt ends in "Final Answer:", which begins the list's line. Where a model writes on, the first list counts.
+    """
+    found = _LIST.search(PREFIX + answer)
+    nodes = {node.strip().strip("'\"") for node in found[1].split(",")} - {""} if found else set()
+    truth = set(references)
+    right = len(nodes & truth)
+    return 2 * right / (len(nodes) + len(truth)) if right else 0.0
+
+
+def parents_of(edges: Sequence[Edge], node: str) -> list[str]:
+    """The nodes from which an edge leads to this one."""
+    return [source for source, target in edges if target == node]
+
+
+def _successors(edges: Sequence[Edge]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for source, target in edges:
+        found.setdefault(source, []).append(target)
+    return found
+
+
+def at_depth(successors: Mapping[str, Sequence[str]], start: str, depth: int) -> list[str]:
+    """The nodes whose shortest path from ``start`` has exactly ``depth`` edges, as a search meets them."""
+    layer, seen = [start], {start}
+    for _ in range(depth):
+        met = dict.fromkeys(target for node in layer for target in successors.get(node, ()) if target not in seen)
+        layer = list(met)
+        seen.update(layer)
+    return layer
+
+
+class Graph:
+    """Edges drawn one by one between random nodes, about two a node, so that more edges leave the first as they are.
+
+    No edge is there twice, none leads from a node to itself, and at most ``MOST_NODES`` leave a node or lead to it.
+    """
+
+    def __init__(self, rng: random.Random, edges: int) -> None:
+        """For about so many edges."""
+        self._rng = rng
+        self._expected = edges
+        self._nodes: list[str] = []
+        self._taken: set[str] = set()
+        self._edges: dict[Edge, None] = {}
+        self._out: dict[str, int] = {}
+        self._in: dict[str, int] = {}
+
+    def first(self, count: int) -> list[Edge]:
+        """The first so many edges."""
+        while len(self._edges) < count:
+            wanted = max(self._expected, len(self._edges)) // EDGES_A_NODE + 3
+            while len(self._nodes) < wanted:
+                self._nodes.append(self._new_node())
+            source, target = self._rng.choice(self._nodes), self._rng.choice(self._nodes)
+            full = self._out.get(source, 0) == MOST_NODES or self._in.get(target, 0) == MOST_NODES
+            if source != target and (source, target) not in self._edges and not full:
+                self._edges[source, target] = None
+                self._out[source] = self._out.get(source, 0) + 1
+                self._in[target] = self._in.get(target, 0) + 1
+        return list(self._edges)[:count]
+
+    def _new_node(self) -> str:
+        while (node := f"{self._rng.getrandbits(40):010x}") in self._taken:
+            pass
+        self._taken.add(node)
+        return node
+
+
+def line(edge: Edge) -> str:
+    """An edge as a prompt has it."""
+    return f"{edge[0]} -> {edge[1]}"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the samples of one of the two tasks are made."""
+
+    operation: Literal["bfs", "parents"]
+
+    def source(self, setting: Fitting) -> str:
+        """Always random graphs."""
+        return "random graphs"
+
+    def draft(self, setting: Fitting, index: int, rng: random.Random) -> Draft:
+        """A sample whose number of edges is open."""
+        return _WalkDraft(setting, self.operation, rng)
+
+
+class _WalkDraft:
+    """The unit is an edge. What is asked depends on the edges that are there, since any of these may matter to it."""
+
+    def __init__(self, setting: Fitting, operation: Literal["bfs", "parents"], rng: random.Random) -> None:
+        self._setting = setting
+        self._operation = operation
+        self._line = LineTokens.of(setting, ("edges",), _some_lines)
+        self._depth = rng.choice(DEPTHS)
+        self._choice, self._order = rng.getrandbits(64), rng.getrandbits(64)
+        self._base = setting.count_one(self._filled((), BFS.format(node="0" * 10, depth=1), (), {}).prompt)
+        self._graph = Graph(rng, self._line.most(setting.budget - self._base, LEAST_EDGES))
+
+    def fill(self, room: int) -> Filled:
+        edges = self._graph.first(self._line.most(room - self._base, LEAST_EDGES))
+        if self._operation == "parents":
+            targets = list(dict.fromkeys(target for _, target in edges))
+            node = random.Random(self._choice).choice(targets)
+            operation, answer, about = PARENTS.format(node=node), parents_of(edges, node), {}
+        else:
+            node, depth, answer = self._walk(edges)
+            operation, about = BFS.format(node=node, depth=depth), {"depth": depth}
+        random.Random(self._order).shuffle(edges)
+        return self._filled(edges, operation, answer, about)
+
+    def _walk(self, edges: Sequence[Edge]) -> tuple[str, int, list[str]]:
+        """A node, a depth and what lies there: of the depth drawn, or where no answer has a fitting size, of a smaller one.
+
+        At depth 1 every node that an edge leaves has one.
+        """
+        successors = _successors(edges)
+        starts = list(successors)
+        random.Random(self._choice).shuffle(starts)
+        return next(
+            (start, depth, found)
+            for depth in range(self._depth, 0, -1)
+            for start in starts
+            if 1 <= len(found := at_depth(successors, start, depth)) <= MOST_NODES
+        )
+
+    def _filled(self, edges: Sequence[Edge], operation: str, answer: Sequence[str], about: Mapping[str, int]) -> Filled:
+        text = TEXT.format(edges="\n".join(map(line, edges)), operation=operation)
+        return Filled(self._setting.frame.around(text), PREFIX, tuple(sorted(answer)), len(edges), parameters=about)
+
+
+def _some_lines(count: int) -> list[str]:
+    return [line(edge) for edge in Graph(seeded("edges"), count).first(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphWalks(DrawnSuite):
+    """The two tasks."""
+
+    name: ClassVar[str] = "graphwalks"
+    title: ClassVar[str] = GraphWalksRow.title
+    row: ClassVar[type[GraphWalksRow]] = GraphWalksRow
+    tasks: ClassVar[tuple[str, ...]] = GraphWalksRow.tasks
+    recipes: ClassVar[Mapping[str, DrawnTask]] = {
+        "bfs": DrawnTask("the nodes at one depth of a breadth-first search", Walk("bfs"), NEW_TOKENS, f1),
+        "parents": DrawnTask("the nodes that edges lead from to one", Walk("parents"), NEW_TOKENS, f1),
+    }
+    sentences: ClassVar[tuple[str, ...]] = (TEXT, BFS, PARENTS, PREFIX)
+    wording: ClassVar[str] = "graphwalks-1"
