@@ -32,7 +32,7 @@ def test_every_suite_has_rows_that_a_report_knows():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("walks",), "tmbench suite walks is unknown: choose from graphwalks"),
+        (("walks",), "tmbench suite walks is unknown: choose from graphwalks, rulerv2"),
         (("ruler",), "tmbench suite ruler is unknown: tmbench ruler is for that one"),
         (("graphwalks", "--task", "vt"), "--task vt is unknown: GraphWalks has bfs, parents"),
         (("graphwalks", "--length", "300", "--device", "cpu", "--method", "dense"), "--length 300 is too short for bfs"),

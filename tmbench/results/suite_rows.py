@@ -22,5 +22,13 @@ class GraphWalksRow(SuiteRow):
     tasks: ClassVar[tuple[str, ...]] = ("bfs", "parents")
 
 
-SUITE_ROWS: tuple[type[SuiteRow], ...] = (GraphWalksRow,)
+class RulerV2Row(SuiteRow):
+    """Retrieval and copying: scores are the share of the references found."""
+
+    kind: ClassVar[str] = "rulerv2"
+    title: ClassVar[str] = "RULERv2"
+    tasks: ClassVar[tuple[str, ...]] = ("mk_niah_basic", "mv_niah_basic", "copy_nth")
+
+
+SUITE_ROWS: tuple[type[SuiteRow], ...] = (GraphWalksRow, RulerV2Row)
 """One class for each suite of ``tmbench suite``, in the order of a report."""

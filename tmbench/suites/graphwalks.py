@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ruler_tasks.draws import seeded
-from ruler_tasks.fit import Draft, Filled
+from ruler_tasks.fit import Draft
 from ruler_tasks.lines import LineTokens
 from ruler_tasks.recipe import Fitting
 from tmbench.results.suite_rows import GraphWalksRow
 from tmbench.suites.drawn import DrawnSuite, DrawnTask
+from tmbench.suites.listing import ListDraft, Listing, Question
 
 DEPTHS = (1, 2, 3)
 MOST_NODES = 8
@@ -26,7 +28,6 @@ MOST_NODES = 8
 NEW_TOKENS = 128
 """An answer of 8 nodes has at most 97 characters, and so no more tokens."""
 EDGES_A_NODE = 2
-LEAST_EDGES = 4
 PREFIX = "Final Answer:"
 TEXT = """\
 A directed graph is given below as a list of edges, and after it an operation on the graph. Each line "a -> b" is an edge
@@ -50,13 +51,14 @@ Final Answer: [dune, reed]
 The example ends here.
 
 The graph to work on has these edges:
-{edges}
+{lines}
 Operation: {operation}
 Write the nodes in square brackets with commas between them, as in the example.
 """
 BFS = "BFS from node {node} with depth {depth}"
 PARENTS = "parents of node {node}"
 Edge = tuple[str, str]
+Operation = Literal["bfs", "parents"]
 
 _LIST = re.compile(rf"{PREFIX}\s*\[(.*)\]")
 
@@ -73,18 +75,6 @@ def f1(answer: str, references: Sequence[str]) -> float:
     return 2 * right / (len(nodes) + len(truth)) if right else 0.0
 
 
-def parents_of(edges: Sequence[Edge], node: str) -> list[str]:
-    """The nodes from which an edge leads to this one."""
-    return [source for source, target in edges if target == node]
-
-
-def _successors(edges: Sequence[Edge]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for source, target in edges:
-        found.setdefault(source, []).append(target)
-    return found
-
-
 def at_depth(successors: Mapping[str, Sequence[str]], start: str, depth: int) -> list[str]:
     """The nodes whose shortest path from ``start`` has exactly ``depth`` edges, as a search meets them."""
     layer, seen = [start], {start}
@@ -95,21 +85,25 @@ def at_depth(successors: Mapping[str, Sequence[str]], start: str, depth: int) ->
     return layer
 
 
-class Graph:
-    """Edges drawn one by one between random nodes, about two a node, so that more edges leave the first as they are.
+class Graph(Listing[Edge]):
+    """Edges between random nodes, about two a node, and an operation on the graph that they make.
 
     No edge is there twice, none leads from a node to itself, and at most ``MOST_NODES`` leave a node or lead to it.
     """
 
-    def __init__(self, rng: random.Random, edges: int) -> None:
+    least = 4
+
+    def __init__(self, operation: Operation, rng: random.Random, edges: int) -> None:
         """For about so many edges."""
+        self._operation = operation
         self._rng = rng
+        self._depth, self._choice = rng.choice(DEPTHS), rng.getrandbits(64)
         self._expected = edges
         self._nodes: list[str] = []
         self._taken: set[str] = set()
         self._edges: dict[Edge, None] = {}
-        self._out: dict[str, int] = {}
-        self._in: dict[str, int] = {}
+        self._out: Counter[str] = Counter()
+        self._in: Counter[str] = Counter()
 
     def first(self, count: int) -> list[Edge]:
         """The first so many edges."""
@@ -118,11 +112,11 @@ class Graph:
             while len(self._nodes) < wanted:
                 self._nodes.append(self._new_node())
             source, target = self._rng.choice(self._nodes), self._rng.choice(self._nodes)
-            full = self._out.get(source, 0) == MOST_NODES or self._in.get(target, 0) == MOST_NODES
+            full = MOST_NODES in (self._out[source], self._in[target])
             if source != target and (source, target) not in self._edges and not full:
                 self._edges[source, target] = None
-                self._out[source] = self._out.get(source, 0) + 1
-                self._in[target] = self._in.get(target, 0) + 1
+                self._out[source] += 1
+                self._in[target] += 1
         return list(self._edges)[:count]
 
     def _new_node(self) -> str:
@@ -131,59 +125,30 @@ class Graph:
         self._taken.add(node)
         return node
 
+    def line(self, item: Edge) -> str:
+        """An edge as a prompt has it."""
+        return f"{item[0]} -> {item[1]}"
 
-def line(edge: Edge) -> str:
-    """An edge as a prompt has it."""
-    return f"{edge[0]} -> {edge[1]}"
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How the samples of one of the two tasks are made."""
-
-    operation: Literal["bfs", "parents"]
-
-    def source(self, setting: Fitting) -> str:
-        """Always random graphs."""
-        return "random graphs"
-
-    def draft(self, setting: Fitting, index: int, rng: random.Random) -> Draft:
-        """A sample whose number of edges is open."""
-        return _WalkDraft(setting, self.operation, rng)
-
-
-class _WalkDraft:
-    """The unit is an edge. What is asked depends on the edges that are there, since any of these may matter to it."""
-
-    def __init__(self, setting: Fitting, operation: Literal["bfs", "parents"], rng: random.Random) -> None:
-        self._setting = setting
-        self._operation = operation
-        self._line = LineTokens.of(setting, ("edges",), _some_lines)
-        self._depth = rng.choice(DEPTHS)
-        self._choice, self._order = rng.getrandbits(64), rng.getrandbits(64)
-        self._base = setting.count_one(self._filled((), BFS.format(node="0" * 10, depth=1), (), {}).prompt)
-        self._graph = Graph(rng, self._line.most(setting.budget - self._base, LEAST_EDGES))
-
-    def fill(self, room: int) -> Filled:
-        edges = self._graph.first(self._line.most(room - self._base, LEAST_EDGES))
+    def question(self, items: Sequence[Edge]) -> Question:
+        """An operation on the graph of these edges, drawn anew for them, as any may belong to the answer."""
+        rng = random.Random(self._choice)
         if self._operation == "parents":
-            targets = list(dict.fromkeys(target for _, target in edges))
-            node = random.Random(self._choice).choice(targets)
-            operation, answer, about = PARENTS.format(node=node), parents_of(edges, node), {}
-        else:
-            node, depth, answer = self._walk(edges)
-            operation, about = BFS.format(node=node, depth=depth), {"depth": depth}
-        random.Random(self._order).shuffle(edges)
-        return self._filled(edges, operation, answer, about)
+            node = rng.choice([target for _, target in items])
+            answer = [source for source, target in items if target == node]
+            return self._question(PARENTS.format(node=node), answer, {})
+        node, depth, answer = self._walk(items, rng)
+        return self._question(BFS.format(node=node, depth=depth), answer, {"depth": depth})
 
-    def _walk(self, edges: Sequence[Edge]) -> tuple[str, int, list[str]]:
+    def _walk(self, edges: Sequence[Edge], rng: random.Random) -> tuple[str, int, list[str]]:
         """A node, a depth and what lies there: of the depth drawn, or where no answer has a fitting size, of a smaller one.
 
         At depth 1 every node that an edge leaves has one.
         """
-        successors = _successors(edges)
+        successors: dict[str, list[str]] = {}
+        for source, target in edges:
+            successors.setdefault(source, []).append(target)
         starts = list(successors)
-        random.Random(self._choice).shuffle(starts)
+        rng.shuffle(starts)
         return next(
             (start, depth, found)
             for depth in range(self._depth, 0, -1)
@@ -191,13 +156,28 @@ class _WalkDraft:
             if 1 <= len(found := at_depth(successors, start, depth)) <= MOST_NODES
         )
 
-    def _filled(self, edges: Sequence[Edge], operation: str, answer: Sequence[str], about: Mapping[str, int]) -> Filled:
-        text = TEXT.format(edges="\n".join(map(line, edges)), operation=operation)
-        return Filled(self._setting.frame.around(text), PREFIX, tuple(sorted(answer)), len(edges), parameters=about)
+    def _question(self, operation: str, answer: Sequence[str], about: Mapping[str, int]) -> Question:
+        return Question(TEXT.replace("{operation}", operation), PREFIX, tuple(sorted(answer)), about)
 
 
-def _some_lines(count: int) -> list[str]:
-    return [line(edge) for edge in Graph(seeded("edges"), count).first(count)]
+@dataclass(frozen=True)
+class Walk:
+    """How the samples of one of the two tasks are made."""
+
+    operation: Operation
+
+    def source(self, setting: Fitting) -> str:
+        """Always random graphs."""
+        return "random graphs"
+
+    def draft(self, setting: Fitting, index: int, rng: random.Random) -> Draft:
+        """A sample whose number of edges is open."""
+        edge = LineTokens.of(setting, ("edges",), self._some_lines)
+        return ListDraft(setting, Graph(self.operation, rng, edge.most(setting.budget, Graph.least)), edge, rng)
+
+    def _some_lines(self, count: int) -> list[str]:
+        graph = Graph(self.operation, seeded("edges"), count)
+        return [graph.line(edge) for edge in graph.first(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
