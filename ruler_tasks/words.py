@@ -12,7 +12,8 @@ from math import isqrt, pi
 
 from ruler_tasks.draws import draw_letters, draw_words, extend_words, word_pool
 from ruler_tasks.fit import Draft, Filled, largest
-from ruler_tasks.recipe import Setting
+from ruler_tasks.recipe import Fitting, Setting
+from ruler_tasks.wording import Prompt
 
 _COMMON = 10
 _LEAST_WORDS = 20
@@ -57,11 +58,11 @@ class CommonWords:
         """
         if setting.length >= _LONG_FROM:
             state = rng.getstate()
-            draft = _CommonWordsDraft(setting, LONG, rng)
+            draft = CommonWordsDraft(setting, setting.wording.cwe, LONG, rng)
             if draft.least_cost <= setting.budget:
                 return draft
             rng.setstate(state)
-        return _CommonWordsDraft(setting, SHORT, rng)
+        return CommonWordsDraft(setting, setting.wording.cwe, SHORT, rng)
 
 
 def numbered(words: Sequence[str]) -> str:
@@ -82,11 +83,13 @@ def common_first(rng: random.Random, count: int) -> list[str]:
     return common + rest
 
 
-class _CommonWordsDraft:
-    """The unit is a word, which brings all its repetitions."""
+class CommonWordsDraft:
+    """A list of words, and which ten come up most often in it. The unit is a word, which brings all its repetitions."""
 
-    def __init__(self, setting: Setting, repeats: Repeats, rng: random.Random) -> None:
+    def __init__(self, setting: Fitting, prompt: Prompt, repeats: Repeats, rng: random.Random) -> None:
+        """``prompt`` takes the numbered list as ``context``."""
         self._setting = setting
+        self._prompt = prompt
         self._repeats = repeats
         self._example = self._solved_example(rng)
         # An entry (number, dot, word) seldom takes fewer than four tokens; more words are made when it does.
@@ -103,7 +106,7 @@ class _CommonWordsDraft:
         words = common_first(rng, repeats.example_words)
         entries = words[:_COMMON] * repeats.example_common + words[_COMMON:] * repeats.example_other
         rng.shuffle(entries)
-        template, prefix = self._setting.wording.cwe.render(context=numbered(entries))
+        template, prefix = self._prompt.render(context=numbered(entries))
         return f"{template}{prefix} {numbered(words[:_COMMON])}\n"
 
     def _word_costs(self) -> list[int]:
@@ -115,7 +118,7 @@ class _CommonWordsDraft:
 
     def _cost(self, words: int) -> float:
         entries = _COMMON * self._repeats.common + (words - _COMMON) * self._repeats.other
-        return self._base + self._costs[words - 1] + _number_costs(self._setting, entries)[entries - 1]
+        return self._base + self._costs[words - 1] + number_costs(self._setting, entries)[entries - 1]
 
     def fill(self, room: int) -> Filled:
         while self._cost(len(self._words)) <= room:
@@ -128,13 +131,13 @@ class _CommonWordsDraft:
         return self._filled(numbered(entries), count)
 
     def _filled(self, context: str, size: int) -> Filled:
-        template, prefix = self._setting.wording.cwe.render(context=context)
+        template, prefix = self._prompt.render(context=context)
         outputs = tuple(self._words[:_COMMON])
         text = self._setting.frame.around(self._example + template)
         return Filled(text, prefix, outputs, size, parameters=self._repeats.parameters)
 
 
-def _number_costs(setting: Setting, entries: int) -> list[int]:
+def number_costs(setting: Fitting, entries: int) -> list[int]:
     """What the list numbers up to each take, for at least `entries` of them."""
     costs: list[int] = setting.tokens.memo.setdefault("list numbers", [])
     if len(costs) < entries:

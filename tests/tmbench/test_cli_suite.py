@@ -17,7 +17,7 @@ from tmbench.results.suite_rows import SUITE_ROWS
 from tmbench.results.tables import read_all
 from tmbench.suites.table import DRAWN
 
-TINY = ("--device", "cpu", "--length", "1K", "--samples", "2")
+TINY = ("--device", "cpu", "--length", "1500", "--samples", "2")
 
 
 def test_every_suite_has_rows_that_a_report_knows():
@@ -32,7 +32,7 @@ def test_every_suite_has_rows_that_a_report_knows():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("walks",), "tmbench suite walks is unknown: choose from graphwalks, rulerv2"),
+        (("walks",), "tmbench suite walks is unknown: choose from graphwalks, rulerv2, aggregation"),
         (("ruler",), "tmbench suite ruler is unknown: tmbench ruler is for that one"),
         (("graphwalks", "--task", "vt"), "--task vt is unknown: GraphWalks has bfs, parents"),
         (("graphwalks", "--length", "300", "--device", "cpu", "--method", "dense"), "--length 300 is too short for bfs"),
@@ -82,7 +82,7 @@ def test_from_the_command_line_to_the_pages(tmbench, tmp_path, name):
         assert all(line["prompt"] for line in lines)
     code, out, err = tmbench(*asked)
     assert code == 0
-    assert f"{suite.title} at 1024 tokens" in out
+    assert f"{suite.title} at 1500 tokens" in out
     assert "are there already" in err
     for file in Path("results/runs").glob("suite-*.toml"):
         code, out, err = tmbench("suite", "--config", str(file))
@@ -91,7 +91,7 @@ def test_from_the_command_line_to_the_pages(tmbench, tmp_path, name):
     report = build(Path("results"))
     (section,) = report.suites
     assert report.ruler == []
-    assert section.title.startswith(f"{suite.title} at 1K: tiny")
+    assert section.title.startswith(f"{suite.title} at 1500: tiny")
     assert section.tasks == list(suite.tasks)
     assert set(section.labels) == {"dense", "streaming"}
     assert any("published scores of" in note for note in section.notes())

@@ -9,7 +9,8 @@ import pytest
 
 from tmbench.errors import UserError
 from tmbench.models import loading
-from tmbench.suites.rulerv2 import ORDERS, RulerV2, share_found
+from tmbench.suites.drawn import share_found
+from tmbench.suites.rulerv2 import ORDERS, RulerV2
 
 NEEDLE = re.compile(r"^A hidden number of (\S.*) is (\d{10})\.$", re.MULTILINE)
 TEXT = re.compile(r"^Text (\d{7}): (.+)$", re.MULTILINE)

@@ -30,5 +30,13 @@ class RulerV2Row(SuiteRow):
     tasks: ClassVar[tuple[str, ...]] = ("mk_niah_basic", "mv_niah_basic", "copy_nth")
 
 
-SUITE_ROWS: tuple[type[SuiteRow], ...] = (GraphWalksRow, RulerV2Row)
+class AggregationRow(SuiteRow):
+    """Counting over the whole prompt: scores are the share of the references found."""
+
+    kind: ClassVar[str] = "aggregation"
+    title: ClassVar[str] = "Aggregation"
+    tasks: ClassVar[tuple[str, ...]] = ("common_words",)
+
+
+SUITE_ROWS: tuple[type[SuiteRow], ...] = (GraphWalksRow, RulerV2Row, AggregationRow)
 """One class for each suite of ``tmbench suite``, in the order of a report."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from ruler_tasks import Example, count_nulls
 from ruler_tasks.drawing import drawn, shortest
 from ruler_tasks.recipe import Fitting, Recipe
+from ruler_tasks.scoring import score_sample
 from ruler_tasks.tokens import TokenCounter
 from tmbench.errors import UserError
 from tmbench.results.rows import short_hash
 from tmbench.suites.examples import ExampleSuite
 from tmbench.suites.suite import Sample
+
+share_found = partial(score_sample, "all")
+"""RULER's score of several references: the share of them that an answer holds, letter case aside."""
 
 
 @dataclass(frozen=True)

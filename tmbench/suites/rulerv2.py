@@ -13,16 +13,14 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from ruler_tasks.draws import draw_new, draw_number, seeded, word_list
 from ruler_tasks.fit import Draft
 from ruler_tasks.lines import LineTokens
 from ruler_tasks.recipe import Fitting
-from ruler_tasks.scoring import score_sample
 from tmbench.results.suite_rows import RulerV2Row
-from tmbench.suites.drawn import DrawnSuite, DrawnTask
+from tmbench.suites.drawn import DrawnSuite, DrawnTask, share_found
 from tmbench.suites.listing import ListDraft, Listing, Question
 
 DIGITS = 10
@@ -58,9 +56,6 @@ Of all lines above that begin with "Text {key}:", take the {order}, counted from
 COPY_PREFIX = "Text {key}:"
 ORDERS = ("first", "second", "third", "fourth")
 Pair = tuple[str, str]
-
-share_found = partial(score_sample, "all")
-"""The share of the references that an answer holds, letter case aside."""
 
 
 class Groups(Listing[Pair]):
