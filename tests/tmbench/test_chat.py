@@ -15,6 +15,7 @@ from tmbench.results.rows import RulerRow
 from tmbench.results.tables import read_all
 from tmbench.suites import chat
 from tmbench.suites.chat import Chat, ends_thinking, parse_kwargs, take_apart
+from tmbench.suites.table import DRAWN
 
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 QWEN3 = TURNS + "[a]\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
@@ -70,6 +71,23 @@ def test_a_template_that_does_not_hand_the_message_on_is_refused(template, reaso
     with pytest.raises(UserError, match=f"^--apply-chat-template: the chat template {reason}") as refused:
         take_apart(with_template(template))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_suite_asks_within_the_template_and_begins_the_answer_behind_it(name, with_template):
+    tokenizer = with_template(QWEN3)
+    asked, plain = DRAWN[name](chat_template_kwargs="{}"), DRAWN[name]()
+    assert asked.chat_columns(tokenizer) == {"chat_template": True, "chat_template_kwargs": '{"enable_thinking": false}'}
+    for task in asked.tasks:
+        (sample,), (bare,) = (suite.samples(task, 2000, (3,), 42, tokenizer) for suite in (asked, plain))
+        assert sample.prompt.startswith("[user] ")
+        _, answer = sample.prompt.split("[a]\n<think>\n\n</think>\n\n")
+        # What opens the answer is opened in the model's own turn.
+        assert answer
+        assert bare.prompt.endswith(f"\n{answer}")
+        assert len(sample.ids) + sample.max_new_tokens <= 2000
+        assert len(sample.ids) > 1750
 
 
 def test_a_message_is_given_as_parts_where_text_does_not_come_through(with_template):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from html_pages import pages_of
+from tmbench import cli
 from tmbench.report.frames import frame
 from tmbench.report.html.overview import FIGURES
 from tmbench.report.report import build
@@ -115,3 +118,11 @@ def test_shards_of_a_suite_are_merged(tmbench):
     assert tmbench("merge", "results")[0] == 0
     (row,) = read_all(Path("results"), DRAWN["graphwalks"].row)
     assert (row.samples, row.task) == (2, "parents")
+
+
+def test_a_shell_completes_the_names():
+    command: Any = typer.main.get_command(cli.app)
+    own = command.commands["suite"]
+    (name,) = (one for one in own.params if one.name == "name")
+    assert [one.value for one in name.shell_complete(own.context_class(own), "")] == list(DRAWN)
+    assert [one.value for one in name.shell_complete(own.context_class(own), "gr")] == ["graphwalks"]
