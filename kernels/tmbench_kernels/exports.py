@@ -8,6 +8,7 @@ from tmbench_kernels.flash_prefill import FlashPrefill
 from tmbench_kernels.flex_prefill import FlexPrefill
 from tmbench_kernels.minference import MInference, MInferenceHeads, load_patterns
 from tmbench_kernels.minference.head_patterns import HeadPattern, head_patterns_json, load_head_patterns, read_head_patterns
+from tmbench_kernels.oracle_blocks import OracleBlocks
 from tmbench_kernels.parameters import Declared, Parameter, ParameterError, parameter
 from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.section_gradients import MEASURES, SECTIONS, DenseProbe, Sections
@@ -30,6 +31,7 @@ __all__ = [
     "HeadPattern",
     "MInference",
     "MInferenceHeads",
+    "OracleBlocks",
     "Parameter",
     "ParameterError",
     "Pattern",

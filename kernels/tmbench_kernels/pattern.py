@@ -94,6 +94,8 @@ class Pattern(Declared):
     name: ClassVar[str]
     dynamic: ClassVar[bool] = False
     """Whether the pairs depend on the data; if not, ``pairs`` reads shapes only and takes tensors of the meta device."""
+    untimed: ClassVar[str] = ""
+    """Why its time says nothing of any method; "" for all that may be timed."""
     backends: ClassVar[tuple[Backend, ...]]
     """In order of preference; the first that is installed and serves the tensors is used."""
 

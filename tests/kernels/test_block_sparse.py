@@ -13,12 +13,14 @@ from tmbench_kernels import (
     Dense,
     FlashPrefill,
     FlexPrefill,
+    OracleBlocks,
     XAttention,
     flash_prefill,
     scores,
     xattention,
 )
 from tmbench_kernels.block_sparse import lists
+from tmbench_kernels.oracle_blocks import Like
 
 PATTERNS = [
     FlexPrefill(gamma=0.6, min_budget=128),
@@ -187,6 +189,17 @@ def test_selection_at_128k_reads_nothing_back_and_fits_8_gib(pattern, length):
     blocks = -(-length // pattern.block)
     assert lists.indices.shape == (1, 32, blocks, blocks)
     assert memory.peak < 8 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [OracleBlocks(), OracleBlocks(like=Like(FlashPrefill()))], ids=str)
+def test_the_oracle_of_an_8b_model_at_32k_fits_4_gib(pattern):
+    """The logits of one head alone would take 4 GiB, those of all of them 128."""
+    q = torch.empty(1, 32768, 32, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    k = torch.empty(1, 32768, 8, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    with Memory() as memory:
+        assert pattern.select(q, k).indices.shape == (1, 32, 256, 256)
+    assert memory.peak < 4 * 2**30
 
 
 def test_a_selection_that_reads_back_fails_on_the_meta_device():

@@ -123,6 +123,15 @@ def patterns_of_another_model(tmp_path_factory):
             "flashprefill has no parameter 'gamma': it has alpha",
         ),
         (
+            ("ttft", "--method", "dense", "--method", "tri_mix_oracle_blocks:p=0.9"),
+            "--method tri_mix_oracle_blocks is not timed, as it computes dense attention to choose its keys: leave it out",
+        ),
+        (("sweep", "--method", "tri_mix_oracle_blocks", "--n-local", "64"), "--method tri_mix_oracle_blocks is not timed"),
+        (
+            ("ruler", "--method", "oracle_blocks:like=flashprefill:alpha=3"),
+            "like: flashprefill's alpha must be between 0 and 1, not 3",
+        ),
+        (
             ("ttft", "--method", "flashprefill", "--method", "flashprefill:alpha=0.2"),
             "--method flashprefill is given twice with different parameters",
         ),

@@ -57,7 +57,7 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
     for method in found:
         parameters = ["--layers"] * bool(method.deep)
         parameters += [
-            f"--{name.replace('_', '-')}" if about.option else f"{name}={about.default}"
+            f"--{name.replace('_', '-')}" if about.option else name if about.default is None else f"{name}={about.default}"
             for name, about in method.declared.items()
         ]
         methods.add_row(method.name, method.summary, ", ".join(parameters), "; ".join(method.papers))

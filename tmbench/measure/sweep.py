@@ -111,8 +111,9 @@ class SweepSpec(RowSpec[Row]):
 
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError where one of the halves cannot be measured at one of the lengths."""
+        plans = [plan for some in self.plans.values() for plan in some]
         for half in (self.ttft, self.accuracy):
-            replace(half, lengths=tuple(self.plans)).check(loaded)
+            replace(half, lengths=tuple(self.plans), plans=plans).check(loaded)
 
     def notes(self, loaded: LoadedModel) -> Sequence[str]:
         """Of its answers."""

@@ -23,6 +23,7 @@ from tmbench.engine.density import PairCounter, causal_pairs
 from tmbench.engine.finite import check_logits
 from tmbench.engine.first_token import FirstToken, first_token
 from tmbench.engine.session import running
+from tmbench.errors import UserError
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget, timed_before
@@ -110,7 +111,13 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     """Whether dense is measured anew beside whatever else is to be measured, and never alone."""
 
     def check(self, loaded: LoadedModel) -> None:
-        """Raise UserError for a prompt that cannot be made, or a length too short for it."""
+        """Raise UserError for a prompt that cannot be made, a length too short for it, or a method that is not timed."""
+        for plan in self.plans:
+            if reason := next((pattern.untimed for pattern in plan.by_layer.values() if pattern.untimed), ""):
+                raise UserError(
+                    f"--method {plan.method} is not timed, as {reason}: leave it out, and see with tmbench ruler, agree or "
+                    "probe --loss what it keeps"
+                )
         check_prompt(self.prompt, loaded, self.lengths, max(self.batch_sizes))
 
     def prompts(self, loaded: LoadedModel, length: int, batch_size: int) -> Tensor:

@@ -176,6 +176,12 @@ DYNAMIC_METHODS = (
         ("Fan et al. 2026, arXiv 2603.06199",),
         Part("FlashPrefill"),
     ),
+    Method(
+        "oracle_blocks",
+        "an oracle: the key blocks that truly hold most attention, which bounds all choices of blocks and is never timed",
+        ("after Wang et al. 2026, arXiv 2606.07703",),
+        Part("OracleBlocks"),
+    ),
 )
 """Methods that choose keys by the data in every layer; each is in the table once more with triangle attention below it."""
 
