@@ -144,7 +144,7 @@ def _about(row):
 def _specs(executor, root):
     about = executor.ask(place) | {"root": root}
     shape = executor.open(about["model"]).shape
-    window = {"n_init": 3, "n_local": 7, "last_n": 5}
+    window: dict[str, Any] = {"n_init": 3, "n_local": 7, "last_n": 5}
     plans = [plan_of(shape, name, **window) for name in ("dense", "streaming")]
     accuracy = AccuracySpec(
         **about, plans=plans, lengths=(700, 600), suite=Ruler(offline=True), tasks=("niah_single_1", "vt"), samples=2

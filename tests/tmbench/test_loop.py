@@ -37,7 +37,7 @@ from tmbench.results.tables import csv_paths
 from tmbench.suites.ruler import Ruler
 from tmbench_kernels import Triangle
 
-WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
+WINDOW: dict[str, Any] = {"n_init": 3, "n_local": 7, "last_n": 5}
 TIMES = {
     "time",
     "seconds_per_sample",

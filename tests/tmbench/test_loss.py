@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tmbench.results.rows import LossRow
 from tmbench.results.tables import read_all
 from tmbench_kernels import Triangle
 
-WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
+WINDOW: dict[str, Any] = {"n_init": 3, "n_local": 7, "last_n": 5}
 ANSWER = [5, 17, 5, 80]
 
 

@@ -41,6 +41,10 @@ def test_compositions():
     assert plan("minference").patterns == (VerticalSlash(),) * 6
     assert plan("tri_mix_minference", starting_layer=2).patterns == (VerticalSlash(),) * 2 + (triangle,) * 4
     assert plan("streaming", n_init=4, n_local=32).patterns == (Triangle(4, 32, 0),) * 6
+    assert plan("streaming", n_local=32, delta=64).patterns == (Triangle(8, 32, 0, 64, "carry"),) * 6
+    assert (
+        plan("tri_mix_xattention", delta=32, mode="recompute").patterns[3:] == (Triangle(8, 512, 128, 32, "recompute"),) * 3
+    )
     assert plan("flexprefill").patterns == (FlexPrefill(),) * 6
     assert plan("flexprefill", gamma=0.9, tau=0, min_budget=512).patterns == (FlexPrefill(0.9, 0, 512),) * 6
     assert plan("xattention").patterns == (XAttention(),) * 6
@@ -116,6 +120,9 @@ def test_parameters_are_those_the_method_reads():
     assert plan("dense").parameters == {}
     assert plan("tri_mix", n_local=64).parameters == {"layers": "3-", "n_init": 8, "n_local": 64, "last_n": 128}
     assert plan("streaming").parameters == {"n_init": 8, "n_local": 512}
+    assert plan("streaming", delta="64").parameters == {"n_init": 8, "n_local": 512, "delta": 64, "mode": "carry"}
+    assert plan("oracle_blocks").parameters == {"p": 0.95}
+    assert plan("oracle_blocks", like="flashprefill").parameters == {"like": "flashprefill:alpha=0.1"}
     assert plan("minference").parameters == {"patterns": "default"}
     assert plan("flexprefill", gamma=0.9).parameters == {"gamma": 0.9, "tau": 0.1, "min_budget": 1024}
     assert plan("xattention", stride=8).parameters == {"stride": 8, "threshold": 0.9, "first_chunk": 0}
@@ -152,6 +159,10 @@ OUT_OF_RANGE = [
     ("streaming", {"n_init": 0, "n_local": 0}, "--n-init and --n-local are both 0, so most queries would see no key"),
     ("tri_mix", {"last_n": 2.5}, "--last-n must be a whole number, not 2.5"),
     ("tri_mix", {"last_n": True}, "--last-n must be a whole number, not True"),
+    ("tri_mix", {"delta": 0}, "delta must be 1 or more, not 0"),
+    ("streaming", {"mode": "carry"}, "mode carry says what delta does, which is not given: add delta=64"),
+    ("oracle_blocks", {"p": 0}, "p must be above 0 and at most 1, not 0"),
+    ("oracle_blocks", {"p": 0.5, "like": "xattention"}, "p and like both say how many blocks to take: give one of them"),
     ("flexprefill", {"gamma": None}, "gamma must be a number, not None"),
 ]
 
@@ -164,7 +175,9 @@ def test_parameters_out_of_range_are_refused_by_name(name, values, message):
 
 def test_an_unknown_keyword_of_python_is_one_sentence(make_model):
     model = make_model("llama")
-    with pytest.raises(UserError, match="^tri_mix has no parameter 'gamma': it has n_init, n_local, last_n, dense_backend$"):
+    with pytest.raises(
+        UserError, match="^tri_mix has no parameter 'gamma': it has n_init, n_local, last_n, delta, mode, dense_backend$"
+    ):
         applied(model, "tri_mix", gamma=0.5).__enter__()
     with pytest.raises(UserError, match="^--layers changes nothing in dense: leave it out$"):
         applied(model, "dense", layers="2-").__enter__()

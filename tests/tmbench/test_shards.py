@@ -33,7 +33,7 @@ from tmbench.results.tables import csv_paths, read_all
 from tmbench.suites.ruler import Ruler
 from tmbench_kernels import Triangle
 
-WINDOW = {"n_init": 3, "n_local": 7, "last_n": 5}
+WINDOW: dict[str, Any] = {"n_init": 3, "n_local": 7, "last_n": 5}
 OF = 3
 KINDS = {"accuracy": RulerRow, "agree": AgreeRow, "probe": ProbeRow, "loss": LossRow}
 
