@@ -11,6 +11,7 @@ from tmbench_kernels.minference.head_patterns import HeadPattern, head_patterns_
 from tmbench_kernels.oracle_blocks import OracleBlocks
 from tmbench_kernels.parameters import Declared, Parameter, ParameterError, parameter
 from tmbench_kernels.pattern import Backend, Pattern
+from tmbench_kernels.pbs import PBS
 from tmbench_kernels.section_gradients import MEASURES, SECTIONS, DenseProbe, Sections
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
@@ -18,6 +19,7 @@ from tmbench_kernels.xattention import XAttention
 
 __all__ = [
     "MEASURES",
+    "PBS",
     "SECTIONS",
     "Backend",
     "BlockLists",

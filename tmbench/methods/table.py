@@ -177,6 +177,12 @@ DYNAMIC_METHODS = (
         Part("FlashPrefill"),
     ),
     Method(
+        "pbs",
+        "PBS-Attn: blocks of keys that are sorted by importance inside of segments, in every layer",
+        ("Wang et al. 2025, arXiv 2510.21270",),
+        Part("PBS"),
+    ),
+    Method(
         "oracle_blocks",
         "an oracle: the key blocks that truly hold most attention, which bounds all choices of blocks and is never timed",
         ("after Wang et al. 2026, arXiv 2606.07703",),

@@ -1,0 +1,112 @@
+"""PBS-Attn's rule, written a second time key by key in float64, against the definition; attention against masked softmax."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tmbench_kernels import PBS, Dense
+from tmbench_kernels.reference import masked_lse
+
+B = 128
+PATTERNS = [PBS(256, 0.6), PBS(128, 0.9), PBS(384, 0.3)]
+CHUNKS = [(1, 0), (256, 0), (1100, 1099), (1024, 512), (900, 133)]
+
+
+def seen_keys(q, k, scale, pattern, start):
+    """The keys of every query from ``start`` on, as sets of positions, chosen in float64."""
+    length, size = len(k), pattern.segment
+    whole = length // size * size
+    importance = np.zeros(whole)
+    last = q[-B:]
+    for query in last:
+        weights = np.exp(k[:whole] @ query * scale)
+        importance += weights / max(weights.sum(), 1e-300) / len(last)
+    order = []
+    for first in range(0, whole, size):
+        order += sorted(range(first, first + size), key=lambda n: (-importance[n], n))
+    blocks = [order[n : n + B] for n in range(0, whole, B)]
+    found = []
+    for i in range(start, length):
+        own = i // size * size
+        mine = q[max(i // B * B - start, 0) : (i // B + 1) * B - start].mean(0)
+        before = blocks[: own // B]
+        weights = [math.exp(k[block].mean(0) @ mine * scale) for block in before]
+        keys, held = set(range(own, i + 1)), 0.0
+        for n in sorted(range(len(before)), key=lambda n: (-weights[n], n)):
+            if held < pattern.score * sum(weights) or 0 in before[n]:
+                keys |= set(before[n])
+            held += weights[n]
+        found.append(keys)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize(("length", "start"), CHUNKS)
+def test_the_published_rule(make_qkv, make_structured_qkv, pattern, length, start):
+    for make, scale in ((make_structured_qkv, 0.3), (make_qkv, 1.0)):
+        q, k, _ = make(length, heads=2, kv_heads=1, dim=32, seed=length)
+        q = q[:, :, start:]
+        mask = pattern.mask(q, k, scale=scale)
+        assert pattern.pairs(q, k, scale=scale) == int(mask.sum())
+        for h in range(2):
+            expected = seen_keys(q[0, h].double().numpy(), k[0, 0].double().numpy(), scale, pattern, start)
+            assert [set(row.nonzero().flatten().tolist()) for row in mask[0, h]] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize(("length", "start"), [(256, 0), (400, 0), (650, 133)])
+def test_attention_and_its_sums_are_exact(make_structured_qkv, assert_exact, pattern, length, start, dtype):
+    q, k, v = make_structured_qkv(length, dtype=dtype, seed=length)
+    q, v = q[:, :, start:], v[..., :24]
+    mask = pattern.mask(q, k, scale=0.3)
+    out = pattern.attend(q, k, v, scale=0.3)
+    assert_exact(out, q, k, v, mask, 0.3)
+    assert out.transpose(1, 2).is_contiguous(), "as models want it in memory"
+    assert_exact(pattern.last_row(q, k, v, scale=0.3), q[:, :, -1:], k, v, mask[:, :, -1:], 0.3)
+    sinks = torch.tensor([0.5, 2.0, -1.0, 1.0])
+    assert_exact(pattern.attend(q, k, v, scale=0.3, sinks=sinks), q, k, v, mask, 0.3, sinks=sinks)
+    out, lse = pattern.attend_lse(q, k, v, scale=0.3, softcap=4.0)
+    assert_exact(out, q, k, v, mask, 0.3, softcap=4.0)
+    torch.testing.assert_close(lse.double(), masked_lse(q, k, mask, scale=0.3, softcap=4.0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_patterns_of_these_tests_are_sparse(make_structured_qkv):
+    """And sorting is what makes them so: heavy keys come first in their segment."""
+    q, k, _ = make_structured_qkv(1100)
+    for pattern in PATTERNS:
+        assert 0.3 < pattern.pairs(q, k) / Dense().pairs(q, k) < 0.99
+    order = PBS(256).sort(q, k, 0.2)
+    assert order.shape == (1, 4, 1024)
+    for n in range(4):
+        assert torch.equal(order[0, 0, n * 256 : (n + 1) * 256].sort().values, torch.arange(n * 256, (n + 1) * 256))
+
+
+def test_the_whole_score_and_a_single_segment_are_dense(make_qkv):
+    q, k, v = make_qkv(900, batch=2)
+    for pattern in (PBS(128, 1), PBS(1024)):
+        assert pattern.pairs(q, k) == Dense().pairs(q, k)
+        torch.testing.assert_close(pattern.attend(q, k, v), Dense().attend(q, k, v))
+
+
+def test_both_parts_are_named(make_qkv):
+    assert PBS().backend(*make_qkv(600)).name == "torch-blocks+pbs:torch"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"segment": 0}, "segment must be a multiple of 128, not 0"),
+        ({"segment": 100}, "segment must be 0 or a multiple of 128, not 100"),
+        ({"score": 0}, "score must be above 0 and at most 1, not 0"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        PBS(**values)
