@@ -12,6 +12,7 @@ from tmbench_kernels import PBS, Dense
 from tmbench_kernels.reference import masked_lse
 
 B = 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = [PBS(256, 0.6), PBS(128, 0.9), PBS(384, 0.3)]
 CHUNKS = [(1, 0), (256, 0), (1100, 1099), (1024, 512), (900, 133)]
 
@@ -93,6 +94,16 @@ def test_the_whole_score_and_a_single_segment_are_dense(make_qkv):
     for pattern in (PBS(128, 1), PBS(1024)):
         assert pattern.pairs(q, k) == Dense().pairs(q, k)
         torch.testing.assert_close(pattern.attend(q, k, v), Dense().attend(q, k, v))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "start"), [(400, 0), (390, 133)])
+def test_with_the_kernel_for_lists(make_structured_qkv, assert_exact, length, start):
+    """Triton's, interpreted where there is no GPU."""
+    q, k, v = (x.to(DEVICE) for x in make_structured_qkv(length, heads=2, kv_heads=1, dtype=torch.float16))
+    q, pattern = q[:, :, start:], PBS(128, 0.5)
+    (backend,) = (backend for backend in PBS.backends if backend.name == "triton")
+    assert_exact(backend.attend(pattern, q, k, v, 0.3), q, k, v, pattern.mask(q, k, scale=0.3), 0.3)
 
 
 def test_both_parts_are_named(make_qkv):

@@ -24,8 +24,8 @@ from tmbench_kernels.reference import causal_mask, masked_logits
 from tmbench_kernels.scores import largest, products, tiles
 from tmbench_kernels.xattention import XAttention
 
-_COPIES = 4
-"""How many tensors of a tile's size are alive at once: logits, shares, and what padding and softmax make of them."""
+_SMALLER = {"cpu": 256}
+"""How much smaller a tile of logits is than others: several are alive at once, and on a CPU they are to fit the caches."""
 _SHARE = Parameter(default=0.95, help="", above=0, at_most=1)
 _KINDS: dict[str, type[BlockSparse]] = {kind.name.replace("_", ""): kind for kind in (FlashPrefill, FlexPrefill, XAttention)}
 
@@ -132,11 +132,11 @@ class OracleBlocks(BlockSparse):
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         batch, heads, length = *q.shape[:2], k.shape[2]
         start, blocks = length - q.shape[2], block_count(length)
-        first = start // BLOCK
+        first, smaller = start // BLOCK, _SMALLER.get(q.device.type, 4)
         causal = causal_mask(blocks, q.device, queries=blocks - first)
         other = None if self.like is None else self.like.pattern.block_map(q, k, scale) & causal
         kept = torch.zeros(batch, heads, blocks - first, blocks, dtype=torch.bool, device=q.device)
-        for some, kv, part in tiles(heads, k.shape[1], blocks - first, _COPIES * batch * BLOCK * length):
+        for some, kv, part in tiles(heads, k.shape[1], blocks - first, smaller * batch * BLOCK * length):
             rows = range(first + part.start, first + part.stop)
             low, high = max(rows.start * BLOCK, start), min(rows.stop * BLOCK, length)
             mass = _mass(q[:, some, low - start : high - start], k[:, kv, :high], scale)
