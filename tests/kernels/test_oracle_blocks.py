@@ -112,6 +112,7 @@ def test_chunks_that_end_on_the_edges_of_blocks_give_the_rows_of_one_piece(make_
             assert torch.equal(part, whole[:, :, start:end, :end])
 
 
+@pytest.mark.slow
 def test_the_whole_share_is_dense(make_qkv):
     q, k, v = make_qkv(900, batch=2)
     assert OracleBlocks(1).pairs(q, k) == Dense().pairs(q, k)

@@ -89,6 +89,7 @@ def test_the_patterns_of_these_tests_are_sparse(make_structured_qkv):
         assert torch.equal(order[0, 0, n * 256 : (n + 1) * 256].sort().values, torch.arange(n * 256, (n + 1) * 256))
 
 
+@pytest.mark.slow
 def test_the_whole_score_and_a_single_segment_are_dense(make_qkv):
     q, k, v = make_qkv(900, batch=2)
     for pattern in (PBS(128, 1), PBS(1024)):
