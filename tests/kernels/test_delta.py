@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_what_models_ask_of_the_logits(make_structured_qkv, mode):
     """Caps, learned sinks, values of another width; 16 bits within their rounding; memory as models want it."""
     q, k, v = make_structured_qkv(500, heads=4, kv_heads=2)
     v = v[..., :24]
-    asked = {"softcap": 3.0, "sinks": torch.tensor([0.5, 4.0, -1.0, 2.0]), "scale": 0.3}
+    asked: dict[str, Any] = {"softcap": 3.0, "sinks": torch.tensor([0.5, 4.0, -1.0, 2.0]), "scale": 0.3}
     pattern = Triangle(4, 32, delta=64, mode=mode)
     expected = corrected(pattern, q, k, v, **asked)
     torch.testing.assert_close(pattern.attend(q, k, v, **asked).double(), expected, rtol=1e-4, atol=1e-5)

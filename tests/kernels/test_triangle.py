@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def test_queries_without_keys_give_zeros(make_qkv):
 @pytest.mark.parametrize("field", ["n_init", "n_local", "last_n"])
 def test_negative_sizes_are_refused_by_name(field):
     with pytest.raises(ValueError, match=f"^{field} must be 0 or more, not -1"):
-        Triangle(**{field: -1})
+        Triangle(**dict[str, Any]({field: -1}))
 
 
 @pytest.mark.slow
