@@ -113,13 +113,18 @@ def test_at_128k_it_costs_less_than_2_percent_of_dense():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60 if GPU else 8))
-def test_the_kernel_for_dense_rows(make_qkv, measure_errors, seed):
-    """Interpreted where there is no GPU: any lengths, chunks, distances, shapes, caps and sums."""
+@pytest.mark.parametrize("seed", range(60 if GPU else 12))
+def test_the_kernel_for_dense_rows(make_qkv, measure_errors, monkeypatch, seed):
+    """Interpreted where there is no GPU: any lengths, chunks, distances, shapes, caps and sums, keys split and whole."""
+    from tmbench_kernels.triangle import splits
     from tmbench_kernels.triangle.delta.triton_backend import attend_rows
 
     draw = random.Random(seed)
-    length = draw.choice([1, 65, 129, draw.randint(1, 3000 if GPU else 300)])
+    monkeypatch.setattr(splits, "ONE_LAUNCH", draw.choice([0, 4096]))
+    if not GPU:
+        processors = draw.choice([1, 64])
+        monkeypatch.setattr("tmbench_kernels.triangle.delta.triton_backend.multiprocessors", lambda device: processors)
+    length = draw.choice([1, 129, 301, 400, draw.randint(1, 3000 if GPU else 300)])
     queries, delta = draw.choice([length, draw.randint(1, length)]), draw.choice([1, 7, 16, 64])
     groups, kv_heads = draw.choice([1, 3, 4]), draw.choice([1, 2])
     shape = {

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tmbench_kernels.launch import block_dim
 from tmbench_kernels.online_softmax import log_sum_exp
-from tmbench_kernels.triangle.splits import Schedule
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "out_batch", "length", "tail"])
@@ -47,10 +46,13 @@ def _combine(
         tl.store(lse_ptr + place, log_sum_exp(row_max, row_sum), mask=ok)
 
 
-def combine(split_out: Tensor, split_lse: Tensor, schedule: Schedule, out: Tensor, lse: Tensor | None) -> None:
-    """Write the last rows of ``out``, made by ``empty_output``, and of ``lse``, if any, from their splits."""
+def combine(split_out: Tensor, split_lse: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """Write the last rows of ``out``, made by ``empty_output``, and of ``lse``, if any, from their splits.
+
+    Splits are ``[splits, batch, rows, heads, v_dim]`` and ``[splits, batch, rows, heads]``, these to base 2.
+    """
     splits, batch, rows, heads, v_dim = split_out.shape
-    tail = out.shape[2] - schedule.last_n
+    tail = out.shape[2] - rows
     whole = (None, None, None) if lse is None else (out.shape[2], tail, heads)
     _combine[(-(-rows * heads // 16), batch)](
         split_out, split_lse, out[:, :, tail:], lse, rows * heads, splits, out.stride(0), *whole,

@@ -165,5 +165,5 @@ def attend(pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, *, 
     plan = PLAN.pack(split_out.data_ptr(), split_lse.data_ptr(), *launch.numbers, sums)
     launch.kernel.launch(launch.programs, q.device, maps, plan)
     if schedule.splits > 1:
-        combine(split_out, split_lse, schedule, out, lse)
+        combine(split_out, split_lse, out, lse)
     return out

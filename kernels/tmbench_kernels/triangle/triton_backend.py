@@ -196,5 +196,5 @@ def attend(
         SMALL=FEW_SINKS if pattern.n_init <= FEW_SINKS else 0, num_warps=8, num_stages=2, **options,
     )  # fmt: skip
     if schedule.splits > 1:
-        combine(split_out, split_lse, schedule, out, lse)
+        combine(split_out, split_lse, out, lse)
     return out
