@@ -8,15 +8,9 @@ from collections import Counter
 import pytest
 
 from tmbench.errors import UserError
-from tmbench.models import loading
 from tmbench.suites.aggregation import DIFFERENT, Aggregation
 
 ENTRY = re.compile(r"(\d+)\. (.+?)(?= \d+\. |\n)")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 def samples(length, tokenizer, places=range(4), seed=42):

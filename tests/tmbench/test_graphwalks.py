@@ -8,15 +8,9 @@ import networkx as nx
 import pytest
 
 from tmbench.errors import UserError
-from tmbench.models import loading
 from tmbench.suites.graphwalks import DEPTHS, MOST_NODES, NEW_TOKENS, PREFIX, TEXT, GraphWalks, f1
 
 OPERATION = re.compile(r"Operation: (?:BFS from node (\w+) with depth (\d+)|parents of node (\w+))\n")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 def graph_of(text):

@@ -8,18 +8,12 @@ from collections import Counter
 import pytest
 
 from tmbench.errors import UserError
-from tmbench.models import loading
 from tmbench.suites.drawn import share_found
 from tmbench.suites.rulerv2 import ORDERS, RulerV2
 
 NEEDLE = re.compile(r"^A hidden number of (\S.*) is (\d{10})\.$", re.MULTILINE)
 TEXT = re.compile(r"^Text (\d{7}): (.+)$", re.MULTILINE)
 ASKED = re.compile(r"Which hidden numbers? of (\S.*) do the lines|that begin with \"Text (\d{7}):\", take the (\w+),")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return loading.load_tokenizer("tiny")
 
 
 def samples(task, length, tokenizer, places=range(6), seed=42):
