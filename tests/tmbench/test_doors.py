@@ -22,6 +22,7 @@ DOORS = {
     "suites": {"models", "methods", "results", "ruler_tasks"},
     "measure": {"engine", "suites", "models", "methods", "results", "tmbench_kernels", "ruler_tasks"},
     "executors": {"measure", "models", "results"},
+    "serving": {"methods", "results", "tmbench_kernels"},
     "report": {"methods", "results", "ruler_tasks", "tmbench_kernels"},
     "cli": {
         "executors", "measure", "report", "engine", "suites", "models", "methods", "results", "ruler_tasks",
