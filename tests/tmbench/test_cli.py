@@ -23,8 +23,8 @@ from tmbench.results.rows import ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import read_all
 
 COMMANDS = (
-    "ttft", "ruler", "ruler-data", "suite", "agree", "sweep", "probe", "patterns", "tune", "merge", "report", "demo", "list",
-    "env",
+    "ttft", "ruler", "ruler-data", "suite", "agree", "sweep", "probe", "patterns", "tune", "merge", "report", "serving",
+    "demo", "list", "env",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ DOORS = {
     "serving": {"methods", "results", "tmbench_kernels"},
     "report": {"methods", "results", "ruler_tasks", "tmbench_kernels"},
     "cli": {
-        "executors", "measure", "report", "engine", "suites", "models", "methods", "results", "ruler_tasks",
+        "executors", "serving", "measure", "report", "engine", "suites", "models", "methods", "results", "ruler_tasks",
         "tmbench_kernels",
     },
 }  # fmt: skip

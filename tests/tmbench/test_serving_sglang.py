@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fake_sglang import AttentionType, ForwardMode, Options, RadixAttention, Runner, install
+from tmbench import __version__
 from tmbench.errors import UserError
 from tmbench.serving.settings import VARIABLE
 from tmbench_kernels import Triangle
@@ -253,3 +254,27 @@ def test_without_settings_there_is_no_server(engine, monkeypatch, tmp_path):
         Settings.read()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         Settings.read({VARIABLE: str(tmp_path / "none.toml")})
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_the_plug_in_reads(tmbench, engine):
+    code, out, err = tmbench("serving", "--layers", "1,3", "--n-init", "4", "--output", "made/triangle.toml")
+    assert code == 0, err
+    assert f"{VARIABLE}=made/triangle.toml sglang serve --model-path tiny" in out
+    text = Path("made/triangle.toml").read_text()
+    assert text.startswith(f"# tmbench {__version__}: triangle attention in tiny, layers by this choice: given\n")
+    extend = engine(Runner(layers()), text).forward_extend
+    assert extend.layers == set(CHOSEN)
+    assert extend.pattern == Triangle(4, 512, 128)
+    assert tmbench("serving", "--output", "half.toml")[0] == 0
+    assert 'layers = "4-"' in Path("half.toml").read_text(), "half of tiny's depth, as for tri_mix"
+    for given, error in [
+        (("--last-n", "0"), "last_n must be 1 or more"),
+        (("--layers", "none"), "layers 8- are none of this model's"),
+        (("--layers", "auto"), "run tmbench probe --model tiny first"),
+    ]:
+        code, _, err = tmbench("serving", *given, "--output", "refused.toml")
+        assert code == 2
+        assert error in err
+    assert not Path("refused.toml").exists()
+    assert "--output: /dev/null/t.toml cannot be written" in tmbench("serving", "--output", "/dev/null/t.toml")[2]

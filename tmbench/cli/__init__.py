@@ -12,7 +12,23 @@ from rich.text import Text
 
 from ruler_tasks.errors import RulerError
 from tmbench import __version__
-from tmbench.cli import agree, demo, info, merge, patterns, probe, ranks, report, ruler, streams, suite, sweep, ttft, tune
+from tmbench.cli import (
+    agree,
+    demo,
+    info,
+    merge,
+    patterns,
+    probe,
+    ranks,
+    report,
+    ruler,
+    serving,
+    streams,
+    suite,
+    sweep,
+    ttft,
+    tune,
+)
 from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import error_console
 from tmbench.errors import UserError
@@ -48,6 +64,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tune.tune,
     "merge": merge.merge,
     "report": report.report,
+    "serving": serving.serving,
     "demo": demo.demo,
     "list": info.list_,
     "env": info.env,
