@@ -33,7 +33,7 @@ def _attend(pattern, q, k, v, scale):
 class EveryOther(Pattern):
     """A query sees the keys whose distance is a multiple of ``every``, and the first key."""
 
-    every: int = parameter(2, help="A query sees every so manieth key before it.", at_least=1, tokens=True)
+    every: int = parameter(2, help="A query sees every n-th key before it.", at_least=1, tokens=True)
     share: float = parameter(1.0, help="Decides nothing.", above=0, at_most=1)
     note: str = parameter("", help="Decides nothing either.")
 
@@ -52,7 +52,7 @@ class EveryOther(Pattern):
         return q.shape[0] * q.shape[1] * int(kept.sum())
 
 
-TOY = Method("every_other", "toy: every so manieth key", ("Nobody 2026, arXiv 0000.00000",), Part(EveryOther))
+TOY = Method("every_other", "toy: every n-th key", ("Nobody 2026, arXiv 0000.00000",), Part(EveryOther))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class Triangle(Pattern):
     last_n: int = LAST_N.field()
     delta: int | None = parameter(
         None,
-        help="Every so manieth query is also dense, its difference carried on (arXiv 2505.11254).",
+        help="Every delta-th query is also dense, its difference carried on (arXiv 2505.11254).",
         read=lambda given: _DELTA.value("delta", given),
         shown_default="none",
     )

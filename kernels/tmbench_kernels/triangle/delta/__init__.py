@@ -1,4 +1,4 @@
-"""Delta correction: every so manieth row of a triangle also dense, and its difference carried to the rows up to the next.
+"""Delta correction: every delta-th row of a triangle also dense, and its difference carried to the rows up to the next.
 
 Willette et al. 2025, arXiv 2505.11254. Each row whose position is a multiple of ``delta`` differs from dense attention by
 d = dense - triangle. That row and those behind it, up to the next such row, get triangle + d. The last rows are dense in any

@@ -1,4 +1,4 @@
-"""Dense attention of every so manieth query in Triton: one launch over rows that lie apart in q.
+"""Dense attention of every delta-th query in Triton: one launch over rows that lie apart in q.
 
 Every program owns a tile of such rows, of all the query heads that share a key head, and walks over the keys up to the last
 of them. A tile's rows lie far apart, so that its edge is several tiles of keys wide, which carry a mask. The tiles that see
