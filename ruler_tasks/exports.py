@@ -1,5 +1,6 @@
 """All that this package offers to others, imported eagerly: ``ruler_tasks`` has it on first use."""
 
+from ruler_tasks.asking import question_start
 from ruler_tasks.dataset import read_dataset, write_dataset
 from ruler_tasks.encoding import encode_prompt
 from ruler_tasks.errors import (
@@ -38,6 +39,7 @@ __all__ = [
     "get_task",
     "load_wording",
     "minimum_length",
+    "question_start",
     "read_dataset",
     "score",
     "write_dataset",

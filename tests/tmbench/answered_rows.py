@@ -12,7 +12,8 @@ from tmbench.results.tables import append
 
 def add_answers(root, method, task, scores, answers=None, *, length=4096, more=None, **changes):
     """A row with its predictions: scores and texts of samples in their order; ``more`` is what each line has beside."""
-    name = f"predictions/{method}/{task}-{length}-{changes.get('n_local', '')}.jsonl"
+    told = "".join(str(changes.get(column, "")) for column in ("n_local", "chunk", "ask_later"))
+    name = f"predictions/{method}/{task}-{length}-{told}.jsonl"
     about = COMMON | RULER | OWN.get(method, {}) | {"method": method, "task": task, "length": length}
     about |= {"samples": len(scores), "score": round(100 * sum(scores) / len(scores), 2), "predictions": name} | changes
     path = root / about["device"] / "ruler" / name

@@ -114,11 +114,11 @@ def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
     sample = loss.loss_sample
     asked: list[tuple[str, int]] = []
 
-    def measure(loaded, plan, prefill, question, ran):
+    def measure(loaded, plan, prefill, question, ran, *more):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append((plan.method, question.index))
-        return sample(loaded, plan, prefill, question, ran)
+        return sample(loaded, plan, prefill, question, ran, *more)
 
     monkeypatch.setattr(loss, "loss_sample", measure)
     with pytest.raises(KeyboardInterrupt):
@@ -136,10 +136,10 @@ def test_a_killed_run_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
 def test_a_method_that_fails_is_a_row_and_the_rest_goes_on(job, monkeypatch):
     sample = loss.loss_sample
 
-    def measure(loaded, plan, prefill, question, ran):
+    def measure(loaded, plan, prefill, question, ran, *more):
         if plan.method == "dense":
             raise MemoryError
-        return sample(loaded, plan, prefill, question, ran)
+        return sample(loaded, plan, prefill, question, ran, *more)
 
     monkeypatch.setattr(loss, "loss_sample", measure)
     rows = rows_of(job().run())
@@ -164,8 +164,8 @@ def test_an_overwrite_killed_behind_dense_leaves_no_difference_to_the_older_one(
     first = rows_of(job().run())
     sample, real = loss.loss_sample, keeping.append
 
-    def shifted(loaded, plan, prefill, question, ran):
-        one = sample(loaded, plan, prefill, question, ran)
+    def shifted(loaded, plan, prefill, question, ran, *more):
+        one = sample(loaded, plan, prefill, question, ran, *more)
         return replace(one, nll_prompt=one.nll_prompt + 1.0 * (plan.method == "dense"))
 
     def append(root, row):

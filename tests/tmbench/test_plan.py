@@ -218,9 +218,9 @@ def test_texts_decode_together_as_far_as_all_that_their_slots_keep_goes(make_mod
     slot = 4 * 2 * (16 + 16) * 4 * 100
     room = replace(environment.current(torch.device("cpu")), memory_bytes=int((weights + 5.5 * slot) / FREE))
     loaded = LoadedModel("small", model, None, "random", "")
-    assert Estimator(loaded, room, tmp_path, EAGER, batch_size=64).texts(100) == 5
+    assert Estimator(loaded, room, tmp_path, {"prefill": EAGER}, batch_size=64).texts(100) == 5
     hybrid = LoadedModel("small", make_model("lfm2", layer_types=["conv", "full_attention"] * 2), None, "random", "")
-    assert Estimator(hybrid, room, tmp_path, EAGER, batch_size=64).texts(100) == 1
+    assert Estimator(hybrid, room, tmp_path, {"prefill": EAGER}, batch_size=64).texts(100) == 1
 
 
 def test_durations_are_easily_read():

@@ -38,5 +38,7 @@ def generate(model: PreTrainedModel, plan: Plan, ids: Tensor, count: int, kind: 
 def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Callable[[PreTrainedModel, Tensor, int], list[int]]) -> None:
     """Have ``answer``, given model, prompt and the most new tokens, stand in for decoding."""
     monkeypatch.setattr(
-        Session, "generate", lambda session, ids, count: torch.tensor([answer(session.model, ids, count)], dtype=torch.long)
+        Session,
+        "generate",
+        lambda session, ids, count, context: torch.tensor([answer(session.model, ids, count)], dtype=torch.long),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,6 +42,8 @@ def agree(
         ),
     ] = None,
     prompt_file: o.PromptFileOption = None,
+    chunk: o.ChunkOption = None,
+    prompt_length: o.PromptLengthOption = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -68,6 +71,7 @@ def agree(
     if "dense" not in methods:
         methods.insert(0, "dense")
     chosen = attention.once().specs(methods)
+    chunks = o.chunks_of(chunk, prompt_length, attention.native)
     if len(chosen) == 1 and not attention.native:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
     part = o.shard_of(shard, overwrite)
@@ -91,7 +95,8 @@ def agree(
         new_tokens=new_tokens,
         batch_size=batch_size,
         seed=seed,
-        prefill=where.ask(prefill_kind),
+        prefill=where.ask(partial(prefill_kind, chunks=chunks)),
+        chunks=chunks,
         overwrite=overwrite,
         shard=part,
     )
@@ -105,7 +110,11 @@ def _show(rows: Sequence[AgreeRow]) -> None:
     figures = ("same token", "first difference, median", "never differs")
     for length in sorted({row.length for row in rows}):
         shown = table(
-            f"Token agreement with dense after {counted(length, 'token')}", "method", *figures, "samples", right=figures
+            f"Token agreement with dense after {counted(length, 'token')}{rows[0].fed}",
+            "method",
+            *figures,
+            "samples",
+            right=figures,
         )
         for row in rows:
             if row.length == length and row.method != "dense":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from tmbench.results.words import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tmbench.engine.chunks import Chunks
     from tmbench.measure.spec import ModelSource
     from tmbench.methods.spec import MethodSpec
     from tmbench.results.rows import RulerRow
@@ -97,6 +99,8 @@ def ask(
     overwrite: bool,
     save_samples: bool,
     shard: Shard | None,
+    chunks: Chunks | None,
+    ask_later: bool = False,
     as_json: bool,
     plan: bool,
 ) -> None:
@@ -123,7 +127,9 @@ def ask(
         samples=samples,
         batch_size=batch_size,
         seed=seed,
-        prefill=run.ask(prefill_kind),
+        prefill=run.ask(partial(prefill_kind, chunks=chunks, ask_later=ask_later)),
+        chunks=chunks,
+        ask_later=ask_later,
         overwrite=overwrite,
         save_samples=save_samples,
         shard=shard,
@@ -137,7 +143,7 @@ def ask(
 def _show(rows: Sequence[RulerRow]) -> None:
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):
-        shown = table(f"{rows[0].title} at {counted(length, 'token')}", "task", *methods, right=tuple(methods))
+        shown = table(f"{rows[0].title} at {counted(length, 'token')}{rows[0].fed}", "task", *methods, right=tuple(methods))
         cells = {(row.task, row.method): row for row in rows if row.length == length}
         tasks = list(dict.fromkeys(task for task, _ in cells))
         for task in tasks:

@@ -19,6 +19,7 @@ from tmbench.models.presets import preset_names
 from tmbench_kernels.parameters import LARGEST_COUNT
 
 if TYPE_CHECKING:
+    from tmbench.engine.chunks import Chunks
     from tmbench.models.loading import LoadedModel
     from tmbench.results.shards import Shard
     from tmbench.suites.prompts import Kind
@@ -42,8 +43,9 @@ def parse_length(text: str) -> int:
     return int(length)
 
 
-MEASURED, MACHINE, WORKERS, OUTPUT, PROMPTS = (
+MEASURED, SERVED, MACHINE, WORKERS, OUTPUT, PROMPTS = (
     "What is measured",
+    "As engines serve it",
     "Model and machine",
     "Several GPUs",
     "Output",
@@ -71,6 +73,27 @@ PromptFileOption = Annotated[
     typer.Option(
         "--prompt-file", metavar="FILE.jsonl", rich_help_panel=MEASURED,
         help="Prompts of your own: a JSON object a line, with prompt, and where you like answer and id.",
+    ),
+]  # fmt: skip
+ChunkOption = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk", parser=parse_length, metavar="TOKENS", rich_help_panel=SERVED, show_default="in one piece",
+        help="Feed prompts in chunks of so many tokens, as serving engines do: 2048 or 8K.",
+    ),
+]  # fmt: skip
+PromptLengthOption = Annotated[
+    Literal["known", "unknown"] | None,
+    typer.Option(
+        "--prompt-length", rich_help_panel=SERVED, show_default="known",
+        help="Whether attention knows in a chunk how long the prompt is; if not, every chunk's last rows count as last.",
+    ),
+]  # fmt: skip
+AskLaterOption = Annotated[
+    bool,
+    typer.Option(
+        "--ask-later", rich_help_panel=SERVED,
+        help="Have the method read the context without the question, which is then read densely over the kept cache.",
     ),
 ]  # fmt: skip
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the prompts.", rich_help_panel=MEASURED)]
@@ -181,6 +204,23 @@ def refuse(given: Mapping[str, Any], why: str) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise UserError(f"--{name} {why}: leave it out")
+
+
+def chunks_of(size: int | None, prompt_length: str | None, native: bool = False) -> Chunks | None:
+    """How prompts are to be fed; raises UserError for a length's being known beside no chunks, and for ``--attn-native``."""
+    from tmbench.engine.chunks import Chunks
+
+    if size is None:
+        refuse({"prompt-length": prompt_length}, "is about prompts in chunks and needs --chunk")
+        return None
+    refuse({"attn-native": native}, "shows attention over whole prompts and does not go with --chunk")
+    return Chunks(size, known=prompt_length != "unknown")
+
+
+def check_ask_later(ask_later: bool, native: bool) -> None:
+    """Raise UserError for ``--attn-native`` beside it."""
+    if ask_later:
+        refuse({"attn-native": native}, "shows attention over whole prompts and does not go with --ask-later")
 
 
 def prompts_of(texts: Iterable[str], file: Path | None, option: str = "--prompt") -> list[Kind]:

@@ -64,6 +64,8 @@ def probe(
     ] = None,
     prompt_file: o.PromptFileOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts per task.", rich_help_panel=o.MEASURED)] = SAMPLES,
+    chunk: o.ChunkOption = None,
+    prompt_length: o.PromptLengthOption = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -125,7 +127,8 @@ def probe(
     else:
         other = {"patterns": attention.parameters.get("patterns")}
         other |= {attention.choice.removeprefix("--"): attention.choice or None}
-        o.refuse({"method": method, **other}, "needs --loss, as a probe is of dense attention")
+        o.refuse({"method": method, "chunk": chunk, **other}, "needs --loss, as a probe is of dense attention")
+    chunks = o.chunks_of(chunk, prompt_length)
     o.check_plot(plot)
     check_plan(plan, as_json)
     part = o.shard_of(shard, overwrite)
@@ -156,7 +159,7 @@ def probe(
         "shard": part,
     }
     if loss:
-        common |= {"prefill": where.ask(prefill_kind)}
+        common |= {"prefill": where.ask(partial(prefill_kind, chunks=chunks)), "chunks": chunks}
         losses = LossSpec(**common, plans=plans_for(chosen, attention, where, loaded, lengths, output_dir))
         if plan:
             show_plan(losses, loaded, workers)
@@ -235,7 +238,7 @@ def _show_losses(rows: Sequence[LossRow]) -> None:
     for length, task in dict.fromkeys((row.length, row.task) for row in rows):
         here = [row for row in rows if (row.length, row.task) == (length, task)]
         title = f"Negative log-likelihood, nats a token: {task} at {length} tokens, {counted(here[0].samples, 'sample')}"
-        shown = table(title, "method", *figures, right=figures)
+        shown = table(title + here[0].fed, "method", *figures, right=figures)
         for row in here:
             if row.nll_prompt is None:
                 shown.add_row(row.method, row.status.replace("_", " "))

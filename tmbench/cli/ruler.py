@@ -55,15 +55,20 @@ SamplesAsOption = Annotated[
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Download nothing: generated texts stand in.", rich_help_panel=o.PROMPTS)
 ]
+# As ``asking.UnlistedWeightsOption``: the help of tmbench ttft has it, and there is no room for it here.
+UnlistedPromptLengthOption = Annotated[Literal["known", "unknown"] | None, typer.Option("--prompt-length", hidden=True)]
 
 
 @with_checkpoint()
-@with_attention(hidden=("dense_backend", "attn_native"))
+@with_attention(hidden=("dense_backend", "attn_native", "patterns", "n_init"))
 def ruler(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
     task: TaskOption = None,
     samples: asking.SamplesOption = 20,
+    chunk: o.ChunkOption = None,
+    prompt_length: UnlistedPromptLengthOption = None,
+    ask_later: o.AskLaterOption = False,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: asking.UnlistedWeightsOption = "checkpoint",
@@ -99,6 +104,10 @@ def ruler(
     check_plan(plan, as_json)
     methods = list(method or DEFAULT_METHODS)
     chosen = attention.once().specs(methods)
+    chunks = o.chunks_of(chunk, prompt_length, attention.native)
+    o.check_ask_later(ask_later, attention.native)
+    if ask_later:
+        o.refuse({"data": data}, "has samples that do not say where their questions begin, as --ask-later needs to know")
     tasks = tasks_for(task)
     part = o.shard_of(shard, overwrite)
     if data is not None and not length:
@@ -127,6 +136,8 @@ def ruler(
         samples=samples,
         batch_size=batch_size,
         seed=seed,
+        chunks=chunks,
+        ask_later=ask_later,
         overwrite=overwrite,
         save_samples=save_samples,
         shard=part,

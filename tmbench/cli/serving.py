@@ -24,7 +24,7 @@ def serving(
 ) -> None:
     """Write the file that says to a serving engine's plug-in which layers of a model have triangle attention.
 
-    No weight is loaded. docs/serving.md says what the plug-in serves.
+    No weight is loaded. docs/sglang.md says what the plug-in serves.
     """
     from tmbench import __version__
     from tmbench.measure.spec import ModelSource

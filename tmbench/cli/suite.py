@@ -39,6 +39,8 @@ def suite(
         ),
     ] = None,
     samples: asking.SamplesOption = 20,
+    chunk: o.ChunkOption = None,
+    prompt_length: o.PromptLengthOption = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: asking.UnlistedWeightsOption = "checkpoint",
@@ -69,6 +71,7 @@ def suite(
         instead = "tmbench ruler is for that one" if name == "ruler" else f"choose from {', '.join(NAMES)}"
         raise UserError(f"tmbench suite {name} is unknown: {instead}")
     chosen = attention.once().specs(list(method or DEFAULT_METHODS))
+    chunks = o.chunks_of(chunk, prompt_length, attention.native)
     part = o.shard_of(shard, overwrite)
 
     from tmbench.measure.spec import ModelSource
@@ -97,6 +100,7 @@ def suite(
         overwrite=overwrite,
         save_samples=save_samples,
         shard=part,
+        chunks=chunks,
         as_json=as_json,
         plan=plan,
     )

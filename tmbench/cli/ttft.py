@@ -26,6 +26,8 @@ TINY_LENGTHS = (2048, 4096, 8192, 16384)
 LENGTHS = (32768, 65536, 131072)
 MOST_PROMPTS = 1024
 """Of a batch: far more than any device holds of a length worth timing, and few enough to be made."""
+QUESTION_TOKENS = 64
+"""Of a question that is asked later."""
 NOTICEABLE = 1.0
 """Seconds of compilation from which on they are told."""
 
@@ -56,6 +58,18 @@ def ttft(
         ),
     ] = None,
     prompt_file: o.PromptFileOption = None,
+    chunk: o.ChunkOption = None,
+    prompt_length: o.PromptLengthOption = None,
+    ask_later: o.AskLaterOption = False,
+    question_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --ask-later, how many of a prompt's last tokens are the question, which alone is timed.",
+            rich_help_panel=o.SERVED,
+            show_default=str(QUESTION_TOKENS),
+        ),
+    ] = None,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -73,8 +87,9 @@ def ttft(
 ) -> None:
     """Time from token ids on the device to the first new token on the host, with the cache filled for decoding.
 
-    Of a batch it is the time to every prompt's first token. Each length is warmed up, then all methods are interleaved.
-    Rows that are there already are not measured again.
+    Of a batch it is the time to every prompt's first token. With --ask-later it is that of a second turn: from a question's
+    token ids to its first new token, over the kept cache of what the method read before. Each length is warmed up, then all
+    methods are interleaved. Rows that are there already are not measured again.
     """
     check_plan(plan, as_json)
     if executor is not None:
@@ -84,6 +99,10 @@ def ttft(
         )
     methods = list(method or DEFAULT_METHODS)
     chosen = attention.once().specs(methods)
+    chunks = o.chunks_of(chunk, prompt_length, attention.native)
+    o.check_ask_later(ask_later, attention.native)
+    if not ask_later:
+        o.refuse({"question-tokens": question_tokens}, "is about questions that are asked later and needs --ask-later")
 
     from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.measure.ttft import TtftSpec
@@ -104,7 +123,10 @@ def ttft(
         warmup=warmup,
         seed=seed,
         overwrite=overwrite,
-        prefill=where.ask(partial(prefill_kind, compiled=compiled)),
+        prefill=where.ask(partial(prefill_kind, compiled=compiled, chunks=chunks, ask_later=ask_later)),
+        chunks=chunks,
+        ask_later=ask_later,
+        question_tokens=(question_tokens or QUESTION_TOKENS) * ask_later,
     )
     if plan:
         show_plan(spec, loaded)
@@ -127,7 +149,7 @@ def _show(rows: Sequence[TtftRow]) -> None:
         names = figures + ("tokens/s",) * (batch_size > 1)
         slower = {id(row): slower_than_dense(row.backends, dense.backends if dense else "") for row in timed}
         columns = names + (SLOWER_KERNEL,) * any(slower.values())
-        about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}"
+        about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}{here[0].fed}"
         shown = table(about, "method", *columns, right=names)
         for row in here:
             # A row without a time has no figures to stand beside.

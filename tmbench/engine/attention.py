@@ -24,9 +24,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
 from tmbench.engine.calls import rotation
+from tmbench.engine.chunks import Chunks
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.left_padding import OFFSETS, by_text, offsets
-from tmbench.engine.local_attention import Local
+from tmbench.engine.local_attention import Local, attend_locally
 from tmbench.engine.own_attention import AsLoaded, later_mask, own_attention
 from tmbench.engine.prefill_state import LayerPass, PrefillState
 from tmbench.engine.rereading import Rereading
@@ -38,7 +39,7 @@ from tmbench.methods.plan import ModelShape, Plan
 from tmbench.methods.spec import MethodSpec
 from tmbench.methods.table import STATIC_PATTERNS
 from tmbench.models import parallel
-from tmbench.models.attention_modules import PLACE, attention_modules, native_attentions, span
+from tmbench.models.attention_modules import PLACE, attention_modules, limiting_windows, native_attentions, span
 from tmbench.models.geometry import Geometry
 from tmbench.results.words import counted
 from tmbench_kernels import Dense, Pattern
@@ -83,6 +84,8 @@ class Applied:
     """What the model's parts run instead of their own attention."""
     rotation: Callable[[int], int] = lambda length: 0
     """As ``calls.rotation`` has it of the model. It looks at every module, so it is asked for padded batches alone."""
+    chunks: Chunks | None = None
+    """How prompts are fed; None in one piece."""
     splits_prompts: bool = False
     """Whether each rank has a part of a prompt's tokens, and in attention of the heads: see ``token_split``."""
 
@@ -255,32 +258,14 @@ def _native_attention(
     **kwargs: Any,
 ) -> Tensor:
     """Attention of a layer that stays the model's own: over a whole prompt by a kernel, where its window is all there is."""
+    windowed = getattr(attention_mask, WINDOW, None) == slot.local.span
     # Kernels over windows are not differentiated.
-    kernel = query.shape[2] == key.shape[2] and not torch.is_grad_enabled()
-    if getattr(attention_mask, WINDOW, None) != slot.local.span or not kernel:
+    whole = windowed and query.shape[2] == key.shape[2] and not torch.is_grad_enabled()
+    # The model's mask is of a chunk alone, which may be shorter than the window: there is then none.
+    chunk = slot.session.prefill.chunk is not None and (windowed or attention_mask is None or query.shape[2] == 1)
+    if not (whole or chunk):
         return own_attention(module, query, key, value, attention_mask, **kwargs)
     return attend_locally(slot, query, key, value, *_of_logits(kwargs), padding=getattr(attention_mask, OFFSETS, ()))
-
-
-def attend_locally(
-    slot: NativeSlot,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    *,
-    padding: Sequence[int] = (),
-) -> Tensor:
-    """As ``attend``, for a layer that stays the model's own and has a window or chunks."""
-
-    def attend_texts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, backend = slot.local.attend(q, k, v, scale, {"softcap": softcap, "sinks": sinks})
-        slot.session.backends.add(f"{slot.local.name}:{backend}")
-        return out
-
-    return by_text(attend_texts, query, key, value, padding)
 
 
 def _traced_attention(
@@ -316,11 +301,21 @@ def _beyond_window(key: Tensor, kwargs: dict[str, Any]) -> bool:
 
 def _refuse_features(module: Any, key: Tensor, kwargs: dict[str, Any]) -> None:
     if _beyond_window(key, kwargs):
-        window = kwargs["sliding_window"]
-        raise UnsupportedModelError(
-            f"layer {module.layer_idx} has a sliding window of {window} tokens, which {_pattern_name(module)} attention "
-            f"cannot honour for longer prompts: give it {window} or fewer"
-        )
+        raise _no_window(module.layer_idx, kwargs["sliding_window"], _pattern_name(module))
+
+
+def _no_window(layer: int, window: int, name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"layer {layer} has a sliding window of {window} tokens, which {name} attention cannot honour for longer prompts: "
+        f"give it {window} or fewer"
+    )
+
+
+def check_window(model: PreTrainedModel, length: int, name: str) -> None:
+    """Raise UnsupportedModelError for a prompt longer than a window that no pattern honours, which a chunk does not show."""
+    for layer, window in limiting_windows(model).items():
+        if 0 < window < length:
+            raise _no_window(layer, window, name)
 
 
 def _refuse_calls(
@@ -373,24 +368,27 @@ def attend(
     """
     session = slot.session
     query, key, value = session.prefill.exchanged(slot.layer, query, key, value)
-    queries = query.shape[2]
-    # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
-    key, value = key[:, :, :queries], value[:, :, :queries]
+    chunk, pattern = session.prefill.chunk, slot.pattern
+    if chunk is None:
+        # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
+        key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+    else:
+        pattern = chunk.pattern(pattern)
     session.calls += 1
     session.layers.add(slot.layer)
-    attend_by = slot.pattern.last_row if session.prefill.layer.last_row else slot.pattern.attend
+    attend_by = pattern.last_row if session.prefill.layer.last_row else pattern.attend
     # Only what is asked for: patterns of other packages need not know of it.
     about: dict[str, Any] = ({"softcap": softcap} if softcap else {}) | ({} if sinks is None else {"sinks": sinks})
 
     def attend_texts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if session.observer is not None:
-            session.observer(slot.layer, slot.pattern, q, k, scale)
+            session.observer(slot.layer, pattern, q, k, scale)
         if slot.as_loaded is not None:
             session.backends.add(f"{slot.pattern.name}:{slot.as_loaded.name}")
             queries = q[:, :, -1:] if session.prefill.layer.last_row else q
             return slot.as_loaded.attend(queries, k, v, scale, **about).contiguous()
-        backend = slot.pattern.backend(q, k, v, softcap=softcap, lse=sinks is not None)
-        session.backends.add(f"{slot.pattern.name}:{backend.name}")
+        backend = pattern.backend(q, k, v, softcap=softcap, lse=sinks is not None)
+        session.backends.add(f"{pattern.name}:{backend.name}")
         # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
         return attend_by(q, k, v, scale=scale, **about).transpose(1, 2).contiguous()
 

@@ -133,7 +133,14 @@ class Batch:
         raise RuntimeError(f"all {self.slots} slots are taken")
 
     def read(
-        self, session: Session, ids: Tensor, most: int, *, endless: bool = False, given: Sequence[int] | None = None
+        self,
+        session: Session,
+        ids: Tensor,
+        most: int,
+        *,
+        endless: bool = False,
+        given: Sequence[int] | None = None,
+        context: int = 0,
     ) -> Text:
         """Read a prompt by the session's plan; its text has ended already where one token was enough.
 
@@ -141,6 +148,7 @@ class Batch:
             ids: ``[1, length]``.
             most: new tokens, at most; with ``endless`` exactly so many, as none of the model's end tokens is chosen.
             given: so many tokens, which are read behind the prompt in place of those that are chosen.
+            context: as ``Session.read_into`` has it.
 
         Raises:
             ValueError: a text that is too long for the batch.
@@ -150,7 +158,7 @@ class Batch:
             raise ValueError(f"{ids.shape[1]} and {most} tokens are more than this batch has room for")
         free, before = self.free_slot, self.cache.bytes_per_slot * self.slots
         held_before, slot = held(self.model.device), free.number
-        logits = session.read_into(ids, free)
+        logits = session.read_into(ids, free, context)
         check_logits(logits, self.model, "of the prompt's last token")
         first = int(self._choices(logits, torch.tensor([[endless]], device=logits.device)))
         text = Text(slot, most, [first], session.peak.bytes)

@@ -13,9 +13,9 @@ from tmbench.models import parallel
 from tmbench_kernels import Pattern
 
 
-def causal_pairs(length: int) -> int:
-    """(query, key) pairs of one head under full causal attention."""
-    return length * (length + 1) // 2
+def causal_pairs(length: int, before: int = 0) -> int:
+    """(query, key) pairs of one head under full causal attention, of queries with so many keys ``before`` them all."""
+    return length * (length + 1) // 2 + length * before
 
 
 @dataclass
@@ -38,7 +38,7 @@ class PairCounter:
         start = time.perf_counter()
         kept, heads = pattern.pairs(q, k, scale=scale), q.shape[1] * parallel.size()
         self.pairs[layer] += parallel.summed(kept)
-        self.causal += q.shape[0] * heads * causal_pairs(q.shape[2])
+        self.causal += q.shape[0] * heads * causal_pairs(q.shape[2], k.shape[2] - q.shape[2])
         self.seconds += time.perf_counter() - start
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -34,14 +35,17 @@ class KvCache:
             self.layers[place] = (wider[0], wider[1])
         self.slots = slots
 
-    def put(self, slot: int, layer: int, key: Tensor, value: Tensor) -> None:
-        """Copy a prompt's keys and values of one layer, ``[1, kv_heads, length, dim]``; layers come in their order."""
+    def put(self, slot: int, layer: int, key: Tensor, value: Tensor, at: int = 0) -> None:
+        """Copy a prompt's keys and values of one layer, ``[1, kv_heads, tokens, dim]``; layers come in their order.
+
+        ``at`` is how many tokens are there already, of a prompt that comes in chunks.
+        """
         if layer == len(self.layers):
             # What lies behind a sequence's keys is read and weighted with nothing, which only numbers survive.
             new = [x.new_zeros(self.slots, x.shape[1], self.capacity, x.shape[3]) for x in (key, value)]
             self.layers.append((new[0], new[1]))
         for kept, given in zip(self.layers[layer], (key, value), strict=True):
-            kept[slot, :, : given.shape[2]] = given[0]
+            kept[slot, :, at : at + given.shape[2]] = given[0]
 
 
 class CacheSlot:
@@ -53,8 +57,19 @@ class CacheSlot:
     def __init__(self, cache: KvCache, number: int) -> None:
         self._cache = cache
         self.number = number
+        self._there: Counter[int] = Counter()
+        """How many tokens each layer has."""
+
+    def begin(self) -> None:
+        """Let go of the prompt before: the next one is filled in its place."""
+        self._there.clear()
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values, and return them, as transformers' caches do."""
-        self._cache.put(self.number, layer, key, value)
-        return key, value
+        """Keep a layer's keys and values behind those that it has, and return all, as transformers' caches do."""
+        at = self._there[layer]
+        self._cache.put(self.number, layer, key, value, at)
+        self._there[layer] += key.shape[2]
+        if not at:
+            return key, value
+        keys, values = (kept[self.number, None, :, : self._there[layer]] for kept in self._cache.layers[layer])
+        return keys, values

@@ -5,15 +5,21 @@ transformers' attention computes all pairs and masks most of them out: at 128K t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tmbench.engine.left_padding import by_text
+from tmbench.engine.prefill_state import release
 from tmbench.methods.layer_kinds import SLIDING
 from tmbench.methods.table import NATIVE
 from tmbench_kernels import Dense, Pattern, Triangle
+
+if TYPE_CHECKING:
+    from tmbench.engine.attention import NativeSlot
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,44 @@ class Local:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, about: dict[str, Any]) -> tuple[Tensor, str]:
         """Attention ``[batch, queries, heads, v_dim]`` and the backend that computed it.
 
-        ``about`` is what ``Pattern.attend`` takes of soft-capped logits and sinks. Raises ValueError as it does.
+        A window takes a chunk's queries with the keys before it. ``about`` is what ``Pattern.attend`` takes of soft-capped
+        logits and sinks. Raises ValueError as it does.
         """
-        pattern, span = self.pattern, q.shape[2] if self.kind == SLIDING else self.span
-        parts = [[x[:, :, start : start + span] for x in (q, k, v)] for start in range(0, q.shape[2], span)]
+        pattern = self.pattern
+        parts = [[q, k, v]]
+        if self.kind != SLIDING:
+            parts = [[x[:, :, at : at + self.span] for x in (q, k, v)] for at in range(0, q.shape[2], self.span)]
         lse = about["sinks"] is not None
         backend = pattern.backend(*parts[0], softcap=about["softcap"], lse=lse).name
         out = [pattern.attend(*part, scale=scale, **about).transpose(1, 2) for part in parts]
         return (out[0] if len(out) == 1 else torch.cat(out, dim=1)).contiguous(), backend
+
+
+def attend_locally_cached(slot: NativeSlot, query: Tensor, key: Tensor, value: Tensor, *of_logits: Any) -> Tensor:
+    """As ``attend_locally``, where the layer itself caches nothing: of a chunk, with what the cache has of those before."""
+    prefill = slot.session.prefill
+    _, key, value = prefill.exchanged(slot.layer, query, key, value)
+    if prefill.chunk is not None and prefill.cache is not None:
+        release(prefill.cache, slot.layer)
+    return attend_locally(slot, query, key, value, *of_logits)
+
+
+def attend_locally(
+    slot: NativeSlot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    *,
+    padding: Sequence[int] = (),
+) -> Tensor:
+    """As ``attention.attend``, for a layer that stays the model's own and has a window or chunks."""
+
+    def attend_texts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, backend = slot.local.attend(q, k, v, scale, {"softcap": softcap, "sinks": sinks})
+        slot.session.backends.add(f"{slot.local.name}:{backend}")
+        return out
+
+    return by_text(attend_texts, query, key, value, padding)

@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from tmbench.engine import operators
-from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, attend_locally
+from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, check_window
 from tmbench.engine.calls import cache_of, empty_cache, keep_last, padded_call
 from tmbench.engine.chunked_mlp import in_chunks, with_router
+from tmbench.engine.chunks import WHOLE, Chunk, with_room
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
 from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.last_position import narrow
+from tmbench.engine.local_attention import attend_locally_cached
 from tmbench.engine.native_layers import run_native
 from tmbench.engine.token_split import TokenSplit, cache_of_own_heads
 from tmbench.models.attention_modules import PLACE
@@ -49,35 +51,75 @@ class Prefill:
         self.split: TokenSplit | None = None
         """How the last prompt was split over ranks; None where this process read all of it."""
         self._keep = keep_last(model)
+        self._read = 0
+        """Tokens that were read in chunks, or before a question."""
 
-    def __call__(self, ids: Tensor, into: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, into: CacheSlot | None = None, mask: Tensor | None = None, context: int = 0) -> Tensor:
         """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``; lets the cache before go.
 
         Keys and values go ``into`` a slot where one is given, which a plain prefill refuses by ValueError. A ``mask`` of
-        ``ids``, 0 for padding in front of a text, is for a plain prefill, and any other refuses it so.
+        ``ids``, 0 for padding in front of a text, is for a plain prefill, and any other refuses it so. Where the session
+        feeds prompts in chunks, which a plain prefill refuses so too, it returns when the last one is read. So does it a
+        ``context``: the first so many tokens, which alone the method reads, while those behind it see all keys.
         """
+        if context:
+            self.read(ids[:, :context], into, ids.shape[1] - context)
+            return self.ask(ids[:, context:])
+        return self.read(ids, into, mask=mask)
+
+    def read(self, ids: Tensor, into: CacheSlot | None = None, later: int = 0, mask: Tensor | None = None) -> Tensor:
+        """As ``__call__``, of a whole prompt, over which ``ask`` is to read so many tokens ``later``."""
         self.cache = self.split = None
         # Explicit, since a config may say otherwise.
         call: dict[str, Any] = {"input_ids": ids, "return_dict": True, **self._keep}
         if self.session is None or self.kind == PLAIN:
+            if later or (self.session is not None and self.session.chunks is not None):
+                raise ValueError("a plain prefill reads a prompt in one piece")
             if into is not None:
                 raise ValueError("a plain prefill fills no slot of a static cache")
             if mask is not None:
                 call |= padded_call(self.model, mask, ids.shape[1])
             output = self.model(**call, use_cache=True)
             self.cache = cache_of(output)
-        else:
-            if mask is not None:
-                raise ValueError("padding takes a plain prefill")
-            cache = self._empty_cache() if into is None else into
-            if self.session.splits_prompts:
-                self.split = TokenSplit(ids.shape[1])
-                call |= self.split.call(ids)
-            with self.session.prefill.filling(cache, self.split):
-                output = self.model(**call, use_cache=False)
-            self.cache = cache
-        logits: Tensor = output.logits[:, -1]
+            logits: Tensor = output.logits[:, -1]
+            return logits
+        if mask is not None:
+            raise ValueError("padding takes a plain prefill")
+        if into is not None:
+            into.begin()
+        chunks = WHOLE if later and self.session.chunks is None else self.session.chunks
+        if chunks is not None:
+            check_window(self.model, ids.shape[1] + later, self.session.plan.method)
+            cache = with_room(empty_cache(self.model), ids.shape[1] + later) if into is None else into
+            for chunk in chunks.of(ids.shape[1]):
+                logits = self._read_chunk(cache, chunk, ids[:, chunk.start : chunk.end])
+            return logits
+        cache = self._empty_cache() if into is None else into
+        if self.session.splits_prompts:
+            self.split = TokenSplit(ids.shape[1])
+            call |= self.split.call(ids)
+        with self.session.prefill.filling(cache, self.split):
+            output = self.model(**call, use_cache=False)
+        self.cache = cache
+        logits = output.logits[:, -1]
         return logits if self.split is None else self.split.from_last(logits)
+
+    def ask(self, ids: Tensor) -> Tensor:
+        """Logits ``[batch, vocabulary]`` of the last of ``ids``, which are read densely over all that was read before.
+
+        Room for them was asked of ``read``.
+        """
+        assert self.cache is not None, "nothing was read before"
+        return self._read_chunk(self.cache, Chunk(self._read, self._read + ids.shape[1], dense=True), ids)
+
+    def _read_chunk(self, cache: Cache | CacheSlot, chunk: Chunk, ids: Tensor) -> Tensor:
+        assert self.session is not None
+        self.cache = None
+        with self.session.prefill.filling(cache, chunk=chunk):
+            output = self.model(**chunk.call(ids), return_dict=True, use_cache=False, **self._keep)
+        self.cache, self._read = cache, chunk.end
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     def _empty_cache(self) -> Cache:
         if self.session is not None and self.session.splits_prompts:
@@ -117,7 +159,7 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
                 )
             if module is not None and (traced or layer.latents):
                 slot = getattr(module, PLACE)
-                region = operators.Region(partial(attend if layer.attention else attend_locally, slot), mlp)
+                region = operators.Region(partial(attend if layer.attention else attend_locally_cached, slot), mlp)
                 replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer, False))
             elif layer.attention is None:
                 replace_forward(stack, layer.module, partial(run_native, session.prefill, layer))

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
+from tmbench.engine.chunks import Chunk
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.token_split import OwnHeads, TokenSplit, all_heads
 
@@ -76,15 +77,19 @@ class PrefillState:
     """Where keys and values go; None outside of such a prefill."""
     split: TokenSplit | None = None
     """How the prompt is split over ranks; None where this process reads all of it."""
+    chunk: Chunk | None = None
+    """Which part of the prompt is being read; None for all of it."""
 
     @contextmanager
-    def filling(self, cache: Cache | CacheSlot, split: TokenSplit | None = None) -> Iterator[None]:
-        """Inside, the keys and values that attention is given go into ``cache``."""
-        self.cache, self.split = cache, split
+    def filling(
+        self, cache: Cache | CacheSlot, split: TokenSplit | None = None, chunk: Chunk | None = None
+    ) -> Iterator[None]:
+        """Inside, the keys and values that attention is given go into ``cache``: of a chunk, behind those before it."""
+        self.cache, self.split, self.chunk = cache, split, chunk
         try:
             yield
         finally:
-            self.cache = self.split = None
+            self.cache = self.split = self.chunk = None
 
     @property
     def active(self) -> bool:
@@ -94,13 +99,19 @@ class PrefillState:
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Put a layer's keys and values into the cache, where there is one to be filled and the layer keeps no others.
 
-        Of a prompt that is split it gets those that attention works on: see ``exchanged``.
+        Of a prompt that is split or comes in chunks it gets those that attention works on: see ``exchanged``.
         """
-        if self.cache is not None and self.split is None and self.layer.kept is None:
+        if self.cache is not None and self.split is None and self.chunk is None and self.layer.kept is None:
             fill(self.cache, layer, key, value)
 
     def exchanged(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention works on, of what the model hands it: where a prompt is split, all tokens of this rank's heads."""
+        """What attention works on, of what the model hands it: where a prompt is split, all tokens of this rank's heads.
+
+        Where it comes in chunks, the keys and values of those before too.
+        """
+        if self.chunk is not None:
+            assert self.cache is not None
+            return q, *self.cache.update(k, v, layer)
         if self.split is None:
             return q, k, v
         assert self.cache is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tmbench.engine.attention import Applied, applied_plan
+from tmbench.engine.chunks import Chunks
 from tmbench.engine.compiled_layers import compiled
 from tmbench.engine.decode import Decoding, follow, greedy
 from tmbench.engine.kv_cache import CacheSlot
@@ -40,31 +41,32 @@ class Session:
         """Inside, the model reads prompts and nothing else: see ``tmbench.engine.prefill.prepared``."""
         return prepared(self.model, self.applied, self.kind, every_position=every_position)
 
-    def read_into(self, ids: Tensor, slot: CacheSlot) -> Tensor:
+    def read_into(self, ids: Tensor, slot: CacheSlot, context: int = 0) -> Tensor:
         """Read a prompt ``[1, length]``, its keys and values into a slot of a cache; logits ``[1, vocabulary]``.
 
+        With a ``context`` the method reads the first so many tokens, and those behind it see all keys.
         Not in a plain prefill, which fills a cache of transformers'. Raises RuntimeError where a layer was not read by its
         pattern.
         """
         with self.prefill() as prefill:
-            logits = prefill(ids, slot)
+            logits = prefill(ids, slot, context=context)
         self.applied.check_complete()
         return logits
 
-    def read(self, ids: Tensor, *, every_position: bool = False) -> Decoding:
-        """Read a prompt ``[batch, length]``, to decode after it.
+    def read(self, ids: Tensor, *, every_position: bool = False, context: int = 0) -> Decoding:
+        """Read a prompt ``[batch, length]``, to decode after it; ``context`` as ``read_into`` has it.
 
         Raises NotFiniteError for logits that are not finite, and RuntimeError where a layer was not read by its pattern.
         """
         with self.prefill(every_position=every_position) as prefill:
-            logits = prefill(ids)
+            logits = prefill(ids, context=context)
         self.applied.check_complete()
         cache, prefill.cache = prefill.cache, None
         return Decoding(self.model, ids, logits, cache)
 
-    def generate(self, ids: Tensor, max_new_tokens: int) -> Tensor:
+    def generate(self, ids: Tensor, max_new_tokens: int, context: int = 0) -> Tensor:
         """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``."""
-        return greedy(self.read(ids), max_new_tokens)
+        return greedy(self.read(ids, context=context), max_new_tokens)
 
     def follow(self, ids: Tensor, count: int, given: Sequence[int] | None = None) -> list[int]:
         """The likeliest tokens at each of ``count`` places behind a prompt ``[1, length]``, end tokens left out.
@@ -75,13 +77,15 @@ class Session:
 
 
 @contextmanager
-def running(model: PreTrainedModel, plan: Plan, kind: Kind) -> Iterator[Session]:
+def running(model: PreTrainedModel, plan: Plan, kind: Kind, chunks: Chunks | None = None) -> Iterator[Session]:
     """Run a model under a plan, its prompts read in this kind of prefill; the model is as before afterwards.
+
+    With ``chunks`` they are fed so: see ``chunk_kind.check_chunks`` for which models can be.
 
     Raises UnsupportedModelError as ``tmbench.applied``.
     """
     with applied_plan(model, plan) as applied:
-        applied.splits_prompts = splits_prompts(model)
+        applied.splits_prompts, applied.chunks = splits_prompts(model), chunks
         yield Session(model, applied, kind, PeakMemory(model.device))
 
 
@@ -91,9 +95,10 @@ class KeptOpen:
     Close it before the model is used in any other way.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
+    def __init__(self, model: PreTrainedModel, kind: Kind, chunks: Chunks | None = None) -> None:
         self._model = model
         self._kind = kind
+        self._chunks = chunks
         self._plan: Plan | None = None
         self._session: Session | None = None
         self._stack = ExitStack()
@@ -102,8 +107,9 @@ class KeptOpen:
         """A session for one more prompt, ``ids`` ``[1, length]``, which is to go into ``slot``; compiles ahead for it."""
         if self._session is None or self._plan is not plan:
             self.close()
-            compile_ahead(self._model, plan, self._kind, ids, into=slot)
-            self._session, self._plan = self._stack.enter_context(running(self._model, plan, self._kind)), plan
+            compile_ahead(self._model, plan, self._kind, ids, into=slot, chunks=self._chunks)
+            opened = running(self._model, plan, self._kind, self._chunks)
+            self._session, self._plan = self._stack.enter_context(opened), plan
         self._session.applied.forget()
         return replace(self._session, peak=PeakMemory(self._model.device))
 
@@ -122,6 +128,7 @@ def compile_ahead(
     *,
     every_position: bool = False,
     into: CacheSlot | None = None,
+    chunks: Chunks | None = None,
 ) -> None:
     """Let torch compile what such prefills need, once, so that no sample's time has it; a failure shows in the sample.
 
@@ -137,7 +144,7 @@ def compile_ahead(
         done.add(about)
         # Ranks that share a model fail together, or are no longer at the same place.
         failing = suppress(RuntimeError) if parallel.size() == 1 else nullcontext()
-        with failing, running(model, plan, kind) as session:
+        with failing, running(model, plan, kind, chunks) as session:
             if into is None:
                 session.read(ids, every_position=every_position)
             else:

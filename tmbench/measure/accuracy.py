@@ -73,6 +73,8 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             # What the samples are made of is told by the first one.
             places = sorted({0, *own})
             samples = self.suite.samples(task, length, places, self.seed, tokenizer)
+            if self.ask_later:
+                samples = self.suite.with_contexts(task, samples, tokenizer)
             known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
             known |= {"length": length, "task": task, "samples": count}
             asked = {place: sample for place, sample in zip(places, samples, strict=True) if place in own}
@@ -122,7 +124,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
     def asked(self, loaded: LoadedModel, item: AccuracyItem) -> Asked:
         """The sample's prompt, to be answered."""
         ids = torch.tensor([item.sample.ids], device=loaded.device)
-        return Asked(ids, item.sample.max_new_tokens, count=item.count)
+        return Asked(ids, item.sample.max_new_tokens, count=item.count, context=item.sample.context)
 
     def sample(self, loaded: LoadedModel, item: AccuracyItem, answer: Answer) -> Prediction:
         """What is kept of one answer."""

@@ -60,6 +60,8 @@ class Asked:
     """So many tokens, read behind the prompt in place of those that are chosen; only for an endless text."""
     count: bool = False
     """Whether the pairs that attention computes in the prefill are counted."""
+    context: int = 0
+    """How many of the prompt's tokens the method reads, before the others are asked over them; 0 for all."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +150,15 @@ def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str]) 
     """One sample, decoded token by token; ``ran`` is given what ran, which is there of a failure too."""
     asked, plan = spec.asked(loaded, item), spec.plans[item.plan]
     counter = PairCounter()
-    compile_ahead(loaded.model, plan, spec.prefill, asked.ids)
+    compile_ahead(loaded.model, plan, spec.prefill, asked.ids, chunks=spec.chunks)
     start = time.perf_counter()
-    with running(loaded.model, plan, spec.prefill) as session:
+    with running(loaded.model, plan, spec.prefill, spec.chunks) as session:
         session.applied.observer = counter if asked.count else None
         try:
             if asked.endless:
                 tokens = session.follow(asked.ids, asked.most, asked.given)
             else:
-                tokens = session.generate(asked.ids, asked.most)[0].tolist()
+                tokens = session.generate(asked.ids, asked.most, asked.context)[0].tolist()
         finally:
             ran |= session.applied.backends
         peak = session.peak.bytes
@@ -171,7 +173,7 @@ class Together:
         self.spec = spec
         self.loaded = loaded
         self.batch = batch
-        self._session = KeptOpen(loaded.model, spec.prefill)
+        self._session = KeptOpen(loaded.model, spec.prefill, spec.chunks)
         self._at_work: dict[Text, tuple[Given, PairCounter, float]] = {}
         self._again: deque[Given] = deque()
         """Begun once, and given up where memory did not suffice for as many as there were."""
@@ -216,7 +218,9 @@ class Together:
         session.applied.observer = counter if asked.count else None
         start = time.perf_counter()
         try:
-            text = self.batch.read(session, asked.ids, asked.most, endless=asked.endless, given=asked.given)
+            text = self.batch.read(
+                session, asked.ids, asked.most, endless=asked.endless, given=asked.given, context=asked.context
+            )
         finally:
             worker.ran |= session.applied.backends
         self._at_work[text] = one, counter, time.perf_counter() - start - counter.seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from ruler_tasks import TASKS
 from tmbench.engine import roofline
 from tmbench.engine.batch import SIZES
 from tmbench.engine.decode_kind import why_alone
-from tmbench.engine.prefill import Kind
 from tmbench.measure.ttft import expected_flop
 from tmbench.methods.plan import Plan
 from tmbench.methods.table import METHODS
@@ -85,9 +84,14 @@ class Estimator:
     """Estimates for one model on one device."""
 
     def __init__(
-        self, loaded: LoadedModel, environment: Environment, root: Path, prefill: Kind, batch_size: int | None = None
+        self,
+        loaded: LoadedModel,
+        environment: Environment,
+        root: Path,
+        reading: Mapping[str, Any],
+        batch_size: int | None = None,
     ) -> None:
-        """Of a results folder's rows those count that were measured here, of this model, with this prefill.
+        """Of a results folder's rows those count that were measured here, of this model, whose prompts were read so.
 
         ``batch_size`` is how many texts decode together at most; None for as many as memory holds.
         """
@@ -96,7 +100,7 @@ class Estimator:
         """Whether an estimate needed the roofline."""
         self._environment = environment
         self._root = root
-        self._prefill = prefill
+        self._reading = reading
         self._batch_size = batch_size
         self._rows: dict[type[Row], list[Any]] = {}
 
@@ -112,7 +116,7 @@ class Estimator:
     def texts(self, length: int) -> int:
         """How many texts of this length are taken to decode together."""
         alone = (self._batch_size or 1) == 1 and self.loaded.device.type != "cuda"
-        if alone or why_alone(self.loaded.model, self._prefill):
+        if alone or why_alone(self.loaded.model, self._reading["prefill"]):
             return 1
         most = self._batch_size or max(SIZES)
         left = FREE * self._environment.memory_bytes - sum(
@@ -215,7 +219,7 @@ class Estimator:
         return self._rows[kind]
 
     def _of_model(self, kind: type[Row]) -> list[Any]:
-        about = {**self.loaded.row_fields(), "prefill": self._prefill}
+        about = {**self.loaded.row_fields(), "chunk": 0, "prompt_length": "", "ask_later": False, **self._reading}
         return [row for row in self._here(kind) if all(getattr(row, name) == value for name, value in about.items())]
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tmbench.engine.chunks import Chunks
 from tmbench.engine.finite import check_logits
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.prefill import Kind as Prefill
@@ -126,7 +127,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
     def measure(self, item: LossItem, worker: Worker) -> None:
         """Have one method read one prompt and its answer."""
         plan = self.plans[item.plan]
-        worker.keep(loss_sample(worker.loaded, plan, self.prefill, item.question, worker.ran))
+        worker.keep(loss_sample(worker.loaded, plan, self.prefill, item.question, worker.ran, self.chunks))
 
 
 def asked_of(task: Kind, length: int) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def losses(session: Session, ids: Tensor, answer: Sequence[int]) -> tuple[Tensor
         hook.remove()
     following = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
     of_answer = F.cross_entropy(torch.stack(following), torch.tensor(answer, device=ids.device), reduction="none")
-    of_prompt = _prompt_losses(session.model, hidden[0].last_hidden_state, ids)
+    of_prompt = _prompt_losses(session.model, torch.cat([part.last_hidden_state for part in hidden], dim=1), ids)
     if not (of_prompt.isfinite().all() and of_answer.isfinite().all()):
         raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another --task")
     return of_prompt.cpu(), of_answer.cpu()
@@ -239,12 +240,14 @@ def _base(model: PreTrainedModel) -> Any:
     return base
 
 
-def loss_sample(loaded: LoadedModel, plan: Plan, prefill: Prefill, question: Question, ran: set[str]) -> LossSample:
+def loss_sample(
+    loaded: LoadedModel, plan: Plan, prefill: Prefill, question: Question, ran: set[str], chunks: Chunks | None = None
+) -> LossSample:
     """The losses of one prompt, read by a plan, and of its answer; what ran is added to ``ran``. Raises as ``losses``."""
     ids = torch.tensor([question.prompt], device=loaded.device)
-    compile_ahead(loaded.model, plan, prefill, ids, every_position=True)
+    compile_ahead(loaded.model, plan, prefill, ids, every_position=True, chunks=chunks)
     start = time.perf_counter()
-    with running(loaded.model, plan, prefill) as session:
+    with running(loaded.model, plan, prefill, chunks) as session:
         try:
             of_prompt, of_answer = losses(session, ids, question.answer)
         finally:

@@ -87,7 +87,7 @@ def outlook(spec: RowSpec[Any], loaded: LoadedModel) -> Outlook:
         spec.check(loaded)
     asking = spec.accuracy if isinstance(spec, SweepSpec) else spec
     batch_size = asking.batch_size if isinstance(asking, AnswerSpec) else None
-    estimator = Estimator(loaded, spec.environment, spec.root, spec.prefill, batch_size)
+    estimator = Estimator(loaded, spec.environment, spec.root, spec.reading, batch_size)
     found: dict[tuple[Any, ...], Line] = {}
     for line in _lines(spec, loaded, estimator):
         about = line.unit, line.length, line.batch_size, *line.plan.row_fields().values()

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from tmbench.engine.chunk_kind import check_chunks
+from tmbench.engine.chunks import Chunks
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.prefill_kind import kind_wanted
 from tmbench.measure.attempt import attempt
@@ -199,9 +201,15 @@ def place(loaded: LoadedModel) -> dict[str, Any]:
     return {"model": ModelSource.of(loaded), "environment": environment.current(loaded.device)}
 
 
-def prefill_kind(loaded: LoadedModel, compiled: bool | None = None) -> Kind:
-    """How this model reads prompts where it is loaded; raises UserError as ``kind_wanted``."""
-    return kind_wanted(loaded.model, loaded.device, compiled, planned=loaded.planned_for is not None)
+def prefill_kind(
+    loaded: LoadedModel, compiled: bool | None = None, chunks: Chunks | None = None, ask_later: bool = False
+) -> Kind:
+    """How this model reads prompts where it is loaded; raises UserError as ``kind_wanted`` and ``check_chunks``."""
+    planned = loaded.planned_for is not None
+    kind = kind_wanted(loaded.model, loaded.device, compiled, planned=planned)
+    if chunks is not None or ask_later:
+        check_chunks(loaded.name, loaded.model, kind, "--chunk" if chunks is not None else "--ask-later", planned=planned)
+    return kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +222,10 @@ class RowSpec(Spec[R]):
     seed: int = 42
     prefill: Kind = PLAIN
     """How the model reads prompts; ``tmbench.engine.prefill_kind`` says what it can do."""
+    chunks: Chunks | None = None
+    """How prompts are fed; None in one piece."""
+    ask_later: bool = False
+    """Whether methods read contexts alone, and questions are read densely over what these left."""
     shard: Shard | None = None
     """Which part of the samples is measured; None for all."""
 
@@ -225,6 +237,12 @@ class RowSpec(Spec[R]):
         """Which of the first ``count`` samples of a task are to be measured."""
         return [place for place in range(count) if self.shard is None or self.shard.takes(place, length, task)]
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The columns that say how prompts are read, whatever the method."""
+        later = {"ask_later": True} if self.ask_later else {}
+        return {"prefill": self.prefill, **({} if self.chunks is None else self.chunks.columns), **later}
+
     def common(self, loaded: LoadedModel) -> dict[str, Any]:
         """The columns that all rows of the run have in common."""
-        return {**self.environment.row_fields(), **loaded.row_fields(), "seed": self.seed, "prefill": self.prefill}
+        return {**self.environment.row_fields(), **loaded.row_fields(), "seed": self.seed, **self.reading}

@@ -107,11 +107,18 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     prompt: Kind = "kv"
     repeats: int = 3
     warmup: int = 1
+    question_tokens: int = 0
+    """Of prompts whose questions are asked later, how many of the last tokens are one."""
     beside_dense: bool = False
     """Whether dense is measured anew beside whatever else is to be measured, and never alone."""
 
     def check(self, loaded: LoadedModel) -> None:
-        """Raise UserError for a prompt that cannot be made, a length too short for it, or a method that is not timed."""
+        """Raise UserError for a prompt that cannot be made, for too short a length, or a method that is not timed."""
+        if self.question_tokens >= (least := min(self.lengths)):
+            raise UserError(
+                f"--question-tokens {self.question_tokens} leaves nothing before the question in {least} tokens: "
+                "give fewer, or a longer --length"
+            )
         for plan in self.plans:
             if reason := next((pattern.untimed for pattern in plan.by_layer.values() if pattern.untimed), ""):
                 raise UserError(
@@ -142,6 +149,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 warmup=self.warmup,
                 interleaved="",
                 batch_size=batch_size,
+                question_tokens=self.question_tokens,
             )
             found.append(row)
         return found
@@ -216,7 +224,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
             if number >= self.warmup and any(trial.failure is None for trial in trials):
                 throughputs.append(parallel.summed(roofline.gemm_throughput(loaded.device, loaded.model.dtype)))
         dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
-        timings = tuple(_timing(loaded, item, trial, dense) for trial in trials)
+        timings = tuple(_timing(self, loaded, item, trial, dense) for trial in trials)
         worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))
 
 
@@ -231,11 +239,19 @@ def expected_flop(loaded: LoadedModel, plan: Plan, length: int, batch_size: int 
     return needed_flop(loaded, pairs, length, batch_size)
 
 
-def needed_flop(loaded: LoadedModel, pairs: Sequence[int], length: int, batch_size: int = 1) -> float:
-    """Operations of one prefill of so many prompts, of which each layer's pattern keeps so many pairs in all."""
+def needed_flop(
+    loaded: LoadedModel, pairs: Sequence[int], length: int, batch_size: int = 1, question_tokens: int = 0
+) -> float:
+    """Operations of one prefill of so many prompts, of which each layer's pattern keeps so many pairs in all.
+
+    Of questions of so many tokens, where there are any, over caches of the tokens before them.
+    """
     geometry = loaded.geometry
     needed = roofline.needed_pairs(pairs, batch_size * geometry.heads, length)
-    own = roofline.linear_flop(loaded.model, length) + roofline.native_attention_flop(loaded.model, length)
+    own = roofline.linear_flop(loaded.model, question_tokens or length)
+    own += roofline.native_attention_flop(loaded.model, length)
+    if question_tokens:
+        own -= roofline.native_attention_flop(loaded.model, length - question_tokens)
     return batch_size * own + roofline.attention_flop(needed, geometry)
 
 
@@ -277,11 +293,21 @@ def _pass(spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, ti
 def _prefill(
     spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool
 ) -> tuple[FirstToken, int | None]:
-    """The first token, and the peak of the device's memory; the cache is let go."""
-    with running(loaded.model, trial.plan, spec.prefill) as session, session.prefill() as prefill:
-        session.applied.observer = trial.counter if count else None
+    """The first token, and the peak of the device's memory; the cache is let go.
+
+    Of a question that is asked later the context is read before, which is neither timed nor counted.
+    """
+    context = ids.shape[1] - spec.question_tokens
+    with (
+        torch.inference_mode(),
+        running(loaded.model, trial.plan, spec.prefill, spec.chunks) as session,
+        session.prefill() as prefill,
+    ):
         try:
-            token = first_token(prefill, ids)
+            if spec.question_tokens:
+                prefill.read(ids[:, :context], later=spec.question_tokens)
+            session.applied.observer = trial.counter if count else None
+            token = first_token(prefill.ask, ids[:, context:]) if spec.question_tokens else first_token(prefill, ids)
             if prefill.split is not None:
                 trial.communication.append(prefill.split.seconds)
         finally:
@@ -292,7 +318,7 @@ def _prefill(
     return token, peak
 
 
-def _timing(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> Timing:
+def _timing(spec: TtftSpec, loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> Timing:
     """What is told of a method, as plain data."""
     first, backends = trial.first, backends_name(trial.backends)
     if trial.failure is not None or first is None:
@@ -305,7 +331,7 @@ def _timing(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | 
         seconds=tuple(trial.seconds),
         warmup_s=trial.warmup_s,
         density=trial.counter.density,
-        flop=needed_flop(loaded, pairs, item.length, item.batch_size),
+        flop=needed_flop(loaded, pairs, item.length, item.batch_size, spec.question_tokens),
         token=first.tokens[0],
         same_token=None if reference is None else first.tokens == reference.tokens,
         logit_error=None if reference is None else _relative_rms(first.logits, reference.logits),

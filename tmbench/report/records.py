@@ -15,6 +15,7 @@ from tmbench.report.probe import DERIVATIVES, ProbeCell, ProbeSection, SectionGr
 from tmbench.report.report import AnySection
 from tmbench.report.ruler import RulerCell, RulerSection, verdict_of
 from tmbench.report.section import Cell
+from tmbench.report.served import served
 from tmbench.report.settings import Setting
 from tmbench.report.time_intervals import TimeDifference
 from tmbench.report.tradeoff import TradeOff, TradeOffCell
@@ -101,6 +102,11 @@ def _(section: RulerSection) -> Record:
         "differences_over": section.paired_tasks,
         "margin": section.answers.margin,
         "coverages": section.densities,
+        "served": [
+            {"label": one.label, "read": one.fed, "tasks": one.tasks, "score": one.score, "score_in_one_piece": one.whole}
+            | difference_record(one.difference)
+            for one in served(section)
+        ],
     }
 
 

@@ -18,6 +18,7 @@ from tmbench.report.intervals import MARGIN
 from tmbench.report.loss import LossSection, loss_section
 from tmbench.report.probe import ProbeSection, probe_section
 from tmbench.report.ruler import RulerSection, ruler_section
+from tmbench.report.served import with_served
 from tmbench.report.settings import AgreeSetting, LossSetting, ProbeSetting, RulerSetting, TtftSetting, TuneSetting
 from tmbench.report.tradeoff import TradeOff, trade_offs
 from tmbench.report.ttft import TtftSection, ttft_section
@@ -97,6 +98,7 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
             samples = {(one.label, one.row.task): read_samples(root, vars(one.row), kind.kind) for one in placed}
             scores[kind].append(ruler_section(about, placed, samples, margin))
             told(placed)
+        scores[kind] = with_served(scores[kind])
     ruler, suites = scores.pop(RulerRow), [section for own in scores.values() for section in own]
     agreement = []
     for answered, found in comparable(agree, AgreeSetting.of):

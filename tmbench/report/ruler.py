@@ -12,6 +12,7 @@ from tmbench.report.comparable import Placed, tasks_of
 from tmbench.report.intervals import MARGIN, Difference, by_chance, unseen_samples
 from tmbench.report.samples_as import drawing_notes
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
+from tmbench.report.served import served
 from tmbench.report.settings import RulerSetting
 from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING, ends_text, figure_text, signed
@@ -57,6 +58,8 @@ class RulerSection(Section[RulerSetting, RulerCell]):
     """The scores of several methods, task by task, and their averages."""
 
     answers: Answers = field(default_factory=Answers)
+    served: Sequence[RulerSection] = ()
+    """Of prompts in one piece: the same, fed in chunks or asked later."""
 
     @property
     def title(self) -> str:
@@ -133,7 +136,7 @@ class RulerSection(Section[RulerSetting, RulerCell]):
 
     def tables(self) -> list[Table]:
         """Scores by task and method with their averages, and the differences to dense."""
-        return [self._scores(), self._average_differences(), self._task_differences()]
+        return [self._scores(), self._average_differences(), self._task_differences(), self._served()]
 
     def _scores(self) -> Table:
         texts = {(cell.row.task, cell.label): score_text(cell) for cell in self.cells}
@@ -178,6 +181,20 @@ class RulerSection(Section[RulerSetting, RulerCell]):
             "Points against dense by task. A method without a line here has the same score as dense in every sample of the "
             f"task; it takes {unseen_samples(margin)} such samples to exclude a loss of {margin:g}:",
             columns("task", "method", *DIFFERENCE_COLUMNS, texts=("task", "method", "in words")),
+            lines,
+        )
+
+    def _served(self) -> Table:
+        """A line for each method and each other way in which its prompts were fed."""
+        lines = [
+            [one.label, one.fed, str(len(one.tasks)), f"{one.whole:.1f}", f"{one.score:.1f}", *_words_of(one.difference)]
+            for one in served(self)
+        ]
+        names = ("method", "read", "tasks", "in one piece", "then", *DIFFERENCE_COLUMNS)
+        return Table(
+            "As it is served: points against the same method in one piece over the same samples, averaged over tasks, "
+            f"for a margin of {self.answers.margin:g}:",
+            columns(*names, texts=("method", "read", "in words")),
             lines,
         )
 
@@ -244,6 +261,14 @@ def ruler_section(
         of_dense = dense.get(one.row.task) if compared else None
         cells.append(RulerCell(one.row, one.label, of_dense, "" if one.label == "dense" else next(found)))
     return RulerSection(setting, cells, answers)
+
+
+def _words_of(found: Difference | str) -> list[str]:
+    return (
+        difference_texts(found, 2)
+        if isinstance(found, Difference)
+        else [NOTHING, NOTHING, verdict_of(found), *[NOTHING] * 3]
+    )
 
 
 def verdict_of(found: Difference | str) -> str:

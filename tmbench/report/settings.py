@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tmbench.report.samples_as import drawn_words
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.tune_rows import TuneRow
-from tmbench.results.words import counted
+from tmbench.results.words import counted, fed_words
 
 
 @dataclass(frozen=True, order=True)
@@ -23,6 +23,9 @@ class Setting:
         ("rope_scaling", ""),
         ("remote_code", False),
         ("quantization", ""),
+        ("chunk", 0),
+        ("prompt_length", ""),
+        ("ask_later", False),
     )
     """Fields that older rows have not, at the values that stand for it: they leave a setting's file names as they were."""
 
@@ -42,6 +45,12 @@ class Setting:
     """Whether the checkpoint's own code ran."""
     quantization: str
     """How the checkpoint holds its weights; "" for ordinary ones."""
+    chunk: int
+    """Tokens of a prompt that were read at a time; 0 for prompts in one piece."""
+    prompt_length: str
+    """Whether its length was known then; "" in one piece."""
+    ask_later: bool
+    """Whether questions were read after their contexts."""
 
     @property
     def base(self) -> Setting:
@@ -59,14 +68,21 @@ class Setting:
         scaling = f", rope scaling {self.rope_scaling}" if self.rope_scaling else ""
         scaling += ", by the checkpoint's own code" * self.remote_code
         kept = f"{self.weights} weights" + f" ({self.quantization})" * bool(self.quantization)
-        return f"{self.model}{revision}{contents}, {kept}, {self.dtype}{scaling}{split}"
+        return f"{self.model}{revision}{contents}, {kept}, {self.dtype}{scaling}{split}{self.fed}"
+
+    @property
+    def fed(self) -> str:
+        """How prompts were fed, in words, with ", " before them; nothing in one piece."""
+        return fed_words(self.chunk, self.prompt_length, self.ask_later)
 
 
 @dataclass(frozen=True, order=True)
 class TtftSetting(Setting):
     """Of times: one kind of prompt, so many of them read together by one prefill."""
 
-    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*Setting.BARE, ("older_prompt", 0), ("batch_size", 1))
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (
+        *Setting.BARE, ("older_prompt", 0), ("batch_size", 1), ("question_tokens", 0),
+    )  # fmt: skip
 
     prompt: str
     prefill: str
@@ -75,10 +91,12 @@ class TtftSetting(Setting):
     older_prompt: int
     """Counts the prompts that read otherwise from the newest, 0, back."""
     batch_size: int
+    question_tokens: int
+    """Of a question that is asked later, which alone is timed; 0 for whole prompts."""
 
     @classmethod
     def of(cls, row: TtftRow, older: int) -> TtftSetting:
-        same = ("prompt", "prefill", "threads", "seed", "batch_size")
+        same = ("prompt", "prefill", "threads", "seed", "batch_size", "question_tokens")
         return cls(**model_of(row), **_taken(row, same), older_prompt=older)
 
     @property
@@ -157,17 +175,20 @@ class RulerSetting(Setting):
 class TradeOffSetting(RulerSetting):
     """Of times and scores together."""
 
-    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*RulerSetting.BARE, ("batch_size", 1))
+    BARE: ClassVar[tuple[tuple[str, object], ...]] = (*RulerSetting.BARE, ("batch_size", 1), ("question_tokens", 0))
 
     prompt: str
     prefill: str
     """How the timed prompts were read."""
     batch_size: int
     """How many of these were read together."""
+    question_tokens: int
 
     @classmethod
     def joined(cls, scores: RulerSetting, times: TtftSetting) -> TradeOffSetting:
-        return cls(**vars(scores), prompt=times.prompt, prefill=times.prefill, batch_size=times.batch_size)
+        return cls(
+            **vars(scores), prompt=times.prompt, prefill=times.prefill, **_taken(times, ("batch_size", "question_tokens"))
+        )
 
 
 @dataclass(frozen=True, order=True)
@@ -226,14 +247,17 @@ def model_of(row: Row) -> dict[str, Any]:
     return _taken(row, (field.name for field in fields(Setting)))
 
 
-def _taken(row: Row, names: Iterable[str]) -> dict[str, Any]:
+def _taken(row: Row | Setting, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names}
 
 
 def times_words(about: TtftSetting | TradeOffSetting) -> str:
     """How prompts were timed, in words."""
     batches = f"batches of {about.batch_size}, " if about.batch_size > 1 else ""
-    return f"prompt {about.prompt}, {batches}{about.prefill} prefill, {machine_words(about.threads)}seed {about.seed}"
+    question = f"second turn of {counted(about.question_tokens, 'token')}, " if about.question_tokens else ""
+    return (
+        f"prompt {about.prompt}, {batches}{question}{about.prefill} prefill, {machine_words(about.threads)}seed {about.seed}"
+    )
 
 
 def machine_words(threads: int) -> str:

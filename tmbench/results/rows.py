@@ -18,6 +18,7 @@ from tmbench.results import schema_1
 from tmbench.results.parameters_text import Value, parse_parameters
 from tmbench.results.row_limits import check_values
 from tmbench.results.values import parse_value
+from tmbench.results.words import fed_words
 
 SCHEMA_VERSION: Final = 2
 """Rises when a column goes or changes its meaning; files of older schemas are read by readers of their own. A column that is
@@ -71,6 +72,12 @@ class Row:
     """Whether code that the checkpoint brings ran, and not transformers' own for its family."""
     quantization: str = ""
     """How the checkpoint holds its weights, such as "gguf Q4_K+Q6_K, dequantized"; "" for ordinary ones."""
+    chunk: int = 0
+    """How many tokens of a prompt the method read at a time; 0 for prompts in one piece."""
+    prompt_length: str = ""
+    """Whether attention was told how long the prompt is while it read a chunk, "known" or "unknown"; "" in one piece."""
+    ask_later: bool = False
+    """Whether the method read a prompt's context alone, and its question was then read densely over what that left."""
     backends: str = ""
     """What ran: pattern:backend, joined by "+"."""
     peak_memory_bytes: int | None = None
@@ -92,8 +99,12 @@ class Row:
     SHARED_KEY: ClassVar[tuple[str, ...]] = (
         "device", "method", "model", "revision", "weights", "dtype", "length", "seed", "parameters", "threads", "model_hash",
         "prefill", "tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code", "quantization",
+        "chunk", "prompt_length", "ask_later",
     )  # fmt: skip
-    ADDED: ClassVar[tuple[str, ...]] = ("tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code", "quantization")
+    ADDED: ClassVar[tuple[str, ...]] = (
+        "tensor_parallel_size", "context_parallel_size", "rope_scaling", "remote_code", "quantization", "chunk",
+        "prompt_length", "ask_later",
+    )  # fmt: skip
     """Columns that the first files of this schema lack; each has a default."""
 
     @classmethod
@@ -108,6 +119,11 @@ class Row:
 
     def _key_value(self, name: str) -> Any:
         return tuple(sorted(self.settings.items())) if name == "parameters" else getattr(self, name)
+
+    @property
+    def fed(self) -> str:
+        """How prompts were fed, in words that stand behind a text; "" in one piece."""
+        return fed_words(self.chunk, self.prompt_length, self.ask_later)
 
     @property
     def settings(self) -> Mapping[str, Value]:
@@ -160,7 +176,7 @@ class TtftRow(Row):
     """One time to first token: a method on prompts of one length, read together. Times in seconds."""
 
     kind: ClassVar[str] = "ttft"
-    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prompt_hash", "batch_size")
+    extra_key: ClassVar[tuple[str, ...]] = ("prompt", "prompt_hash", "batch_size", "question_tokens")
 
     prompt: str
     prompt_hash: str = ""
@@ -199,10 +215,13 @@ class TtftRow(Row):
     """How many prompts, all different and of this length, were read together."""
     compile_s: float | None = None
     """How much longer the first warm-up took than the fastest repeat: compilation, loading of kernels."""
+    question_tokens: int = 0
+    """Where questions are asked later, how many of a prompt's last tokens are one: the time is theirs alone, over the kept
+    cache of the others."""
     communication_s: float | None = None
     """How long attention waited for tensors of the other GPUs that share the prompt, on the first of them; the median."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size", "communication_s", "prompt_file")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size", "communication_s", "prompt_file", "question_tokens")
 
     @property
     def tokens_per_second(self) -> float | None:

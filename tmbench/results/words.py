@@ -20,6 +20,12 @@ def batched(batch_size: int) -> str:
     return f"{batch_size} x " if batch_size > 1 else ""
 
 
+def fed_words(chunk: int, prompt_length: str, ask_later: bool) -> str:
+    """How prompts were fed, with ", " before it; nothing for one piece with its question."""
+    chunks = f", in chunks of {length_name(chunk)}, prompt length {prompt_length}" if chunk else ""
+    return chunks + ", asked later" * ask_later
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, as many as are easily read."""
     if seconds < 2 * MINUTE:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ruler_tasks import Example, encode_prompt
+from tmbench.errors import UserError
 from tmbench.suites.chat import Chat, parse_kwargs, take_apart
 from tmbench.suites.suite import Sample, Suite
 
@@ -54,6 +56,26 @@ class ExampleSuite(Suite):
                 example.max_new_tokens,
                 example.source,
                 dict(example.parameters),
+                self.question_at(example),
             )
             for example in self.examples(task, length, places, seed, tokenizer)
         ]
+
+    def question_at(self, example: Example) -> int:
+        """The character of a sample's prompt at which its question begins; 0 where that is not known."""
+        return 0
+
+    def with_contexts(self, task: str, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
+        """As ``Suite.with_contexts``: a context has the tokens that a prompt begins with whatever is asked.
+
+        Those of the text before the question, as far as they are the whole prompt's: a token may reach into both.
+        """
+        special = self.chat(tokenizer).frame.add_special_tokens
+        found = []
+        for sample in samples:
+            if not sample.question_at:
+                raise UserError(f"--ask-later: it is not known where the questions of {task} begin: leave it out")
+            ids = encode_prompt(tokenizer, sample.prompt[: sample.question_at], add_special_tokens=special)
+            same = list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, sample.ids[:-1], strict=False)))
+            found.append(replace(sample, context=len(same)))
+        return found

@@ -23,6 +23,7 @@ from ruler_tasks import (
     SamplesAs,
     Sources,
     Wording,
+    WordingError,
     count_nulls,
     load_wording,
 )
@@ -134,6 +135,15 @@ class Ruler(ExampleSuite):
     def new_tokens(self, task: str) -> int:
         """RULER's budget for an answer."""
         return TASKS[task].tokens_to_generate
+
+    def question_at(self, example: Example) -> int:
+        """As ``ExampleSuite.question_at``: of prepared samples it is not known, nor under a wording that asks first."""
+        if self.data is not None:
+            return 0
+        try:
+            return ruler_tasks.question_start(example, self.texts)
+        except WordingError:
+            return 0
 
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:
         """The share of the references that the answer holds, or whether it holds any, as the task counts."""

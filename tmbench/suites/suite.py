@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from tmbench.errors import UserError
 from tmbench.models.fingerprint import of_ids
 from tmbench.results.rows import RulerRow
 
@@ -32,6 +33,10 @@ class Sample:
     """What the prompt is made of."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """What was chosen for this sample where a task has several settings."""
+    question_at: int = 0
+    """The character of the prompt at which its question begins; 0 where that is not known."""
+    context: int = 0
+    """How many of the ids stand before it, where that was asked for."""
 
     @cached_property
     def prompt_hash(self) -> str:
@@ -74,6 +79,10 @@ class Suite(ABC):
 
         ``length`` is the budget of prompt and answer together, in tokens. Raises UserError as ``check`` does.
         """
+
+    def with_contexts(self, task: str, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
+        """The same samples, each with how long its context is; raises UserError for a suite that does not know."""
+        raise UserError(f"--ask-later: {self.title} does not say where its questions begin: leave it out")
 
     @abstractmethod
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:

@@ -1,0 +1,163 @@
+"""Questions that are asked later: the method reads the context alone, and they see all of what it left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import masked
+import plans
+from ruler_tasks import TASKS, load_wording, question_start
+from ruler_tasks import examples as drawn
+from tmbench.engine.chunks import Chunks
+from tmbench.engine.kv_cache import CacheSlot, KvCache
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
+from tmbench.engine.session import running
+from tmbench.suites.prompts import offline_sources
+from tmbench.suites.ruler import Ruler
+
+LENGTH, CONTEXT = 150, 120
+WINDOW = {"n_init": 2, "n_local": 9, "last_n": 12}
+
+pytestmark = pytest.mark.usefixtures("graphs", "short_chunks")
+
+
+def later_masks(plan, context, length):
+    """The method's masks over the context, and all keys for the rows behind it."""
+    found = []
+    for own in masked.masks_of(plan, context):
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[:context, :context] = own
+        found.append(mask)
+    return found
+
+
+@pytest.mark.parametrize("kind", [EAGER, pytest.param(COMPILED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunks", [None, Chunks(50)])
+@pytest.mark.parametrize("method", ["dense", "tri_mix", "streaming"])
+@torch.inference_mode()
+def test_the_method_reads_the_context_and_the_question_sees_everything(method, chunks, kind, make_model, prompt):
+    model, ids = make_model("llama"), prompt(LENGTH)
+    plan = plans.plan_of(model, method, **WINDOW)
+    expected = masked.logits_under(model, ids, later_masks(plan, CONTEXT, LENGTH))[-1]
+    with running(model, plan, kind, chunks) as session, session.prefill() as prefill:
+        (got,) = prefill(ids, context=CONTEXT)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    whole = masked.logits_under(model, ids, masked.masks_of(plan, LENGTH))[-1]
+    assert torch.allclose(whole, expected, rtol=1e-3, atol=1e-3) == (method == "dense")
+
+
+@torch.inference_mode()
+def test_answers_follow_a_question_that_was_asked_later(make_model, prompt):
+    model, ids = make_model("llama"), prompt(LENGTH)
+    model.generation_config.eos_token_id = None
+    plan = plans.plan_of(model, "tri_mix", **WINDOW)
+    text = ids
+    for _ in range(4):
+        logits = masked.logits_under(model, text, later_masks(plan, CONTEXT, text.shape[1]))[-1]
+        text = torch.cat([text, logits.argmax()[None, None]], dim=1)
+    with running(model, plan, EAGER) as session:
+        assert session.generate(ids, 4, CONTEXT)[0].tolist() == text[0, LENGTH:].tolist()
+        cache = KvCache(1, LENGTH)
+        logits = session.read_into(ids, CacheSlot(cache, 0), CONTEXT)
+    assert int(logits.argmax()) == text[0, LENGTH]
+    with (
+        running(model, plan, PLAIN) as session,
+        session.prefill() as prefill,
+        pytest.raises(ValueError, match="a plain prefill reads a prompt in one piece"),
+    ):
+        prefill(ids, context=CONTEXT)
+
+
+@pytest.mark.parametrize("samples_as", ["tmbench", "reference"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_says_where_its_question_begins(task, samples_as, tokenizer):
+    wording, sources = load_wording(), offline_sources()
+    (example,) = drawn(task, 2048, [0], tokenizer=tokenizer, sources=sources, samples_as=samples_as)
+    at = question_start(example, wording)
+    context, question = example.prompt[:at], example.prompt[at:]
+    assert question.endswith(example.answer_prefix)
+    # What is asked stands in the question alone, and what it is asked of in the context alone.
+    asked = {"vt": "which variables hold", "cwe": "which 10 words", "fwe": "which three code words"}
+    asks = "Which secret" if task.startswith("niah") else asked.get(task, "Question: ")
+    assert asks in question
+    assert question.count("\n") <= 3
+    assert len(question) < 400 + len(example.answer_prefix)
+    assert all(output in context for output in example.outputs) or task.startswith("qa")
+
+
+def test_contexts_are_tokens_that_the_whole_prompt_begins_with(tokenizer):
+    suite = Ruler(offline=True)
+    samples = suite.samples("niah_single_1", 1024, [0, 1], 42, tokenizer)
+    for before, sample in zip(samples, suite.with_contexts("niah_single_1", samples, tokenizer), strict=True):
+        assert sample.prompt_hash == before.prompt_hash
+        assert 0 < len(sample.ids) - sample.context < 60
+        assert "Which secret" in tokenizer.decode(sample.ids[sample.context :])
+        assert "Which secret" not in tokenizer.decode(sample.ids[: sample.context])
+
+
+@pytest.mark.slow
+def test_rows_that_were_asked_later_are_rows_of_their_own(tmbench):
+    asked = ("ruler", "--task", "niah_single_1", "--length", "1K", "--samples", "2", "--json")
+    both = ("--method", "dense", "--method", "streaming")
+    _, whole, _ = tmbench(*asked, *both)
+    code, out, err = tmbench(*asked, *both, "--ask-later")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["ask_later"] for row in rows] == [True, True]
+    assert rows[0]["score"] == json.loads(whole)[0]["score"]
+    # The question's rows see more than in one piece.
+    assert rows[1]["coverage"] > json.loads(whole)[1]["coverage"]
+    code, _, err = tmbench("ruler", "--data", ".", "--length", "1K", "--ask-later")
+    assert code == 2
+    assert "--data has samples that do not say where their questions begin" in err
+
+
+@pytest.mark.slow
+def test_a_second_turn_is_timed_over_the_kept_cache(tmbench):
+    run = (
+        "ttft",
+        "--length",
+        "1K",
+        "--repeats",
+        "2",
+        "--json",
+        "--method",
+        "dense",
+        "--method",
+        "streaming",
+        "--n-local",
+        "64",
+    )
+    code, out, err = tmbench(*run, "--ask-later", "--question-tokens", "32", "--chunk", "512")
+    assert code == 0, err
+    dense, streaming = json.loads(out)
+    _, out, _ = tmbench(*run)
+    whole = json.loads(out)
+    assert [row["question_tokens"] for row in (dense, streaming, *whole)] == [32, 32, 0, 0]
+    # The question's rows are dense under every method, and nothing else is timed or counted.
+    assert (dense["coverage"], dense["flop"]) == (streaming["coverage"], streaming["flop"]) == (1.0, dense["flop"])
+    assert dense["flop"] < whole[0]["flop"] / 8
+    assert dense["ttft_median_s"] < whole[0]["ttft_median_s"]
+    # What the method left of the context differs from dense's all the same.
+    assert dense["first_token"] == whole[0]["first_token"]
+    assert streaming["logit_error"] > 1e-3
+    code, out, _ = tmbench("report")
+    assert "asked later" in out
+    assert "second turn of 32 tokens" in out
+
+
+def test_options_of_later_questions_are_refused_where_they_have_no_meaning(tmbench):
+    for arguments, words in (
+        (("--question-tokens", "9"), "--question-tokens is about questions that are asked later and needs --ask-later"),
+        (
+            ("--ask-later", "--attn-native"),
+            "--attn-native shows attention over whole prompts and does not go with --ask-later",
+        ),
+        (("--ask-later", "--length", "64"), "--question-tokens 64 leaves nothing before the question in 64 tokens"),
+    ):
+        code, _, err = tmbench("ttft", *arguments)
+        assert code == 2
+        assert words in " ".join(err.split())

@@ -1,0 +1,71 @@
+"""Which models' prompts can be fed in chunks: those that answer a short one as in one piece."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from tmbench.engine.chunks import Chunks
+from tmbench.engine.prefill import EAGER, PLAIN, Kind, tensors_of
+from tmbench.engine.prefill_kind import PROBE_LENGTH, agree, obstacle_of
+from tmbench.engine.session import running
+from tmbench.errors import UserError
+from tmbench.methods.layer_kinds import CHUNKED, layer_kinds
+from tmbench.methods.plan import ModelShape
+from tmbench.methods.table import METHODS
+from tmbench.models import parallel
+from tmbench.models.context import splits_prompts
+from tmbench.models.geometry import has_latents
+from tmbench.models.rotary import depends_on_length
+from tmbench.results.failures import describe
+
+TRIED = Chunks(19)
+"""How the short prompt is fed."""
+
+
+def check_chunks(name: str, model: PreTrainedModel, kind: Kind, option: str, *, planned: bool = False) -> None:
+    """Raise UserError for a model whose prompts cannot be fed in chunks in this kind of prefill.
+
+    ``option`` asks for chunks, of which a question that is asked later is one. ``planned`` is whether it has no weights yet,
+    so that it cannot be tried.
+    """
+    if splits_prompts(model):
+        raise UserError(f"{option} does not go with --context-parallel, which splits whole prompts: leave one of them out")
+    if obstacle := _obstacle(model, kind) or ("" if planned else _tried(model)):
+        raise UserError(f"{option}: prompts of {name} cannot be fed in chunks, {obstacle}: leave the option out")
+
+
+def _obstacle(model: PreTrainedModel, kind: Kind) -> str:
+    """Why not, as far as it shows without trying, in words that follow a comma."""
+    if kind == PLAIN:
+        return obstacle_of(model) or "as they are read as transformers reads them"
+    if depends_on_length(model):
+        return "as its rotary embeddings depend on a prompt's length"
+    if has_latents(model.config):
+        return "as it caches the latents that its keys and values are made from"
+    if CHUNKED in layer_kinds(model.config):
+        return "as it has layers of chunked attention, whose own chunks lie elsewhere"
+    return ""
+
+
+@torch.inference_mode()
+def _tried(model: PreTrainedModel) -> str:
+    """As ``_obstacle``, of a short prompt that is read both ways."""
+    plan = METHODS["dense"].plan(ModelShape.of(model))
+    ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    found = []
+    try:
+        for chunks in (None, TRIED):
+            with running(model, plan, EAGER, chunks) as session, session.prefill() as prefill:
+                found.append([prefill(ids), *tensors_of(prefill.cache)])
+    except UserError:
+        raise
+    except Exception as error:
+        if parallel.size() > 1:
+            # It may have failed on this rank alone, and then the ranks are no longer at the same place.
+            raise
+        return f"as a short prompt failed ({describe(error)})"
+    expected, got = found
+    if len(got) != len(expected) or not all(map(agree, got, expected)):
+        return "as it answers a short prompt otherwise than in one piece"
+    return ""
