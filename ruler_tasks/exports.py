@@ -1,6 +1,6 @@
 """All that this package offers to others, imported eagerly: ``ruler_tasks`` has it on first use."""
 
-from ruler_tasks.asking import question_start
+from ruler_tasks.asking import further_questions, question_start
 from ruler_tasks.dataset import read_dataset, write_dataset
 from ruler_tasks.encoding import encode_prompt
 from ruler_tasks.errors import (
@@ -36,6 +36,7 @@ __all__ = [
     "count_nulls",
     "encode_prompt",
     "examples",
+    "further_questions",
     "get_task",
     "load_wording",
     "minimum_length",

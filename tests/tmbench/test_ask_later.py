@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
 import masked
 import plans
-from ruler_tasks import TASKS, load_wording, question_start
+from ruler_tasks import TASKS, Frame, further_questions, load_wording, question_start
 from ruler_tasks import examples as drawn
+from ruler_tasks.asking import _question
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
@@ -71,7 +73,7 @@ def test_answers_follow_a_question_that_was_asked_later(make_model, prompt):
         prefill(ids, context=CONTEXT)
 
 
-@pytest.mark.parametrize("samples_as", ["tmbench", "reference"])
+@pytest.mark.parametrize("samples_as", ["tmbench", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_says_where_its_question_begins(task, samples_as, tokenizer):
     wording, sources = load_wording(), offline_sources()
@@ -86,6 +88,47 @@ def test_every_task_says_where_its_question_begins(task, samples_as, tokenizer):
     assert question.count("\n") <= 3
     assert len(question) < 400 + len(example.answer_prefix)
     assert all(output in context for output in example.outputs) or task.startswith("qa")
+
+
+@pytest.mark.parametrize("samples_as", ["tmbench", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", [*(task for task in TASKS if task.startswith("niah_multi")), "niah_single_3", "vt"])
+def test_further_questions_are_about_other_keys_of_the_same_context(task, samples_as, tokenizer):
+    wording, sources = load_wording(), offline_sources()
+    frame = Frame("<user>", "<model>", strip=True)
+    (example,) = drawn(task, 2048, [3], tokenizer=tokenizer, sources=sources, samples_as=samples_as, frame=frame)
+    found = further_questions(example, wording, frame)
+    least = {"niah_multikey_1": 3, "niah_multikey_2": 20, "niah_multikey_3": 10, "niah_multiquery": 4}
+    assert len(found) >= least.get(task, 0)
+    assert not found or task in least
+    context = example.input[: question_start(example, wording)]
+    for text, outputs in found:
+        assert "<model>" in text
+        # The needle that answers stands in the context once, with the key that is asked for.
+        (key,) = re.findall(r"Which secret \w+ of (\S+) does", text)
+        (value,) = outputs
+        assert context.count(f" of {key} is {value}.") == 1
+        assert {value} != {*example.outputs}
+    # The first question, written by the same rule, is the sample's own.
+    if task == "niah_multikey_1":
+        (asked,) = re.findall(r"of (\S+) does", example.input[len(context) :])
+        assert _question(wording, frame, asked, example.outputs) == example.prompt[len(context) :]
+
+
+@pytest.mark.slow
+def test_further_questions_are_rows_of_their_own(tmbench):
+    asked = ("ruler", "--length", "1K", "--samples", "2", "--json", "--method", "dense", "--questions", "3", "--ask-later")
+    code, out, err = tmbench(*asked, "--task", "niah_multikey_2", "--task", "vt")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["task"], row["question"]) for row in rows] == [
+        ("niah_multikey_2", 1), ("niah_multikey_2", 2), ("niah_multikey_2", 3), ("vt", 1),
+    ]  # fmt: skip
+    assert len({row["predictions"] for row in rows}) == 4
+    code, out, _ = tmbench("report")
+    assert "question 3 of each context" in out
+    code, _, err = tmbench("ruler", "--data", ".", "--length", "1K", "--questions", "2")
+    assert code == 2
+    assert "--data has one question for each sample" in err
 
 
 def test_contexts_are_tokens_that_the_whole_prompt_begins_with(tokenizer):
@@ -149,6 +192,7 @@ def test_a_second_turn_is_timed_over_the_kept_cache(tmbench):
     assert "second turn of 32 tokens" in out
 
 
+@pytest.mark.slow
 def test_options_of_later_questions_are_refused_where_they_have_no_meaning(tmbench):
     for arguments, words in (
         (("--question-tokens", "9"), "--question-tokens is about questions that are asked later and needs --ask-later"),

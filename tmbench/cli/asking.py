@@ -101,6 +101,7 @@ def ask(
     shard: Shard | None,
     chunks: Chunks | None,
     ask_later: bool = False,
+    questions: int = 1,
     as_json: bool,
     plan: bool,
 ) -> None:
@@ -130,6 +131,7 @@ def ask(
         prefill=run.ask(partial(prefill_kind, chunks=chunks, ask_later=ask_later)),
         chunks=chunks,
         ask_later=ask_later,
+        questions=questions,
         overwrite=overwrite,
         save_samples=save_samples,
         shard=shard,
@@ -144,7 +146,7 @@ def _show(rows: Sequence[RulerRow]) -> None:
     methods = list(dict.fromkeys(row.method for row in rows))
     for length in sorted({row.length for row in rows}):
         shown = table(f"{rows[0].title} at {counted(length, 'token')}{rows[0].fed}", "task", *methods, right=tuple(methods))
-        cells = {(row.task, row.method): row for row in rows if row.length == length}
+        cells = {(_asked(row), row.method): row for row in rows if row.length == length}
         tasks = list(dict.fromkeys(task for task, _ in cells))
         for task in tasks:
             shown.add_row(task, *(_cell(cells.get((task, method))) for method in methods))
@@ -152,6 +154,10 @@ def _show(rows: Sequence[RulerRow]) -> None:
         shown.add_row(f"mean of {len(tasks)}", *(_mean([cells.get((task, method)) for task in tasks]) for method in methods))
         console().print(shown)
     say_failures(rows)
+
+
+def _asked(row: RulerRow) -> str:
+    return row.task if row.question == 1 else f"{row.task}, question {row.question}"
 
 
 def _cell(row: RulerRow | None) -> str:

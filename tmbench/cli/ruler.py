@@ -60,7 +60,7 @@ UnlistedPromptLengthOption = Annotated[Literal["known", "unknown"] | None, typer
 
 
 @with_checkpoint()
-@with_attention(hidden=("dense_backend", "attn_native", "patterns", "n_init"))
+@with_attention(hidden=("dense_backend", "attn_native", "patterns", "n_init", "n_local"))
 def ruler(
     method: o.MethodOption = None,
     length: o.LengthOption = None,
@@ -69,6 +69,10 @@ def ruler(
     chunk: o.ChunkOption = None,
     prompt_length: UnlistedPromptLengthOption = None,
     ask_later: o.AskLaterOption = False,
+    questions: Annotated[
+        int,
+        typer.Option(min=1, help="How many are asked of each context, where it has more keys.", rich_help_panel=o.SERVED),
+    ] = 1,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: asking.UnlistedWeightsOption = "checkpoint",
@@ -106,6 +110,8 @@ def ruler(
     chosen = attention.once().specs(methods)
     chunks = o.chunks_of(chunk, prompt_length, attention.native)
     o.check_ask_later(ask_later, attention.native)
+    if questions > 1:
+        o.refuse({"data": data}, "has one question for each sample, and does not go with --questions")
     if ask_later:
         o.refuse({"data": data}, "has samples that do not say where their questions begin, as --ask-later needs to know")
     tasks = tasks_for(task)
@@ -138,6 +144,7 @@ def ruler(
         seed=seed,
         chunks=chunks,
         ask_later=ask_later,
+        questions=questions,
         overwrite=overwrite,
         save_samples=save_samples,
         shard=part,

@@ -51,6 +51,8 @@ class AccuracySpec(AnswerSpec[RulerRow]):
     lengths: Sequence[int]
     tasks: Sequence[str]
     samples: int
+    questions: int = 1
+    """How many are asked of each context, where it has so many: each has rows of its own."""
     save_samples: bool = False
     """Whether each prompt is kept with its prediction."""
 
@@ -73,18 +75,26 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             # What the samples are made of is told by the first one.
             places = sorted({0, *own})
             samples = self.suite.samples(task, length, places, self.seed, tokenizer)
-            if self.ask_later:
-                samples = self.suite.with_contexts(task, samples, tokenizer)
             known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
             known |= {"length": length, "task": task, "samples": count}
-            asked = {place: sample for place, sample in zip(places, samples, strict=True) if place in own}
-            yield [self._target(number, asked, known) for number in range(len(self.plans))]
+            for question in range(1, self.questions + 1):
+                asked_of = samples
+                if question > 1:
+                    asked_of = self.suite.further(task, length, samples, question, tokenizer)
+                    known |= {"question": question}
+                if not asked_of:
+                    yield Step(f"{task} at {length}: no more than {counted(question - 1, 'question')} of each context")
+                    break
+                if self.ask_later:
+                    asked_of = self.suite.with_contexts(task, asked_of, tokenizer)
+                asked = {place: sample for place, sample in zip(places, asked_of, strict=True) if place in own}
+                yield [self._target(number, asked, known) for number in range(len(self.plans))]
 
     def _target(self, number: int, samples: Mapping[int, Sample], known: dict[str, Any]) -> RowTarget[RulerRow, Prediction]:
         """One method's row; ``samples`` by their place among all of the row."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = self.suite.row(**fields, time=now())
-        title = f"{row.method} on {row.task} at {row.length}"
+        title = f"{row.method} on {row.task} at {row.length}" + f", question {row.question}" * (row.question > 1)
         # Of all tasks alike, where their texts fit, so that these decode together.
         new = max([NEW_TOKENS, *(sample.max_new_tokens for sample in samples.values())])
         room = max([row.length, *(len(sample.ids) + sample.max_new_tokens for sample in samples.values())])

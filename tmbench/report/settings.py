@@ -128,6 +128,7 @@ class RulerSetting(Setting):
 
     BARE: ClassVar[tuple[tuple[str, object], ...]] = (
         *Setting.BARE, ("samples_as", "tmbench"), ("chat_template_kwargs", ""), ("accuracy_prefill", "plain"),
+        ("question", 1),
     )  # fmt: skip
 
     length: int
@@ -143,12 +144,15 @@ class RulerSetting(Setting):
     """Counts the data that were measured on from the newest, 0, back."""
     accuracy_prefill: str
     """How the scores' prompts were read."""
+    question: int
+    """Which of those that were asked of each context."""
 
     @classmethod
     def of(cls, row: RulerRow, older: int) -> RulerSetting:
         same = ("length", "wording", "samples_as", "chat_template", "chat_template_kwargs", "threads", "seed")
         version = "" if row.wording == "prepared" else row.wording_hash
         newer: dict[str, Any] = {"wording_version": version, "older_data": older, "accuracy_prefill": row.prefill}
+        newer |= {"question": row.question}
         return cls(**model_of(row), **_taken(row, same), **newer)
 
     @property
@@ -167,6 +171,7 @@ class RulerSetting(Setting):
         """The setting in words, without the model and the length."""
         wording = f"wording {self.wording} {self.wording_version}".rstrip()
         older = f", older data {self.older_data}" if self.older_data else ""
+        older += f", question {self.question} of each context" if self.question > 1 else ""
         machine = f"{prefill_words(self.accuracy_prefill)}{machine_words(self.threads)}"
         return f"{wording}, {self.drawn}{self.template}, {machine}seed {self.seed}{older}"
 

@@ -240,7 +240,7 @@ class RulerRow(Row):
     """All there are, in the suite's own order; RULER's are those of ``ruler_tasks``."""
     extra_key: ClassVar[tuple[str, ...]] = (
         "task", "wording", "wording_hash", "source", "chat_template", "data_hash", "samples_as",
-        "chat_template_kwargs",
+        "chat_template_kwargs", "question",
     )  # fmt: skip
 
     task: str
@@ -267,13 +267,15 @@ class RulerRow(Row):
     """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
     samples_as: str = "tmbench"
     """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
+    question: int = 1
+    """Which of the questions that were asked of each context it is, from 1; the first is the task's own."""
     decode: str = PLAIN_LOOP
     """How answers were decoded: "plain", as transformers does it, one at a time; over a "static-cache", or in a "cuda-graph"
     over one, both of which decode several together. Joined by "+" where samples differ."""
     batch_size: int = 1
     """How many samples decoded together at most."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "decode", "batch_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "question", "decode", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

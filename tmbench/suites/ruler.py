@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from ruler_tasks import (
     Wording,
     WordingError,
     count_nulls,
+    encode_prompt,
     load_wording,
 )
 from ruler_tasks.dataset import dataset_path
@@ -144,6 +145,25 @@ class Ruler(ExampleSuite):
             return ruler_tasks.question_start(example, self.texts)
         except WordingError:
             return 0
+
+    def further(
+        self, task: str, length: int, samples: Sequence[Sample], number: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Sample]:
+        """As ``Suite.further``: needles have a question for each key. None takes more tokens than the length."""
+        frame, found = self.chat(tokenizer).frame, []
+        for sample in samples:
+            context = sample.prompt[: sample.question_at]
+            example = Example(task, sample.index, sample.prompt, "", sample.references, length, sample.max_new_tokens, "")
+            asked = ruler_tasks.further_questions(example, self.texts, frame) if context else []
+            fitting = []
+            for text, references in asked:
+                ids = tuple(encode_prompt(tokenizer, context + text, add_special_tokens=frame.add_special_tokens))
+                if len(ids) + sample.max_new_tokens <= length:
+                    fitting.append(replace(sample, prompt=context + text, ids=ids, references=references))
+                if len(fitting) == number - 1:
+                    break
+            found += fitting[number - 2 :]
+        return found if len(found) == len(samples) else ()
 
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:
         """The share of the references that the answer holds, or whether it holds any, as the task counts."""

@@ -84,6 +84,12 @@ class Suite(ABC):
         """The same samples, each with how long its context is; raises UserError for a suite that does not know."""
         raise UserError(f"--ask-later: {self.title} does not say where its questions begin: leave it out")
 
+    def further(
+        self, task: str, length: int, samples: Sequence[Sample], number: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Sequence[Sample]:
+        """The same contexts with their ``number``-th question, from 2 on; none where one of them has not so many."""
+        return ()
+
     @abstractmethod
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:
         """The score of one answer, from 0 to 1."""
