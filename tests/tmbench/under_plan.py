@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tmbench.engine.chunk_kind import why_whole
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.session import Session, running
 from tmbench.measure import loss
@@ -24,8 +25,9 @@ def follow(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLA
 
 def losses(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLAIN) -> tuple[Tensor, Tensor, str]:
     """As ``loss.losses``, and the backends that ran."""
+    at_once = not why_whole(model, kind)
     with running(model, plan, kind) as session:
-        return *loss.losses(session, *arguments), backends_name(session.applied.backends)
+        return *loss.losses(session, *arguments, at_once=at_once), backends_name(session.applied.backends)
 
 
 @torch.inference_mode()

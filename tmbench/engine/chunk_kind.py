@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from transformers import PreTrainedModel
 
@@ -22,6 +24,8 @@ from tmbench.results.failures import describe
 TRIED = Chunks(19)
 """How the short prompt is fed."""
 
+_FOUND: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
 
 def check_chunks(name: str, model: PreTrainedModel, kind: Kind, option: str, *, planned: bool = False) -> None:
     """Raise UserError for a model whose prompts cannot be fed in chunks in this kind of prefill.
@@ -31,8 +35,20 @@ def check_chunks(name: str, model: PreTrainedModel, kind: Kind, option: str, *, 
     """
     if splits_prompts(model):
         raise UserError(f"{option} does not go with --context-parallel, which splits whole prompts: leave one of them out")
-    if obstacle := _obstacle(model, kind) or ("" if planned else _tried(model)):
+    if obstacle := _obstacle(model, kind) if planned else why_whole(model, kind):
         raise UserError(f"{option}: prompts of {name} cannot be fed in chunks, {obstacle}: leave the option out")
+
+
+def why_whole(model: PreTrainedModel, kind: Kind) -> str:
+    """Why prompts are read in one piece, in words that follow a comma; empty where they can be fed in chunks.
+
+    A model is tried once, under no other method meanwhile.
+    """
+    if obstacle := _obstacle(model, kind):
+        return obstacle
+    if model not in _FOUND:
+        _FOUND[model] = _tried(model)
+    return _FOUND[model]
 
 
 def _obstacle(model: PreTrainedModel, kind: Kind) -> str:

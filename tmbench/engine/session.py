@@ -64,6 +64,19 @@ class Session:
         cache, prefill.cache = prefill.cache, None
         return Decoding(self.model, ids, logits, cache)
 
+    def read_before(self, ids: Tensor, following: Sequence[int]) -> None:
+        """Read a prompt ``[1, length]``, and what follows it densely over all before, every position to the end.
+
+        Raises as ``read``. What ran is said of the prompt alone, as of one that is decoded after.
+        """
+        with self.prefill(every_position=True) as prefill:
+            prefill.read(ids, later=len(following))
+            self.applied.check_complete()
+            ran = set(self.applied.backends)
+            if following:
+                prefill.ask(torch.tensor([following], device=ids.device, dtype=ids.dtype))
+        self.applied.backends.intersection_update(ran)
+
     def generate(self, ids: Tensor, max_new_tokens: int, context: int = 0) -> Tensor:
         """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``."""
         return greedy(self.read(ids, context=context), max_new_tokens)

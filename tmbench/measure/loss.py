@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tmbench.engine.chunk_kind import why_whole
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.finite import check_logits
 from tmbench.engine.forwards import replace_forward
@@ -179,13 +180,15 @@ def loss_rows(
 
 
 @torch.inference_mode()
-def losses(session: Session, ids: Tensor, answer: Sequence[int]) -> tuple[Tensor, Tensor]:
+def losses(session: Session, ids: Tensor, answer: Sequence[int], *, at_once: bool = False) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of every token, in nats.
 
     Args:
         session: the model, and the method that reads the prompt.
         ids: the prompt, ``[1, length]`` on the model's device, at least two tokens.
         answer: the ids that follow it, at least one.
+        at_once: whether the answer is read in one pass, each of its tokens densely over all before it, as where it is
+            decoded; ``chunk_kind.why_whole`` says of which models it can be. Else token by token.
 
     Returns:
         float32 ``[length - 1]`` of the prompt's tokens from the second on, and ``[len(answer)]``, both on the CPU.
@@ -197,19 +200,28 @@ def losses(session: Session, ids: Tensor, answer: Sequence[int]) -> tuple[Tensor
     hidden: list[Any] = []
     hook = _base(session.model).register_forward_hook(lambda module, given, out: hidden.append(out))
     try:
-        decoding = session.read(ids, every_position=True)
+        if at_once:
+            session.read_before(ids, answer[:-1])
+        else:
+            decoding = session.read(ids, every_position=True)
     finally:
         hook.remove()
-    following = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
-    of_answer = F.cross_entropy(torch.stack(following), torch.tensor(answer, device=ids.device), reduction="none")
-    of_prompt = _prompt_losses(session.model, torch.cat([part.last_hidden_state for part in hidden], dim=1), ids)
+    states = torch.cat([part.last_hidden_state for part in hidden], dim=1)
+    following = torch.tensor([answer], device=ids.device, dtype=ids.dtype)
+    if at_once:
+        whole = _losses(session.model, states, torch.cat([ids, following], dim=1))
+        of_prompt, of_answer = whole[: ids.shape[1] - 1], whole[ids.shape[1] - 1 :]
+    else:
+        of_prompt = _losses(session.model, states, ids)
+        logits = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
+        of_answer = F.cross_entropy(torch.stack(logits), following[0], reduction="none")
     if not (of_prompt.isfinite().all() and of_answer.isfinite().all()):
         raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another --task")
     return of_prompt.cpu(), of_answer.cpu()
 
 
-def _prompt_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Of each token but the first, given the base model's output ``[1, length, hidden]``.
+def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Of each token but the first, given the base model's output ``[1, length, hidden]`` of all, or of all but the last.
 
     The model's own ``forward`` makes the logits, with whatever it scales or caps them by: for the time of a chunk its base
     model hands over that chunk of what it yielded before.
@@ -245,11 +257,12 @@ def loss_sample(
 ) -> LossSample:
     """The losses of one prompt, read by a plan, and of its answer; what ran is added to ``ran``. Raises as ``losses``."""
     ids = torch.tensor([question.prompt], device=loaded.device)
+    at_once = not why_whole(loaded.model, prefill)
     compile_ahead(loaded.model, plan, prefill, ids, every_position=True, chunks=chunks)
     start = time.perf_counter()
     with running(loaded.model, plan, prefill, chunks) as session:
         try:
-            of_prompt, of_answer = losses(session, ids, question.answer)
+            of_prompt, of_answer = losses(session, ids, question.answer, at_once=at_once)
         finally:
             ran |= session.applied.backends
         peak = session.peak.bytes
