@@ -61,6 +61,21 @@ def test_samples_fit_and_have_answers_of_their_own(name, task, kind, request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), TASKS)
+def test_a_context_has_the_list_and_nothing_of_the_question(name, task, tokenizer):
+    suite = DRAWN[name]()
+    found = suite.samples(task, 2000, (0, 1), 42, tokenizer)
+    for one, asked in zip(found, suite.with_contexts(task, found, tokenizer), strict=True):
+        context, question = one.prompt[: one.question_at], one.prompt[one.question_at :]
+        # The last line before it is one of the list, and the question with its answer's beginning is short.
+        assert re.search(r" -> \w+\n$|is \d{10}\.\n$|^Text .*\n$| \d+\. .*\n$", context, re.MULTILINE)
+        assert len(question.splitlines()) <= 3
+        assert question.startswith(("Operation: ", "Which hidden", "Of all lines", "Question: "))
+        assert 0.8 * len(one.ids) < asked.context < len(one.ids)
+        assert not set(re.findall(r"Operation: .*", question)) & set(re.findall(r"Operation: .*", context))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "task"), TASKS)
 def test_answers_are_told_by_what_their_texts_depend_on(name, task, tokenizer):
     suite = DRAWN[name]()
     tellings = []

@@ -41,6 +41,7 @@ def suite(
     samples: asking.SamplesOption = 20,
     chunk: o.ChunkOption = None,
     prompt_length: o.PromptLengthOption = None,
+    ask_later: o.AskLaterOption = False,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: asking.UnlistedWeightsOption = "checkpoint",
@@ -72,6 +73,7 @@ def suite(
         raise UserError(f"tmbench suite {name} is unknown: {instead}")
     chosen = attention.once().specs(list(method or DEFAULT_METHODS))
     chunks = o.chunks_of(chunk, prompt_length, attention.native)
+    o.check_ask_later(ask_later, attention.native)
     part = o.shard_of(shard, overwrite)
 
     from tmbench.measure.spec import ModelSource
@@ -101,6 +103,7 @@ def suite(
         save_samples=save_samples,
         shard=part,
         chunks=chunks,
+        ask_later=ask_later,
         as_json=as_json,
         plan=plan,
     )

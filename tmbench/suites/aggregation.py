@@ -77,7 +77,7 @@ class Aggregation(DrawnSuite):
     tasks: ClassVar[tuple[str, ...]] = AggregationRow.tasks
     recipes: ClassVar[Mapping[str, DrawnTask]] = {
         "common_words": DrawnTask(
-            "the ten words that come up most often, of about 400", FewWords(), NEW_TOKENS, share_found
+            "the ten words that come up most often, of about 400", FewWords(), NEW_TOKENS, share_found, COMMON_WORDS.template
         ),
     }
     sentences: ClassVar[tuple[str, ...]] = (COMMON_WORDS.template, COMMON_WORDS.answer_prefix)

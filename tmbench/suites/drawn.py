@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from tmbench.suites.suite import Sample
 
 share_found = partial(score_sample, "all")
 """RULER's score of several references: the share of them that an answer holds, letter case aside."""
+_LIST = re.compile(r"\{lines\}|\{context\}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class DrawnTask:
     """The most tokens that an answer may take."""
     score: Callable[[str, Sequence[str]], float]
     """The score of an answer, from 0 to 1, given the references."""
+    template: str = ""
+    """The text of a prompt, with its list as {lines} or {context}, behind which the question begins; "" where none does."""
+
+    @property
+    def question(self) -> str:
+        """How the question begins; "" where that is not known."""
+        behind = _LIST.split(self.template)
+        return behind[-1].partition("{")[0].strip() if len(behind) > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +80,11 @@ class DrawnSuite(ExampleSuite):
     ) -> Iterable[Example]:
         """The samples of a task: each depends on the suite, task, length, seed, tokenizer, template and its number alone."""
         return drawn(self.recipes[task].recipe, self._fitting(task, length, seed, tokenizer), places)
+
+    def question_at(self, example: Example) -> int:
+        """As ``ExampleSuite.question_at``: behind the list."""
+        question = self.recipes[example.task].question
+        return example.input.rindex(question) if question else 0
 
     def score(self, task: str, answer: str, references: Sequence[str]) -> float:
         """The score of one answer by the task's rule."""

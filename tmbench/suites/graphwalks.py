@@ -189,8 +189,8 @@ class GraphWalks(DrawnSuite):
     row: ClassVar[type[GraphWalksRow]] = GraphWalksRow
     tasks: ClassVar[tuple[str, ...]] = GraphWalksRow.tasks
     recipes: ClassVar[Mapping[str, DrawnTask]] = {
-        "bfs": DrawnTask("the nodes at one depth of a breadth-first search", Walk("bfs"), NEW_TOKENS, f1),
-        "parents": DrawnTask("the nodes that edges lead from to one", Walk("parents"), NEW_TOKENS, f1),
+        "bfs": DrawnTask("the nodes at one depth of a breadth-first search", Walk("bfs"), NEW_TOKENS, f1, TEXT),
+        "parents": DrawnTask("the nodes that edges lead from to one", Walk("parents"), NEW_TOKENS, f1, TEXT),
     }
     sentences: ClassVar[tuple[str, ...]] = (TEXT, BFS, PARENTS, PREFIX)
     wording: ClassVar[str] = "graphwalks-1"

@@ -184,12 +184,12 @@ class RulerV2(DrawnSuite):
     tasks: ClassVar[tuple[str, ...]] = RulerV2Row.tasks
     recipes: ClassVar[Mapping[str, DrawnTask]] = {
         "mk_niah_basic": DrawnTask(
-            "one number among nothing but numbers with other keys", Retrieval(Needles, 1), NEW_TOKENS, share_found
+            "one number among nothing but numbers with other keys", Retrieval(Needles, 1), NEW_TOKENS, share_found, ONE
         ),
         "mv_niah_basic": DrawnTask(
-            "four numbers of one key, among other keys with four each", Retrieval(Needles), NEW_TOKENS, share_found
+            "four numbers of one key, among other keys with four each", Retrieval(Needles), NEW_TOKENS, share_found, ALL
         ),
-        "copy_nth": DrawnTask("the n-th text of four with one label", Retrieval(Texts), NEW_TOKENS, share_found),
+        "copy_nth": DrawnTask("the n-th text of four with one label", Retrieval(Texts), NEW_TOKENS, share_found, COPY),
     }
     sentences: ClassVar[tuple[str, ...]] = (NEEDLE, ONE, ONE_PREFIX, ALL, ALL_PREFIX, TEXT, COPY, COPY_PREFIX, *ORDERS)
     wording: ClassVar[str] = "rulerv2-1"
