@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -203,5 +204,34 @@ def test_options_of_later_questions_are_refused_where_they_have_no_meaning(tmben
         (("--ask-later", "--length", "64"), "--question-tokens 64 leaves nothing before the question in 64 tokens"),
     ):
         code, _, err = tmbench("ttft", *arguments)
+        assert code == 2
+        assert words in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_losses_of_questions_of_a_file_that_are_asked_later(tmbench, tmp_path):
+    context = "The lake is calm. The secret number of red-fox is 42. " * 30
+    line = {"prompt": context, "question": "\nWhich secret number of red-fox does the text mention?", "answer": " 42"}
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    run = ["probe", "--loss", "--prompt-file", str(file), "--samples", "1", "--json", "--n-init", "2", "--n-local", "16"]
+    run += ["--method", "dense", "--method", "streaming"]
+    found: dict[tuple[str, ...], Any] = {}
+    for how in ((), ("--ask-later",), ("--ask-later", "--chunk", "100")):
+        code, out, err = tmbench(*run, *how)
+        assert code == 0, err
+        found[how] = json.loads(out)
+    whole, later, chunks = found.values()
+    # The prompts are one text, and only what the method reads of it differs.
+    assert [row["prompt_tokens_mean"] for row in later] == [row["prompt_tokens_mean"] for row in whole]
+    assert later[0]["nll_answer"] == pytest.approx(whole[0]["nll_answer"], rel=1e-3)
+    assert later[1]["nll_answer"] != pytest.approx(whole[1]["nll_answer"], rel=1e-3)
+    assert chunks[1]["nll_answer"] == pytest.approx(later[1]["nll_answer"], rel=1e-3)
+    file.write_text(json.dumps({name: text for name, text in line.items() if name != "question"}) + "\n")
+    for arguments, words in (
+        (("--prompt-file", str(file)), f"--prompt-file {file} line 1 has no question: add one, apart from its prompt"),
+        (("--task", "kv"), "prompts of kv do not say where their questions begin: use a RULER task or --prompt-file"),
+    ):
+        code, _, err = tmbench("probe", "--loss", "--ask-later", "--samples", "1", *arguments)
         assert code == 2
         assert words in " ".join(err.split())

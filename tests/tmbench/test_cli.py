@@ -63,7 +63,7 @@ def test_no_panel_of_a_command_has_more_than_8_options():
     refused = {"ttft --executor"}
     assert unlisted == {
         *(f"{name} --{option}" for name in ("ruler", "suite") for option in ("weights", "dense_backend", "attn_native")),
-        "ruler --prompt_length", "ruler --patterns", "ruler --n_init", "ruler --n_local",
+        "ruler --prompt_length", "probe --prompt_length", "ruler --patterns", "ruler --n_init", "ruler --n_local",
         *(f"{name} --starting_layer" for name in layered), *refused
     }  # fmt: skip
     in_ttft = {"weights", "dense_backend", "prompt_length", "patterns", "n_init", "n_local"}

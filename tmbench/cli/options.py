@@ -89,6 +89,8 @@ PromptLengthOption = Annotated[
         help="Whether attention knows in a chunk how long the prompt is; if not, every chunk's last rows count as last.",
     ),
 ]  # fmt: skip
+# For commands with no room left in their help: that of tmbench ttft has it.
+UnlistedPromptLengthOption = Annotated[Literal["known", "unknown"] | None, typer.Option("--prompt-length", hidden=True)]
 AskLaterOption = Annotated[
     bool,
     typer.Option(

@@ -65,7 +65,8 @@ def probe(
     prompt_file: o.PromptFileOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts per task.", rich_help_panel=o.MEASURED)] = SAMPLES,
     chunk: o.ChunkOption = None,
-    prompt_length: o.PromptLengthOption = None,
+    prompt_length: o.UnlistedPromptLengthOption = None,
+    ask_later: o.AskLaterOption = False,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -127,7 +128,10 @@ def probe(
     else:
         other = {"patterns": attention.parameters.get("patterns")}
         other |= {attention.choice.removeprefix("--"): attention.choice or None}
-        o.refuse({"method": method, "chunk": chunk, **other}, "needs --loss, as a probe is of dense attention")
+        o.refuse(
+            {"method": method, "chunk": chunk, "ask-later": ask_later, **other},
+            "needs --loss, as a probe is of dense attention",
+        )
     chunks = o.chunks_of(chunk, prompt_length)
     o.check_plot(plot)
     check_plan(plan, as_json)
@@ -159,7 +163,8 @@ def probe(
         "shard": part,
     }
     if loss:
-        common |= {"prefill": where.ask(partial(prefill_kind, chunks=chunks)), "chunks": chunks}
+        common |= {"prefill": where.ask(partial(prefill_kind, chunks=chunks, ask_later=ask_later))}
+        common |= {"chunks": chunks, "ask_later": ask_later}
         losses = LossSpec(**common, plans=plans_for(chosen, attention, where, loaded, lengths, output_dir))
         if plan:
             show_plan(losses, loaded, workers)

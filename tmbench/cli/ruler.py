@@ -55,8 +55,6 @@ SamplesAsOption = Annotated[
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Download nothing: generated texts stand in.", rich_help_panel=o.PROMPTS)
 ]
-# As ``asking.UnlistedWeightsOption``: the help of tmbench ttft has it, and there is no room for it here.
-UnlistedPromptLengthOption = Annotated[Literal["known", "unknown"] | None, typer.Option("--prompt-length", hidden=True)]
 
 
 @with_checkpoint()
@@ -67,7 +65,7 @@ def ruler(
     task: TaskOption = None,
     samples: asking.SamplesOption = 20,
     chunk: o.ChunkOption = None,
-    prompt_length: UnlistedPromptLengthOption = None,
+    prompt_length: o.UnlistedPromptLengthOption = None,
     ask_later: o.AskLaterOption = False,
     questions: Annotated[
         int,

@@ -64,13 +64,17 @@ class Session:
         cache, prefill.cache = prefill.cache, None
         return Decoding(self.model, ids, logits, cache)
 
-    def read_before(self, ids: Tensor, following: Sequence[int]) -> None:
+    def read_before(self, ids: Tensor, following: Sequence[int], context: int = 0) -> None:
         """Read a prompt ``[1, length]``, and what follows it densely over all before, every position to the end.
 
-        Raises as ``read``. What ran is said of the prompt alone, as of one that is decoded after.
+        ``context`` and what is raised are those of ``read``. What ran is said of the prompt alone, as of one that is decoded
+        after.
         """
+        asked = ids.shape[1] - context if context else 0
         with self.prefill(every_position=True) as prefill:
-            prefill.read(ids, later=len(following))
+            prefill.read(ids[:, : ids.shape[1] - asked], later=asked + len(following))
+            if asked:
+                prefill.ask(ids[:, context:])
             self.applied.check_complete()
             ran = set(self.applied.backends)
             if following:

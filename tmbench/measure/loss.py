@@ -29,6 +29,7 @@ from tmbench.engine.chunk_kind import why_whole
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.finite import check_logits
 from tmbench.engine.forwards import replace_forward
+from tmbench.engine.prefill import PLAIN
 from tmbench.engine.prefill import Kind as Prefill
 from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UnsupportedModelError
@@ -74,7 +75,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         check_model(loaded.model)
         for length in self.lengths:
             for task in self.tasks:
-                check_task(task, length, loaded, self.samples)
+                check_task(task, length, loaded, self.samples, self.ask_later)
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[LossRow]]:
         """One part, task by task: dense comes in a first round, as the others' rows are held against its samples."""
@@ -88,7 +89,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         for length, task in product(self.lengths, self.tasks):
             places = self.places(self.samples, length, str(task))
             yield Step(f"{task} at {length}: preparing {counted(len(places), 'prompt')}")
-            asked = list(questions(task, length, places, loaded, self.seed))
+            asked = list(questions(task, length, places, loaded, self.seed, self.ask_later))
             known = {**self.common(loaded), **asked_of(task, length), "samples": self.samples}
             if own:
                 targets = [self._target(number, known, asked, {}) for number in own]
@@ -180,13 +181,16 @@ def loss_rows(
 
 
 @torch.inference_mode()
-def losses(session: Session, ids: Tensor, answer: Sequence[int], *, at_once: bool = False) -> tuple[Tensor, Tensor]:
+def losses(
+    session: Session, ids: Tensor, answer: Sequence[int], context: int = 0, *, at_once: bool = False
+) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of every token, in nats.
 
     Args:
         session: the model, and the method that reads the prompt.
         ids: the prompt, ``[1, length]`` on the model's device, at least two tokens.
         answer: the ids that follow it, at least one.
+        context: how many of the prompt's the method reads, before the others see all keys; 0 for all.
         at_once: whether the answer is read in one pass, each of its tokens densely over all before it, as where it is
             decoded; ``chunk_kind.why_whole`` says of which models it can be. Else token by token.
 
@@ -201,9 +205,9 @@ def losses(session: Session, ids: Tensor, answer: Sequence[int], *, at_once: boo
     hook = _base(session.model).register_forward_hook(lambda module, given, out: hidden.append(out))
     try:
         if at_once:
-            session.read_before(ids, answer[:-1])
+            session.read_before(ids, answer[:-1], context=context)
         else:
-            decoding = session.read(ids, every_position=True)
+            decoding = session.read(ids, every_position=True, context=context)
     finally:
         hook.remove()
     states = torch.cat([part.last_hidden_state for part in hidden], dim=1)
@@ -257,12 +261,12 @@ def loss_sample(
 ) -> LossSample:
     """The losses of one prompt, read by a plan, and of its answer; what ran is added to ``ran``. Raises as ``losses``."""
     ids = torch.tensor([question.prompt], device=loaded.device)
-    at_once = not why_whole(loaded.model, prefill)
+    at_once = prefill != PLAIN and not why_whole(loaded.model, prefill)
     compile_ahead(loaded.model, plan, prefill, ids, every_position=True, chunks=chunks)
     start = time.perf_counter()
     with running(loaded.model, plan, prefill, chunks) as session:
         try:
-            of_prompt, of_answer = losses(session, ids, question.answer, at_once=at_once)
+            of_prompt, of_answer = losses(session, ids, question.answer, question.context, at_once=at_once)
         finally:
             ran |= session.applied.backends
         peak = session.peak.bytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ruler_tasks import Example, encode_prompt
 from tmbench.errors import UserError
 from tmbench.suites.chat import Chat, parse_kwargs, take_apart
+from tmbench.suites.split import shared
 from tmbench.suites.suite import Sample, Suite
 
 
@@ -76,6 +76,5 @@ class ExampleSuite(Suite):
             if not sample.question_at:
                 raise UserError(f"--ask-later: it is not known where the questions of {task} begin: leave it out")
             ids = encode_prompt(tokenizer, sample.prompt[: sample.question_at], add_special_tokens=special)
-            same = list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, sample.ids[:-1], strict=False)))
-            found.append(replace(sample, context=len(same)))
+            found.append(replace(sample, context=shared(ids, sample.ids)))
         return found

@@ -23,7 +23,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.files import DECODER, readable
 from tmbench.results.files import read_file as read_bytes
 from tmbench.results.words import counted
-from tmbench.suites.split import split
+from tmbench.suites.split import shared, split
 
 CONTINUATION = 128
 """How many tokens of plain text are the answer at most, and no more than a quarter of the length."""
@@ -37,9 +37,16 @@ class Entry:
 
     line: int
     prompt: str
+    question: str = ""
+    """What is asked of it, as it is written, and read behind it; "" where that is not said."""
     answer: str = ""
     """What should follow it, as it is written; "" where that is not said."""
     id: str = ""
+
+    @property
+    def text(self) -> str:
+        """The prompt with its question."""
+        return self.prompt + self.question
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,17 @@ class PromptFile:
         entry, prompt, answer = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
         return prompt, answer, entry.id
 
+    def context(self, loaded: LoadedModel, length: int, number: int) -> int:
+        """How many ids of what ``answered`` has stand before the question; raises UserError where there is none."""
+        if self.form == "text":
+            raise UserError(f"--ask-later: {self.option} has no questions: give --prompt-file with one in each line")
+        tokenizer = self._tokenizer(loaded)
+        found = [one for one in _answers(self, tokenizer) if len(one[1]) + len(one[2]) <= length]
+        entry, prompt, _ = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
+        if not entry.question:
+            raise UserError(f"--ask-later: {self.option} line {entry.line} has no question: add one, apart from its prompt")
+        return shared(encode_prompt(tokenizer, entry.prompt), prompt)
+
     def count(self, loaded: LoadedModel, length: int) -> int:
         """How many prompts there are that have an answer and fit this many tokens with it."""
         tokenizer = self._tokenizer(loaded)
@@ -197,12 +215,14 @@ def _entry(line: str, number: int, where: str) -> Entry:
         raise UserError(f"{where} is no JSON: {FORM}") from error
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str) or not found["prompt"].strip():
         raise UserError(f"{where} has no text as its prompt: {FORM}")
-    answer, name = found.get("answer", ""), found.get("id", "")
+    question, answer, name = (found.get(field, "") for field in ("question", "answer", "id"))
+    if not isinstance(question, str):
+        raise UserError(f"{where} has a question that is no text: {FORM}")
     if not isinstance(answer, str):
         raise UserError(f"{where} has an answer that is no text: {FORM}")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UserError(f"{where} has an id that is neither a text nor a whole number: {FORM}")
-    return Entry(number, found["prompt"], answer, str(name))
+    return Entry(number, found["prompt"], question, answer, str(name))
 
 
 @lru_cache(maxsize=4)
@@ -214,7 +234,7 @@ def _text_ids(file: PromptFile, tokenizer: PreTrainedTokenizerBase) -> tuple[tup
 
 @lru_cache(maxsize=4)
 def _prompts(file: PromptFile, tokenizer: PreTrainedTokenizerBase) -> Sequence[tuple[Entry, list[int]]]:
-    return [(entry, encode_prompt(tokenizer, entry.prompt)) for entry in file.entries]
+    return [(entry, encode_prompt(tokenizer, entry.text)) for entry in file.entries]
 
 
 @lru_cache(maxsize=4)
@@ -227,7 +247,7 @@ def _answers(
         if not entry.answer:
             raise UserError(f"{file.option} line {entry.line} has no answer, which a probe or a loss needs: add one")
         try:
-            found.append((entry, *split(entry.prompt, entry.answer, tokenizer)))
+            found.append((entry, *split(entry.text, entry.answer, tokenizer)))
         except ValueError as error:
             raise UserError(f"{file.option} line {entry.line}: {error}; give an answer of more text") from error
     return found

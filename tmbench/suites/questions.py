@@ -14,13 +14,13 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import TASKS, encode_prompt, examples, load_wording, minimum_length
+from ruler_tasks import TASKS, encode_prompt, examples, load_wording, minimum_length, question_start
 from tmbench.errors import UserError
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.suites.prompt_files import PromptFile
 from tmbench.suites.prompts import Kind, check_kind, key_value, key_value_text, offline_sources
-from tmbench.suites.split import split
+from tmbench.suites.split import shared, split
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Question:
     """What the prompt is made of."""
     id: str = ""
     """What the user calls it, of a file of prompts."""
+    context: int = 0
+    """How many of the prompt's ids stand before its question, where that was asked for."""
 
     @property
     def told(self) -> dict[str, str]:
@@ -53,14 +55,21 @@ class Question:
         return of_ids(self.answer)
 
 
-def check_task(task: Kind, length: int, loaded: LoadedModel, count: int = 1) -> None:
+def check_task(task: Kind, length: int, loaded: LoadedModel, count: int = 1, ask_later: bool = False) -> None:
     """Raise UserError for a task that this model cannot be asked or that there is none of, or a length too short for it.
 
-    Also for a file that has not ``count`` prompts that fit this length.
+    Also for a file that has not ``count`` prompts that fit this length, and for prompts that are to be asked later and do
+    not say where their questions begin.
     """
     if isinstance(task, PromptFile):
         task.answered(loaded, length, count - 1)
+        for number in range(count * ask_later):
+            task.context(loaded, length, number)
         return
+    if ask_later and task not in TASKS:
+        raise UserError(
+            f"--ask-later: prompts of {task} do not say where their questions begin: use a RULER task or --prompt-file"
+        )
     check_kind(task, "--task")
     if task == "random":
         if length < 2:
@@ -87,17 +96,21 @@ def wording_hash(task: str) -> str:
     return load_wording().hash if task in TASKS else ""
 
 
-def questions(task: Kind, length: int, numbers: Iterable[int], loaded: LoadedModel, seed: int) -> Iterator[Question]:
+def questions(
+    task: Kind, length: int, numbers: Iterable[int], loaded: LoadedModel, seed: int, ask_later: bool = False
+) -> Iterator[Question]:
     """Questions of a task by number: prompt and answer, or the room that RULER leaves it, take at most ``length`` tokens.
 
-    Question 17 is the same whether 20 or 500 are asked for. Raises as ``check_task`` does.
+    Question 17 is the same whether 20 or 500 are asked for. To be asked later, each says how long its context is. Raises as
+    ``check_task`` does.
     """
     if isinstance(task, PromptFile):
         for index in numbers:
             prompt, answer, name = task.answered(loaded, length, index)
-            yield Question(str(task), index, prompt, answer, task.path.name, name)
+            context = task.context(loaded, length, index) if ask_later else 0
+            yield Question(str(task), index, prompt, answer, task.path.name, name, context)
         return
-    check_task(task, length, loaded)
+    check_task(task, length, loaded, ask_later=ask_later)
     if task == "random":
         vocabulary = loaded.model.config.get_text_config().vocab_size
         for index in numbers:
@@ -113,7 +126,9 @@ def questions(task: Kind, length: int, numbers: Iterable[int], loaded: LoadedMod
     for example in examples(task, length, numbers, tokenizer=tokenizer, seed=seed, sources=offline_sources()):
         wanted = example.outputs if TASKS[task].metric == "all" else example.outputs[:1]
         prompt, answer = split(example.prompt, " " + " ".join(wanted), tokenizer)
-        yield Question(task, example.index, prompt, answer, example.source)
+        before = example.prompt[: question_start(example, load_wording())] if ask_later else ""
+        context = shared(encode_prompt(tokenizer, before), prompt) if before else 0
+        yield Question(task, example.index, prompt, answer, example.source, context=context)
 
 
 def _key_value_ids(length: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from ruler_tasks import encode_prompt
+
+
+def shared(before: Sequence[int], whole: Sequence[int]) -> int:
+    """With how many ids of the text ``before`` it a ``whole`` one begins, at least one of its own left out.
+
+    A token may reach from one text into what follows it: it belongs to that.
+    """
+    pairs = enumerate(zip(before, whole[:-1], strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(before), len(whole) - 1))
 
 
 def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
