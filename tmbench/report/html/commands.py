@@ -41,12 +41,15 @@ def command_of(row: Row) -> Command:
         "weights": row.weights if row.weights != "checkpoint" else "",
         "dtype": row.dtype,
         "rope-scaling": row.rope_scaling,
+        "chunk": row.chunk or "",
+        "prompt-length": row.prompt_length,
         "device": "cpu" if row.threads else "",
         "length": length_name(row.length),
         "seed": row.seed,
         "output-dir": AGAIN,
     }
     shared = [word for name, value in given.items() if value != "" for word in (f"--{name}", str(value))]
+    shared += ["--ask-later"] * row.ask_later
     shared += ["--context-parallel"] * (row.context_parallel_size > 1)
     shared += ["--trust-remote-code"] * row.remote_code
     threads = f"OMP_NUM_THREADS={row.threads} " if row.threads else ""
@@ -74,6 +77,7 @@ def _(row: TtftRow) -> tuple[list[str], list[str]]:
     sizes = ["--batch-size", str(row.batch_size)] * (row.batch_size > 1)
     compiled = {"compiled": ["--compile"], "eager": ["--no-compile"]}.get(row.prefill, [])
     counts = ["--repeats", str(row.repeats), "--warmup", str(row.warmup)]
+    counts += ["--question-tokens", str(row.question_tokens)] * row.ask_later
     return ["ttft", *methods, *prompt, *sizes, *counts, *compiled], needs + more
 
 
@@ -81,6 +85,7 @@ def _(row: TtftRow) -> tuple[list[str], list[str]]:
 def _(row: RulerRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
     words = ["ruler", *methods, "--task", row.task, "--samples", str(row.samples)]
+    words += ["--questions", str(row.question)] * (row.question > 1)
     if row.wording == "prepared":
         needs.append(f"{FOLDER} is the folder of prepared prompts that it was asked from.")
         words += ["--data", FOLDER]
