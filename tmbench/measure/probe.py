@@ -168,7 +168,7 @@ class ProbeSpec(RowSpec[ProbeRow], ItemSpec[ProbeRow]):
         return ProbeRow(
             **self.common(loaded),
             method=METHOD,
-            parameters=parameters_text(asdict(self.window)),
+            parameters=parameters_text(asdict(self.sections)),
             length=length,
             task=task,
             samples=self.samples,
