@@ -216,9 +216,9 @@ def losses(
         whole = _losses(session.model, states, torch.cat([ids, following], dim=1))
         of_prompt, of_answer = whole[: ids.shape[1] - 1], whole[ids.shape[1] - 1 :]
     else:
-        of_prompt = _losses(session.model, states, ids)
         logits = [decoding.logits[0], *(decoding.read([token])[0] for token in answer[:-1])]
         of_answer = F.cross_entropy(torch.stack(logits), following[0], reduction="none")
+        of_prompt = _losses(session.model, states, ids)
     if not (of_prompt.isfinite().all() and of_answer.isfinite().all()):
         raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another --task")
     return of_prompt.cpu(), of_answer.cpu()
