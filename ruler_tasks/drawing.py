@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 from ruler_tasks.draws import seeded
-from ruler_tasks.encoding import Tokenizer
 from ruler_tasks.errors import TaskLengthError
 from ruler_tasks.example import Example
 from ruler_tasks.fit import Draft, Filled, fit, in_step
 from ruler_tasks.recipe import Fitting, Recipe
-from ruler_tasks.tokens import TokenCounter
 
 F = TypeVar("F", bound=Fitting)
 _PROBES = 16
@@ -58,18 +55,7 @@ def drawn(recipe: Recipe[F], setting: F, indices: Iterable[int]) -> Iterator[Exa
         )
         found = [result or _again(recipe, setting, index) for index, result in zip(batch, fits, strict=True)]
         for index, (filled, tokens) in zip(batch, found, strict=True):
-            yield Example(
-                task=setting.task,
-                index=index,
-                input=filled.input,
-                answer_prefix=filled.answer_prefix,
-                outputs=filled.outputs,
-                length=tokens + setting.answer,
-                max_new_tokens=setting.answer,
-                source=source,
-                position=_position(setting, filled),
-                parameters=filled.parameters,
-            )
+            yield setting.example(index, filled, tokens, source)
 
 
 def _draft(recipe: Recipe[F], setting: F, index: int, attempt: int) -> Draft:
@@ -85,14 +71,3 @@ def _again(recipe: Recipe[F], setting: F, index: int) -> tuple[Filled, int]:
         if result is not None:
             return result
     raise TaskLengthError(f"Task {setting.task} finds no sample {index} that fits a length of {setting.length} tokens.")
-
-
-def _tokens_before(tokenizer: Tokenizer, text: str, at: int) -> int:
-    return TokenCounter(tokenizer).count_one(text[:at], add_special_tokens=False)
-
-
-def _position(setting: Fitting, filled: Filled) -> Callable[[], int] | None:
-    """What counts the tokens in front of the first answer, where the task keeps its place."""
-    if filled.answer_at is None:
-        return None
-    return partial(_tokens_before, setting.tokens.tokenizer, filled.input, filled.answer_at)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from ruler_tasks.example import Frame
-from ruler_tasks.fit import Draft
+from ruler_tasks.encoding import Tokenizer
+from ruler_tasks.example import Example, Frame
+from ruler_tasks.fit import Draft, Filled
 from ruler_tasks.tokens import TokenCounter
 from ruler_tasks.wording import Wording
 
@@ -46,6 +48,28 @@ class Fitting:
     def count_one(self, text: str) -> int:
         """The exact tokens of one whole prompt."""
         return self.count([text])[0]
+
+    def example(self, index: int, filled: Filled, tokens: int, source: str) -> Example:
+        """The sample of a prompt that takes so many tokens; where its answer lies is counted when it is asked for."""
+        position = None
+        if filled.answer_at is not None:
+            position = partial(_tokens_before, self.tokens.tokenizer, filled.input, filled.answer_at)
+        return Example(
+            task=self.task,
+            index=index,
+            input=filled.input,
+            answer_prefix=filled.answer_prefix,
+            outputs=filled.outputs,
+            length=tokens + self.answer,
+            max_new_tokens=self.answer,
+            source=source,
+            position=position,
+            parameters=filled.parameters,
+        )
+
+
+def _tokens_before(tokenizer: Tokenizer, text: str, at: int) -> int:
+    return TokenCounter(tokenizer).count_one(text[:at], add_special_tokens=False)
 
 
 @dataclass(frozen=True)

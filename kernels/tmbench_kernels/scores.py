@@ -99,6 +99,12 @@ def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
     return none.scatter_(-1, order, taken.expand_as(order))
 
 
+def reaching(ranked: Tensor, share: float) -> Tensor:
+    """Which of weights, in descending order, are taken to hold a share: each while those before it fall short. Bool."""
+    held = ranked.cumsum(-1, dtype=torch.float64)
+    return F.pad(held < share * held[..., -1:], (1, 0), value=True)[..., :-1]
+
+
 def tiles(heads: int, kv_heads: int, blocks: int, elements: int) -> Iterator[tuple[slice, slice, range]]:
     """Parts of a matrix of scores that fit ``TILE_ELEMENTS``: query heads, their key heads, and blocks of queries.
 

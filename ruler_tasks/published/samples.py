@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 from ruler_tasks.errors import SeedError
 from ruler_tasks.example import Example
-from ruler_tasks.fit import Filled
 from ruler_tasks.niah import Niah
 from ruler_tasks.published.documents import DocumentDrawing
 from ruler_tasks.published.drawing import Drawing, UndrawableError, too_short
@@ -16,7 +14,6 @@ from ruler_tasks.published.variables import ChainDrawing
 from ruler_tasks.published.word_lists import CodedWordDrawing, WordListDrawing
 from ruler_tasks.qa import Questions
 from ruler_tasks.recipe import Recipe, Setting
-from ruler_tasks.tokens import TokenCounter
 from ruler_tasks.tracking import Tracking
 from ruler_tasks.words import CommonWords, FrequentWords
 
@@ -52,22 +49,7 @@ def _generate(recipe: Recipe[Setting], setting: Setting, indices: Iterable[int])
         while at <= index:
             filled, tokens = drawing.sample(at)
             at += 1
-        yield Example(
-            task=setting.task,
-            index=index,
-            input=filled.input,
-            answer_prefix=filled.answer_prefix,
-            outputs=filled.outputs,
-            length=tokens + setting.answer,
-            max_new_tokens=setting.answer,
-            source=drawing.source,
-            position=None if filled.answer_at is None else partial(_tokens_before, setting.tokens, filled),
-            parameters=filled.parameters,
-        )
-
-
-def _tokens_before(tokens: TokenCounter, filled: Filled) -> int:
-    return tokens.count_one(filled.input[: filled.answer_at], add_special_tokens=False)
+        yield setting.example(index, filled, tokens, drawing.source)
 
 
 def _drawing(recipe: Recipe[Setting], setting: Setting) -> Drawing:

@@ -9,7 +9,7 @@ import torch
 
 import plans
 import under_plan
-from tmbench.engine.chunk_kind import why_whole
+from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind
 from tmbench.engine.prefill_state import PrefillState
@@ -95,8 +95,7 @@ def test_what_the_last_layer_and_the_mlps_see(kind, make_model, prompt):
     under_plan.generate(model, plan_of(model), prompt(40), 1, kind)
     assert max(seen["mlp"]) == (14 if kind == EAGER else 40)
     assert seen["last"] == [0 if kind == EAGER else width], "one position, seen at all of them"
-    if kind != PLAIN:
-        why_whole(model, kind)  # which tries the model
+    feeds_chunks(model, kind)  # which tries the model
     seen["mlp"].clear()
     seen["last"].clear()
     under_plan.losses(model, plan_of(model), prompt(40), [5], kind=kind)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.chunk_kind import why_whole
+from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.session import Session, running
 from tmbench.measure import loss
@@ -25,7 +25,7 @@ def follow(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLA
 
 def losses(model: PreTrainedModel, plan: Plan, *arguments: Any, kind: Kind = PLAIN) -> tuple[Tensor, Tensor, str]:
     """As ``loss.losses``, and the backends that ran."""
-    at_once = kind != PLAIN and not why_whole(model, kind)
+    at_once = feeds_chunks(model, kind)
     with running(model, plan, kind) as session:
         return *loss.losses(session, *arguments, at_once=at_once), backends_name(session.applied.backends)
 

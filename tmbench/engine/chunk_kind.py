@@ -9,17 +9,15 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.prefill import EAGER, PLAIN, Kind, tensors_of
-from tmbench.engine.prefill_kind import PROBE_LENGTH, agree, obstacle_of
+from tmbench.engine.prefill_kind import all_agree, failed_trial, obstacle_of, short_prompt
 from tmbench.engine.session import running
 from tmbench.errors import UserError
 from tmbench.methods.layer_kinds import CHUNKED, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
-from tmbench.models import parallel
 from tmbench.models.context import splits_prompts
 from tmbench.models.geometry import has_latents
 from tmbench.models.rotary import depends_on_length
-from tmbench.results.failures import describe
 
 TRIED = Chunks(19)
 """How the short prompt is fed."""
@@ -37,6 +35,11 @@ def check_chunks(name: str, model: PreTrainedModel, kind: Kind, option: str, *, 
         raise UserError(f"{option} does not go with --context-parallel, which splits whole prompts: leave one of them out")
     if obstacle := _obstacle(model, kind) if planned else why_whole(model, kind):
         raise UserError(f"{option}: prompts of {name} cannot be fed in chunks, {obstacle}: leave the option out")
+
+
+def feeds_chunks(model: PreTrainedModel, kind: Kind) -> bool:
+    """Whether prompts can be fed in chunks. What a plain prefill would have needed is not looked for."""
+    return kind != PLAIN and not why_whole(model, kind)
 
 
 def why_whole(model: PreTrainedModel, kind: Kind) -> str:
@@ -68,7 +71,7 @@ def _obstacle(model: PreTrainedModel, kind: Kind) -> str:
 def _tried(model: PreTrainedModel) -> str:
     """As ``_obstacle``, of a short prompt that is read both ways."""
     plan = METHODS["dense"].plan(ModelShape.of(model))
-    ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = short_prompt(model)
     found = []
     try:
         for chunks in (None, TRIED):
@@ -77,11 +80,7 @@ def _tried(model: PreTrainedModel) -> str:
     except UserError:
         raise
     except Exception as error:
-        if parallel.size() > 1:
-            # It may have failed on this rank alone, and then the ranks are no longer at the same place.
-            raise
-        return f"as a short prompt failed ({describe(error)})"
-    expected, got = found
-    if len(got) != len(expected) or not all(map(agree, got, expected)):
+        return failed_trial(error)
+    if not all_agree(*found):
         return "as it answers a short prompt otherwise than in one piece"
     return ""

@@ -12,7 +12,7 @@ from tmbench.engine.batch import GRAPH, STEPPED, Batch, StepKind
 from tmbench.engine.decode_step import next_logits, prepared
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import EAGER, PLAIN, Kind
-from tmbench.engine.prefill_kind import agree
+from tmbench.engine.prefill_kind import agree, short_prompt
 from tmbench.engine.session import running
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.methods.layer_kinds import CHUNKED, FULL, SLIDING, kind_words, layer_kinds
@@ -80,8 +80,7 @@ def _try(model: PreTrainedModel) -> tuple[StepKind | None, str]:
 
 
 def _prompts(model: PreTrainedModel) -> list[Tensor]:
-    vocabulary = model.config.get_text_config().vocab_size
-    return [torch.arange(7, 7 + 5 * length, 5, device=model.device)[None] % vocabulary for length in LENGTHS]
+    return [short_prompt(model, length) for length in LENGTHS]
 
 
 def _answers_alike(model: PreTrainedModel) -> bool:

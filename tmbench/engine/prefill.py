@@ -54,18 +54,21 @@ class Prefill:
         self._read = 0
         """Tokens that were read in chunks, or before a question."""
 
-    def __call__(self, ids: Tensor, into: CacheSlot | None = None, mask: Tensor | None = None, context: int = 0) -> Tensor:
+    def __call__(
+        self, ids: Tensor, into: CacheSlot | None = None, mask: Tensor | None = None, context: int = 0, later: int = 0
+    ) -> Tensor:
         """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``; lets the cache before go.
 
         Keys and values go ``into`` a slot where one is given, which a plain prefill refuses by ValueError. A ``mask`` of
         ``ids``, 0 for padding in front of a text, is for a plain prefill, and any other refuses it so. Where the session
         feeds prompts in chunks, which a plain prefill refuses so too, it returns when the last one is read. So does it a
         ``context``: the first so many tokens, which alone the method reads, while those behind it see all keys.
+        ``ask`` is to read so many tokens ``later``.
         """
         if context:
-            self.read(ids[:, :context], into, ids.shape[1] - context)
+            self.read(ids[:, :context], into, ids.shape[1] - context + later)
             return self.ask(ids[:, context:])
-        return self.read(ids, into, mask=mask)
+        return self.read(ids, into, later, mask)
 
     def read(self, ids: Tensor, into: CacheSlot | None = None, later: int = 0, mask: Tensor | None = None) -> Tensor:
         """As ``__call__``, of a whole prompt, over which ``ask`` is to read so many tokens ``later``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def obstacle_of(model: PreTrainedModel) -> str:
     if found := _layers_obstacle(model):
         return found
     plan = METHODS["dense"].plan(ModelShape.of(model))
-    ids = torch.arange(7, 7 + 5 * PROBE_LENGTH, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = short_prompt(model)
     try:
         with torch.inference_mode(), applied_plan(model, plan) as session:
             both = []
@@ -85,15 +86,30 @@ def obstacle_of(model: PreTrainedModel) -> str:
     except UserError:
         raise
     except Exception as error:
-        if parallel.size() > 1:
-            # It may have failed on this rank alone, and then the ranks are no longer at the same place.
-            raise
         # A model that fails both ways fails in its measurement, which says how.
-        return f"as a short prompt failed ({describe(error)})"
-    expected, got = both
-    if not once_each or len(got) != len(expected) or not all(map(agree, got, expected)):
+        return failed_trial(error)
+    if not once_each or not all_agree(*both):
         return "as it answers a short prompt otherwise, or fills its cache otherwise, than transformers has it"
     return ""
+
+
+def short_prompt(model: PreTrainedModel, length: int = PROBE_LENGTH) -> Tensor:
+    """Token ids ``[1, length]`` by which a model is tried."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return torch.arange(7, 7 + 5 * length, 5, device=model.device)[None] % vocabulary
+
+
+def failed_trial(error: Exception) -> str:
+    """Why a trial failed, in words that follow a comma; of several ranks the error is raised."""
+    if parallel.size() > 1:
+        # It may have failed on this rank alone, and then the ranks are no longer at the same place.
+        raise error
+    return f"as a short prompt failed ({describe(error)})"
+
+
+def all_agree(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    """Whether two readings left as many tensors, all alike."""
+    return len(got) == len(expected) and all(map(agree, got, expected))
 
 
 def compiles(device: torch.device, wish: bool | None) -> bool:

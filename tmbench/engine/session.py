@@ -70,11 +70,8 @@ class Session:
         ``context`` and what is raised are those of ``read``. What ran is said of the prompt alone, as of one that is decoded
         after.
         """
-        asked = ids.shape[1] - context if context else 0
         with self.prefill(every_position=True) as prefill:
-            prefill.read(ids[:, : ids.shape[1] - asked], later=asked + len(following))
-            if asked:
-                prefill.ask(ids[:, context:])
+            prefill(ids, context=context, later=len(following))
             self.applied.check_complete()
             ran = set(self.applied.backends)
             if following:

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.chunk_kind import why_whole
+from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.finite import check_logits
 from tmbench.engine.forwards import replace_forward
-from tmbench.engine.prefill import PLAIN
 from tmbench.engine.prefill import Kind as Prefill
 from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.errors import UnsupportedModelError
@@ -192,7 +191,7 @@ def losses(
         answer: the ids that follow it, at least one.
         context: how many of the prompt's the method reads, before the others see all keys; 0 for all.
         at_once: whether the answer is read in one pass, each of its tokens densely over all before it, as where it is
-            decoded; ``chunk_kind.why_whole`` says of which models it can be. Else token by token.
+            decoded; ``chunk_kind.feeds_chunks`` says of which models it can be. Else token by token.
 
     Returns:
         float32 ``[length - 1]`` of the prompt's tokens from the second on, and ``[len(answer)]``, both on the CPU.
@@ -261,7 +260,7 @@ def loss_sample(
 ) -> LossSample:
     """The losses of one prompt, read by a plan, and of its answer; what ran is added to ``ran``. Raises as ``losses``."""
     ids = torch.tensor([question.prompt], device=loaded.device)
-    at_once = prefill != PLAIN and not why_whole(loaded.model, prefill)
+    at_once = feeds_chunks(loaded.model, prefill)
     compile_ahead(loaded.model, plan, prefill, ids, every_position=True, chunks=chunks)
     start = time.perf_counter()
     with running(loaded.model, plan, prefill, chunks) as session:

@@ -14,8 +14,13 @@ def shared(before: Sequence[int], whole: Sequence[int]) -> int:
 
     A token may reach from one text into what follows it: it belongs to that.
     """
-    pairs = enumerate(zip(before, whole[:-1], strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(before), len(whole) - 1))
+    return min(_alike(before, whole), len(whole) - 1)
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many ids both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -26,7 +31,7 @@ def split(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     """
     alone, whole = (encode_prompt(tokenizer, text) for text in (prompt, prompt + answer))
     # Strictly fewer than all: what the answer's last token is merged with would leave nothing to predict.
-    at = next((n for n, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
+    at = _alike(alone, whole)
     while at < len(whole) and not str(tokenizer.decode([whole[at]])).strip():
         at += 1
     if not 0 < at < len(whole):

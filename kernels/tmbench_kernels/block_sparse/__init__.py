@@ -33,6 +33,14 @@ def over_lists(attend: AttendLists) -> Callable[..., Tensor]:
     return select_and_attend
 
 
+def by_head(rule: Callable[[Tensor, Tensor, float], Tensor], q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """A rule's maps for one head each, ``[batch, heads, ...]``."""
+    groups = q.shape[1] // k.shape[1]
+    return torch.stack(
+        [torch.stack([rule(qh, k[b, h // groups], scale) for h, qh in enumerate(qb)]) for b, qb in enumerate(q)]
+    )
+
+
 def _flash_limits(major: int, dim: int) -> str:
     """On newer GPUs its kernel takes two of our blocks of queries at a time; larger heads take smaller tiles of keys."""
     if major != 9:
@@ -81,9 +89,7 @@ class BlockSparse(Pattern):
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
         """Bool ``[batch, heads, queries, keys]``: the rule's blocks, up to each query."""
-        groups, factor = q.shape[1] // k.shape[1], default_scale(q, scale)
-        rules = [[self.rule(qh, k[b, h // groups], factor) for h, qh in enumerate(qb)] for b, qb in enumerate(q)]
-        block_map = torch.stack([torch.stack(heads) for heads in rules])
+        block_map = by_head(self.rule, q, k, default_scale(q, scale))
         return token_mask(block_map, k.shape[2], self.block, k.shape[2] - q.shape[2])
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:

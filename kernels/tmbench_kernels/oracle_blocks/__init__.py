@@ -21,7 +21,7 @@ from tmbench_kernels.flash_prefill import FlashPrefill
 from tmbench_kernels.flex_prefill import FlexPrefill
 from tmbench_kernels.parameters import Parameter, ParameterError, declared, parameter
 from tmbench_kernels.reference import causal_mask, masked_logits
-from tmbench_kernels.scores import largest, products, tiles
+from tmbench_kernels.scores import largest, products, reaching, tiles
 from tmbench_kernels.xattention import XAttention
 
 _SMALLER = {"cpu": 256}
@@ -147,10 +147,8 @@ class OracleBlocks(BlockSparse):
     def _cover(self, mass: Tensor) -> Tensor:
         """The heaviest blocks of each row that hold the share."""
         ranked, order = mass.sort(dim=3, descending=True, stable=True)
-        held = ranked.cumsum(3, dtype=torch.float64)
-        # A block is taken while those before it fall short.
         assert self.p is not None
-        taken = F.pad(held < self.p * held[..., -1:], (1, 0), value=True)[..., :-1]
+        taken = reaching(ranked, self.p)
         return torch.zeros_like(taken).scatter_(3, order, taken)
 
 

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmbench_kernels.block_sparse import BlockSparse
+from tmbench_kernels.block_sparse import BlockSparse, by_head
 from tmbench_kernels.block_sparse.lists import BLOCK, BlockLists, block_count, split_blocks
 from tmbench_kernels.dense import Dense
 from tmbench_kernels.parameters import ParameterError, parameter
 from tmbench_kernels.pattern import Backend, Pattern, default_scale, empty_output, new_lse
-from tmbench_kernels.scores import block_means, products, tiles
+from tmbench_kernels.scores import block_means, products, reaching, tiles
 
 
 class _Listed(NamedTuple):
@@ -142,10 +142,7 @@ class PBS(Pattern):
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
         """Bool ``[batch, heads, queries, keys]``, by the rule head by head."""
-        groups, factor = q.shape[1] // k.shape[1], default_scale(q, scale)
-        return torch.stack(
-            [torch.stack([self.rule(qh, k[b, h // groups], factor) for h, qh in enumerate(qb)]) for b, qb in enumerate(q)]
-        )
+        return by_head(self.rule, q, k, default_scale(q, scale))
 
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of one."""
@@ -181,8 +178,7 @@ class PBS(Pattern):
         )
         # Not a number in rows with no block before them, which ``before`` leaves empty.
         shares, places = scores.masked_fill_(~before, -torch.inf).softmax(3).sort(dim=3, descending=True, stable=True)
-        held = shares.cumsum(3, dtype=torch.float64)
-        taken = F.pad(held < self.score * held[..., -1:], (1, 0), value=True)[..., :-1]
+        taken = reaching(shares, self.score)
         kept = torch.zeros_like(taken).scatter_(3, places, taken)
         first = (order[:, :, : self.segment] == 0).int().argmax(2) // BLOCK
         kept.scatter_(3, first[:, :, None, None].expand(-1, -1, len(row), 1), True)

@@ -18,7 +18,7 @@ from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count
 from tmbench_kernels.cuda import runs_triton
 from tmbench_kernels.parameters import parameter
-from tmbench_kernels.scores import products, tiles
+from tmbench_kernels.scores import products, reaching, tiles
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ class XAttention(BlockSparse):
         ranked, order = mass.masked_fill(forced, torch.inf).sort(dim=3, descending=True, stable=True)
         # What is forced, two blocks at most, comes first: there infinity stands for what they hold.
         ranked[..., :2] = mass.gather(3, order[..., :2])
-        held = ranked.cumsum(3, dtype=torch.float64)
-        # A block is taken while those before it fall short.
-        taken = F.pad(held < self.threshold * held[..., -1:], (1, 0), value=True)[..., :-1]
+        taken = reaching(ranked, self.threshold)
         if rows.start * BLOCK < self.first_chunk:
             taken = torch.where(within_first, F.pad(taken, (1, 0), value=True)[..., :-1], taken)
         kept = torch.zeros_like(taken).scatter_(3, order, taken)
