@@ -30,16 +30,18 @@ Rendered by `make figures` from [benchmarks/smollm2-135m](../benchmarks/smollm2-
 SmolLM2-135M-Instruct is a trained language model of 30 layers, 135 million parameters and 8192 positions. `make smollm2`
 makes its checkpoint. [What was asked](../benchmarks/smollm2-135m/README.md) stands beside the rows. It cannot do every
 task of RULER. So methods are compared over the tasks on which dense attention scores more than {above:g}. Intervals are of
-95 %."""
+95 %. [The page of claims](claims.md) says what this supports and what it refutes."""
 PARTS = {"prompt": "in the prompt", "answer": "of the answer behind it"}
 
 
 def page(report: Report) -> str:
     """The page as Markdown."""
-    lines = [HEAD.format(above=ABOVE)]
-    lines += [f"![{_alt(name)}](figures/{name})" for name in pictures(report)]
+    shown = pictures(report)
+    gradients = [name for name in shown if name.startswith("probe")]
+    lines = [HEAD.format(above=ABOVE), *(_picture(name) for name in shown if name not in gradients)]
     scores = list(map(captioned, _scores(report)))
     lines += ["## Points against dense", *scores] if scores else []
+    lines += ["## Gradients by layer", *map(_picture, gradients)] if gradients else []
     _, _, tables = report_markdown(report).partition("\n")
     return (
         "\n\n".join([*lines, "## All tables", tables.replace("\n### ", "\n#### ").replace("\n## ", "\n### ").strip()]) + "\n"
@@ -53,9 +55,9 @@ def pictures(report: Report) -> dict[str, Figure]:
     return scores | dict(_depths(report)) | found
 
 
-def _alt(name: str) -> str:
+def _picture(name: str) -> str:
     kind = {"ruler": "RULER scores by task and method", "loss": "Loss against dense by starting layer"}
-    return f"{kind.get(name.partition('-')[0], 'Gradients by layer')}, SmolLM2-135M-Instruct"
+    return f"![{kind.get(name.partition('-')[0], 'Gradients by layer')}, SmolLM2-135M-Instruct](figures/{name})"
 
 
 def _scores(report: Report) -> Iterator[Table]:
