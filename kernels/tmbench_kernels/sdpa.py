@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from tmbench_kernels.pattern import empty_output, new_lse
 
 _LOGITS = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are held at a time where they are written out."""
-_BIAS = 2**26
-"""Numbers of the bias that makes a chunk's attention causal on a GPU: few rows multiply slowly, many take memory."""
 
 
 def attention(
@@ -50,8 +49,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
     dim = max(q.shape[-1], width)
     q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
     if causal and q.shape[2] != k.shape[2]:
-        chunk = _masked_chunk if q.device.type == "cuda" else _combined_chunk
-        return chunk(q, k, v, scale)[..., :width]
+        # torch's ``is_causal`` aligns the first query with the first key.
+        if q.device.type != "cuda":
+            return _combined_chunk(q, k, v, scale)[..., :width]
+        bias, causal = causal_lower_right(q.shape[2], k.shape[2]), False
     groups = q.shape[1] // k.shape[1]
     if groups == 1 or _fuses_groups(q, bias):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=groups > 1)
@@ -70,7 +71,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
 def _combined_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of the last queries on a CPU: over the keys before them, and over their own, by the log-sum-exps.
 
-    torch's ``is_causal`` aligns the first query with the first key, and a mask would cost half as much again.
+    A mask would cost half as much again.
     """
     start = k.shape[2] - q.shape[2]
     return in_parts(q, [Part(k[:, :, :start], v[:, :, :start]), Part(k[:, :, start:], v[:, :, start:], causal=True)], scale)
@@ -111,20 +112,6 @@ def _with_lse(q: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
         # torch has another number for a query that sees nothing.
         lse = lse.masked_fill(part.unseeing, -torch.inf)
     return out.to(lse.dtype), lse
-
-
-def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by a mask, some queries at a time."""
-    queries, keys = q.shape[2], k.shape[2]
-    step = max(_BIAS // keys, 1)
-    out = empty_output(q, v)
-    for low in range(0, queries, step):
-        high = min(low + step, queries)
-        rows, seen = high - low, keys - queries + high
-        bias = q.new_zeros(rows, seen)
-        bias[:, seen - rows :] = q.new_full((rows, rows), -torch.inf).triu_(1)
-        out[:, :, low:high] = sdpa(q[:, :, low:high], k[:, :, :seen], v[:, :, :seen], scale, bias=bias)
-    return out
 
 
 def written_out(
@@ -198,11 +185,12 @@ def _grouped(a: Tensor, b: Tensor, *, summed: bool = False) -> Tensor:
 def _fuses_groups(q: Tensor, bias: Tensor | None) -> bool:
     """Whether torch has a fused kernel for grouped heads here."""
     if q.device.type == "cuda":
-        return bias is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+        unmasked = bias is None or isinstance(bias, CausalBias)
+        return unmasked and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
     return True
 
 
 def _slice_heads(bias: Tensor | None, member: int, groups: int) -> Tensor | None:
-    if bias is None or bias.dim() < 3 or bias.shape[-3] == 1:
+    if bias is None or isinstance(bias, CausalBias) or bias.dim() < 3 or bias.shape[-3] == 1:
         return bias
     return bias[..., member::groups, :, :]

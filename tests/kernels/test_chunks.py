@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
 from tmbench_kernels import (
     Backend,
@@ -24,7 +25,7 @@ from tmbench_kernels import (
     XAttention,
 )
 from tmbench_kernels.reference import masked_attention, masked_lse
-from tmbench_kernels.sdpa import _masked_chunk
+from tmbench_kernels.sdpa import sdpa
 
 BY_POSITION = [Dense(), Triangle(3, 50, 0), Triangle(0, 200, 0), Triangle.streaming(130, 1)]
 BY_OWN_BLOCK = [
@@ -203,12 +204,13 @@ def test_long_chunks_on_sampled_queries(make_structured_qkv, assert_exact, patte
     assert_exact(out[:, :, rows], q[:, :, rows], k, v, pattern.mask(q, k)[:, :, rows])
 
 
-def test_dense_goes_through_a_chunk_in_several_steps(make_qkv, assert_exact, monkeypatch):
-    """The path that CUDA takes."""
-    q, k, v = make_qkv(500)
+@pytest.mark.parametrize("fused", [True, False])
+def test_dense_by_a_mask_that_kernels_know(make_qkv, assert_exact, monkeypatch, fused):
+    """The path that CUDA takes, with heads of a group together and one after the other."""
+    q, k, v = make_qkv(500, heads=4, kv_heads=2)
     q = q[:, :, -130:]
-    monkeypatch.setattr("tmbench_kernels.sdpa._BIAS", 500 * 47)
-    assert_exact(_masked_chunk(q, k, v, 0.3), q, k, v, Dense().mask(q, k), 0.3)
+    monkeypatch.setattr("tmbench_kernels.sdpa._fuses_groups", lambda q, bias: fused)
+    assert_exact(sdpa(q, k, v, 0.3, bias=causal_lower_right(130, 500)), q, k, v, Dense().mask(q, k), 0.3)
 
 
 @pytest.mark.parametrize("v_dim", [16, 48])
