@@ -13,6 +13,7 @@ from tmbench_kernels.parameters import Declared, Parameter, ParameterError, para
 from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.pbs import PBS
 from tmbench_kernels.section_gradients import MEASURES, SECTIONS, DenseProbe, Sections
+from tmbench_kernels.skip_softmax import SkipSoftmax
 from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import VerticalSlash
 from tmbench_kernels.xattention import XAttention
@@ -38,6 +39,7 @@ __all__ = [
     "ParameterError",
     "Pattern",
     "Sections",
+    "SkipSoftmax",
     "Triangle",
     "VerticalSlash",
     "XAttention",

@@ -29,13 +29,20 @@ def log_sum_exp(row_max, row_sum):
 def softmax_step(s, v, scale_log2, acc, row_sum, row_max):
     """One step of the online softmax: logits ``s`` [rows, keys], -inf where a row does not see a key, and their values."""
     new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
+    acc, row_sum = softmax_sum(s, v, scale_log2, acc, row_sum, row_max, new_max)
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def softmax_sum(s, v, scale_log2, acc, row_sum, row_max, new_max):
+    """The same where the maximum with these logits, ``new_max``, is known."""
     # A row that has seen no key yet has a row_max of -inf, and -inf - -inf is not a number.
     shift = tl.where(new_max == -float("inf"), 0.0, new_max)
     p = tl.exp2(s * scale_log2 - shift[:, None])
     acc_scale = tl.exp2(row_max - shift)
     row_sum = row_sum * acc_scale + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * acc_scale[:, None])
-    return acc, row_sum, new_max
+    return acc, row_sum
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,17 @@ class Backend:
         return self.missing() or self.refuses(pattern, q, k, v)
 
 
+class Computed(NamedTuple):
+    """What a pattern computes on some tensors, summed over batch and heads."""
+
+    pairs: int
+    """(query, key) pairs. One of which only the first of the two products is computed counts half."""
+    tiles: int = 0
+    """Of a pattern that skips tiles while it computes: how many tiles there are."""
+    skipped: int = 0
+    """How many of them it skips."""
+
+
 class Pattern(Declared):
     """Which (query, key) pairs one layer computes. Subclasses are frozen dataclasses of the paper's parameters.
 
@@ -106,6 +117,10 @@ class Pattern(Declared):
     @abc.abstractmethod
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """How many (query, key) pairs the pattern computes on these tensors, summed over batch and heads."""
+
+    def computed(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> Computed:
+        """The pairs, and of a pattern that skips tiles how many."""
+        return Computed(self.pairs(q, k, scale=scale))
 
     def per_layer(self, layers: int, heads: int) -> Sequence[Pattern]:
         """The pattern itself, for every layer."""

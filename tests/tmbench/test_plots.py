@@ -210,11 +210,11 @@ def test_a_method_has_one_colour_everywhere(tmp_path):
 def test_a_rule_has_one_hue_and_only_dense_is_black():
     looks = {name: method_look(name) for name in table.METHODS}
     assert [name for name, look in looks.items() if look.colour == "#000000"] == ["dense"]
-    for rule in ("minference", "flexprefill", "xattention", "flashprefill", "pbs", "oracle_blocks"):
+    for rule in ("minference", "flexprefill", "xattention", "flashprefill", "pbs", "skip_softmax", "oracle_blocks"):
         alone, above = looks[rule], looks[f"tri_mix_{rule}"]
         assert (alone.colour, alone.line, above.line) == (above.colour, "--", "-")
     assert (looks["dense"].line, looks["tri_mix"].line, looks["streaming"].line) == ("-", "-", "--")
-    assert len({look.colour for look in looks.values()}) == 9
+    assert len({look.colour for look in looks.values()}) == 10
     assert method_look("tri_mix", 1).marker != looks["tri_mix"].marker
     assert method_look("attn_native").colour not in {look.colour for look in looks.values()}
 

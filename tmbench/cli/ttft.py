@@ -140,20 +140,22 @@ def _show(rows: Sequence[TtftRow]) -> None:
     from tmbench.report.slower_kernels import slower_than_dense
     from tmbench.report.time_intervals import interleaved
     from tmbench.report.ttft import NOT_INTERLEAVED, SLOWER_KERNEL
+    from tmbench.report.words import SKIPPED
 
     figures = ("seconds", "vs dense", "density", "TTFT / roofline", "logit error")
     for length, batch_size in sorted({(row.length, row.batch_size) for row in rows}):
         here = [row for row in rows if (row.length, row.batch_size) == (length, batch_size)]
         timed = [row for row in here if row.ttft_median_s is not None]
         dense = next((row for row in timed if row.method == "dense"), None)
-        names = figures + ("tokens/s",) * (batch_size > 1)
+        some_skip = any(row.skipped_share is not None for row in timed)
+        names = figures + (SKIPPED,) * some_skip + ("tokens/s",) * (batch_size > 1)
         slower = {id(row): slower_than_dense(row.backends, dense.backends if dense else "") for row in timed}
         columns = names + (SLOWER_KERNEL,) * any(slower.values())
         about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}{here[0].fed}"
         shown = table(about, "method", *columns, right=names)
         for row in here:
             # A row without a time has no figures to stand beside.
-            shown.add_row(row.method, *_figures(row, dense), *filter(None, [slower.get(id(row))]))
+            shown.add_row(row.method, *_figures(row, dense, skipped=some_skip), *filter(None, [slower.get(id(row))]))
         console().print(shown)
         apart = [row.method for row in timed if dense and not interleaved(row, dense)]
         if apart:
@@ -164,7 +166,7 @@ def _show(rows: Sequence[TtftRow]) -> None:
         say(f"not counted: the first warm-up took up to {longest:.1f} s longer, to compile and to load kernels")
 
 
-def _figures(row: TtftRow, dense: TtftRow | None) -> list[str]:
+def _figures(row: TtftRow, dense: TtftRow | None, *, skipped: bool) -> list[str]:
     if row.ttft_median_s is None:
         return [row.status.replace("_", " ")]
     compared = dense is not None and row.method != "dense"
@@ -174,6 +176,7 @@ def _figures(row: TtftRow, dense: TtftRow | None) -> list[str]:
         f"{row.coverage:.3f}",
         f"{row.ttft_over_floor:.2f}",
         "" if row.logit_error is None or not compared else f"{row.logit_error:.1e}",
+        *["" if row.skipped_share is None else f"{row.skipped_share:.3f}"] * skipped,
         *[f"{row.tokens_per_second:,.0f}"] * (row.batch_size > 1),
     ]
 

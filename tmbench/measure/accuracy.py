@@ -148,6 +148,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             prompt_tokens=len(sample.ids),
             new_tokens=len(answer.tokens),
             coverage=answer.density,
+            skipped_share=answer.skipped_share,
             prompt_hash=sample.prompt_hash,
             **answer.cost,
         )
@@ -163,6 +164,7 @@ def answer_rows(suite: Suite, file: str, rows: Sequence[RulerRow], predictions: 
             **suite.figures(row.task, answers, [prediction.outputs for prediction in predictions]),
             prompt_tokens_mean=statistics.mean(prediction.prompt_tokens for prediction in predictions),
             coverage=next((one.coverage for one in predictions if one.coverage is not None), None),
+            skipped_share=next((one.skipped_share for one in predictions if one.skipped_share is not None), None),
             predictions=file,
             **decoded(predictions),
         )

@@ -77,6 +77,7 @@ class Answer:
     decode: str = PLAIN_LOOP
     batch_size: int = 1
     """How many texts were decoded together, itself among them."""
+    skipped_share: float | None = None
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -163,7 +164,8 @@ def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str]) 
             ran |= session.applied.backends
         peak = session.peak.bytes
     seconds = time.perf_counter() - start - counter.seconds
-    return spec.sample(loaded, item, Answer(tokens, seconds, counter.density, backends_name(ran), peak))
+    answer = Answer(tokens, seconds, counter.density, backends_name(ran), peak, skipped_share=counter.skipped_share)
+    return spec.sample(loaded, item, answer)
 
 
 class Together:
@@ -255,6 +257,7 @@ class Together:
             tokens=text.tokens,
             seconds=prefill + text.seconds,
             density=counter.density,
+            skipped_share=counter.skipped_share,
             backends=backends_name(worker.ran),
             peak_memory=text.peak,
             decode=self.batch.kind,

@@ -71,6 +71,7 @@ class Timing:
     warmup_s: float | None = None
     """Of the first warm-up, less what counting took."""
     density: float | None = None
+    skipped_share: float | None = None
     flop: float = 0.0
     token: int | None = None
     """Of the first prompt."""
@@ -331,6 +332,7 @@ def _timing(spec: TtftSpec, loaded: LoadedModel, item: TtftItem, trial: _Trial, 
         seconds=tuple(trial.seconds),
         warmup_s=trial.warmup_s,
         density=trial.counter.density,
+        skipped_share=trial.counter.skipped_share,
         flop=needed_flop(loaded, pairs, item.length, item.batch_size, spec.question_tokens),
         token=first.tokens[0],
         same_token=None if reference is None else first.tokens == reference.tokens,
@@ -357,6 +359,7 @@ def _row(row: TtftRow, timing: Timing, throughput: float) -> TtftRow:
         ttft_max_s=max(timing.seconds),
         samples_s=" ".join(f"{seconds:.6f}" for seconds in timing.seconds),
         coverage=timing.density,
+        skipped_share=timing.skipped_share,
         flop=timing.flop,
         floor_s=timing.flop / throughput,
         ttft_over_floor=median * throughput / timing.flop,

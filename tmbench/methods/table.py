@@ -183,6 +183,12 @@ DYNAMIC_METHODS = (
         Part("PBS"),
     ),
     Method(
+        "skip_softmax",
+        "skip-softmax (BLASST): tiles far below the running maximum skip softmax and values, in every layer",
+        ("Yuan et al. 2025, arXiv 2512.12087",),
+        Part("SkipSoftmax"),
+    ),
+    Method(
         "oracle_blocks",
         "an oracle: the key blocks that truly hold most attention, which bounds all choices of blocks and is never timed",
         ("after Wang et al. 2026, arXiv 2606.07703",),

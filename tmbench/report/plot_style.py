@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from tmbench.methods.table import METHODS, Method
 
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4a12", "#6a3d9a")
-"""Okabe and Ito's palette, told apart with any kind of colour blindness, then brown and purple; black is for dense."""
-MARKERS = "osD^vPX"
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808000", "#7a4a12", "#6a3d9a")
+"""Okabe and Ito's palette, told apart with any kind of colour blindness, then olive, brown, purple; black is for dense."""
+MARKERS = "osD^vPXp"
 SOLID, DASHED = "-", "--"
 GREY, PALE = "#5f6368", "#dadce0"
 TEXT_PT, LABEL_PT = 10.0, 9.0

@@ -27,11 +27,11 @@ from tmbench.results.suite_rows import SUITE_ROWS
 Record = dict[str, object]
 LOSSES = ("prompt", "answer", "first")
 SECTIONS = tuple(field.name for field in fields(SectionGradients))
-SCORES = "score nulls prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high"
+SCORES = "score nulls prompt_tokens_mean seconds_per_sample coverage skipped_share difference difference_low difference_high"
 FIGURES: Mapping[str, tuple[str, ...]] = {
     kind: tuple(names.split())
     for kind, names in {
-        "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage ttft_over_floor logit_error peak_memory_bytes "
+        "ttft": "ttft_median_s ttft_min_s ttft_max_s coverage skipped_share ttft_over_floor logit_error peak_memory_bytes "
         "tokens_per_second",
         "ruler": SCORES,
         **{kind.kind: SCORES for kind in SUITE_ROWS},

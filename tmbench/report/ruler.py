@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
 from tmbench.report.served import served
 from tmbench.report.settings import RulerSetting
 from tmbench.report.table import Table, columns
-from tmbench.report.words import NOTHING, ends_text, figure_text, signed
+from tmbench.report.words import HALF_COUNTED, NOTHING, SKIPPED, ends_text, figure_text, signed
 from tmbench.results.rows import OK, RulerRow
 from tmbench.results.sample_scores import Samples, mixture_notes
 from tmbench.results.suite_rows import SuiteRow
@@ -105,9 +105,17 @@ class RulerSection(Section[RulerSetting, RulerCell]):
     @cached_property
     def densities(self) -> dict[str, float]:
         """The share of the causal pairs that each label computed, averaged over its tasks; only where it was counted."""
+        return self._means(lambda row: row.coverage)
+
+    @cached_property
+    def skipped_shares(self) -> dict[str, float]:
+        """The share of tiles that each label skipped, in the same way."""
+        return self._means(lambda row: row.skipped_share)
+
+    def _means(self, figure: Callable[[RulerRow], float | None]) -> dict[str, float]:
         found = {}
         for label in self.labels:
-            parts = [cell.row.coverage for cell in self.measured(label) if cell.row.coverage is not None]
+            parts = [part for cell in self.measured(label) if (part := figure(cell.row)) is not None]
             if parts:
                 found[label] = sum(parts) / len(parts)
         return found
@@ -152,6 +160,8 @@ class RulerSection(Section[RulerSetting, RulerCell]):
         lines.append([f"average of {len(self.common_tasks)}", "", *(average.get(name, NOTHING) for name in self.labels)])
         if parts := self.densities:
             lines.append(["density", "", *(figure_text(parts.get(name), ".1%") for name in self.labels)])
+        if parts := self.skipped_shares:
+            lines.append([SKIPPED, "", *(figure_text(parts.get(name), ".1%") for name in self.labels)])
         caption = "Scores from 0 to 100; in brackets points against dense:"
         if len(self.labels) <= MANY_METHODS:
             return Table(caption, columns("task", "samples", *self.labels, texts=("task",)), lines)
@@ -223,6 +233,7 @@ class RulerSection(Section[RulerSetting, RulerCell]):
                 f"Generated text stood in for {text}: scores of {', '.join(tasks)} do not compare with published ones.": True
                 for text, tasks in stand_ins.items()
             },
+            HALF_COUNTED: bool(self.skipped_shares),
             "The prompts were prepared elsewhere, so their wording is not known here.": wording == "prepared",
             "The wording is not the published one: published scores compare only under `--wording reference`.": (
                 of_ruler and wording != "prepared" and not wording.startswith("reference")

@@ -17,7 +17,7 @@ from tmbench.report.settings import TtftSetting, older_words
 from tmbench.report.slower_kernels import slower_than_dense
 from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import NO_DIFFERENCE, UNKNOWN_REPEATS, TimeDifference, compare_rows, interleaved
-from tmbench.report.words import NOTHING, figure_text, percent_text, significant
+from tmbench.report.words import HALF_COUNTED, NOTHING, SKIPPED, figure_text, percent_text, significant
 from tmbench.results.rows import OK, TtftRow
 from tmbench.results.words import length_name
 
@@ -211,6 +211,10 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             names.append("tokens/s")
             for line, cell in zip(lines, self.measured(), strict=True):
                 line.append(figure_text(cell.tokens_per_second, ",.0f"))
+        if any(cell.row.skipped_share is not None for cell in self.measured()):
+            names.append(SKIPPED)
+            for line, cell in zip(lines, self.measured(), strict=True):
+                line.append(figure_text(cell.row.skipped_share, ".1%"))
         peaks = [cell.row.peak_memory_bytes for cell in self.measured()]
         if any(peaks):
             names.append("peak GiB")
@@ -237,6 +241,7 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             "Dense has no time here, so there is nothing to compare with.": not dense,
             f"{NOT_INTERLEAVED}: {places_text(apart, cells)}.": bool(apart),
             f"Fewer than {FEW_REPEATS} repeats, so the spread is hardly known: {places_text(few, cells)}.": bool(few),
+            HALF_COUNTED: any(cell.row.skipped_share is not None for cell in cells),
             **self._kernel_notes(),
             **self._prefill_notes(),
             f"The single repeats are not in the rows, so what is faster is not known: {places_text(unknown, cells)}.": (

@@ -6,6 +6,12 @@ import math
 from collections.abc import Callable
 
 NOTHING = "-"
+SKIPPED = "tiles skipped"
+"""The name of a share of tiles that were skipped while attention was computed."""
+HALF_COUNTED = (
+    "Where tiles were skipped while attention was computed, a pair of a skipped tile counts half in the density: queries "
+    "and keys were multiplied, values were not."
+)
 
 
 def significant(value: float) -> str:

@@ -38,6 +38,8 @@ class Prediction:
     """How it was decoded, see ``RulerRow.decode``."""
     batch_size: int = 1
     """How many samples decoded together at most, itself among them."""
+    skipped_share: float | None = None
+    """See ``RulerRow.skipped_share``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:

@@ -13,7 +13,7 @@ COUNTED = frozenset(("length", "samples", "repeats", "new_tokens", "batch_size")
 """Columns of whole numbers from 1 on."""
 SHARES = frozenset(
     ("coverage", "agreement", "identical", "kept_share", "probability_mean", "answered", "lost_share", "pairs_share",
-     "gamma", "tau", "threshold", "alpha", "capped_share", "confidence")
+     "gamma", "tau", "threshold", "alpha", "capped_share", "confidence", "skipped_share")
 )  # fmt: skip
 """Columns from 0 to 1."""
 POINTS = frozenset(("score",))

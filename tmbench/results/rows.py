@@ -218,10 +218,14 @@ class TtftRow(Row):
     question_tokens: int = 0
     """Where questions are asked later, how many of a prompt's last tokens are one: the time is theirs alone, over the kept
     cache of the others."""
+    skipped_share: float | None = None
+    """Of methods that skip tiles while they compute: the share skipped, over the layers that do so; empty for others."""
     communication_s: float | None = None
     """How long attention waited for tensors of the other GPUs that share the prompt, on the first of them; the median."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "batch_size", "communication_s", "prompt_file", "question_tokens")
+    ADDED: ClassVar[tuple[str, ...]] = (
+        *Row.ADDED, "batch_size", "communication_s", "prompt_file", "question_tokens", "skipped_share",
+    )  # fmt: skip
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -267,6 +271,8 @@ class RulerRow(Row):
     """What the chat template was given beside the message: JSON with sorted keys; "" for nothing."""
     samples_as: str = "tmbench"
     """Whose rules the samples were drawn by, where tmbench drew them: "tmbench", or "reference" for RULER's own."""
+    skipped_share: float | None = None
+    """See ``TtftRow.skipped_share``; in the first sample's prefill."""
     question: int = 1
     """Which of the questions that were asked of each context it is, from 1; the first is the task's own."""
     decode: str = PLAIN_LOOP
@@ -275,7 +281,7 @@ class RulerRow(Row):
     batch_size: int = 1
     """How many samples decoded together at most."""
 
-    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "question", "decode", "batch_size")
+    ADDED: ClassVar[tuple[str, ...]] = (*Row.ADDED, "skipped_share", "question", "decode", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@
   const MARKERS = {
     o: "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", s: "M-4.5-4.5h9v9h-9z", D: "M0-6L5 0L0 6L-5 0z", "^": "M0-5.5L5.5 4.5h-11z",
     v: "M0 5.5L5.5-4.5h-11z", P: "M-2-5h4v3h3v4h-3v3h-4v-3h-3v-4h3z", X: "M-5-3L-3-5L0-2L3-5L5-3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0z",
+    p: "M0-5.5L5.2-1.7L3.2 4.5h-6.4L-5.2-1.7z",
   };
   // The parser knows the name of SVG's elements.
   const holder = document.createElement("template");
