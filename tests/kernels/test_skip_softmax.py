@@ -153,6 +153,9 @@ def test_a_factor_follows_from_a_calibration(tmp_path):
     assert pattern.threshold_scale_factor == pytest.approx(100 * math.exp(2.5), rel=1e-3)
     assert str(pattern.calibration) == f"skip:{Calibration.read(file).digest}"
     assert SkipSoftmax(**vars(pattern)) == pattern
+    file.write_text(calibration_json(100.0, 5.0, {"order": "descending"}))
+    with pytest.raises(ValueError, match=r"order ascending is not the one that .*skip\.json is for: give descending"):
+        SkipSoftmax(target=0.5, calibration=Calibration.read(file))
     checkpoint = tmp_path / "config.json"
     group = {"algorithm": "skip_softmax", "threshold_scale_factor": {
         "formula": "a * exp(b * target_sparsity)", "coefficients": {"a": 2142.7, "b": 4.28}}}  # fmt: skip

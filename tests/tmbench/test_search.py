@@ -13,8 +13,9 @@ from bound_specs import Bound
 from plans import plan_of
 from tmbench.engine.attention import applied
 from tmbench.errors import UserError
-from tmbench.measure import search
-from tmbench.measure.search import SearchSpec, partial_path
+from tmbench.measure import partial, search
+from tmbench.measure.partial import partial_path
+from tmbench.measure.search import SearchSpec
 from tmbench.models.loading import LoadedModel
 from tmbench.report.pattern_plot import pattern_figure
 from tmbench.report.pictures import save
@@ -157,7 +158,7 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(job, tmp_path,
 def test_all_layers_but_no_file_need_no_prompt(job, monkeypatch):
     work = job()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(partial, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="--output: .* cannot be written .No space left on device"):
             work.run()
     monkeypatch.setattr(search, "kept_attention", None)

@@ -1,4 +1,4 @@
-"""``tmbench patterns search`` and ``tmbench patterns show``."""
+"""``tmbench patterns search``, ``tmbench patterns show`` and ``tmbench patterns calibrate``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 LENGTH = 30000
 """Tokens of the published searches' prompts, at most."""
 TINY_LENGTH = 8192
+CALIBRATION_LENGTHS = (4096, 8192, 16384, 32768)
+TINY_LENGTHS = (1024, 2048, 4096)
+CALIBRATION_PROMPTS = ("niah_multikey_2", "niah_multiquery", "vt", "fwe")
 FEW_KINDS = 8
 """Up to so many kinds of heads have a column each."""
 
 app = typer.Typer(
-    help="Which pattern each head of a model takes: find out, and look at what a file says.",
+    help="What methods are to know of a model: find out, and look at what a file says.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -79,7 +82,8 @@ def search(
 
     A search that is killed and started again goes on with the layer it was at.
     """
-    from tmbench.measure.search import SearchSpec, check_output
+    from tmbench.measure.partial import check_output
+    from tmbench.measure.search import SearchSpec
     from tmbench.measure.spec import ModelSource
     from tmbench.models.attention_modules import attention_modules
     from tmbench.suites.prompts import check_kind
@@ -87,7 +91,7 @@ def search(
     if prompt is not None:
         check_kind(prompt)
     # Whatever does not need the model is refused before it is loaded.
-    check_output(output, overwrite=overwrite)
+    check_output(output, "search", overwrite=overwrite)
     where, loaded = opened(ModelSource(model, weights, device, dtype, **checkpoint.given))
     attention_modules(loaded.model)
     for note in loaded.notes:
@@ -108,6 +112,93 @@ def search(
     found = measure(spec, where, _nothing)
     _show([dict(enumerate(layer)) for layer in found], str(output))
     say(f"wrote {output}: tmbench ttft --method minference --patterns {output} uses it")
+
+
+@app.command()
+@with_sources("patterns calibrate")
+@with_checkpoint()
+def calibrate(
+    output: Annotated[
+        Path, typer.Option(help="The JSON file to write, for skip_softmax:calibration=.", rich_help_panel=o.OUTPUT)
+    ],
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            parser=o.parse_length,
+            metavar="TOKENS",
+            help="Tokens of prompts, such as 16K; repeat for several.",
+            rich_help_panel=o.MEASURED,
+            show_default="4K, 8K, 16K and 32K, or what fits; 1K, 2K and 4K for tiny",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A RULER task, kv (key-value retrieval), or random; repeat for several, which are taken in turn.",
+            rich_help_panel=o.MEASURED,
+            show_default=f"{', '.join(CALIBRATION_PROMPTS)}, or random for a model without a tokenizer",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.", rich_help_panel=o.MEASURED)] = 6,
+    order: Annotated[
+        str, typer.Option(help="How tiles follow each other: ascending or descending.", rich_help_panel=o.MEASURED)
+    ] = "ascending",
+    seed: o.SeedOption = 42,
+    model: o.ModelOption = "tiny",
+    weights: o.WeightsOption = "checkpoint",
+    device: o.DeviceOption = None,
+    checkpoint: Checkpoint = AS_IT_IS,
+    dtype: o.DtypeOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Calibrate again what is there already.", rich_help_panel=o.OUTPUT)
+    ] = False,
+) -> None:
+    """Skip-softmax's threshold for a model: which one skips what share of tiles, fitted over prompts of several lengths.
+
+    The file is in the form of NVIDIA's Model Optimizer. A run that is killed goes on with the prompt it was at.
+    """
+    from tmbench.measure.calibrate import CalibrateSpec
+    from tmbench.measure.partial import check_output
+    from tmbench.measure.spec import ModelSource
+    from tmbench.models.attention_modules import attention_modules
+    from tmbench.suites.prompts import check_kind
+    from tmbench_kernels import SkipSoftmax
+
+    for kind in prompt or ():
+        check_kind(kind)
+    try:
+        SkipSoftmax(order=order)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    check_output(output, "calibrate", overwrite=overwrite)
+    where, loaded = opened(ModelSource(model, weights, device, dtype, **checkpoint.given))
+    attention_modules(loaded.model)
+    for note in loaded.notes:
+        say(note)
+    lengths = sorted(set(length or [one for one in _usual(model) if one <= (loaded.longest or one)]))
+    for tokens in lengths:
+        loaded.check_length(tokens)
+    spec = CalibrateSpec(
+        model=where.ask(ModelSource.of),
+        output=output,
+        lengths=tuple(lengths),
+        prompts=tuple(prompt or (CALIBRATION_PROMPTS if loaded.tokenizer is not None else ["random"])),
+        samples=samples,
+        order=order,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    (found,) = measure(spec, where, lambda _: say("nothing was measured: all prompts are there already"))
+    targets = [f"target {share:.0%}" for share in next(iter(found.shares.values()))]
+    shown = table("Share of tiles that the fit skips", "length", *targets, right=("length", *targets))
+    for tokens, shares in found.shares.items():
+        shown.add_row(str(tokens), *(f"{share:.1%}" for share in shares.values()))
+    console().print(shown)
+    say(f"wrote {output}: tmbench ttft --method skip_softmax:calibration={output},target=0.5,order={order} uses it")
+
+
+def _usual(model: str) -> tuple[int, ...]:
+    return TINY_LENGTHS if model == "tiny" else CALIBRATION_LENGTHS
 
 
 def _nothing(layers: int) -> None:

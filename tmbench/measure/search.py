@@ -10,7 +10,6 @@ that it was at. The file itself is written once, at the end, and the partial one
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,20 +25,17 @@ from tmbench.engine.session import running
 from tmbench.errors import NotFiniteError, UserError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import Target
+from tmbench.measure.partial import Partial, check_output
 from tmbench.measure.spec import Item, ItemSpec, Part, Place
 from tmbench.methods.table import METHODS
 from tmbench.models.attention_modules import logits_feature
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results.files import append_line, read_lines, replace_file, writable
 from tmbench.results.rows import OUT_OF_MEMORY
 from tmbench.suites.prompts import check_prompt, prompt_ids
 from tmbench_kernels import HeadPattern, Pattern, head_patterns_json
 from tmbench_kernels.minference.search import CANDIDATES, FIRST_ROW, best_pattern, kept_attention, published_remapping
 from tmbench_kernels.pattern import default_scale
-
-OPTION = "--output"
-"""What names the file that is written."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
             raise UserError(
                 f"tmbench patterns search does not weigh {feature}, which {loaded.name} has: use another --model"
             )
-        check_output(self.output, overwrite=self.overwrite)
+        check_output(self.output, "search", overwrite=self.overwrite)
         check_prompt(self.prompt, loaded, [self.length])
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[tuple[HeadPattern, ...]]]:
@@ -142,15 +138,32 @@ class SearchSpec(ItemSpec[tuple[HeadPattern, ...]]):
         check_logits(logits, model, "of the prompt's last token")
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise UserError for a file that is there already, unless it may be replaced, and for a path that cannot be one."""
-    with writable(path, OPTION):
-        try:
-            path.stat()
-        except FileNotFoundError:
-            return
-    if not overwrite:
-        raise UserError(f"--output {path} is there already: name another file, or add --overwrite to search again")
+def _partial(spec: SearchSpec, loaded: LoadedModel) -> Partial[LayerFigures]:
+    """Where layers are kept while the search runs."""
+    heads = loaded.shape.heads
+    ids = prompt_ids(spec.prompt, spec.length, loaded, spec.seed)[0].tolist()
+    about = {
+        **loaded.row_fields(),
+        "layers": loaded.shape.layers,
+        "heads": heads,
+        "length": spec.length,
+        "prompt": spec.prompt,
+        "seed": spec.seed,
+        "prompt_hash": of_ids(ids),
+        "first_row": FIRST_ROW,
+        "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
+    }
+
+    def write(sample: LayerFigures) -> dict[str, Any]:
+        return {"layer": sample.index, "kept": sample.kept}
+
+    def read(entry: Any) -> tuple[int, LayerFigures]:
+        figures = tuple(tuple(float(figure) for figure in head) for head in entry["kept"])
+        if [len(head) for head in figures] != [len(CANDIDATES)] * heads:
+            raise ValueError("a layer of another shape")
+        return int(entry["layer"]), LayerFigures(int(entry["layer"]), figures)
+
+    return Partial(spec.output, "search", about, write, read)
 
 
 class _HeadPatterns(Target[tuple[HeadPattern, ...], LayerFigures]):
@@ -161,7 +174,7 @@ class _HeadPatterns(Target[tuple[HeadPattern, ...], LayerFigures]):
     def __init__(self, spec: SearchSpec, loaded: LoadedModel) -> None:
         self._spec = spec
         self._name = loaded.name
-        self._partial = _Partial(spec, loaded)
+        self._partial = _partial(spec, loaded)
         self._layers = loaded.shape.layers
         every = SearchItem(title="reading the prompt", layers=loaded.shape.full)
         super().__init__("search", [every], {"": self._partial})
@@ -179,68 +192,5 @@ class _HeadPatterns(Target[tuple[HeadPattern, ...], LayerFigures]):
         choose = published_remapping if self._spec.remap else lambda head: head
         weighed = {layer.index: tuple(choose(best_pattern(head)) for head in layer.kept) for layer in self.in_order()}
         found = [weighed.get(layer, ()) for layer in range(self._layers)]
-        with writable(self._spec.output, OPTION):
-            replace_file(self._spec.output, head_patterns_json(found))
-        self._partial.clear()
+        self._partial.finish(head_patterns_json(found))
         return found
-
-
-class _Partial:
-    """Where layers are kept while the search runs: a line that says which search it is, and one for each layer."""
-
-    def __init__(self, spec: SearchSpec, loaded: LoadedModel) -> None:
-        self.path = partial_path(spec.output)
-        self._heads = loaded.shape.heads
-        self._begun = False
-        ids = prompt_ids(spec.prompt, spec.length, loaded, spec.seed)[0].tolist()
-        # What the figures of a layer depend on: a search goes on only from those of the same.
-        self._search: dict[str, Any] = {
-            **loaded.row_fields(),
-            "layers": loaded.shape.layers,
-            "heads": loaded.shape.heads,
-            "length": spec.length,
-            "prompt": spec.prompt,
-            "seed": spec.seed,
-            "prompt_hash": of_ids(ids),
-            "first_row": FIRST_ROW,
-            "candidates": [[entry.type, entry.vertical, entry.slash] for entry in CANDIDATES],
-        }
-
-    def clear(self) -> None:
-        with writable(self.path, OPTION):
-            self.path.unlink(missing_ok=True)
-        self._begun = False
-
-    def add(self, sample: LayerFigures, **more: Any) -> None:
-        if not self._begun:
-            append_line(self.path, json.dumps({"search": self._search}), OPTION)
-            self._begun = True
-        append_line(self.path, json.dumps({"layer": sample.index, "kept": sample.kept, **more}), OPTION)
-
-    def read(self) -> dict[int, LayerFigures]:
-        """The layers that an earlier run of this search has finished; raises UserError for another's file."""
-        remedy = "add --overwrite to begin anew, or name another --output"
-        before: dict[str, Any] = {}
-        kept: dict[int, LayerFigures] = {}
-
-        def take(entry: Any) -> None:
-            if not before:
-                before.update(entry["search"])
-                return
-            figures = tuple(tuple(float(figure) for figure in head) for head in entry["kept"])
-            if [len(head) for head in figures] != [len(CANDIDATES)] * self._heads:
-                raise ValueError("a layer of another shape")
-            kept[int(entry["layer"])] = LayerFigures(int(entry["layer"]), figures)
-
-        self._begun = bool(read_lines(self.path, take, "of a search that was interrupted", remedy))
-        differing = [name for name, value in self._search.items() if self._begun and before.get(name) != value]
-        if differing:
-            name = differing[0]
-            found = before.get(name, "not recorded")
-            raise UserError(f"{self.path} is of a search with another {name} ({found}, not {self._search[name]}): {remedy}")
-        return kept
-
-
-def partial_path(output: Path) -> Path:
-    """Where a search keeps what it has until its file is written."""
-    return output.with_name(output.name + ".partial")

@@ -92,6 +92,8 @@ class SkipSoftmax(BlockSparse):
         if (self.target is None) != (self.calibration is None):
             missing, given = ("calibration", "target") if self.calibration is None else ("target", "calibration")
             raise ParameterError(given, f" takes a {missing} beside it: add {missing}=...")
+        if self.calibration is not None and (made := self.calibration.order) not in ("", self.order):
+            raise ParameterError("order", f" {self.order} is not the one that {self.calibration.path} is for: give {made}")
         for about, name in ((_THRESHOLD, "threshold"), (_FACTOR, "threshold_scale_factor"), (_TARGET, "target")):
             if (value := getattr(self, name)) is not None:
                 about.check(name, value)

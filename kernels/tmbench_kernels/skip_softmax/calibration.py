@@ -17,6 +17,8 @@ from typing import Any
 FORMULA = "a * exp(b * target_sparsity)"
 ENTRY = "sparse_attention_config"
 ALGORITHM = "skip_softmax"
+OWN = "tmbench"
+"""What the file says of how it was made."""
 DIGITS = 4
 """Significant digits of a factor that follows from a fit."""
 MOST_MEBIBYTES = 16
@@ -30,6 +32,8 @@ class Calibration:
     digest: str
     a: float
     b: float
+    order: str = ""
+    """The order of tiles that it was made with; "" where the file does not say."""
 
     @classmethod
     def read(cls, given: Any) -> Calibration:
@@ -40,8 +44,7 @@ class Calibration:
         if path.is_file() and path.stat().st_size > MOST_MEBIBYTES * 2**20:
             raise ValueError(f"{path} has more than {MOST_MEBIBYTES} MiB, which no calibration has")
         content = path.read_bytes()
-        a, b = _coefficients(path, content)
-        return cls(path, hashlib.sha256(content).hexdigest()[:8], a, b)
+        return cls(path, hashlib.sha256(content).hexdigest()[:8], *_coefficients(path, content))
 
     def factor(self, target: float) -> float:
         """The threshold times the number of keys at which such a share of tiles is skipped."""
@@ -51,7 +54,7 @@ class Calibration:
         return f"{self.path.stem}:{self.digest}"
 
 
-def _coefficients(path: Path, content: bytes) -> tuple[float, float]:
+def _coefficients(path: Path, content: bytes) -> tuple[float, float, str]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -63,13 +66,14 @@ def _coefficients(path: Path, content: bytes) -> tuple[float, float]:
         about = group["threshold_scale_factor"]
         formula, values = about["formula"], about.get("prefill") or about["coefficients"]
         a, b = float(values["a"]), float(values["b"])
+        order = str(found.get(OWN, {}).get("order", ""))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} has no calibration of {ALGORITHM} for prefill in {ENTRY}: {remedy}") from None
     if formula != FORMULA:
         raise ValueError(f"{path} has the formula {str(formula)[:60]!r}, of which only {FORMULA!r} is known: {remedy}")
     if not (a > 0 and math.isfinite(a) and math.isfinite(b)):
         raise ValueError(f"{path} has the coefficients a = {a} and b = {b}, but a must be above 0: {remedy}")
-    return a, b
+    return a, b, order
 
 
 def fit(shares: Sequence[float], factors: Sequence[float]) -> tuple[float, float]:
@@ -87,4 +91,4 @@ def fit(shares: Sequence[float], factors: Sequence[float]) -> tuple[float, float
 def calibration_json(a: float, b: float, about: dict[str, Any]) -> str:
     """The text of a file that holds a fit, and beside it what it was made from."""
     group = {"algorithm": ALGORITHM, "threshold_scale_factor": {"formula": FORMULA, "prefill": {"a": a, "b": b}}}
-    return json.dumps({ENTRY: {"config_groups": {"group_0": group}}, "tmbench": about}, indent=1) + "\n"
+    return json.dumps({ENTRY: {"config_groups": {"group_0": group}}, OWN: about}, indent=1) + "\n"

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count
+from tmbench_kernels.cuda import capability
 from tmbench_kernels.launch import block_dim, loadable, logit_scales, positive
 from tmbench_kernels.online_softmax import log_sum_exp, soft_capped, softmax_sum
 from tmbench_kernels.pattern import empty_output
@@ -114,8 +115,7 @@ def margins(ascending: bool, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """As ``tmbench_kernels.skip_softmax.margins`` has them."""
     rows, blocks = block_count(k.shape[2]) - (k.shape[2] - q.shape[2]) // BLOCK, block_count(k.shape[2])
     found = q.new_full((*q.shape[:2], rows, blocks), -torch.inf, dtype=torch.float32)
-    _launch(ascending, q, k, k, scale, 0.0, margins=found)
-    return found.mul_(positive(q[:, :, :1], scale)[1])
+    return found.mul_(_launch(ascending, q, k, k, scale, 0.0, margins=found))
 
 
 def _launch(
@@ -130,7 +130,8 @@ def _launch(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     margins: Tensor | None = None,
-) -> None:
+) -> float:
+    """Returns the scale of the products that are compared."""
     q, scale = positive(q, scale)
     scale_log2, cap_scale = logit_scales(scale, softcap)
     k, v = loadable(k), loadable(v)
@@ -139,12 +140,14 @@ def _launch(
     blocks = block_count(length)
     rows = blocks - (length - queries) // BLOCK
     width, v_width = block_dim(dim), block_dim(v_dim)
-    wide = max(dim, v_dim) > 128
+    # A second stage is one more tile of keys in shared memory. Triton's compiler fails with it for Blackwell.
+    staged = q.device.type == "cuda" and capability(q.device) == 9 and max(dim, v_dim) <= 128
     k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), [1, 1, BLOCK, width])
     v_tiles = TensorDescriptor(v, list(v.shape), list(v.stride()), [1, 1, BLOCK, v_width])
     _walk[(rows * heads * batch,)](
         q, out, lse, margins, k_tiles, v_tiles, *q.stride(),
         length, length - queries, rows, blocks, batch, least / scale, scale_log2, cap_scale,
         HEADS=heads, GROUPS=heads // k.shape[1], DIM=dim, V_DIM=v_dim, BLOCK_DIM=width, BLOCK_V_DIM=v_width,
-        BLOCK=BLOCK, ASCENDING=ascending, num_warps=8, num_stages=1 if wide else 2,
+        BLOCK=BLOCK, ASCENDING=ascending, num_warps=8, num_stages=2 if staged else 1,
     )  # fmt: skip
+    return scale
