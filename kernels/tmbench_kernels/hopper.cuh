@@ -1,7 +1,7 @@
 // What the kernels for Hopper share: PTX by name, the pipeline, and one consumer warpgroup's online softmax.
 //
 // The including file defines DIM and V_DIM, head sizes rounded up to 64; HALF, 1 for fp16 and 0 for bf16; WARPGROUP_ROWS, the
-// 64 query rows of a consumer warpgroup; KEYS, the 64 keys of a tile; STAGES, the depth of the pipeline; LSE, 1 where the
+// 64 query rows of a consumer warpgroup; KEYS, the 64 or 128 keys of a tile; STAGES, the depth of the pipeline; LSE, 1 where the
 // log-sum-exp is written as well; CONSUMERS, the consumer warpgroups of a program.
 
 #pragma once
@@ -104,6 +104,10 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[32], u64 a, u64 b, int add) 
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16." TYPES " " D32 ", %32, %33, p, 1, 1, 0, 0;\n}"
                : R32(d) : "l"(a), "l"(b), "r"(add));
 }
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], u64 a, u64 b, int add) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16." TYPES " " D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
+               : R64(d) : "l"(a), "l"(b), "r"(add));
+}
 // d (+)= A B: A in registers, B in shared memory with its rows contiguous.
 __device__ __forceinline__ void wgmma_rs(float (&d)[64], const u32* a, u64 b, int add) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16." TYPES " " D64 ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
@@ -145,7 +149,7 @@ struct SoftmaxState {
 
 // Logits become -inf where a row does not see the key: of the keys from..to-1 it sees those up to its own position that lie
 // less than ``reach`` before it or among the first ``n_init``. Keys of all_from..all_to are seen by all rows.
-__device__ __forceinline__ void mask_tile(float (&s)[32], const SoftmaxState& r, int first, int from, int to, int reach, int n_init,
+__device__ __forceinline__ void mask_tile(float (&s)[KEYS / 2], const SoftmaxState& r, int first, int from, int to, int reach, int n_init,
                                           int all_from, int all_to) {
   const int base = first + 2 * (threadIdx.x & 3);
   const u32 sinks = from > 0 ? 0 : n_init;
@@ -168,10 +172,8 @@ __device__ __forceinline__ void mask_tile(float (&s)[32], const SoftmaxState& r,
   }
 }
 
-// One step of the online softmax: logits become probabilities. Returns whether a row_max grew; the output must then be
-// multiplied by acc_scale. A row_max that grows by less than RESCALE_THRESHOLD stays: few steps then rescale the output.
-__device__ __forceinline__ bool softmax(float (&s)[KEYS / 2], SoftmaxState& r, float scale_log2, float (&acc_scale)[2]) {
-  float row_max[2];
+// The largest of the logits that a thread has of each of its two rows.
+__device__ __forceinline__ void thread_maxima(const float (&s)[KEYS / 2], float (&row_max)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     float top[4];
@@ -183,6 +185,11 @@ __device__ __forceinline__ bool softmax(float (&s)[KEYS / 2], SoftmaxState& r, f
       for (int e = 0; e < 4; e++) top[e] = fmaxf(top[e], s[4 * g + 2 * row + (e & 1) + 4 * (e >> 1)]);
     row_max[row] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
   }
+}
+
+// One step of the online softmax: logits become probabilities. Returns whether a row_max grew; the output must then be
+// multiplied by acc_scale. A row_max that grows by less than RESCALE_THRESHOLD stays: few steps then rescale the output.
+__device__ __forceinline__ bool softmax(float (&s)[KEYS / 2], SoftmaxState& r, float scale_log2, float (&acc_scale)[2], float (&row_max)[2]) {
   // Each of a row's four threads compares its own keys; they exchange maxima only where one grew.
   const bool grows = __any_sync(~0u, (row_max[0] * scale_log2 > r.row_max[0] + RESCALE_THRESHOLD) | (row_max[1] * scale_log2 > r.row_max[1] + RESCALE_THRESHOLD));
   if (grows) {
@@ -206,6 +213,11 @@ __device__ __forceinline__ bool softmax(float (&s)[KEYS / 2], SoftmaxState& r, f
     r.row_sum[row][e & 1] += s[e];
   }
   return grows;
+}
+__device__ __forceinline__ bool softmax(float (&s)[KEYS / 2], SoftmaxState& r, float scale_log2, float (&acc_scale)[2]) {
+  float row_max[2];
+  thread_maxima(s, row_max);
+  return softmax(s, r, scale_log2, acc_scale, row_max);
 }
 
 __device__ __forceinline__ void to_operand(const float (&s)[KEYS / 2], u32 (&probabilities)[KEYS / 4]) {

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tmbench_kernels import Dense, SkipSoftmax
+from tmbench_kernels.block_sparse.torch_backend import attend_lists
+from tmbench_kernels.cuda import missing_hopper
 from tmbench_kernels.pattern import new_lse
 from tmbench_kernels.reference import masked_lse
 from tmbench_kernels.skip_softmax.calibration import Calibration, calibration_json, fit
@@ -257,24 +259,94 @@ def test_margins_in_triton(make_uneven_qkv, order, scale):
     torch.testing.assert_close(found, margins(order == "ascending", q, k, scale), rtol=1e-3, atol=1e-3)
 
 
+def hopper_attend(pattern, q, k, v, scale, **asked):
+    from tmbench_kernels.skip_softmax import hopper_backend
+
+    return hopper_backend.attend(pattern, q, k, v, scale, **asked)
+
+
+@pytest.fixture(params=["triton", "hopper"])
+def on_gpu(request):
+    """A kernel's ``attend``."""
+    if request.param == "triton":
+        return triton_attend
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("runs on Hopper only")
+    if reason := missing_hopper():
+        pytest.skip(reason)
+    return hopper_attend
+
+
+SHAPES = [
+    (1, 0, {}),
+    (64, 0, {}),
+    (129, 0, {"dim": 128}),
+    (5000, 0, {"heads": 8, "kv_heads": 2, "dim": 128}),
+    (4096, 2048, {"heads": 4, "kv_heads": 4, "dim": 64, "batch": 2}),
+    (3001, 1111, {"heads": 6, "kv_heads": 2, "dim": 96}),
+    (3000, 1090, {"heads": 6, "kv_heads": 2, "dim": 128, "batch": 2}),
+    (2000, 1999, {"heads": 2, "kv_heads": 1, "dim": 128}),
+    (2049, 77, {"heads": 2, "kv_heads": 1, "dim": 192, "v_dim": 128}),
+    (1500, 0, {"heads": 3, "kv_heads": 3, "dim": 40, "v_dim": 128}),
+]
+
+
 @pytest.mark.gpu
 @SIXTEEN_BITS
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    ("length", "start", "shape"),
-    [
-        (5000, 0, {"heads": 8, "kv_heads": 2, "dim": 128}),
-        (4096, 2048, {"heads": 4, "kv_heads": 4, "dim": 64, "batch": 2}),
-        (3001, 1111, {"heads": 6, "kv_heads": 2, "dim": 96}),
-        (2000, 0, {"heads": 2, "kv_heads": 1, "dim": 256}),
-        (2000, 77, {"heads": 2, "kv_heads": 1, "dim": 192}),
-    ],
-)
-def test_triton_on_a_gpu(make_uneven_qkv, measure_errors, length, start, shape, order, dtype):
-    q, k, v = (x.cuda() for x in make_uneven_qkv(length, dtype=dtype, **shape))
+@pytest.mark.parametrize(("length", "start", "shape"), SHAPES)
+def test_kernels_on_a_gpu(make_uneven_qkv, measure_errors, on_gpu, length, start, shape, order, dtype):
+    """Tiles of which one row or one half decides, chunks that cut a tile anywhere, and any head size."""
+    q, k, v = (x.cuda() for x in make_uneven_qkv(length, dtype=dtype, seed=length, **shape))
     q = q[:, :, start:]
-    for threshold in (0.001, 0.05, 0.5):
-        check_kernel(triton_attend, measure_errors, SkipSoftmax(threshold=threshold, order=order), q, k, v, 0.3)
+    for threshold in (1e-4, 0.02, 0.3, 1.0):
+        pattern = SkipSoftmax(threshold=threshold, order=order)
+        mask = check_kernel(on_gpu, measure_errors, pattern, q, k, v, 0.3)
+    if length >= 1500:
+        assert int(mask.sum()) < 0.9 * Dense().pairs(q, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_single_row_keeps_a_tile(make_qkv, on_gpu, order):
+    """Wherever in the tile it is: every row's vote counts, and no row's outside of the tile."""
+    q, k, v = (x.cuda() for x in make_qkv(1024, heads=2, kv_heads=1, dim=128, dtype=torch.float16))
+    q, k, v = q.clone() * 0.1, k.clone() * 0.1, v.clone()
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    first, last = (0, 7) if order == "ascending" else (7, 0)
+    for tile in (3, 4):
+        k[:, :, tile * B : (tile + 1) * B, 0] = -200.0
+    k[:, :, last * B : (last + 1) * B, 0] = -200.0
+    k[:, :, first * B : (first + 1) * B, 0] = 1.0
+    for row in (896, 897, 927, 959, 960, 991, 1023):
+        one = q.clone()
+        # To this row alone the fourth tile is heavier than all others.
+        one[:, :, row, 0], one[:, :, row, 1], k[:, :, 3 * B, 1] = 0.0, 8.0, 4.0
+        pattern = SkipSoftmax(threshold=0.001, order=order)
+        kept = pattern.block_map(one, k, 1.0)[0, :, -1]
+        assert kept[:, 3].all()
+        assert not kept[:, 4].any()
+        lse = new_lse(one)
+        out = on_gpu(pattern, one, k, v, 1.0, lse=lse)
+        mask = pattern.mask(one, k, scale=1.0)
+        exact = masked_lse(one, k, mask, scale=1.0)
+        torch.testing.assert_close(lse.double(), exact, rtol=2e-3, atol=2e-3)
+        assert out.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+def test_many_work_tiles_of_a_long_prompt(make_uneven_qkv, on_gpu, order):
+    """More work tiles than programs, several times over, against dense attention in lists of the tiles that are kept."""
+    q, k, v = (x.cuda() for x in make_uneven_qkv(20000, heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16))
+    pattern = SkipSoftmax(threshold=0.01, order=order)
+    computed = pattern.computed(q, k, scale=0.3)
+    assert 0.1 < computed.skipped / computed.tiles < 0.95
+    expected = attend_lists(q, k, v, pattern.select(q, k, scale=0.3), 0.3)
+    for _ in range(3):
+        out = on_gpu(pattern, q, k, v, 0.3)
+        error = (out - expected).double().square().mean().sqrt() / expected.double().square().mean().sqrt()
+        assert error < 0.01
 
 
 @pytest.mark.gpu

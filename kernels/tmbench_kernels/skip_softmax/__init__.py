@@ -21,7 +21,7 @@ from torch import Tensor
 from tmbench_kernels.block_sparse import BlockSparse, over_lists
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count, split_blocks
 from tmbench_kernels.block_sparse.torch_backend import attend_lists
-from tmbench_kernels.cuda import for_triton, imported, refuses_tensors, runs_triton
+from tmbench_kernels.cuda import for_hopper, for_triton, imported, refuses_hopper, refuses_tensors, runs_triton
 from tmbench_kernels.parameters import Parameter, ParameterError, parameter
 from tmbench_kernels.pattern import Backend, Computed, default_scale
 from tmbench_kernels.reference import causal_mask, masked_logits
@@ -33,10 +33,20 @@ SCALE_FACTOR = 1000.0
 """What TensorRT-LLM's documentation shows for prefill."""
 TRITON_SIZES = ((8, 128), (9, 256), (10, 256), (11, 128), (12, 128))
 """Capabilities and largest head sizes of the kernel in Triton, which holds 128 queries and as many keys at a time."""
+HOPPER_SIZES = (192, 128)
+"""The largest head sizes of queries and of values that the kernel for Hopper has room for."""
 
 _THRESHOLD = Parameter(default=0.01, help="", above=0, at_most=1)
 _FACTOR = Parameter(default=SCALE_FACTOR, help="", above=0)
 _TARGET = Parameter(default=0.5, help="", above=0, at_most=1)
+
+
+def _refuses_hopper(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
+    if reason := refuses_hopper(pattern, q, k, v):
+        return reason
+    if q.shape[-1] > HOPPER_SIZES[0] or v.shape[-1] > HOPPER_SIZES[1]:
+        return f"takes head sizes up to {HOPPER_SIZES[0]}, and of values up to {HOPPER_SIZES[1]}"
+    return "waits for a GPU to run its tests"
 
 
 def _refuses_triton(pattern: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -83,6 +93,7 @@ class SkipSoftmax(BlockSparse):
 
     name: ClassVar[str] = "skip_softmax"
     backends: ClassVar[tuple[Backend, ...]] = (
+        replace(for_hopper(imported("skip_softmax.hopper_backend", "attend")), refuses=_refuses_hopper),
         replace(for_triton(imported("skip_softmax.triton_backend", "attend")), refuses=_refuses_triton),
         Backend("torch-blocks", ("cpu", "cuda"), over_lists(attend_lists), softcap=True, lse=True, chunks=True),
     )
