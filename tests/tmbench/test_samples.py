@@ -13,10 +13,10 @@ import made_rows
 from tmbench.cli.report import MARGIN
 from tmbench.errors import UserError
 from tmbench.report import intervals
+from tmbench.report.differences import NOT_COMPARED
 from tmbench.report.intervals import LOSS, NO_LOSS, TOO_FEW, Difference, difference
 from tmbench.report.records import average_records
 from tmbench.report.report import build
-from tmbench.report.ruler import NOT_COMPARED
 from tmbench.report.writers import report_csv, report_json, report_markdown
 from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.sample_scores import read_samples

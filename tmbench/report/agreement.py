@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tmbench.report.comparable import Placed
-from tmbench.report.intervals import intervals
+from tmbench.report.differences import DIFFERENCE_COLUMNS, difference_texts
+from tmbench.report.intervals import MARGIN, Difference, family, intervals
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, file_notes, places_text, status_text
+from tmbench.report.served import CAPTION, ways
 from tmbench.report.settings import AgreeSetting, machine_words, older_words, prefill_words
 from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING, figure_text
@@ -63,6 +65,9 @@ class AgreeCell(Cell[AgreeRow]):
 class AgreeSection(Section[AgreeSetting, AgreeCell]):
     """The agreement of several methods by length."""
 
+    margin: float = MARGIN
+    """The non-inferiority margin in points."""
+
     @property
     def title(self) -> str:
         about = self.setting
@@ -94,7 +99,21 @@ class AgreeSection(Section[AgreeSetting, AgreeCell]):
             "At how many places of dense's text a method's next token is dense's, and how many tokens greedy decoding has "
             "in common with dense before the first that differs:"
         )
-        return [Table(caption, columns(*names, texts=("method",)), lines)]
+        return [Table(caption, columns(*names, texts=("method",)), lines), self._served()]
+
+    def _served(self) -> Table:
+        """A line for each cell and each other way in which its prompts were fed."""
+        over = f"over the same prompts, each against dense's text of its own way, for a margin of {self.margin:g}"
+        names = ("method", "read", "length", "in one piece", "then", *DIFFERENCE_COLUMNS[:-1])
+        return Table(
+            CAPTION.format(what="points of token agreement", over=over),
+            columns(*names, texts=("method", "read", "in words")),
+            [
+                [one.label, one.read, length_name(one.length), one.whole.text, one.then.text, *found[:-1]]
+                for one in served_agreements(self)
+                for found in [difference_texts(one.difference)]
+            ],
+        )
 
     def notes(self) -> list[str]:
         few = min(cell.row.samples for cell in self.cells)
@@ -111,8 +130,51 @@ class AgreeSection(Section[AgreeSetting, AgreeCell]):
         return [note for note, applies in notes.items() if applies] + file_notes(self.cells) + super().notes()
 
 
+@dataclass(frozen=True)
+class ServedAgreement:
+    """The agreement of one method at one length whose prompts were fed otherwise than in one piece with their question."""
+
+    label: str
+    read: str
+    """How they were fed, in words."""
+    whole: AgreeCell
+    """In one piece."""
+    then: AgreeCell
+    difference: Difference | str
+    """In points against one piece, over the same prompts; in words why there is none."""
+
+    @property
+    def length(self) -> int:
+        return self.whole.row.length
+
+
+def served_agreements(whole: AgreeSection) -> list[ServedAgreement]:
+    """Every method of a section as it was served, way by way; of dense, which agrees with itself, nothing is asked."""
+    found = [(way.read, *both) for way in ways(whole) for both in way.pairs(whole) if both[0] != "dense"]
+    pairs = [_paired(cell.choices, then.choices) for _, _, cell, then in found]
+    known = iter(family([[own] for own in pairs if not isinstance(own, str)], whole.margin))
+    return [
+        ServedAgreement(label, read, cell, then, own if isinstance(own, str) else next(known))
+        for (read, label, cell, then), own in zip(found, pairs, strict=True)
+    ]
+
+
+def _paired(whole: Sequence[Choices], then: Sequence[Choices]) -> list[float] | str:
+    """How far the agreement of each prompt changed, in points; where prompts cannot be paired, why."""
+    there = {one.index: one for one in whole}
+    pairs = [(there[one.index], one) for one in then if one.index in there]
+    if not pairs:
+        return "the choices of single samples are not beside the rows"
+    if any(before.prompt_hash != after.prompt_hash for before, after in pairs):
+        return "they did not read the same prompts"
+    return [100 * (after.agreement - before.agreement) for before, after in pairs]
+
+
 def agree_section(
-    setting: AgreeSetting, placed: Sequence[Placed[AgreeRow]], choices: Mapping[tuple[str, int], Sequence[Choices]]
+    setting: AgreeSetting,
+    placed: Sequence[Placed[AgreeRow]],
+    choices: Mapping[tuple[str, int], Sequence[Choices]],
+    margin: float = MARGIN,
 ) -> AgreeSection:
     """The section of rows of one setting, given the samples of each (label, length); none where they are not beside them."""
     answered = [choices.get((one.label, one.row.length), ()) for one in placed]
@@ -125,4 +187,4 @@ def agree_section(
         compared = one.label != "dense" and one.row.status == OK and one.row.agreement is not None
         of_dense = dense.get(one.row.length) if compared else None
         cells.append(AgreeCell(one.row, one.label, of_dense, found, next(known) if found else None))
-    return AgreeSection(setting, cells)
+    return AgreeSection(setting, cells, margin)

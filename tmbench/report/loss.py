@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tmbench.report.comparable import Placed
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, places_text, status_text
+from tmbench.report.served import CAPTION, ways
 from tmbench.report.settings import LossSetting, machine_words, older_words, prefill_words
 from tmbench.report.student import mean_interval
 from tmbench.report.table import Table, columns
@@ -49,6 +50,8 @@ class LossCell(Cell[LossRow]):
     answer: LossDifference | None
     first: LossDifference | None
     """Each None for dense itself, and where dense has not read the same samples."""
+    samples: Mapping[int, LossSample] = field(default_factory=dict, repr=False)
+    """The single samples by number; none where they are not beside the row."""
 
     @property
     def figure(self) -> float | None:
@@ -77,6 +80,7 @@ LOSS_COLUMNS = (
     "prompt", "prompt, against dense", "answer", "answer, against dense", "first token", "first token, against dense",
 )  # fmt: skip
 IN_NATS = "in nats per token, and their differences to dense over the same samples with 95 % intervals by Student's t"
+PARTS = ("prompt", "answer", "first token")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,22 @@ class LossSection(Section[LossSetting, LossCell]):
             [cell.row.task, length_name(cell.row.length), cell.label, *cell.texts, str(cell.row.samples)] for cell in ordered
         ]
         names = ("task", "length", "method", *LOSS_COLUMNS, "samples")
-        return [Table(f"Mean negative log-likelihoods {IN_NATS}:", columns(*names, texts=("task", "method")), lines)]
+        table = Table(f"Mean negative log-likelihoods {IN_NATS}:", columns(*names, texts=("task", "method")), lines)
+        return [table, self._served()]
+
+    def _served(self) -> Table:
+        """A line for each cell and each other way in which its prompts were fed."""
+        over = "over the same samples, with 95 % intervals by Student's t"
+        return Table(
+            CAPTION.format(what="nats per token", over=over),
+            columns("method", "read", "task", "length", *PARTS, "samples", texts=("method", "read", "task")),
+            [
+                [one.label, one.read, one.cell.row.task, length_name(one.cell.row.length)]
+                + [part.text if part else NOTHING for part in one.parts]
+                + [str(one.cell.row.samples)]
+                for one in served_losses(self)
+            ],
+        )
 
     def notes(self) -> list[str]:
         few = min(cell.row.samples for cell in self.cells)
@@ -115,6 +134,29 @@ class LossSection(Section[LossSetting, LossCell]):
         return [note for note, applies in notes.items() if applies] + super().notes()
 
 
+@dataclass(frozen=True)
+class ServedLoss:
+    """The losses of one method on one task at one length, fed otherwise than in one piece with their question."""
+
+    label: str
+    read: str
+    """How they were fed, in words."""
+    cell: LossCell
+    """Fed so."""
+    parts: Sequence[LossDifference | None]
+    """Of the prompt, its answer and its first token, against one piece over the same samples; None where these are not
+    beside both rows."""
+
+
+def served_losses(whole: LossSection) -> list[ServedLoss]:
+    """Every method of a section as it was served, way by way."""
+    return [
+        ServedLoss(label, way.read, then, _differences(then.samples, cell.samples) or [None] * len(PARTS))
+        for way in ways(whole)
+        for label, cell, then in way.pairs(whole)
+    ]
+
+
 def loss_section(
     setting: LossSetting,
     placed: Sequence[Placed[LossRow]],
@@ -124,20 +166,29 @@ def loss_section(
     cells = []
     for label, row in ((one.label, one.row) for one in placed):
         own, dense = (samples.get((name, row.task, row.length), {}) for name in (label, "dense"))
-        pairs = [(own[index], dense[index]) for index in own if index in dense]
         if label == "dense" or row.status != OK:
-            cells.append(LossCell(row, label, None, None, None))
-        elif pairs and all(one.same(other) for one, other in pairs):
-            differences = (
-                [one.nll_prompt - other.nll_prompt for one, other in pairs],
-                [one.nll_answer - other.nll_answer for one, other in pairs],
-                [one.nll_first - other.nll_first for one, other in pairs],
-            )
-            cells.append(LossCell(row, label, *map(_difference, differences)))
+            cells.append(LossCell(row, label, None, None, None, samples=own))
+        elif differences := _differences(own, dense):
+            cells.append(LossCell(row, label, *differences, samples=own))
         else:
             kept = (row.nll_prompt_vs_dense, row.nll_answer_vs_dense, row.nll_first_vs_dense)
-            cells.append(LossCell(row, label, *(None if mean is None else LossDifference(mean) for mean in kept)))
+            prompt, answer, first = (None if mean is None else LossDifference(mean) for mean in kept)
+            cells.append(LossCell(row, label, prompt, answer, first, own))
     return LossSection(setting, cells)
+
+
+def _differences(
+    own: Mapping[int, LossSample], others: Mapping[int, LossSample]
+) -> tuple[LossDifference, LossDifference, LossDifference] | None:
+    """Of prompts, answers and first tokens over the samples that both have; None where there are none, or they differ."""
+    pairs = [(own[index], others[index]) for index in own if index in others]
+    if not pairs or not all(one.same(other) for one, other in pairs):
+        return None
+    return (
+        _difference([one.nll_prompt - other.nll_prompt for one, other in pairs]),
+        _difference([one.nll_answer - other.nll_answer for one, other in pairs]),
+        _difference([one.nll_first - other.nll_first for one, other in pairs]),
+    )
 
 
 def _difference(values: Sequence[float]) -> LossDifference:

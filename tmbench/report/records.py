@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import singledispatch
 
-from tmbench.report.agreement import AgreeCell
+from tmbench.report.agreement import AgreeCell, AgreeSection, served_agreements
 from tmbench.report.comparable import contents, pattern_settings
+from tmbench.report.differences import verdict_of
 from tmbench.report.effects import Effect
 from tmbench.report.intervals import Difference
-from tmbench.report.loss import LossCell
+from tmbench.report.loss import LossCell, LossDifference, LossSection, served_losses
 from tmbench.report.probe import DERIVATIVES, ProbeCell, ProbeSection, SectionGradients
 from tmbench.report.report import AnySection
-from tmbench.report.ruler import RulerCell, RulerSection, verdict_of
+from tmbench.report.ruler import RulerCell, RulerSection, served_scores
 from tmbench.report.section import Cell
-from tmbench.report.served import served
 from tmbench.report.settings import Setting
 from tmbench.report.time_intervals import TimeDifference
 from tmbench.report.tradeoff import TradeOff, TradeOffCell
-from tmbench.report.ttft import TtftCell, TtftSection
+from tmbench.report.ttft import TtftCell, TtftSection, served_times
 from tmbench.report.tune import TuneCell, TuneSection
 from tmbench.results.rows import OK, Row
 from tmbench.results.suite_rows import SUITE_ROWS
@@ -102,11 +102,6 @@ def _(section: RulerSection) -> Record:
         "differences_over": section.paired_tasks,
         "margin": section.answers.margin,
         "coverages": section.densities,
-        "served": [
-            {"label": one.label, "read": one.fed, "tasks": one.tasks, "score": one.score, "score_in_one_piece": one.whole}
-            | difference_record(one.difference)
-            for one in served(section)
-        ],
     }
 
 
@@ -131,11 +126,54 @@ def _(section: TuneSection) -> Record:
     return {"chosen": section.chosen and section.chosen.layers, "conclusions": section.conclusions()}
 
 
+@singledispatch
+def served_records(section: AnySection) -> list[Record]:
+    """What is set against the same method in one piece, one for each figure of what was fed otherwise."""
+    return []
+
+
+@served_records.register
+def _(section: TtftSection) -> list[Record]:
+    return [
+        {"label": one.label, "read": one.read, "length": one.length, "ttft_median_s": one.then.seconds}
+        | {"ttft_median_s_in_one_piece": one.whole.seconds, **time_record(one.against), "percent": one.percent}
+        for one in served_times(section)
+    ]
+
+
+@served_records.register
+def _(section: RulerSection) -> list[Record]:
+    return [
+        {"label": one.label, "read": one.read, "tasks": one.tasks, "score": one.score, "score_in_one_piece": one.whole}
+        | difference_record(one.difference)
+        for one in served_scores(section)
+    ]
+
+
+@served_records.register
+def _(section: AgreeSection) -> list[Record]:
+    return [
+        {"label": one.label, "read": one.read, "length": one.length, "agreement": one.then.figure}
+        | {"agreement_in_one_piece": one.whole.figure, **difference_record(one.difference)}
+        for one in served_agreements(section)
+    ]
+
+
+@served_records.register
+def _(section: LossSection) -> list[Record]:
+    return [
+        {"label": one.label, "read": one.read, "task": one.cell.row.task, "length": one.cell.row.length}
+        | _against(one.parts, "in_one_piece")
+        for one in served_losses(section)
+    ]
+
+
 def section_record(section: AnySection) -> Record:
     """A section whole: its setting, what follows from its cells, its notes and its cells."""
     return {
         "setting": _setting(section.setting),
         **summary(section),
+        "served": served_records(section),
         "notes": section.notes(),
         "rows": records(section),
     }
@@ -152,6 +190,16 @@ def difference_record(found: Difference | str) -> Record:
         "differing": known and known.differing,
         "samples_needed": known and known.needed,
         "verdict": verdict_of(found),
+    }
+
+
+def time_record(found: TimeDifference | str) -> Record:
+    """The interval of a change of a time as columns, in percent: empty but for the reason where there is none."""
+    known = found if isinstance(found, TimeDifference) else None
+    return {
+        "time_low": known and known.low,
+        "time_high": known and known.high,
+        "time_verdict": known.verdict if known else found,
     }
 
 
@@ -221,11 +269,16 @@ def _(cell: TradeOffCell) -> Record:
 
 @_derived.register
 def _(cell: LossCell) -> Record:
+    return _against((cell.prompt, cell.answer, cell.first), "dense")
+
+
+def _against(parts: Sequence[LossDifference | None], other: str) -> Record:
+    """Differences of the losses of a prompt, its answer and its first token, against what ``other`` names."""
     found: Record = {}
-    for part, difference in zip(LOSSES, (cell.prompt, cell.answer, cell.first), strict=True):
-        found[f"nll_{part}_vs_dense"] = difference and difference.mean
-        found[f"nll_{part}_vs_dense_low"] = difference and difference.low
-        found[f"nll_{part}_vs_dense_high"] = difference and difference.high
+    for part, difference in zip(LOSSES, parts, strict=True):
+        found[f"nll_{part}_vs_{other}"] = difference and difference.mean
+        found[f"nll_{part}_vs_{other}_low"] = difference and difference.low
+        found[f"nll_{part}_vs_{other}_high"] = difference and difference.high
     return found
 
 
@@ -240,15 +293,12 @@ def _(cell: TuneCell) -> Record:
 
 
 def _effect(one: Effect) -> Record:
-    times = one.times if isinstance(one.times, TimeDifference) else None
     return {
         "parameter": one.parameter,
         "from": one.before,
         "to": one.after,
         "elsewhere": one.elsewhere,
         "time_percent": one.time_percent,
-        "time_low": times and times.low,
-        "time_high": times and times.high,
-        "time_verdict": times.verdict if times else one.times,
+        **time_record(one.times),
         **difference_record(one.points),
     }

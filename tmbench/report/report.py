@@ -103,9 +103,9 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     agreement = []
     for answered, found in comparable(agree, AgreeSetting.of):
         choices = {(one.label, one.row.length): choices_of(root, vars(one.row)) for one in found}
-        agreement.append(agree_section(answered, found, choices))
+        agreement.append(agree_section(answered, found, choices, margin))
         told(found)
-    times = [ttft_section(setting, rows, ruler) for setting, rows in comparable(ttft, TtftSetting.of)]
+    times = with_served([ttft_section(setting, rows, ruler) for setting, rows in comparable(ttft, TtftSetting.of)])
     lost = []
     for setting, rows in comparable(losses, LossSetting.of):
         single = {(one.label, one.row.task, one.row.length): losses_of(root, one.row) for one in rows}
@@ -114,7 +114,7 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
     tunes = [tune_section(setting, rows) for setting, rows in comparable(tuned, TuneSetting.of)]
     tell(total, total)
-    return Report(times, ruler, agreement, lost, probed, margin, tunes, suites)
+    return Report(times, ruler, with_served(agreement), with_served(lost), probed, margin, tunes, suites)
 
 
 def _rows(root: Path, kind: type[R]) -> list[R]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from tmbench.report.answers import Answers
 from tmbench.report.comparable import Placed, tasks_of
+from tmbench.report.differences import DIFFERENCE_COLUMNS, NOT_COMPARED, difference_texts, verdict_of
 from tmbench.report.intervals import MARGIN, Difference, by_chance, unseen_samples
 from tmbench.report.samples_as import drawing_notes
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
-from tmbench.report.served import served
+from tmbench.report.served import CAPTION, ways
 from tmbench.report.settings import RulerSetting
 from tmbench.report.table import Table, columns
-from tmbench.report.words import HALF_COUNTED, NOTHING, SKIPPED, ends_text, figure_text, signed
+from tmbench.report.words import HALF_COUNTED, NOTHING, SKIPPED, figure_text
 from tmbench.results.rows import OK, RulerRow
 from tmbench.results.sample_scores import Samples, mixture_notes
 from tmbench.results.suite_rows import SuiteRow
@@ -24,7 +25,6 @@ from tmbench.results.words import counted, length_name
 STOOD_IN_FOR = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
 MANY_METHODS = 7
 """Beyond so many methods a table or a plot of scores has a line for each of them, and a column for each task."""
-NOT_COMPARED = "not compared: "
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class RulerSection(Section[RulerSetting, RulerCell]):
     """The scores of several methods, task by task, and their averages."""
 
     answers: Answers = field(default_factory=Answers)
-    served: Sequence[RulerSection] = ()
-    """Of prompts in one piece: the same, fed in chunks or asked later."""
 
     @property
     def title(self) -> str:
@@ -121,11 +119,6 @@ class RulerSection(Section[RulerSetting, RulerCell]):
         return found
 
     @cached_property
-    def label_of(self) -> dict[tuple[str, str], str]:
-        """The label of a method with these parameters; the first where several differ in dense attention's backend."""
-        return {(cell.row.method, cell.parameters): cell.label for cell in reversed(self.cells)}
-
-    @cached_property
     def paired_tasks(self) -> list[str]:
         """The tasks of the averages for which every sample of every method is known."""
         return self.answers.complete(self.common_tasks, self.labels)
@@ -176,7 +169,7 @@ class RulerSection(Section[RulerSetting, RulerCell]):
             f"Points against dense over the same samples, {self.over}, and what they say for a margin of "
             f"{self.answers.margin:g}:",
             columns("method", *DIFFERENCE_COLUMNS, texts=("method", "in words")),
-            [[name, *difference_texts(each, 2)] for name, each in found.items()],
+            [[name, *difference_texts(each)] for name, each in found.items()],
         )
 
     def _task_differences(self) -> Table:
@@ -197,13 +190,20 @@ class RulerSection(Section[RulerSetting, RulerCell]):
     def _served(self) -> Table:
         """A line for each method and each other way in which its prompts were fed."""
         lines = [
-            [one.label, one.fed, str(len(one.tasks)), f"{one.whole:.1f}", f"{one.score:.1f}", *_words_of(one.difference)]
-            for one in served(self)
+            [
+                one.label,
+                one.read,
+                str(len(one.tasks)),
+                f"{one.whole:.1f}",
+                f"{one.score:.1f}",
+                *difference_texts(one.difference),
+            ]
+            for one in served_scores(self)
         ]
         names = ("method", "read", "tasks", "in one piece", "then", *DIFFERENCE_COLUMNS)
+        over = f"over the same samples, averaged over tasks, for a margin of {self.answers.margin:g}"
         return Table(
-            "As it is served: points against the same method in one piece over the same samples, averaged over tasks, "
-            f"for a margin of {self.answers.margin:g}:",
+            CAPTION.format(what="points", over=over),
             columns(*names, texts=("method", "read", "in words")),
             lines,
         )
@@ -252,9 +252,6 @@ class RulerSection(Section[RulerSetting, RulerCell]):
         return applying + super().notes() + drawn + mixture_notes(self.answers.samples)
 
 
-DIFFERENCE_COLUMNS = ("points", "95 % interval", "in words", "pairs", "differing", "samples a task needed")
-
-
 def ruler_section(
     setting: RulerSetting,
     placed: Sequence[Placed[RulerRow]],
@@ -274,33 +271,51 @@ def ruler_section(
     return RulerSection(setting, cells, answers)
 
 
-def _words_of(found: Difference | str) -> list[str]:
-    return (
-        difference_texts(found, 2)
-        if isinstance(found, Difference)
-        else [NOTHING, NOTHING, verdict_of(found), *[NOTHING] * 3]
-    )
+@dataclass(frozen=True)
+class ServedScore:
+    """The scores of one method whose prompts were fed otherwise than in one piece with their question."""
+
+    label: str
+    read: str
+    """How they were fed, in words."""
+    tasks: Sequence[str]
+    """Those that both were asked, every sample of which is known."""
+    whole: float
+    """The average score over these tasks in one piece."""
+    score: float
+    difference: Difference | str
+    """In points against one piece, over the same samples; in words why there is none."""
 
 
-def verdict_of(found: Difference | str) -> str:
-    """What a difference says, or why there is none, in words."""
-    if isinstance(found, Difference):
-        return found.verdict
-    return f"{NOT_COMPARED}{found}" if found else ""
+def served_scores(whole: RulerSection, among: Collection[str] | None = None) -> list[ServedScore]:
+    """Every method of a section as it was served, way by way, over all tasks or those of ``among``."""
+    found = []
+    for way in ways(whole):
+        both = {(label, cell.row.task): (cell, then) for label, cell, then in way.pairs(whole)}
+        tasks = [
+            task
+            for task in whole.tasks
+            if (among is None or task in among)
+            and all((label, task) in both for label, _ in way.labels)
+            and not any(whole.answers.samples[label, task].missing for label, _ in way.labels)
+            and not any(way.other.answers.samples[own, task].missing for _, own in way.labels)
+        ]
+        if not tasks:
+            continue
+        then = {(label, own): f"{label}, {way.read}" for label, own in way.labels}
+        joined = Answers(
+            {(label, task): whole.answers.samples[label, task] for label, _ in then for task in tasks}
+            | {(name, task): way.other.answers.samples[own, task] for (_, own), name in then.items() for task in tasks},
+            whole.answers.margin,
+        )
+        compared = joined.compare_all([(name, label, tasks) for (label, _), name in then.items()])
+        for (label, own), difference in zip(then, compared, strict=True):
+            before = statistics.fmean(whole.scores[label][task] for task in tasks)
+            after = statistics.fmean(way.other.scores[own][task] for task in tasks)
+            found.append(ServedScore(label, way.read, tasks, before, after, difference))
+    return found
 
 
 def score_text(cell: RulerCell) -> str:
     """A score, or what came instead of it."""
     return status_text(cell) if not cell.known or cell.row.score is None else f"{round(cell.row.score, 2):g}"
-
-
-def difference_texts(found: Difference, decimals: int) -> list[str]:
-    """The cells below ``DIFFERENCE_COLUMNS``."""
-    return [
-        signed(found.mean, decimals),
-        ends_text(found.low, found.high, decimals),
-        found.verdict,
-        str(found.pairs),
-        str(found.differing),
-        figure_text(found.needed, "d"),
-    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Generic, Protocol, Self, TypeVar
 
 from tmbench.methods.table import ATTN_NATIVE
 from tmbench.report.comparable import parameters_text, task_of
@@ -71,6 +72,8 @@ class Section(Generic[S, C]):
     setting: S
     cells: Sequence[C]
     """Dense first."""
+    served: Sequence[Self] = field(default=(), kw_only=True)
+    """Of prompts in one piece: the same, fed in chunks or asked later."""
 
     @property
     def title(self) -> str:
@@ -83,6 +86,11 @@ class Section(Generic[S, C]):
     def labels(self) -> list[str]:
         """The methods, with the parameters that tell variants of one method apart."""
         return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    @cached_property
+    def label_of(self) -> dict[tuple[str, str], str]:
+        """The label of a method with these parameters; the first where several differ in dense attention's backend."""
+        return {(cell.row.method, cell.parameters): cell.label for cell in reversed(self.cells)}
 
     def measured(self, label: str | None = None) -> list[C]:
         """The cells that came out well: of one label, shortest length or first task first, or of all."""

@@ -75,6 +75,11 @@ class Setting:
         """How prompts were fed, in words, with ", " before them; nothing in one piece."""
         return fed_words(self.chunk, self.prompt_length, self.ask_later)
 
+    @property
+    def read(self) -> str:
+        """As ``fed``, with all else that tells such prompts apart from the same in one piece."""
+        return self.fed
+
 
 @dataclass(frozen=True, order=True)
 class TtftSetting(Setting):
@@ -103,6 +108,10 @@ class TtftSetting(Setting):
     def words(self) -> str:
         """The setting in words, without the model."""
         return times_words(self)
+
+    @property
+    def read(self) -> str:
+        return self.fed + f", {turn_words(self.question_tokens)}" * bool(self.question_tokens)
 
 
 @dataclass(frozen=True, order=True)
@@ -259,10 +268,15 @@ def _taken(row: Row | Setting, names: Iterable[str]) -> dict[str, Any]:
 def times_words(about: TtftSetting | TradeOffSetting) -> str:
     """How prompts were timed, in words."""
     batches = f"batches of {about.batch_size}, " if about.batch_size > 1 else ""
-    question = f"second turn of {counted(about.question_tokens, 'token')}, " if about.question_tokens else ""
+    question = f"{turn_words(about.question_tokens)}, " if about.question_tokens else ""
     return (
         f"prompt {about.prompt}, {batches}{question}{about.prefill} prefill, {machine_words(about.threads)}seed {about.seed}"
     )
+
+
+def turn_words(question_tokens: int) -> str:
+    """A question that is asked later, as what is timed."""
+    return f"second turn of {counted(question_tokens, 'token')}"
 
 
 def machine_words(threads: int) -> str:

@@ -13,6 +13,7 @@ from tmbench.report.comparable import Placed, pattern_settings
 from tmbench.report.evidence import Evidence, best_evidence
 from tmbench.report.ruler import RulerSection
 from tmbench.report.section import Cell, Section, file_notes, places_text, status_text
+from tmbench.report.served import CAPTION, ways
 from tmbench.report.settings import TtftSetting, older_words
 from tmbench.report.slower_kernels import slower_than_dense
 from tmbench.report.table import Table, columns
@@ -152,7 +153,7 @@ class TtftSection(Section[TtftSetting, TtftCell]):
 
     def tables(self) -> list[Table]:
         """Times by method and length, break-even lengths, the times against dense, and details."""
-        return [self._times(), self._break_evens(), self._against(), self._details()]
+        return [self._times(), self._break_evens(), self._against(), self._served(), self._details()]
 
     def _times(self) -> Table:
         lengths = sorted({cell.row.length for cell in self.cells})
@@ -185,6 +186,22 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             columns("method", "length", "median", "95 % interval", "in words", texts=("method", "in words")),
             lines,
             details=True,
+        )
+
+    def _served(self) -> Table:
+        """A line for each cell and each other way in which its prompts were fed."""
+        lines = []
+        for one in served_times(self):
+            seconds = [significant(cell.seconds) for cell in (one.whole, one.then)]
+            known = one.against if isinstance(one.against, TimeDifference) else None
+            ends = f"{percent_text(known.low)} to {percent_text(known.high)}" if known else NOTHING
+            said = known.verdict if known else str(one.against)
+            lines.append([one.label, one.read, length_name(one.length), *seconds, percent_text(one.percent), ends, said])
+        names = ("method", "read", "length", "in one piece, s", "then, s", "time", "95 % interval", "in words")
+        return Table(
+            CAPTION.format(what="times", over="over the same interleaved rounds"),
+            columns(*names, texts=("method", "read", "in words")),
+            lines,
         )
 
     def _details(self) -> Table:
@@ -274,6 +291,38 @@ class TtftSection(Section[TtftSetting, TtftCell]):
             f"{'' if len(labels) == len(cited) else ': ' + '; '.join(labels)}.": True
             for prefill, labels in others.items()
         }
+
+
+@dataclass(frozen=True)
+class ServedTime:
+    """One time of one method whose prompts were fed otherwise than in one piece with their question."""
+
+    label: str
+    read: str
+    """How they were fed, in words."""
+    whole: TtftCell
+    """In one piece."""
+    then: TtftCell
+
+    @property
+    def length(self) -> int:
+        return self.whole.row.length
+
+    @property
+    def against(self) -> TimeDifference | str:
+        """The time against one piece over the same rounds; in words why there is none."""
+        return compare_rows(self.then.row, self.whole.row)
+
+    @property
+    def percent(self) -> float:
+        """The time against one piece in percent: over the rounds, or of medians that were not measured together."""
+        found = self.against
+        return found.percent if isinstance(found, TimeDifference) else 100 * (self.then.seconds / self.whole.seconds - 1)
+
+
+def served_times(whole: TtftSection) -> list[ServedTime]:
+    """Every method of a section as it was served, way by way."""
+    return [ServedTime(label, way.read, cell, then) for way in ways(whole) for label, cell, then in way.pairs(whole)]
 
 
 def ttft_section(

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tmbench.report.differences import NOT_COMPARED
 from tmbench.report.html.blocks import block_of, filters_of
 from tmbench.report.html.charts import Says
 from tmbench.report.html.margins import margins_with, says
 from tmbench.report.intervals import Difference
 from tmbench.report.report import Report
-from tmbench.report.ruler import NOT_COMPARED, RulerSection, score_text
+from tmbench.report.ruler import RulerSection, score_text
 from tmbench.report.words import NOTHING, interval_text, signed
 from tmbench.results.words import counted
 
