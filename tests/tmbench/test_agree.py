@@ -47,7 +47,7 @@ def texts(monkeypatch):
     """Stands in for decoding: dense writes 1 to 12; another method agrees up to place 4, at place 4 not, and then again."""
     asked = []
 
-    def answer(session, ids, count, text=None):
+    def answer(session, ids, count, text=None, context=0):
         asked.append((session.applied.plan.method, ids.tolist()))
         own = list(range(1, count + 1))
         return own if text is None else [token if place != 4 else 99 for place, token in enumerate(text)]
@@ -140,7 +140,9 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts
     """The last choice is kept, its row is not: the next run makes the row of the newer choices and asks nothing."""
     job().run()
     before = rows_of(job().root)["streaming"]
-    monkeypatch.setattr(Session, "follow", lambda session, ids, count, text=None: list(text or range(1, count + 1)))
+    monkeypatch.setattr(
+        Session, "follow", lambda session, ids, count, text=None, context=0: list(text or range(1, count + 1))
+    )
     real = keeping.append
 
     def append(root, row):
@@ -282,3 +284,20 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
     monkeypatch.setattr(Session, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("before attention")))
     other.run()
     assert {(row.status, row.backends) for row in rows_of(other.root).values()} == {("failed", "")}
+
+
+def test_every_method_reads_the_context_before_a_question_that_is_asked_later(job, monkeypatch):
+    contexts = []
+
+    def answer(session, ids, count, text=None, context=0):
+        contexts.append((session.applied.plan.method, ids.shape[1] - context))
+        return [3] * count
+
+    monkeypatch.setattr(Session, "follow", answer)
+    work = job(prompt="niah_multivalue", lengths=(1000,), samples=2, ask_later=True)
+    rows = work.run()
+    assert [row.ask_later for row in rows] == [True, True]
+    assert [method for method, _ in contexts] == ["dense"] * 2 + ["streaming"] * 2
+    assert all(0 < question < 100 for _, question in contexts)
+    with pytest.raises(UserError, match="prompts of kv do not say where their questions begin"):
+        job(prompt="kv", lengths=(1000,), ask_later=True).run()

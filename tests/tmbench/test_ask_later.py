@@ -18,7 +18,10 @@ from tmbench.engine.chunks import Chunks
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
 from tmbench.engine.session import running
-from tmbench.suites.prompts import offline_sources
+from tmbench.errors import UserError
+from tmbench.models.loading import LoadedModel
+from tmbench.suites.prompt_files import PromptFile
+from tmbench.suites.prompts import offline_sources, prompt_context, prompt_ids
 from tmbench.suites.ruler import Ruler
 
 LENGTH, CONTEXT = 150, 120
@@ -63,6 +66,7 @@ def test_answers_follow_a_question_that_was_asked_later(make_model, prompt):
         text = torch.cat([text, logits.argmax()[None, None]], dim=1)
     with running(model, plan, EAGER) as session:
         assert session.generate(ids, 4, CONTEXT)[0].tolist() == text[0, LENGTH:].tolist()
+        assert session.follow(ids, 4, context=CONTEXT) == text[0, LENGTH:].tolist()
         cache = KvCache(1, LENGTH)
         logits = session.read_into(ids, CacheSlot(cache, 0), CONTEXT)
     assert int(logits.argmax()) == text[0, LENGTH]
@@ -140,6 +144,32 @@ def test_contexts_are_tokens_that_the_whole_prompt_begins_with(tokenizer):
         assert 0 < len(sample.ids) - sample.context < 60
         assert "Which secret" in tokenizer.decode(sample.ids[sample.context :])
         assert "Which secret" not in tokenizer.decode(sample.ids[: sample.context])
+
+
+@pytest.mark.parametrize(("task", "asks"), [("niah_multivalue", "Which secret"), ("qa_1", "Question: ")])
+def test_a_prompt_that_is_cut_keeps_its_whole_question(task, asks, tokenizer, make_model):
+    loaded = LoadedModel("small", make_model("llama", vocab_size=len(tokenizer)), tokenizer, "random", "")
+    context = prompt_context(task, 1000, loaded, number=1)
+    ids = prompt_ids(task, 1000, loaded, number=1)[0].tolist()
+    text, question = tokenizer.decode(ids[:context]), tokenizer.decode(ids[context:])
+    assert asks in question
+    assert asks not in text
+    with pytest.raises(UserError, match=r"--ask-later: a question of --prompt \S+ has \d+ tokens, and 8 are kept"):
+        prompt_context(task, 16, loaded)
+
+
+def test_a_line_of_a_file_says_where_its_question_begins(tokenizer, make_model, tmp_path):
+    loaded = LoadedModel("small", make_model("llama", vocab_size=len(tokenizer)), tokenizer, "random", "")
+    file = tmp_path / "asked.jsonl"
+    lines = [{"prompt": "The lake is calm. " * 40, "question": "\nIs it?"}, {"prompt": "The lake is calm. " * 40}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = PromptFile.of(file, "jsonl")
+    context = prompt_context(prompts, 100, loaded)
+    assert tokenizer.decode(prompt_ids(prompts, 100, loaded)[0].tolist()[context:]) == "\nIs it?"
+    with pytest.raises(UserError, match="line 2 has no question"):
+        prompt_context(prompts, 100, loaded, number=1)
+    with pytest.raises(UserError, match="prompts of kv do not say where their questions begin"):
+        prompt_context("kv", 100, loaded)
 
 
 @pytest.mark.slow

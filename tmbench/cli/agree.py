@@ -44,6 +44,7 @@ def agree(
     prompt_file: o.PromptFileOption = None,
     chunk: o.ChunkOption = None,
     prompt_length: o.PromptLengthOption = None,
+    ask_later: o.AskLaterOption = False,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -72,6 +73,7 @@ def agree(
         methods.insert(0, "dense")
     chosen = attention.once().specs(methods)
     chunks = o.chunks_of(chunk, prompt_length, attention.native)
+    o.check_ask_later(ask_later, attention.native)
     if len(chosen) == 1 and not attention.native:
         raise UserError("--method dense alone has nothing to agree with: add another --method, such as tri_mix")
     part = o.shard_of(shard, overwrite)
@@ -95,8 +97,9 @@ def agree(
         new_tokens=new_tokens,
         batch_size=batch_size,
         seed=seed,
-        prefill=where.ask(partial(prefill_kind, chunks=chunks)),
+        prefill=where.ask(partial(prefill_kind, chunks=chunks, ask_later=ask_later)),
         chunks=chunks,
+        ask_later=ask_later,
         overwrite=overwrite,
         shard=part,
     )

@@ -82,12 +82,13 @@ class Session:
         """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``."""
         return greedy(self.read(ids, context=context), max_new_tokens)
 
-    def follow(self, ids: Tensor, count: int, given: Sequence[int] | None = None) -> list[int]:
+    def follow(self, ids: Tensor, count: int, given: Sequence[int] | None = None, context: int = 0) -> list[int]:
         """The likeliest tokens at each of ``count`` places behind a prompt ``[1, length]``, end tokens left out.
 
         ``given`` are ``count`` tokens that are read one by one behind the prompt; None reads the choices themselves.
+        ``context`` is that of ``read``.
         """
-        return follow(self.read(ids), count, given)
+        return follow(self.read(ids, context=context), count, given)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
 from tmbench.results.sample_files import decoded
-from tmbench.suites.prompts import Kind, check_prompt, file_of, prompt_id, prompt_ids
+from tmbench.suites.prompt_files import PromptFile
+from tmbench.suites.prompts import Kind, check_prompt, file_of, prompt_context, prompt_id, prompt_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class AgreeItem(AnswerItem):
     """Dense's text; None has the method write its own."""
     id: str = ""
     """What the user calls the prompt."""
+    context: int = 0
+    """How many of the prompt's tokens stand before its question, where that is asked later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,11 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError for a prompt that cannot be made, or that leaves no room for the new tokens."""
         check_prompt(self.prompt, loaded, self.lengths, self.samples)
+        if self.ask_later:
+            # Lines of a file are each their own; a task's questions are alike, and the shortest prompt keeps the least.
+            each = isinstance(self.prompt, PromptFile)
+            for length, number in product(self.lengths, range(self.samples)) if each else [(min(self.lengths), 0)]:
+                prompt_context(self.prompt, length, loaded, self.seed, number)
         limit = loaded.longest
         for length in self.lengths:
             if limit is not None and length + self.new_tokens > limit:
@@ -82,25 +91,30 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
             own = self.places(self.samples, length)
             hashes = {n: of_ids(self.ids(loaded, length, n)[0].tolist()) for n in sorted({0, *own})}
             known = {**self.common(loaded), "length": length, "prompt": str(self.prompt), "prompt_hash": hashes[0]}
-            prompts = {number: (hashes[number], prompt_id(self.prompt, length, loaded, number)) for number in own}
+            prompts = {number: self._known_of(loaded, length, number, hashes[number]) for number in own}
             known |= {"samples": self.samples, "new_tokens": self.new_tokens, "prompt_file": file_of(self.prompt)}
             dense = self._target(0, known, prompts, None)
             yield [dense]
             yield [self._target(number, known, prompts, dense.samples) for number in range(1, len(self.plans))]
 
+    def _known_of(self, loaded: LoadedModel, length: int, number: int, prompt_hash: str) -> dict[str, Any]:
+        """What an item has of its prompt."""
+        context = prompt_context(self.prompt, length, loaded, self.seed, number) if self.ask_later else 0
+        return {"prompt_hash": prompt_hash, "id": prompt_id(self.prompt, length, loaded, number), "context": context}
+
     def _target(
         self,
         number: int,
         known: dict[str, Any],
-        prompts: Mapping[int, tuple[str, str]],
+        prompts: Mapping[int, Mapping[str, Any]],
         texts: Mapping[Place, Choices] | None,
     ) -> RowTarget[AgreeRow, Choices]:
-        """One method's row; ``prompts`` are their hashes and ids, ``texts`` dense's samples, None for dense itself."""
+        """One method's row; ``prompts`` is what is known of each, ``texts`` dense's samples, None for dense itself."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = AgreeRow(**fields, time=now())
         title = f"{row.method} at {row.length}"
         items = []
-        for index, (prompt_hash, name) in prompts.items():
+        for index, known_of in prompts.items():
             wrote = None if texts is None else texts.get(("", index))
             item = AgreeItem(
                 title=f"{title}, sample {index + 1} of {self.samples}",
@@ -110,9 +124,8 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
                 room=row.length + self.new_tokens,
                 new=self.new_tokens,
                 length=row.length,
-                prompt_hash=prompt_hash,
                 text=None if wrote is None else wrote.chosen,
-                id=name,
+                **known_of,
             )
             items.append(item)
         file = kept_choices(self.root, row)
@@ -136,7 +149,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
                 f"--prompt {self.prompt} reads otherwise where it is measured than where the run was started, as the "
                 "essays or questions there are others: have the same files on all machines, or use --prompt kv"
             )
-        return Asked(ids, self.new_tokens, endless=True, given=item.text)
+        return Asked(ids, self.new_tokens, endless=True, given=item.text, context=item.context)
 
     def sample(self, loaded: LoadedModel, item: AgreeItem, answer: Answer) -> Choices:
         """What is kept of one text's choices."""

@@ -157,7 +157,7 @@ def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str]) 
         session.applied.observer = counter if asked.count else None
         try:
             if asked.endless:
-                tokens = session.follow(asked.ids, asked.most, asked.given)
+                tokens = session.follow(asked.ids, asked.most, asked.given, asked.context)
             else:
                 tokens = session.generate(asked.ids, asked.most, asked.context)[0].tolist()
         finally:

@@ -116,8 +116,7 @@ class PromptFile:
         """
         if self.form == "text":
             return self._stretch(loaded, length, number), ""
-        found = [one for one in self._whole(loaded) if len(one[1]) >= length]
-        entry, ids = self._at(found, number, f"of {counted(length, 'token')} or more", "shorter")
+        entry, ids = self._long(loaded, length, number)
         return ids, entry.id
 
     def answered(self, loaded: LoadedModel, length: int, number: int) -> tuple[tuple[int, ...], tuple[int, ...], str]:
@@ -129,20 +128,30 @@ class PromptFile:
             ids = self._stretch(loaded, length, number)
             at = length - continuation(length)
             return tuple(ids[:at]), tuple(ids[at:]), ""
-        found = [one for one in _answers(self, self._tokenizer(loaded)) if len(one[1]) + len(one[2]) <= length]
-        entry, prompt, answer = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
+        entry, prompt, answer = self._answered(loaded, length, number)
         return prompt, answer, entry.id
 
     def context(self, loaded: LoadedModel, length: int, number: int) -> int:
         """How many ids of what ``answered`` has stand before the question; raises UserError where there is none."""
+        self._check_questions()
+        entry, prompt, _ = self._answered(loaded, length, number)
+        return self._before(entry, prompt, loaded)
+
+    def cut_context(self, loaded: LoadedModel, length: int, number: int) -> tuple[list[int], int]:
+        """The ids that ``cut`` has, and how many of them stand before the question; raises UserError where there is none."""
+        self._check_questions()
+        entry, ids = self._long(loaded, length, number)
+        return ids, self._before(entry, ids, loaded)
+
+    def _check_questions(self) -> None:
         if self.form == "text":
             raise UserError(f"--ask-later: {self.option} has no questions: give --prompt-file with one in each line")
-        tokenizer = self._tokenizer(loaded)
-        found = [one for one in _answers(self, tokenizer) if len(one[1]) + len(one[2]) <= length]
-        entry, prompt, _ = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
+
+    def _before(self, entry: Entry, ids: Sequence[int], loaded: LoadedModel) -> int:
+        """How many ids of a prompt with its question stand before that."""
         if not entry.question:
             raise UserError(f"--ask-later: {self.option} line {entry.line} has no question: add one, apart from its prompt")
-        return shared(encode_prompt(tokenizer, entry.prompt), prompt)
+        return shared(encode_prompt(self._tokenizer(loaded), entry.prompt), ids)
 
     def count(self, loaded: LoadedModel, length: int) -> int:
         """How many prompts there are that have an answer and fit this many tokens with it."""
@@ -168,6 +177,16 @@ class PromptFile:
         if self.form == "text":
             return None
         return max(len(prompt) + len(answer) for _, prompt, answer in _answers(self, self._tokenizer(loaded)))
+
+    def _long(self, loaded: LoadedModel, length: int, number: int) -> tuple[Entry, list[int]]:
+        found = [one for one in self._whole(loaded) if len(one[1]) >= length]
+        entry, ids = self._at(found, number, f"of {counted(length, 'token')} or more", "shorter")
+        return entry, ids
+
+    def _answered(self, loaded: LoadedModel, length: int, number: int) -> tuple[Entry, tuple[int, ...], tuple[int, ...]]:
+        found = [one for one in _answers(self, self._tokenizer(loaded)) if len(one[1]) + len(one[2]) <= length]
+        entry, prompt, answer = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
+        return entry, prompt, answer
 
     def _at(self, found: Sequence[Any], number: int, which: str, other: str) -> Any:
         if number < len(found):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import TASKS, Sources, encode_prompt, examples, minimum_length
+from ruler_tasks import TASKS, Example, Sources, encode_prompt, examples, load_wording, minimum_length, question_start
 from tmbench.errors import UserError
 from tmbench.models.loading import LoadedModel
 from tmbench.suites.prompt_files import PromptFile
+from tmbench.suites.split import shared
 
 Kind = str | PromptFile
 """What prompts are made of: one of ``prompt_kinds``, or a file of the user's."""
@@ -67,6 +68,14 @@ def check_prompt(kind: Kind, loaded: LoadedModel, lengths: Iterable[int] = (), p
             raise UserError(f"--length {length} is too short for --prompt {kind}, which needs {enough} tokens here")
 
 
+def check_asked_later(kind: Kind) -> None:
+    """Raise UserError for prompts that do not say where their questions begin."""
+    if not isinstance(kind, PromptFile) and kind not in TASKS:
+        raise UserError(
+            f"--ask-later: prompts of {kind} do not say where their questions begin: use a RULER task or --prompt-file"
+        )
+
+
 @cache
 def offline_sources() -> Sources:
     """Generated texts stand in for essays and questions that are not on this machine: nothing is downloaded for a prompt."""
@@ -94,19 +103,45 @@ def prompt_ids(kind: Kind, length: int, loaded: LoadedModel, seed: int = 42, num
     if isinstance(kind, PromptFile):
         return torch.tensor([_cut_to(kind.cut(loaded, length, number)[0], length)], device=loaded.device)
     check_prompt(kind, loaded, [length])
-    seed += number
     if kind == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + number)
         vocabulary = loaded.model.config.get_text_config().vocab_size
         return torch.randint(vocabulary, (1, length), generator=generator).to(loaded.device)
     tokenizer = _tokenizer(kind, loaded)
     if kind == "kv":
-        ids = encode_prompt(tokenizer, key_value_text(_pairs_for(length, tokenizer), seed))
+        text = key_value_text(_pairs_for(length, tokenizer), seed + number)
     else:
-        asked = _asked(kind, length)
-        example = next(iter(examples(kind, asked, [0], tokenizer=tokenizer, seed=seed, sources=offline_sources())))
+        text = _example(kind, length, tokenizer, seed + number).prompt
+    return torch.tensor([_cut_to(encode_prompt(tokenizer, text), length)], device=loaded.device)
+
+
+def _example(task: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Example:
+    """A RULER example of more tokens than ``length``, which it is to be cut to."""
+    asked = _asked(task, length)
+    return next(iter(examples(task, asked, [0], tokenizer=tokenizer, seed=seed, sources=offline_sources())))
+
+
+def prompt_context(kind: Kind, length: int, loaded: LoadedModel, seed: int = 42, number: int = 0) -> int:
+    """How many ids of what ``prompt_ids`` has stand before the question.
+
+    Raises UserError for prompts that do not say where it begins, and for a question that the cut would reach into.
+    """
+    check_asked_later(kind)
+    if isinstance(kind, PromptFile):
+        ids, context = kind.cut_context(loaded, length, number)
+    else:
+        tokenizer = _tokenizer(kind, loaded)
+        example = _example(kind, length, tokenizer, seed + number)
         ids = encode_prompt(tokenizer, example.prompt)
-    return torch.tensor([_cut_to(ids, length)], device=loaded.device)
+        context = shared(encode_prompt(tokenizer, example.prompt[: question_start(example, load_wording())]), ids)
+    question, kept = len(ids) - context, _kept_end(length)
+    if len(ids) > length and question > kept:
+        remedy = "give a longer --length" if question <= KEPT_END else "give prompts with shorter questions"
+        raise UserError(
+            f"--ask-later: a question of {_option(kind)} has {question} tokens, and {kept} are kept of the end of a prompt "
+            f"that is cut to --length {length}: {remedy}"
+        )
+    return length - question
 
 
 def file_of(kind: Kind) -> str:
@@ -155,9 +190,14 @@ def _pairs_for(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
     return length * (many - few) * 33 // ((longer - shorter) * 32) + 2
 
 
+def _kept_end(length: int) -> int:
+    """How many tokens of its end a prompt keeps that is cut to ``length``."""
+    return min(KEPT_END, length // 2)
+
+
 def _cut_to(ids: list[int], length: int) -> list[int]:
     """Exactly ``length`` of the ids: the start, a cut in the middle, and the end with its question."""
     if len(ids) < length:
         raise ValueError(f"the prompt has {len(ids)} tokens, fewer than the {length} it is for")
-    end = min(KEPT_END, length // 2)
+    end = _kept_end(length)
     return ids[: length - end] + ids[len(ids) - end :]

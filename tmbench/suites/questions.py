@@ -19,7 +19,7 @@ from tmbench.errors import UserError
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.suites.prompt_files import PromptFile
-from tmbench.suites.prompts import Kind, check_kind, key_value, key_value_text, offline_sources
+from tmbench.suites.prompts import Kind, check_asked_later, check_kind, key_value, key_value_text, offline_sources
 from tmbench.suites.split import shared, split
 
 
@@ -66,10 +66,8 @@ def check_task(task: Kind, length: int, loaded: LoadedModel, count: int = 1, ask
         for number in range(count * ask_later):
             task.context(loaded, length, number)
         return
-    if ask_later and task not in TASKS:
-        raise UserError(
-            f"--ask-later: prompts of {task} do not say where their questions begin: use a RULER task or --prompt-file"
-        )
+    if ask_later:
+        check_asked_later(task)
     check_kind(task, "--task")
     if task == "random":
         if length < 2:
