@@ -24,6 +24,7 @@ from kernel_tables import KERNELS
 from matplotlib.figure import Figure
 from model_tables import MODEL_TABLES
 from probe_figures import PROBE_FIGURES
+from served_tables import SERVED_TABLES
 from sources import ROOT, Block, Sources
 from summary_table import SUMMARY
 from training_figures import TRAINING
@@ -44,6 +45,7 @@ BLOCKS: dict[str, Block] = (
     ACCURACY
     | FIGURES
     | PROBE_FIGURES
+    | SERVED_TABLES
     | CHECKPOINT
     | CLAIMS
     | DECODING_TABLES

@@ -12,6 +12,7 @@ from tmbench.report.report import AnySection, Report, build
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "benchmarks" / "smollm2-135m"
+SERVED = ROOT / "benchmarks" / "served"
 S = TypeVar("S", bound=AnySection)
 H100, H200, INTEL, EPYC = "nvidia-h100-80gb-hbm3", "nvidia-h200", "cpu-intel-xeon-2-cores", "cpu-amd-epyc-2-cores"
 Line = dict[str, str]
@@ -22,10 +23,12 @@ class Sources:
 
     Attributes:
         smollm2_rows: the folder of SmolLM2's.
+        served_rows: the folder of those of prompts in chunks and of later questions.
     """
 
-    def __init__(self, smollm2_rows: Path = SMOLLM2) -> None:
+    def __init__(self, smollm2_rows: Path = SMOLLM2, served_rows: Path = SERVED) -> None:
         self.smollm2_rows = smollm2_rows
+        self.served_rows = served_rows
 
     @cached_property
     def results(self) -> Report:
@@ -46,6 +49,11 @@ class Sources:
     def smollm2(self) -> Report | None:
         """SmolLM2-135M-Instruct; None before its rows are there."""
         return build(self.smollm2_rows) if any(self.smollm2_rows.glob("*/*/*.csv")) else None
+
+    @cached_property
+    def served(self) -> Report | None:
+        """Prompts in one piece, in chunks, and with later questions; None before there are rows."""
+        return build(self.served_rows) if any(self.served_rows.glob("*/*/*.csv")) else None
 
     def lines(self, path: str) -> list[Line]:
         """The lines of a CSV, its path from the root of the repository on."""

@@ -62,7 +62,7 @@ def test_a_figure_that_its_sentence_would_belie_is_refused(render, sources, mark
 def test_no_name_of_a_figure_stands_for_two(render):
     names = (
         "ACCURACY", "FIGURES", "PROBE_FIGURES", "CHECKPOINT", "CLAIMS", "DECODING_TABLES", "KERNELS", "MODEL_TABLES",
-        "SUMMARY", "TRAINING", "TUNE",
+        "SERVED_TABLES", "SUMMARY", "TRAINING", "TUNE",
     )  # fmt: skip
     tables = [getattr(render, name) for name in names]
     assert sum(map(len, tables)) == len(render.BLOCKS)

@@ -19,12 +19,12 @@ class Answers:
 
     def compare(self, label: str, reference: str, tasks: Sequence[str]) -> Difference | str:
         """The paired difference of two labels over tasks, in points; where a task cannot be compared, why."""
-        pairs = self._pairs(label, reference, tasks)
+        pairs = self.pairs(label, reference, tasks)
         return pairs if isinstance(pairs, str) else differences([pairs], self.margin)[0]
 
     def compare_all(self, wanted: Sequence[tuple[str, str, Sequence[str]]]) -> list[Difference | str]:
         """``compare`` of all that a table has, each over equally many tasks, with "loss" and "gain" confirmed together."""
-        pairs = [self._pairs(*one) for one in wanted]
+        pairs = [self.pairs(*one) for one in wanted]
         known = iter(family([each for each in pairs if not isinstance(each, str)], self.margin))
         return [each if isinstance(each, str) else next(known) for each in pairs]
 
@@ -32,7 +32,7 @@ class Answers:
         """Those tasks for which every sample of every label is known."""
         return [task for task in tasks if all(not self.samples[label, task].missing for label in labels)]
 
-    def _pairs(self, label: str, reference: str, tasks: Sequence[str]) -> list[list[float]] | str:
+    def pairs(self, label: str, reference: str, tasks: Sequence[str]) -> list[list[float]] | str:
         """For each task the paired differences of two labels; where a task cannot be compared, why."""
         strata = []
         for task in tasks:

@@ -104,7 +104,7 @@ def difference(strata: Sequence[Sequence[float] | Floats], margin: float = MARGI
 
 
 def differences(comparisons: Sequence[Sequence[Sequence[float] | Floats]], margin: float = MARGIN) -> list[Difference]:
-    """``difference`` of several comparisons of equally many tasks, faster than one by one."""
+    """``difference`` of several comparisons, faster than one by one."""
     if not 0 < margin <= 100:
         raise ValueError(f"the margin must be above 0 and at most 100 points, not {margin}")
     taken = [[np.asarray(stratum, dtype=np.float64) for stratum in strata] for strata in comparisons]
@@ -167,11 +167,14 @@ def intervals(
     highest: float = 100.0,
     allowance: float = ALLOWANCE,
 ) -> list[tuple[float, float]]:
-    """``interval`` of several comparisons of equally many tasks, of 95 % unless another ``allowance`` is given."""
+    """``interval`` of several comparisons, of 95 % unless another ``allowance`` is given."""
     # Most tasks of most methods differ nowhere from dense: what is alike is computed once.
     keys = [tuple(np.asarray(task, dtype=np.float64).tobytes() for task in tasks) for tasks in comparisons]
     distinct = dict(zip(keys, comparisons, strict=True))
-    found = dict(zip(distinct, _intervals(list(distinct.values()), lowest, highest, allowance), strict=True))
+    found: dict[tuple[bytes, ...], tuple[float, float]] = {}
+    for count in {len(key) for key in distinct}:
+        alike = {key: tasks for key, tasks in distinct.items() if len(key) == count}
+        found |= dict(zip(alike, _intervals(list(alike.values()), lowest, highest, allowance), strict=True))
     return [found[key] for key in keys]
 
 

@@ -285,6 +285,8 @@ class ServedScore:
     score: float
     difference: Difference | str
     """In points against one piece, over the same samples; in words why there is none."""
+    strata: Sequence[Sequence[float]]
+    """What it is made of: the points of every sample, task by task; none where there is no difference."""
 
 
 def served_scores(whole: RulerSection, among: Collection[str] | None = None) -> list[ServedScore]:
@@ -312,7 +314,9 @@ def served_scores(whole: RulerSection, among: Collection[str] | None = None) -> 
         for (label, own), difference in zip(then, compared, strict=True):
             before = statistics.fmean(whole.scores[label][task] for task in tasks)
             after = statistics.fmean(way.other.scores[own][task] for task in tasks)
-            found.append(ServedScore(label, way.read, tasks, before, after, difference))
+            pairs = joined.pairs(then[label, own], label, tasks)
+            strata = () if isinstance(pairs, str) else pairs
+            found.append(ServedScore(label, way.read, tasks, before, after, difference, strata))
     return found
 
 

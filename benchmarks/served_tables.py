@@ -1,0 +1,149 @@
+"""What docs/serving.md says that an engine may use: each method in chunks and asked later, against itself in one piece.
+
+Rows stand in benchmarks/served, and are read as a report reads them. Scores count on tasks where dense attention in one
+piece has more than ``ABOVE``. A method loses where the interval of its paired differences says so, and nothing else decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from claim_sources import tasks_of
+from sources import Block
+
+from tmbench.report.agreement import AgreeSection
+from tmbench.report.intervals import GAIN, LOSS, NO_LOSS, POSSIBLE, Difference, family
+from tmbench.report.loss import LossSection
+from tmbench.report.report import Report
+from tmbench.report.ruler import RulerSection, ServedScore, served_scores
+from tmbench.report.served import CAPTION
+from tmbench.report.table import Table, columns
+from tmbench.report.words import NOTHING, interval_text
+from tmbench.report.writers import captioned, filled, table_markdown
+from tmbench.results.words import counted, length_name
+
+MISSING = "Not measured yet."
+KEEPS = (NO_LOSS, GAIN, POSSIBLE[GAIN])
+"""What is said of a method that an engine may use."""
+
+
+def scores(report: Report) -> str:
+    """A table for each model and length."""
+    return "\n\n".join(map(captioned, filled(map(_scores, sections(report)))))
+
+
+def sections(report: Report) -> list[RulerSection]:
+    """Those of prompts in one piece that were fed otherwise too."""
+    return [section for section in report.ruler if section.served and "dense" in section.labels]
+
+
+def _scores(section: RulerSection) -> Table:
+    """A line for each method: its score in one piece, and the points against that."""
+    tasks = tasks_of(section, ("dense",))
+    # Those of all ways: a score in one piece then stands for each of them.
+    tasks = [task for task in tasks if all(task in one.tasks for one in served_scores(section, tasks))]
+    found = served_scores(section, tasks)
+    names = reads(found)
+    lines = {one.label: [f"{one.whole:.1f}", *[NOTHING] * len(names)] for one in reversed(found)}
+    for one in found:
+        lines[one.label][1 + names.index(one.read)] = words_of(one.difference)
+    samples = sorted({one.difference.pairs for one in found if isinstance(one.difference, Difference)})
+    about = f"{counted(len(tasks), 'task')} ({', '.join(tasks)}), {' or '.join(map(str, samples))} samples"
+    rows = [[label, *lines[label]] for label in section.labels if label in lines]
+    names = ["method", "in one piece", *names]
+    place = f"{section.setting.model} at {length_name(section.setting.length)}"
+    return Table(
+        f"{place}, {about}: scores, and points against them with their 95 % intervals:",
+        columns(*names, texts=["method", *names[2:]]),
+        rows,
+    )
+
+
+def together(report: Report) -> str:
+    """A line for each method and way over all that was measured, its words confirmed together."""
+    lines = [
+        [label, read, interval_text(one.mean, one.low, one.high), str(one.tasks), str(one.pairs), one.verdict]
+        for (read, label), one in pooled(report).items()
+    ]
+    names = ("method", "read", "points against one piece", "tasks", "samples", "in words")
+    return table_markdown(Table("", columns(*names, texts=("method", "read", "in words")), lines))
+
+
+def may_use(report: Report) -> str:
+    """For each way a sentence that says which methods an engine may use."""
+    found = pooled(report)
+    lines = []
+    for read in dict.fromkeys(read for read, _ in found):
+        said = {label: one.verdict for (own, label), one in found.items() if own == read}
+        kept = [label for label, verdict in said.items() if verdict in KEEPS]
+        lost = [label for label, verdict in said.items() if verdict == LOSS]
+        rest = [label for label in said if label not in (*kept, *lost)]
+        parts = [f"an engine may use {listed(kept)}: no loss is measurable"] if kept else []
+        parts += [f"{listed(lost)} {'loses' if len(lost) == 1 else 'lose'}"] if lost else []
+        parts += [f"of {listed(rest)} the samples do not tell"] if rest else []
+        lines.append(f"- **{read[0].upper()}{read[1:]}**: {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def losses(report: Report) -> str:
+    """What the report says of losses as they are served."""
+    return "\n\n".join(_of_report(report.losses)) or MISSING
+
+
+def agreement(report: Report) -> str:
+    """What the report says of token agreement as it is served."""
+    return "\n\n".join(_of_report(report.agree)) or MISSING
+
+
+def pooled(report: Report) -> dict[tuple[str, str], Difference]:
+    """By (way, method) the points against one piece over the tasks of all models and lengths, confirmed together."""
+    strata: dict[tuple[str, str], list[Sequence[float]]] = {}
+    order: list[str] = []
+    every = [one for section in sections(report) for one in served_scores(section, tasks_of(section, ("dense",)))]
+    for one in every:
+        strata.setdefault((one.read, one.label), []).extend(one.strata)
+        order += [one.label] * (one.label not in order)
+    places = {read: place for place, read in enumerate(reads(every))}
+    keys = sorted((key for key, own in strata.items() if own), key=lambda key: (places[key[0]], order.index(key[1])))
+    return dict(zip(keys, family([strata[key] for key in keys]), strict=True))
+
+
+def reads(found: Sequence[ServedScore]) -> list[str]:
+    """The ways in which prompts were fed, chunks first, and there those of a known length."""
+    return sorted({one.read for one in found}, key=lambda read: ("later" in read, "unknown" in read, read))
+
+
+def words_of(found: Difference | str) -> str:
+    """A difference with its interval and what it says; why there is none."""
+    if not isinstance(found, Difference):
+        return found
+    return f"{interval_text(found.mean, found.low, found.high)}, {found.verdict}"
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Methods in a sentence."""
+    names = [f"`{label}`" for label in labels]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _of_report(found: Sequence[AgreeSection] | Sequence[LossSection]) -> Iterator[str]:
+    """The tables of sections against one piece, as the report has them, below what the sections are called."""
+    begin = CAPTION.partition("{")[0]
+    for section in found:
+        for table in filled(section.tables()):
+            if table.caption.startswith(begin):
+                yield f"{section.title}.\n\n{captioned(table)}"
+
+
+def _block(make: Callable[..., str]) -> Block:
+    """A block that says so where there are no rows."""
+    return lambda sources, *words: MISSING if sources.served is None else make(sources.served, *words)
+
+
+SERVED_TABLES: dict[str, Block] = {
+    "served-scores": _block(scores),
+    "served-together": _block(together),
+    "served-may-use": _block(may_use),
+    "served-losses": _block(losses),
+    "served-agreement": _block(agreement),
+}

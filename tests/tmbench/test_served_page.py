@@ -1,0 +1,63 @@
+"""What docs/serving.md says of engines is made of rows: points against one piece, and words that follow from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from answered_rows import add_answers
+
+CHUNKS = {"chunk": 2048, "prompt_length": "known"}
+
+
+@pytest.fixture
+def made(monkeypatch, pytestconfig, tmp_path):
+    """Renders a block of rows that it is given a folder for."""
+    monkeypatch.syspath_prepend(pytestconfig.rootpath / "benchmarks")
+    import served_tables
+    import sources
+
+    def block(name, *words):
+        return served_tables.SERVED_TABLES[f"served-{name}"](sources.Sources(served_rows=tmp_path), *words)
+
+    return block
+
+
+def measured(root, ways, lengths=(4096, 8192)):
+    """Scores of four samples in five, and of as many in ``ways`` as each method keeps there; dense cannot do vt."""
+    for length in lengths:
+        for task in ("niah_single_1", "niah_multivalue", "vt"):
+            one = [float(number % 5 > 0 and task != "vt") for number in range(200)]
+            for method, kept in (("dense", 1), ("streaming", 1), ("minference", 0)):
+                about = {"length": length, "n_local": 512} if method == "streaming" else {"length": length}
+                add_answers(root, method, task, one, **about)
+                for how in ways:
+                    add_answers(root, method, task, one if kept else [0.0] * 200, **about, **how)
+
+
+def test_without_rows_nothing_is_said(made):
+    assert made("scores") == made("may-use") == made("losses") == "Not measured yet."
+
+
+def test_words_follow_from_the_intervals_of_all_lengths_together(made, tmp_path):
+    measured(tmp_path, [CHUNKS, {"ask_later": True}])
+    assert made("may-use").splitlines() == [
+        "- **In chunks of 2K, prompt length known**: an engine may use `dense` and `streaming`: no loss is measurable; "
+        "`minference` loses.",
+        "- **Asked later**: an engine may use `dense` and `streaming`: no loss is measurable; `minference` loses.",
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made("together").splitlines()[2:]]
+    # Two tasks at each of two lengths: of vt there is nothing to lose.
+    assert [[line[0], *line[3:]] for line in lines[:3]] == [
+        ["dense", "4", "800", "no measurable loss"],
+        ["minference", "4", "800", "loss"],
+        ["streaming", "4", "800", "no measurable loss"],
+    ]
+    _, table = made("scores").split("a/model at 8K, 2 tasks (niah_single_1, niah_multivalue), 400 samples")
+    (minference,) = [line for line in table.splitlines() if line.startswith("| minference")]
+    assert minference.count("-80.00 (") == 2
+
+
+def test_too_few_samples_are_no_leave(made, tmp_path):
+    add_answers(tmp_path, "dense", "vt", [1.0] * 20)
+    add_answers(tmp_path, "dense", "vt", [1.0] * 20, ask_later=True)
+    assert made("may-use") == "- **Asked later**: of `dense` the samples do not tell."
