@@ -90,6 +90,32 @@ def test_compiled_layers_read_chunks(make_model, prompt):
         same(read(model, plan, ids, Chunks(size), COMPILED), read(model, plan, ids, None))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [EAGER, COMPILED])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite"])
+@torch.inference_mode()
+def test_latents_of_earlier_chunks_are_made_keys_of_again(family, kind, prompt):
+    """The cache holds the latents of all chunks, and attention gets the keys and values of all of them."""
+    model, ids = served_families.small(family), prompt(100)
+    model.generation_config.eos_token_id = None
+    check_chunks(family, model, kind, "--chunk")
+    for method in ("tri_mix", "dense"):
+        plan = plan_of(model, method)
+        whole = read(model, plan, ids, None)
+        for size in (7, 32):
+            same(read(model, plan, ids, Chunks(size), kind), whole)
+    with running(model, plan, kind) as session:
+        written = session.generate(ids, 5).tolist()
+        # A question that is asked later is one more chunk; under dense attention nothing else changes.
+        assert session.generate(ids, 5, 60).tolist() == written
+    with running(model, plan, kind, Chunks(32)) as session:
+        assert session.generate(ids, 5).tolist() == written
+        # A slot of a static cache holds keys and values.
+        cache = KvCache(1, 103)
+        logits = session.read_into(ids, CacheSlot(cache, 0))
+    torch.testing.assert_close(logits, whole[0], rtol=1e-4, atol=1e-4)
+
+
 @torch.inference_mode()
 def test_chunks_fill_a_slot_and_are_decoded_after(make_model, prompt):
     model, ids = make_model("llama"), prompt(LENGTH)
@@ -133,7 +159,6 @@ def test_models_that_read_chunks_otherwise_are_refused(make_model, prompt):
             EAGER,
             "as it has layers of chunked attention, whose own chunks lie elsewhere",
         ),
-        (served_families.small("deepseek_v3"), EAGER, "as it caches the latents that its keys and values are made from"),
         (served_families.small("jamba"), EAGER, "as it answers a short prompt otherwise than in one piece"),
     ]
     for model, kind, words in refused:

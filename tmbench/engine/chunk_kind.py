@@ -16,7 +16,6 @@ from tmbench.methods.layer_kinds import CHUNKED, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models.context import splits_prompts
-from tmbench.models.geometry import has_latents
 from tmbench.models.rotary import depends_on_length
 
 TRIED = Chunks(19)
@@ -60,8 +59,6 @@ def _obstacle(model: PreTrainedModel, kind: Kind) -> str:
         return obstacle_of(model) or "as they are read as transformers reads them"
     if depends_on_length(model):
         return "as its rotary embeddings depend on a prompt's length"
-    if has_latents(model.config):
-        return "as it caches the latents that its keys and values are made from"
     if CHUNKED in layer_kinds(model.config):
         return "as it has layers of chunked attention, whose own chunks lie elsewhere"
     return ""

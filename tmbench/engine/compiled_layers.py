@@ -117,8 +117,10 @@ def run_layer(
     state = slot.session.prefill
     if not state.active:
         raise RuntimeError("the model is prepared for prefills: decode after the with block")
-    state.layer.begin(last_row=last_row, dynamic=slot.pattern.dynamic)
-    if layer.latents and not isinstance(state.cache, CacheSlot):
+    latents = layer.latents and not isinstance(state.cache, CacheSlot)
+    before = state.latents_before(slot.layer) if latents else None
+    state.layer.begin(last_row=last_row, dynamic=slot.pattern.dynamic, latents=latents, before=before)
+    if latents:
         kwargs[layer.cache_name] = state.layer
     try:
         with operators.entered(region):
@@ -130,6 +132,8 @@ def run_layer(
         ) from error
     finally:
         kept = state.layer.end()
-    if kept is not None:
+    if kept is not None and latents:
+        state.keep_latents(slot.layer, kept)
+    elif kept is not None:
         state.keep(slot.layer, *kept)
     return out

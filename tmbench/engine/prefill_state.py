@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
@@ -36,24 +37,36 @@ class LayerPass:
 
     Where one projection makes queries as well, all of its product stays until the layer ends and ``fill`` copies its part.
     """
+    latents: bool = False
+    """Whether that is handed to ``update``, and attention is given what the layer makes of it."""
+    before: tuple[Tensor, Tensor] | None = None
+    """What was handed so of the chunks before; None where there are none."""
 
-    def begin(self, *, last_row: bool, dynamic: bool) -> None:
+    def begin(
+        self, *, last_row: bool, dynamic: bool, latents: bool = False, before: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Begin a layer, of which the last row alone may be wanted; a dynamic pattern needs several of its queries."""
         self.begun = True
+        self.latents, self.before = latents, before
         self.last_row = last_row
         self.narrow_queries = last_row and not dynamic
 
     def end(self) -> tuple[Tensor, Tensor] | None:
         """End the layer, however it ended; returns what is to go into the cache."""
         kept = self.kept
-        self.begun = self.last_row = self.narrow_queries = self.attended = False
-        self.kept = None
+        self.begun = self.last_row = self.narrow_queries = self.attended = self.latents = False
+        self.kept = self.before = None
         return kept
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What a layer caches that attention is not given, as transformers' caches take it: see ``has_latents``."""
+        """What a layer caches that attention is not given, as transformers' caches take it: see ``has_latents``.
+
+        Returns that of all tokens so far.
+        """
         self.kept = key, value
-        return key, value
+        if self.before is None:
+            return key, value
+        return torch.cat([self.before[0], key], dim=2), torch.cat([self.before[1], value], dim=2)
 
     def is_narrow(self, *, queries: bool) -> bool:
         """Whether a module that runs now works on the last position alone; ``queries`` says that it yields queries."""
@@ -97,18 +110,36 @@ class PrefillState:
         return self.cache is not None
 
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put a layer's keys and values into the cache, where there is one to be filled and the layer keeps no others.
+        """Put a layer's keys and values into the cache, where there is one to be filled and the layer keeps no latents.
 
         Of a prompt that is split or comes in chunks it gets those that attention works on: see ``exchanged``.
         """
-        if self.cache is not None and self.split is None and self.chunk is None and self.layer.kept is None:
+        if self.cache is not None and self.split is None and self.chunk is None and not self.layer.latents:
             fill(self.cache, layer, key, value)
+
+    def latents_before(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """What the chunks before this one have left of a layer's latents; None where there are none."""
+        if self.chunk is None or self.chunk.start == 0:
+            return None
+        assert isinstance(self.cache, Cache), "a slot holds keys and values"
+        held: Any = self.cache.layers[layer]
+        return held.keys, held.values
+
+    def keep_latents(self, layer: int, latents: tuple[Tensor, Tensor]) -> None:
+        """Put a layer's latents into transformers' cache: of a chunk, behind those before it."""
+        assert self.cache is not None
+        if self.chunk is None:
+            fill(self.cache, layer, *latents)
+        else:
+            self.cache.update(*latents, layer)
 
     def exchanged(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attention works on, of what the model hands it: where a prompt is split, all tokens of this rank's heads.
 
-        Where it comes in chunks, the keys and values of those before too.
+        Where it comes in chunks, the keys and values of those before too; a layer has made them of latents already.
         """
+        if self.chunk is not None and self.layer.latents:
+            return q, k, v
         if self.chunk is not None:
             assert self.cache is not None
             return q, *self.cache.update(k, v, layer)
