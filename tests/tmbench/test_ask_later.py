@@ -224,6 +224,26 @@ def test_a_second_turn_is_timed_over_the_kept_cache(tmbench):
 
 
 @pytest.mark.slow
+def test_times_in_chunks_and_in_one_piece_come_from_the_same_rounds(tmbench):
+    run = ["ttft", "--length", "512", "--repeats", "2", "--method", "dense", "--chunk", "128", "--json"]
+    code, out, err = tmbench(*run, "--beside-one-piece")
+    assert code == 0, err
+    whole, chunks = json.loads(out)
+    assert [(row["chunk"], row["prompt_length"]) for row in (whole, chunks)] == [(0, ""), (128, "known")]
+    assert {row["interleaved"] for row in (whole, chunks)} == {"dense dense"}
+    assert whole["matrix_rate_flops"] == chunks["matrix_rate_flops"]
+    code, out, _ = tmbench("report")
+    (line,) = [line for line in out.splitlines() if "in chunks of 128" in line and " % to " in line]
+    assert "not interleaved" not in line
+    # Neither is measured again.
+    _, out, _ = tmbench(*run, "--beside-one-piece")
+    assert json.loads(out) == [whole, chunks]
+    code, _, err = tmbench("ttft", "--length", "512", "--beside-one-piece")
+    assert code == 2
+    assert "--beside-one-piece holds other prompts" in " ".join(err.split())
+
+
+@pytest.mark.slow
 def test_options_of_later_questions_are_refused_where_they_have_no_meaning(tmbench):
     for arguments, words in (
         (("--question-tokens", "9"), "--question-tokens is about questions that are asked later and needs --ask-later"),

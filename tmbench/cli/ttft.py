@@ -70,6 +70,12 @@ def ttft(
             show_default=str(QUESTION_TOKENS),
         ),
     ] = None,
+    beside_one_piece: Annotated[
+        bool,
+        typer.Option(
+            "--beside-one-piece", help="Time every method in one piece too, in the same rounds.", rich_help_panel=o.SERVED
+        ),
+    ] = False,
     seed: o.SeedOption = 42,
     model: o.ModelOption = "tiny",
     weights: o.WeightsOption = "checkpoint",
@@ -103,6 +109,10 @@ def ttft(
     o.check_ask_later(ask_later, attention.native)
     if not ask_later:
         o.refuse({"question-tokens": question_tokens}, "is about questions that are asked later and needs --ask-later")
+    if chunks is None and not ask_later:
+        o.refuse(
+            {"beside-one-piece": beside_one_piece}, "holds other prompts against one piece and needs --chunk or --ask-later"
+        )
 
     from tmbench.measure.spec import ModelSource, place, prefill_kind
     from tmbench.measure.ttft import TtftSpec
@@ -127,12 +137,13 @@ def ttft(
         chunks=chunks,
         ask_later=ask_later,
         question_tokens=(question_tokens or QUESTION_TOKENS) * ask_later,
+        beside_one_piece=beside_one_piece,
     )
     if plan:
         show_plan(spec, loaded)
         return
     order = [one.method for one in spec.plans]
-    rows = sorted(measure(spec, where), key=lambda row: (row.length, row.batch_size, order.index(row.method)))
+    rows = sorted(measure(spec, where), key=lambda row: (row.length, row.batch_size, row.fed, order.index(row.method)))
     print_measured(spec, rows, _show, as_json=as_json)
 
 
@@ -143,15 +154,15 @@ def _show(rows: Sequence[TtftRow]) -> None:
     from tmbench.report.words import SKIPPED
 
     figures = ("seconds", "vs dense", "density", "TTFT / roofline", "logit error")
-    for length, batch_size in sorted({(row.length, row.batch_size) for row in rows}):
-        here = [row for row in rows if (row.length, row.batch_size) == (length, batch_size)]
+    for length, batch_size, fed in sorted({(row.length, row.batch_size, row.fed) for row in rows}):
+        here = [row for row in rows if (row.length, row.batch_size, row.fed) == (length, batch_size, fed)]
         timed = [row for row in here if row.ttft_median_s is not None]
         dense = next((row for row in timed if row.method == "dense"), None)
         some_skip = any(row.skipped_share is not None for row in timed)
         names = figures + (SKIPPED,) * some_skip + ("tokens/s",) * (batch_size > 1)
         slower = {id(row): slower_than_dense(row.backends, dense.backends if dense else "") for row in timed}
         columns = names + (SLOWER_KERNEL,) * any(slower.values())
-        about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}{here[0].fed}"
+        about = f"Time to first token of {batched(batch_size)}{counted(length, 'token')}{fed}"
         shown = table(about, "method", *columns, right=names)
         for row in here:
             # A row without a time has no figures to stand beside.

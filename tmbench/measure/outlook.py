@@ -132,7 +132,7 @@ def _tuned(spec: TuneSpec, loaded: LoadedModel, estimator: Estimator) -> Iterato
 
 
 def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
-    passes = spec.warmup + spec.repeats
+    passes = (spec.warmup + spec.repeats) * (1 + spec.beside_one_piece)
     pending = {batch_size: spec.pending(loaded, batch_size) for batch_size in sorted(spec.batch_sizes)}
     for length, (batch_size, todo), plan in product(sorted(spec.lengths), pending.items(), spec.plans):
         left = plan in todo.get(length, [])

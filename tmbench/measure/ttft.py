@@ -47,7 +47,7 @@ class TtftItem(Item):
 
     ids: Tensor = field(compare=False, repr=False)
     """The prompts, ``[batch_size, length]`` on the CPU."""
-    plans: tuple[int, ...]
+    trials: tuple[int, ...]
     """Which of the spec's."""
 
     @property
@@ -110,6 +110,8 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
     warmup: int = 1
     question_tokens: int = 0
     """Of prompts whose questions are asked later, how many of the last tokens are one."""
+    beside_one_piece: bool = False
+    """Whether every method is also timed on prompts in one piece, in the same rounds."""
     beside_dense: bool = False
     """Whether dense is measured anew beside whatever else is to be measured, and never alone."""
 
@@ -128,17 +130,25 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 )
         check_prompt(self.prompt, loaded, self.lengths, max(self.batch_sizes))
 
+    @property
+    def trials(self) -> list[tuple[TtftSpec, Plan]]:
+        """What is interleaved: every plan by how its prompts are fed, which the spec beside it says."""
+        ways = [self]
+        if self.beside_one_piece:
+            ways.append(replace(self, chunks=None, ask_later=False, question_tokens=0, beside_one_piece=False))
+        return [(way, plan) for way in ways for plan in self.plans]
+
     def prompts(self, loaded: LoadedModel, length: int, batch_size: int) -> Tensor:
         """Token ids ``[batch_size, length]`` on the CPU."""
         return batch_ids(self.prompt, length, loaded, self.seed, batch_size).cpu()
 
     def rows(self, loaded: LoadedModel, ids: Tensor) -> list[TtftRow]:
-        """The row of each plan on these prompts, as far as it is known before it is measured."""
+        """The row of each of ``trials`` on these prompts, as far as it is known before it is measured."""
         batch_size, length = ids.shape
         prompt_hash = of_ids(ids.flatten().tolist())
         found = []
-        for plan in self.plans:
-            fields: dict[str, Any] = {**self.common(loaded), **plan.row_fields()}
+        for way, plan in self.trials:
+            fields: dict[str, Any] = {**way.common(loaded), **plan.row_fields()}
             row = TtftRow(
                 **fields,
                 time=now(),
@@ -150,7 +160,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
                 warmup=self.warmup,
                 interleaved="",
                 batch_size=batch_size,
-                question_tokens=self.question_tokens,
+                question_tokens=way.question_tokens,
             )
             found.append(row)
         return found
@@ -159,15 +169,19 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         """What is still to be measured at each length: a row with as many repeats is not measured again."""
         ids = {length: self.prompts(loaded, length, batch_size) for length in self.lengths}
         todo = {length: self._todo(self.rows(loaded, own))[0] for length, own in ids.items()}
-        return {length: [self.plans[number] for number in missing] for length, missing in todo.items() if missing}
+        plans = [plan for _, plan in self.trials]
+        return {length: [plans[number] for number in missing] for length, missing in todo.items() if missing}
 
     def _todo(self, rows: Sequence[TtftRow]) -> tuple[list[int], list[TtftRow]]:
-        """Of each plan's row at a length: the plans that are to be measured, by number, and the rows of all others."""
+        """Of each trial's row at a length: those that are to be measured, by number, and the rows of all others."""
         have = [None if self.overwrite else timed_before(self.root, row) for row in rows]
         missing = [number for number, row in enumerate(have) if row is None]
         if self.beside_dense:
             others = {number for number in missing if rows[number].method != "dense"}
             missing = [n for n, row in enumerate(rows) if others and (n in others or row.method == "dense")]
+        if self.beside_one_piece:
+            again = {number % len(self.plans) for number in missing}
+            missing = [number for number in range(len(rows)) if number % len(self.plans) in again]
         return missing, [row for number, row in enumerate(have) if row is not None and number not in missing]
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[TtftRow]]:
@@ -181,9 +195,9 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         ids = {shape: self.prompts(loaded, *shape) for shape in shapes}
         rows = {shape: self.rows(loaded, own) for shape, own in ids.items()}
         todo = {shape: self._todo(own) for shape, own in rows.items()}
-        passes = self.warmup + self.repeats
+        passes, plans = self.warmup + self.repeats, [plan for _, plan in self.trials]
         work = [
-            passes * expected_flop(loaded, self.plans[number], *shape)
+            passes * expected_flop(loaded, plans[number], *shape)
             for shape, (missing, _) in todo.items()
             for number in missing
         ]
@@ -204,7 +218,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         batch_size, length = ids.shape
         methods = " ".join(row.method for row in rows)
         title = f"{methods} at {batched(batch_size)}{length}"
-        item = TtftItem(title=title, ids=ids, plans=tuple(missing))
+        item = TtftItem(title=title, ids=ids, trials=tuple(missing))
         known = [replace(row, interleaved=methods) for row in rows]
         return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
 
@@ -212,20 +226,21 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         """Warm all methods up, then time them interleaved."""
         loaded = worker.loaded
         ids = item.ids.to(loaded.device)
-        trials = [_Trial(self.plans[number]) for number in item.plans]
+        every = self.trials
+        trials = [_Trial(*every[number]) for number in item.trials]
         work = [expected_flop(loaded, trial.plan, item.length, item.batch_size) for trial in trials]
         throughputs = []
         for number in range(self.warmup + self.repeats):
             phase = "warm-up" if number < self.warmup else f"repeat {number - self.warmup + 1} of {self.repeats}"
             for trial, flop in zip(trials, work, strict=True):
-                worker.step(f"{trial.plan.method} at {batched(item.batch_size)}{item.length}, {phase}")
+                piece = ", in one piece" * (self.beside_one_piece and trial.spec.reading != self.reading)
+                worker.step(f"{trial.plan.method} at {batched(item.batch_size)}{item.length}{piece}, {phase}")
                 if trial.failure is None:
-                    _pass(self, loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
+                    _pass(loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
                 worker.step(work=flop)
             if number >= self.warmup and any(trial.failure is None for trial in trials):
                 throughputs.append(parallel.summed(roofline.gemm_throughput(loaded.device, loaded.model.dtype)))
-        dense = next((trial for trial in trials if trial.plan.method == "dense" and trial.failure is None), None)
-        timings = tuple(_timing(self, loaded, item, trial, dense) for trial in trials)
+        timings = tuple(_timing(loaded, item, trial, _dense_beside(trial, trials)) for trial in trials)
         worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))
 
 
@@ -260,6 +275,8 @@ def needed_flop(
 class _Trial:
     """One method at one length and batch size while it is being measured."""
 
+    spec: TtftSpec
+    """How its prompts are fed."""
     plan: Plan
     failure: Failure | None = None
     seconds: list[float] = field(default_factory=list)
@@ -275,9 +292,15 @@ class _Trial:
     """Seconds of the timed passes that attention waited for other ranks; none where each has the whole prompt."""
 
 
-def _pass(spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
+def _dense_beside(trial: _Trial, trials: Sequence[_Trial]) -> _Trial | None:
+    """Dense attention over prompts that were fed alike; None where it did not run."""
+    alike = (one for one in trials if one.spec is trial.spec and one.failure is None)
+    return next((one for one in alike if one.plan.method == "dense"), None)
+
+
+def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
     """One prefill. The first one, a warm-up, also counts the pairs that each layer's pattern keeps."""
-    done = attempt(partial(_prefill, spec, loaded, trial, ids, count=first))
+    done = attempt(partial(_prefill, loaded, trial, ids, count=first))
     if isinstance(done, Failure):
         trial.failure = done
         return
@@ -291,13 +314,12 @@ def _pass(spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, ti
         trial.warmup_s = token.seconds - trial.counter.seconds
 
 
-def _prefill(
-    spec: TtftSpec, loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool
-) -> tuple[FirstToken, int | None]:
+def _prefill(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[FirstToken, int | None]:
     """The first token, and the peak of the device's memory; the cache is let go.
 
     Of a question that is asked later the context is read before, which is neither timed nor counted.
     """
+    spec = trial.spec
     context = ids.shape[1] - spec.question_tokens
     with (
         torch.inference_mode(),
@@ -319,7 +341,7 @@ def _prefill(
     return token, peak
 
 
-def _timing(spec: TtftSpec, loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> Timing:
+def _timing(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> Timing:
     """What is told of a method, as plain data."""
     first, backends = trial.first, backends_name(trial.backends)
     if trial.failure is not None or first is None:
@@ -333,7 +355,7 @@ def _timing(spec: TtftSpec, loaded: LoadedModel, item: TtftItem, trial: _Trial, 
         warmup_s=trial.warmup_s,
         density=trial.counter.density,
         skipped_share=trial.counter.skipped_share,
-        flop=needed_flop(loaded, pairs, item.length, item.batch_size, spec.question_tokens),
+        flop=needed_flop(loaded, pairs, item.length, item.batch_size, trial.spec.question_tokens),
         token=first.tokens[0],
         same_token=None if reference is None else first.tokens == reference.tokens,
         logit_error=None if reference is None else _relative_rms(first.logits, reference.logits),
