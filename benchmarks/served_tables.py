@@ -18,6 +18,7 @@ from tmbench.report.report import Report
 from tmbench.report.ruler import RulerSection, ServedScore, served_scores
 from tmbench.report.served import CAPTION
 from tmbench.report.table import Table, columns
+from tmbench.report.ttft import TtftSection
 from tmbench.report.words import NOTHING, interval_text
 from tmbench.report.writers import captioned, filled, table_markdown
 from tmbench.results.words import counted, length_name
@@ -90,6 +91,11 @@ def losses(report: Report) -> str:
     return "\n\n".join(_of_report(report.losses)) or MISSING
 
 
+def times(report: Report) -> str:
+    """What the report says of times in chunks and of second turns."""
+    return "\n\n".join(_of_report(report.ttft)) or MISSING
+
+
 def agreement(report: Report) -> str:
     """What the report says of token agreement as it is served."""
     return "\n\n".join(_of_report(report.agree)) or MISSING
@@ -126,7 +132,7 @@ def listed(labels: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _of_report(found: Sequence[AgreeSection] | Sequence[LossSection]) -> Iterator[str]:
+def _of_report(found: Sequence[AgreeSection] | Sequence[LossSection] | Sequence[TtftSection]) -> Iterator[str]:
     """The tables of sections against one piece, as the report has them, below what the sections are called."""
     begin = CAPTION.partition("{")[0]
     for section in found:
@@ -146,4 +152,5 @@ SERVED_TABLES: dict[str, Block] = {
     "served-may-use": _block(may_use),
     "served-losses": _block(losses),
     "served-agreement": _block(agreement),
+    "served-times": _block(times),
 }

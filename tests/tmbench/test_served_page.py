@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from answered_rows import add_answers
+from report_rows import add_ttft
 
 CHUNKS = {"chunk": 2048, "prompt_length": "known"}
 
@@ -61,3 +64,10 @@ def test_too_few_samples_are_no_leave(made, tmp_path):
     add_answers(tmp_path, "dense", "vt", [1.0] * 20)
     add_answers(tmp_path, "dense", "vt", [1.0] * 20, ask_later=True)
     assert made("may-use") == "- **Asked later**: of `dense` the samples do not tell."
+
+
+def test_times_stand_as_the_report_has_them(made, tmp_path):
+    add_ttft(tmp_path, "dense", 4096, 1.0, matrix_rate_flops=1e12)
+    add_ttft(tmp_path, "dense", 4096, 1.5, matrix_rate_flops=1e12, **CHUNKS)
+    assert made("agreement") == "Not measured yet."
+    assert re.search(r"\| dense +\| in chunks of 2K, prompt length known .* \+50\.0 % .* slower", made("times"))
