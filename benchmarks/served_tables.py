@@ -71,17 +71,17 @@ def together(report: Report) -> str:
 
 
 def may_use(report: Report) -> str:
-    """For each way a sentence that says which methods an engine may use."""
-    found = pooled(report)
+    """For each way a sentence that says which methods an engine may use, and what is still open of the others."""
+    found = {key: one for key, one in pooled(report).items() if key[1] != "dense"}
     lines = []
     for read in dict.fromkeys(read for read, _ in found):
-        said = {label: one.verdict for (own, label), one in found.items() if own == read}
-        kept = [label for label, verdict in said.items() if verdict in KEEPS]
-        lost = [label for label, verdict in said.items() if verdict == LOSS]
-        rest = [label for label in said if label not in (*kept, *lost)]
-        parts = [f"an engine may use {listed(kept)}: no loss is measurable"] if kept else []
-        parts += [f"{listed(lost)} {'loses' if len(lost) == 1 else 'lose'}"] if lost else []
-        parts += [f"of {listed(rest)} the samples do not tell"] if rest else []
+        said = {label: one for (own, label), one in found.items() if own == read}
+        kept = [f"`{label}`" for label, one in said.items() if one.verdict in KEEPS]
+        lost = [f"`{label}`" for label, one in said.items() if one.verdict == LOSS]
+        rest = [f"{-one.low:.2f} for `{label}`" for label, one in said.items() if one.verdict not in (*KEEPS, LOSS)]
+        parts = [f"an engine may use {listed(kept)}: against one piece no loss is measurable"] if kept else []
+        parts += [f"{listed(lost)} {'loses' if len(lost) == 1 else 'lose'} against one piece"] if lost else []
+        parts += [f"a loss is still open, of points up to {listed(rest)}"] if rest else []
         lines.append(f"- **{read[0].upper()}{read[1:]}**: {'; '.join(parts)}.")
     return "\n".join(lines)
 
@@ -126,9 +126,8 @@ def words_of(found: Difference | str) -> str:
     return f"{interval_text(found.mean, found.low, found.high)}, {found.verdict}"
 
 
-def listed(labels: Sequence[str]) -> str:
-    """Methods in a sentence."""
-    names = [f"`{label}`" for label in labels]
+def listed(names: Sequence[str]) -> str:
+    """Some names in a sentence."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
