@@ -23,8 +23,8 @@ from tmbench.results.rows import ProbeRow, RulerRow, TtftRow
 from tmbench.results.tables import read_all
 
 COMMANDS = (
-    "ttft", "ruler", "ruler-data", "suite", "agree", "sweep", "probe", "patterns", "tune", "merge", "report", "serving",
-    "demo", "list", "env",
+    "ttft", "ruler", "ruler-data", "suite", "lm-eval", "agree", "sweep", "probe", "patterns", "tune", "merge", "report",
+    "serving", "demo", "list", "env",
 )  # fmt: skip
 
 
@@ -59,10 +59,11 @@ def test_no_panel_of_a_command_has_more_than_8_options():
         assert len(options) <= 36, name
     # What the help leaves out is named here one by one, and works as it does where it is shown.
     unlisted = {f"{name} --{o.name}" for name, command in every.items() for o in command.params if o.hidden}
-    layered = ("agree", "probe", "ruler", "suite", "sweep", "ttft")
+    layered = ("agree", "lm-eval", "probe", "ruler", "suite", "sweep", "ttft")
     refused = {"ttft --executor"}
     assert unlisted == {
         *(f"{name} --{option}" for name in ("ruler", "suite") for option in ("weights", "dense_backend", "attn_native")),
+        "lm-eval --dense_backend", "lm-eval --attn_native",
         "ruler --prompt_length", "probe --prompt_length", "ruler --patterns", "ruler --n_init", "ruler --n_local",
         *(f"{name} --starting_layer" for name in layered), *refused
     }  # fmt: skip

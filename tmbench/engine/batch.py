@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tmbench.engine.decode import end_tokens
+from tmbench.engine.decode import Stop, end_tokens
 from tmbench.engine.decode_step import next_logits, prepared
 from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.forwards import forward_of
@@ -54,6 +54,9 @@ class Text:
     """The most texts that wrote together with it, itself among them."""
     error: NotFiniteError | None = None
     """Why it could not be continued."""
+    stop: Stop | None = None
+    seen: int = 1
+    """How many of its new tokens ``stop`` was asked about."""
 
 
 @dataclass
@@ -141,6 +144,7 @@ class Batch:
         endless: bool = False,
         given: Sequence[int] | None = None,
         context: int = 0,
+        stop: Stop | None = None,
     ) -> Text:
         """Read a prompt by the session's plan; its text has ended already where one token was enough.
 
@@ -149,6 +153,7 @@ class Batch:
             most: new tokens, at most; with ``endless`` exactly so many, as none of the model's end tokens is chosen.
             given: so many tokens, which are read behind the prompt in place of those that are chosen.
             context: as ``Session.read_into`` has it.
+            stop: where else than at an end token the text ends.
 
         Raises:
             ValueError: a text that is too long for the batch.
@@ -161,8 +166,8 @@ class Batch:
         logits = session.read_into(ids, free, context)
         check_logits(logits, self.model, "of the prompt's last token")
         first = int(self._choices(logits, torch.tensor([[endless]], device=logits.device)))
-        text = Text(slot, most, [first], session.peak.bytes)
-        if most > 1 and not bool(self._is_end[first]):
+        text = Text(slot, most, [first], session.peak.bytes, stop=stop)
+        if most > 1 and not bool(self._is_end[first]) and not (stop is not None and stop([first])):
             self.texts.append(text)
             state = self._state
             state.new[slot, 0] = first
@@ -220,9 +225,22 @@ class Batch:
             text.steps += steps
             text.beside = max(text.beside, len(self.texts))
             text.peak = peak if text.peak is None or peak is None else max(text.peak, peak)
-        ended = [text for text in self.texts if not active[text.slot]]
+        ended = [text for text in self.texts if self._stopped(text) or not active[text.slot]]
         self._close(ended)
         return ended
+
+    def _stopped(self, text: Text) -> bool:
+        """Whether a text ends by its own ``stop``; what was written behind that place is taken back."""
+        if text.stop is None:
+            return False
+        state, slot = self._state, text.slot
+        new = state.new[slot, : int(state.written[slot])].tolist()
+        for count in range(text.seen + 1, len(new) + 1):
+            if text.stop(new[:count]):
+                state.written[slot], state.active[slot], state.broken[slot] = count, False, False
+                return True
+        text.seen = len(new)
+        return False
 
     def _close(self, ended: Sequence[Text]) -> None:
         if not ended:

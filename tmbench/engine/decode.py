@@ -7,7 +7,7 @@ more, through the patterns, for every token. Here only the end and padding token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from tmbench.engine.left_padding import offsets
 from tmbench.engine.prefill import Prefill
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.methods.layer_kinds import FULL, layer_kinds
+
+Stop = Callable[[Sequence[int]], bool]
+"""Whether a text ends with the last of these new tokens, whatever the model would write behind it."""
 
 
 class Decoding:
@@ -105,8 +108,11 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor
     return greedy(Decoding(model, ids, prefill(ids, mask=mask), prefill.cache, mask), max_new_tokens)
 
 
-def greedy(decoding: Decoding, max_new_tokens: int) -> Tensor:
-    """The likeliest tokens after a prompt, ``[batch, new]``: until every sequence has ended, at most so many."""
+def greedy(decoding: Decoding, max_new_tokens: int, stop: Stop | None = None) -> Tensor:
+    """The likeliest tokens after a prompt, ``[batch, new]``: until every sequence has ended, at most so many.
+
+    One sequence alone may be given a ``stop``.
+    """
     model, logits = decoding.model, decoding.logits
     ends = torch.tensor(end_tokens(model), device=logits.device, dtype=torch.long)
     pad = _pad_token(model)
@@ -115,7 +121,7 @@ def greedy(decoding: Decoding, max_new_tokens: int) -> Tensor:
     while True:
         new.append(torch.where(running, logits.argmax(-1), pad))
         running &= ~torch.isin(new[-1], ends)
-        if len(new) == max_new_tokens or not bool(running.any()):
+        if len(new) == max_new_tokens or not bool(running.any()) or (stop is not None and stop(torch.cat(new).tolist())):
             return torch.stack(new, 1)
         logits = decoding.read(new[-1])
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tmbench.engine.attention import Applied, applied_plan
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.compiled_layers import compiled
-from tmbench.engine.decode import Decoding, follow, greedy
+from tmbench.engine.decode import Decoding, Stop, follow, greedy
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
@@ -78,9 +78,9 @@ class Session:
                 prefill.ask(torch.tensor([following], device=ids.device, dtype=ids.dtype))
         self.applied.backends.intersection_update(ran)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, context: int = 0) -> Tensor:
-        """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``."""
-        return greedy(self.read(ids, context=context), max_new_tokens)
+    def generate(self, ids: Tensor, max_new_tokens: int, context: int = 0, stop: Stop | None = None) -> Tensor:
+        """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``; a ``stop`` for one."""
+        return greedy(self.read(ids, context=context), max_new_tokens, stop)
 
     def follow(self, ids: Tensor, count: int, given: Sequence[int] | None = None, context: int = 0) -> list[int]:
         """The likeliest tokens at each of ``count`` places behind a prompt ``[1, length]``, end tokens left out.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tmbench.engine.batch import GRAPH, SIZES, Batch, Text
 from tmbench.engine.compiled_layers import Runners, compiled
+from tmbench.engine.decode import Stop
 from tmbench.engine.decode_kind import step_kind
 from tmbench.engine.density import PairCounter
 from tmbench.engine.prefill import COMPILED
@@ -62,6 +63,8 @@ class Asked:
     """Whether the pairs that attention computes in the prefill are counted."""
     context: int = 0
     """How many of the prompt's tokens the method reads, before the others are asked over them; 0 for all."""
+    stop: Stop | None = None
+    """Where else than at an end token the text ends; not for an endless one."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str]) 
             if asked.endless:
                 tokens = session.follow(asked.ids, asked.most, asked.given, asked.context)
             else:
-                tokens = session.generate(asked.ids, asked.most, asked.context)[0].tolist()
+                tokens = session.generate(asked.ids, asked.most, asked.context, asked.stop)[0].tolist()
         finally:
             ran |= session.applied.backends
         peak = session.peak.bytes
@@ -221,7 +224,13 @@ class Together:
         start = time.perf_counter()
         try:
             text = self.batch.read(
-                session, asked.ids, asked.most, endless=asked.endless, given=asked.given, context=asked.context
+                session,
+                asked.ids,
+                asked.most,
+                endless=asked.endless,
+                given=asked.given,
+                context=asked.context,
+                stop=asked.stop,
             )
         finally:
             worker.ran |= session.applied.backends

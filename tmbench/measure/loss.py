@@ -223,6 +223,24 @@ def losses(
     return of_prompt.cpu(), of_answer.cpu()
 
 
+@torch.inference_mode()
+def prompt_losses(session: Session, ids: Tensor) -> Tensor:
+    """The negative log-likelihood of a text's tokens from the second on, in nats: float32 ``[length - 1]`` on the CPU.
+
+    The method reads all of ``ids`` ``[1, length]`` but the last, whose logits nobody asks for. Raises as ``losses``.
+    """
+    hidden: list[Any] = []
+    hook = _base(session.model).register_forward_hook(lambda module, given, out: hidden.append(out))
+    try:
+        session.read(ids[:, :-1], every_position=True)
+    finally:
+        hook.remove()
+    found = _losses(session.model, torch.cat([part.last_hidden_state for part in hidden], dim=1), ids)
+    if not found.isfinite().all():
+        raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another text")
+    return found.cpu()
+
+
 def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     """Of each token but the first, given the base model's output ``[1, length, hidden]`` of all, or of all but the last.
 

@@ -18,6 +18,8 @@ SHARES = frozenset(
 """Columns from 0 to 1."""
 POINTS = frozenset(("score",))
 """Columns from 0 to 100."""
+ANY = frozenset(("value",))
+"""Columns of any number: a metric of another harness."""
 SIGNED = ("_signed", "_vs_dense")
 """How columns end that may be negative."""
 NAMED = ("device", "method", "weights", "dtype")
@@ -57,7 +59,7 @@ def check_number(name: str, value: int | float) -> None:
         if name not in NOT_FINITE:
             raise ValueError(f"{name} is {value}, not a finite number")
         return
-    least = 1 if name in COUNTED else -math.inf if name.endswith(SIGNED) else 0
+    least = 1 if name in COUNTED else -math.inf if name.endswith(SIGNED) or name in ANY else 0
     most = 1 + HAIR if name in SHARES else 100 + HAIR if name in POINTS else LARGEST if isinstance(value, int) else math.inf
     if value < least:
         raise ValueError(f"{name} is {shortened(str(value))}, less than {least}")
