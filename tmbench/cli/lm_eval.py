@@ -185,4 +185,4 @@ def _show(rows: Sequence[LmEvalRow]) -> None:
 def _cell(row: LmEvalRow | None) -> str:
     if row is None:
         return ""
-    return row.status.replace("_", " ") if row.value is None else f"{row.value:.4f}"
+    return row.shown or row.status.replace("_", " ")

@@ -11,6 +11,7 @@ from ruler_tasks import TASKS
 from tmbench.methods.layers import whole_number
 from tmbench.methods.table import LAYERS, METHODS
 from tmbench.report.settings import Setting
+from tmbench.results.lm_eval_rows import LmEvalRow
 from tmbench.results.parameters_text import Value
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.tune_rows import TuneRow
@@ -133,7 +134,7 @@ def in_value_order(name: str, value: Value) -> tuple[Any, ...]:
 
 def task_of(row: Row) -> str:
     """The task that a row is about; "" for a row of no task."""
-    return row.task if isinstance(row, RulerRow | LossRow | ProbeRow | TuneRow) else ""
+    return row.task if isinstance(row, RulerRow | LossRow | ProbeRow | TuneRow | LmEvalRow) else ""
 
 
 def tasks_of(row: Row) -> tuple[str, ...]:
@@ -149,4 +150,6 @@ def contents(row: Row) -> str:
         return f"{source} {row.data_hash}".rstrip()
     if isinstance(row, LossRow | ProbeRow):
         return f"{row.source} {row.wording_hash}"
+    if isinstance(row, LmEvalRow):
+        return row.data_hash
     return row.prompt_hash if isinstance(row, TtftRow | AgreeRow) else ""

@@ -11,6 +11,7 @@ from tmbench.report.comparable import contents, pattern_settings
 from tmbench.report.differences import verdict_of
 from tmbench.report.effects import Effect
 from tmbench.report.intervals import Difference
+from tmbench.report.lm_eval import LmEvalCell
 from tmbench.report.loss import LossCell, LossDifference, LossSection, served_losses
 from tmbench.report.probe import DERIVATIVES, ProbeCell, ProbeSection, SectionGradients
 from tmbench.report.report import AnySection
@@ -36,6 +37,7 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
         "ruler": SCORES,
         **{kind.kind: SCORES for kind in SUITE_ROWS},
         "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
+        "lm_eval": "value prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high",
         "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
         "loss": " ".join(
             (
@@ -236,6 +238,11 @@ def _(cell: TtftCell) -> Record:
 
 @_derived.register
 def _(cell: RulerCell) -> Record:
+    return {"percent_vs_dense": cell.percent_vs_dense, **difference_record(cell.difference)}
+
+
+@_derived.register
+def _(cell: LmEvalCell) -> Record:
     return {"percent_vs_dense": cell.percent_vs_dense, **difference_record(cell.difference)}
 
 

@@ -15,15 +15,25 @@ from tmbench.errors import UserError
 from tmbench.report.agreement import AgreeSection, agree_section
 from tmbench.report.comparable import comparable
 from tmbench.report.intervals import MARGIN
+from tmbench.report.lm_eval import LmEvalSection, lm_eval_section, place_of
 from tmbench.report.loss import LossSection, loss_section
 from tmbench.report.probe import ProbeSection, probe_section
 from tmbench.report.ruler import RulerSection, ruler_section
 from tmbench.report.served import with_served
-from tmbench.report.settings import AgreeSetting, LossSetting, ProbeSetting, RulerSetting, TtftSetting, TuneSetting
+from tmbench.report.settings import (
+    AgreeSetting,
+    LmEvalSetting,
+    LossSetting,
+    ProbeSetting,
+    RulerSetting,
+    TtftSetting,
+    TuneSetting,
+)
 from tmbench.report.tradeoff import TradeOff, trade_offs
 from tmbench.report.ttft import TtftSection, ttft_section
 from tmbench.report.tune import TuneSection, tune_section
 from tmbench.results.choices import choices_of
+from tmbench.results.lm_eval_rows import LmEvalRow, document_scores
 from tmbench.results.loss_samples import losses_of
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.sample_scores import read_samples
@@ -31,7 +41,7 @@ from tmbench.results.suite_rows import SUITE_ROWS
 from tmbench.results.tables import read_all
 from tmbench.results.tune_rows import TuneRow
 
-AnySection = TtftSection | RulerSection | AgreeSection | TradeOff | LossSection | ProbeSection | TuneSection
+AnySection = TtftSection | RulerSection | LmEvalSection | AgreeSection | TradeOff | LossSection | ProbeSection | TuneSection
 R = TypeVar("R", bound=Row)
 Tell = Callable[[int, int], None]
 """Who is told how far something is: how much is done, and how much there is."""
@@ -55,6 +65,8 @@ class Report:
     tunes: Sequence[TuneSection] = ()
     suites: Sequence[RulerSection] = ()
     """Scores of suites other than RULER, suite by suite. No time is held against these."""
+    lm_eval: Sequence[LmEvalSection] = ()
+    """Of tasks of lm-evaluation-harness."""
 
     @property
     def scores(self) -> list[RulerSection]:
@@ -69,7 +81,8 @@ class Report:
     @property
     def sections(self) -> list[AnySection]:
         """All sections, in the order in which they are shown."""
-        return [*self.ttft, *self.scores, *self.agree, *self.trade_offs, *self.losses, *self.probes, *self.tunes]
+        accuracy: list[AnySection] = [*self.scores, *self.lm_eval, *self.agree]
+        return [*self.ttft, *accuracy, *self.trade_offs, *self.losses, *self.probes, *self.tunes]
 
 
 def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
@@ -79,10 +92,11 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     UserError where there are no rows, or a file is not ours.
     """
     ttft, agree = _rows(root, TtftRow), _rows(root, AgreeRow)
+    harness = _rows(root, LmEvalRow)
     losses, probes, tuned = _rows(root, LossRow), _rows(root, ProbeRow), _rows(root, TuneRow)
     kinds: tuple[type[RulerRow], ...] = (RulerRow, *SUITE_ROWS)
     asked = {kind: _rows(root, kind) for kind in kinds}
-    total = len(ttft) + sum(map(len, asked.values())) + len(agree) + len(losses) + len(probes) + len(tuned)
+    total = len(ttft) + sum(map(len, asked.values())) + len(harness) + len(agree) + len(losses) + len(probes) + len(tuned)
     done = 0
     if not total:
         raise UserError(f"no results under {root}: run tmbench ttft or tmbench ruler first")
@@ -100,6 +114,11 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
             told(placed)
         scores[kind] = with_served(scores[kind])
     ruler, suites = scores.pop(RulerRow), [section for own in scores.values() for section in own]
+    tasks = []
+    for asked_so, given in comparable(harness, LmEvalSetting.of):
+        scored = {(one.label, place_of(one.row)): document_scores(root, one.row) for one in given}
+        tasks.append(lm_eval_section(asked_so, given, scored, margin))
+        told(given)
     agreement = []
     for answered, found in comparable(agree, AgreeSetting.of):
         choices = {(one.label, one.row.length): choices_of(root, vars(one.row)) for one in found}
@@ -114,7 +133,7 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     probed = [probe_section(setting, rows, lost) for setting, rows in comparable(probes, ProbeSetting.of)]
     tunes = [tune_section(setting, rows) for setting, rows in comparable(tuned, TuneSetting.of)]
     tell(total, total)
-    return Report(times, ruler, with_served(agreement), with_served(lost), probed, margin, tunes, suites)
+    return Report(times, ruler, with_served(agreement), with_served(lost), probed, margin, tunes, suites, tasks)
 
 
 def _rows(root: Path, kind: type[R]) -> list[R]:

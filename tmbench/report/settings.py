@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from tmbench.report.samples_as import drawn_words
+from tmbench.results.lm_eval_rows import LmEvalRow
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.tune_rows import TuneRow
 from tmbench.results.words import counted, fed_words
@@ -217,6 +218,39 @@ class LossSetting(Setting):
     @classmethod
     def of(cls, row: LossRow, older: int) -> LossSetting:
         return cls(**model_of(row), **_taken(row, ("threads", "seed", "prefill")), older_data=older)
+
+
+@dataclass(frozen=True, order=True)
+class LmEvalSetting(Setting):
+    """Of lm-evaluation-harness: one version of it, one length, and one way of asking."""
+
+    length: int
+    harness: str
+    limit: str
+    num_fewshot: int
+    chat_template: bool
+    asked_as: str
+    threads: int
+    seed: int
+    prefill: str
+    older_data: int
+
+    @classmethod
+    def of(cls, row: LmEvalRow, older: int) -> LmEvalSetting:
+        same = (
+            "length", "harness", "limit", "num_fewshot", "chat_template", "asked_as", "threads", "seed", "prefill",
+        )  # fmt: skip
+        return cls(**model_of(row), **_taken(row, same), older_data=older)
+
+    @property
+    def words(self) -> str:
+        """The setting in words, without the model, the version and the length."""
+        template = f"with{'' if self.chat_template else 'out'} chat template"
+        asked = f", asked as {self.asked_as}" if self.asked_as else ""
+        limit = f", --limit {self.limit}" if self.limit else ""
+        machine = f"{prefill_words(self.prefill)}{machine_words(self.threads)}"
+        shots = counted(self.num_fewshot, "example")
+        return f"{shots}, {template}{asked}{limit}, {machine}seed {self.seed}{older_words('data', self.older_data)}"
 
 
 @dataclass(frozen=True, order=True)

@@ -75,6 +75,11 @@ class LmEvalRow(Row):
         return self.metric if self.metric_filter == "none" else f"{self.metric} ({self.metric_filter})"
 
     @property
+    def shown(self) -> str:
+        """The value in four decimals, or where it is large in six digits."""
+        return "" if self.value is None else f"{self.value:.4f}" if abs(self.value) < 100 else f"{self.value:.6g}"
+
+    @property
     def scored(self) -> str:
         """The metric as the harness and the file of documents name it."""
         return f"{self.metric},{self.metric_filter}"

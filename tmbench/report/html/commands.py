@@ -10,6 +10,7 @@ from functools import singledispatch
 
 from ruler_tasks import TASKS
 from tmbench.methods.table import ATTN_NATIVE, LAYERS
+from tmbench.results.lm_eval_rows import LmEvalRow
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.suite_rows import SuiteRow
 from tmbench.results.words import length_name
@@ -109,6 +110,19 @@ def _(row: RulerRow) -> tuple[list[str], list[str]]:
 def _(row: SuiteRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
     words = ["suite", row.kind, *methods, "--task", row.task, "--samples", str(row.samples), *_template(row)]
+    return words + ["--batch-size", str(row.batch_size)] * (row.batch_size > 1), needs
+
+
+@_own.register
+def _(row: LmEvalRow) -> tuple[list[str], list[str]]:
+    methods, needs = _method(row)
+    words = ["lm-eval", *methods, "--tasks", row.task, "--num-fewshot", str(row.num_fewshot)]
+    words += ["--limit", row.limit] * bool(row.limit) + ["--apply-chat-template"] * row.chat_template
+    needs.append(f"lm-evaluation-harness {row.harness} asked it: a task of your own needs --include-path {FOLDER}.")
+    if row.asked_as:
+        needs.append(
+            "It was asked with --system-instruction, --fewshot-as-multiturn or --gen-kwargs, which rows know by a hash."
+        )
     return words + ["--batch-size", str(row.batch_size)] * (row.batch_size > 1), needs
 
 

@@ -21,6 +21,7 @@ FIGURES: Mapping[str, tuple[str, str | Callable[[float], str], str]] = {
     "ttft": ("ttft_median_s", significant, " s"),
     "ruler": ("score", ".4g", ""),
     **{kind.kind: ("score", ".4g", "") for kind in SUITE_ROWS},
+    "lm_eval": ("value", ".4f", ""),
     "agree": ("agreement", ".1%", " agree"),
     "loss": ("nll_prompt", ".4f", " nats a token"),
     "probe": ("middle_logits", ".2e", " in the middle"),
@@ -52,15 +53,15 @@ def rows_content(report: Report, root: Path) -> Mapping[str, Any]:
 
 
 def further_content(report: Report, root: Path) -> Mapping[str, Any]:
-    """What the template of the page of agreement and losses is given."""
-    sections: list[AnySection] = [*report.agree, *report.losses]
+    """What the template of the page of lm-eval's tasks, agreement and losses is given."""
+    sections: list[AnySection] = [*report.lm_eval, *report.agree, *report.losses]
     blocks = [block_of(section) for section in sections]
     return {"blocks": blocks, "filters": filters_of(blocks), "data": None}
 
 
 def _measured(report: Report) -> list[AnySection]:
     """The sections whose cells are rows; trade-offs are made of them."""
-    return [*report.ttft, *report.scores, *report.agree, *report.losses, *report.probes]
+    return [*report.ttft, *report.scores, *report.lm_eval, *report.agree, *report.losses, *report.probes]
 
 
 def _lines(cells: Sequence[Cell[Row]]) -> Iterator[dict[str, Any]]:

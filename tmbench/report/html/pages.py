@@ -73,8 +73,8 @@ PAGES = (
     Page(
         "further",
         "Answers and losses",
-        "How far long answers stay with dense's, and the negative log-likelihoods of prompts and answers.",
-        "No long answers and no losses were measured: tmbench agree and tmbench probe --loss do it.",
+        "Tasks of lm-eval, how far long answers stay with dense's, and negative log-likelihoods of prompts and answers.",
+        "Nothing of it was measured: tmbench lm-eval, tmbench agree and tmbench probe --loss do it.",
         overview.further_content,
         (),
     ),
