@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tmbench.engine.attention import Applied, applied
-    from tmbench.engine.decode import generate
+    from tmbench.engine.decode import generate, read_prefix
+    from tmbench.engine.prefix import Prefix
     from tmbench.errors import NotFiniteError, UnsupportedModelError, UserError
     from tmbench.methods.table import METHODS
 
-__all__ = ["METHODS", "Applied", "NotFiniteError", "UnsupportedModelError", "UserError", "applied", "generate"]
+__all__ = [
+    "METHODS", "Applied", "NotFiniteError", "Prefix", "UnsupportedModelError", "UserError", "applied", "generate",
+    "read_prefix",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOME = {
@@ -22,6 +26,8 @@ _HOME = {
     "Applied": "engine.attention",
     "METHODS": "methods.table",
     "generate": "engine.decode",
+    "read_prefix": "engine.decode",
+    "Prefix": "engine.prefix",
 }
 
 

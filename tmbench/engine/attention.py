@@ -26,7 +26,7 @@ from tmbench.engine import operators
 from tmbench.engine.calls import rotation
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.implementations import Implementations
-from tmbench.engine.left_padding import OFFSETS, by_text, offsets
+from tmbench.engine.left_padding import OFFSETS, by_text, no_padding, offsets
 from tmbench.engine.local_attention import Local, attend_locally
 from tmbench.engine.own_attention import AsLoaded, later_mask, own_attention
 from tmbench.engine.prefill_state import LayerPass, PrefillState
@@ -333,10 +333,7 @@ def _refuse_calls(
         if reason:
             raise UnsupportedModelError(f"layer {module.layer_idx} was given {reason}; {name} attention takes none")
         if name not in padded:
-            raise UnsupportedModelError(
-                f"the batch is padded, which {session.plan.method} does not serve with {name} attention: give it prompts of "
-                "one length, or one by one"
-            )
+            raise no_padding(session.plan, name)
         if len({session.rotation(query.shape[2] - offset) for offset in padding}) > 1:
             raise UnsupportedModelError(
                 "the batch is padded, and its texts are so long that rotary embeddings depend on the length of each: give "
@@ -368,12 +365,12 @@ def attend(
     """
     session = slot.session
     query, key, value = session.prefill.exchanged(slot.layer, query, key, value)
-    chunk, pattern = session.prefill.chunk, slot.pattern
+    chunk, pattern, before = session.prefill.chunk, slot.pattern, 0
     if chunk is None:
         # A StaticCache hands over its whole buffer: the keys past the prompt are empty.
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     else:
-        pattern = chunk.pattern(pattern)
+        pattern, padding, before = chunk.pattern(pattern), chunk.padding, chunk.start
     session.calls += 1
     session.layers.add(slot.layer)
     attend_by = pattern.last_row if session.prefill.layer.last_row else pattern.attend
@@ -392,7 +389,8 @@ def attend(
         # Backends that write [batch, queries, heads, dim] and return its transpose pay nothing for contiguous().
         return attend_by(q, k, v, scale=scale, **about).transpose(1, 2).contiguous()
 
-    return session.prefill.returned(by_text(attend_texts, query, key, value, padding))
+    last_row = session.prefill.layer.last_row
+    return session.prefill.returned(by_text(attend_texts, query, key, value, padding, before=before, last_row=last_row))
 
 
 def _mask(

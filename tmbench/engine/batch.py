@@ -22,6 +22,7 @@ from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.forwards import forward_of
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.memory import held, most_held
+from tmbench.engine.prefix import Prefix
 from tmbench.engine.session import Session
 from tmbench.errors import NotFiniteError
 
@@ -145,6 +146,7 @@ class Batch:
         given: Sequence[int] | None = None,
         context: int = 0,
         stop: Stop | None = None,
+        prefix: Prefix | None = None,
     ) -> Text:
         """Read a prompt by the session's plan; its text has ended already where one token was enough.
 
@@ -154,16 +156,18 @@ class Batch:
             given: so many tokens, which are read behind the prompt in place of those that are chosen.
             context: as ``Session.read_into`` has it.
             stop: where else than at an end token the text ends.
+            prefix: what was read before of the prompt, whose other tokens are ``ids``.
 
         Raises:
             ValueError: a text that is too long for the batch.
             NotFiniteError: logits that are not finite. The batch is then as before, as after whatever else reading raises.
         """
-        if ids.shape[1] + most > self.cache.capacity or most > self._most_new:
-            raise ValueError(f"{ids.shape[1]} and {most} tokens are more than this batch has room for")
+        length = ids.shape[1] + (0 if prefix is None else prefix.length)
+        if length + most > self.cache.capacity or most > self._most_new:
+            raise ValueError(f"{length} and {most} tokens are more than this batch has room for")
         free, before = self.free_slot, self.cache.bytes_per_slot * self.slots
         held_before, slot = held(self.model.device), free.number
-        logits = session.read_into(ids, free, context)
+        logits = session.read_into(ids, free, context, prefix)
         check_logits(logits, self.model, "of the prompt's last token")
         first = int(self._choices(logits, torch.tensor([[endless]], device=logits.device)))
         text = Text(slot, most, [first], session.peak.bytes, stop=stop)
@@ -175,7 +179,7 @@ class Batch:
             state.endless[slot], state.follows[slot] = endless, given is not None
             if given is not None:
                 state.given[slot, :most] = torch.tensor(given, device=ids.device)
-            state.cache_seqlens[slot] = ids.shape[1]
+            state.cache_seqlens[slot] = length
             state.written[slot], state.most[slot] = 1, most
             state.active[slot], state.broken[slot] = True, False
         if not self._planned:

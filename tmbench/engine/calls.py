@@ -37,7 +37,7 @@ def cache_of(output: Any) -> Any:
 def padded_call(model: PreTrainedModel, mask: Tensor, count: int) -> dict[str, Tensor]:
     """What to pass for the last ``count`` tokens of left-padded texts; ``mask`` ``[batch, length]`` is of all up to them."""
     known = {"attention_mask": mask}
-    if "position_ids" in _parameters(model):
+    if takes_positions(model):
         known["position_ids"] = positions(mask)[:, -count:]
     return known
 
@@ -60,6 +60,11 @@ def rotation(model: PreTrainedModel, length: int) -> int:
     if depends_on_length(model):
         return max(length, int(model.config.get_text_config().max_position_embeddings))
     return 0
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a call may say where in its text each token stands."""
+    return "position_ids" in _parameters(model)
 
 
 def _parameters(model: PreTrainedModel) -> set[str]:

@@ -7,16 +7,14 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from tmbench.engine.chunks import Chunks
+from tmbench.engine.chunks import Chunks, why_whole_by_config
 from tmbench.engine.prefill import EAGER, PLAIN, Kind, tensors_of
 from tmbench.engine.prefill_kind import all_agree, failed_trial, obstacle_of, short_prompt
 from tmbench.engine.session import running
 from tmbench.errors import UserError
-from tmbench.methods.layer_kinds import CHUNKED, layer_kinds
 from tmbench.methods.plan import ModelShape
 from tmbench.methods.table import METHODS
 from tmbench.models.context import splits_prompts
-from tmbench.models.rotary import depends_on_length
 
 TRIED = Chunks(19)
 """How the short prompt is fed."""
@@ -57,11 +55,7 @@ def _obstacle(model: PreTrainedModel, kind: Kind) -> str:
     """Why not, as far as it shows without trying, in words that follow a comma."""
     if kind == PLAIN:
         return obstacle_of(model) or "as they are read as transformers reads them"
-    if depends_on_length(model):
-        return "as its rotary embeddings depend on a prompt's length"
-    if CHUNKED in layer_kinds(model.config):
-        return "as it has layers of chunked attention, whose own chunks lie elsewhere"
-    return ""
+    return why_whole_by_config(model)
 
 
 @torch.inference_mode()

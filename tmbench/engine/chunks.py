@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicLayer
+from transformers import Cache, DynamicLayer, PreTrainedModel
 
+from tmbench.methods.layer_kinds import CHUNKED, layer_kinds
+from tmbench.models.rotary import depends_on_length
 from tmbench_kernels import Dense, Pattern
 from tmbench_kernels.parameters import LARGEST_COUNT
 
@@ -39,6 +41,15 @@ class Chunks:
             yield Chunk(start, min(start + self.size, length), length if self.known else None)
 
 
+def why_whole_by_config(model: PreTrainedModel) -> str:
+    """Why prompts are read in one piece, as far as a config says, in words that follow a comma; empty where it does not."""
+    if depends_on_length(model):
+        return "as its rotary embeddings depend on a prompt's length"
+    if CHUNKED in layer_kinds(model.config):
+        return "as it has layers of chunked attention, whose own chunks lie elsewhere"
+    return ""
+
+
 WHOLE = Chunks(LARGEST_COUNT)
 """One chunk, whatever the length: a prompt in one piece, over whose keys something else is to be read."""
 
@@ -53,11 +64,17 @@ class Chunk:
     """Of the whole prompt; None where it is not known."""
     dense: bool = False
     """Whether its queries see all keys, whatever the method, as a question does that is asked later."""
+    padding: tuple[int, ...] = ()
+    """How many of each row's tokens here stand in front of its text; none where no row has any."""
 
     def call(self, ids: Tensor) -> dict[str, Tensor]:
         """What the model is called with, given the chunk's own ids ``[batch, end - start]``."""
         places = torch.arange(self.start, self.end, device=ids.device).expand(ids.shape[0], -1)
-        return {"input_ids": ids, "position_ids": places}
+        if not self.padding:
+            return {"input_ids": ids, "position_ids": places}
+        places = (places - torch.tensor(self.padding, device=ids.device)[:, None]).clamp(min=self.start)
+        # Without a mask transformers takes places that begin anew for several texts in one row.
+        return {"input_ids": ids, "position_ids": places, "attention_mask": torch.ones_like(ids)}
 
     def pattern(self, of: Pattern) -> Pattern:
         """What a pattern is for these queries."""

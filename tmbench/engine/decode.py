@@ -18,8 +18,10 @@ from tmbench.engine.calls import cache_name, padded_call, rope_switch
 from tmbench.engine.finite import check_logits
 from tmbench.engine.left_padding import offsets
 from tmbench.engine.prefill import Prefill
+from tmbench.engine.prefix import Prefix
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.methods.layer_kinds import FULL, layer_kinds
+from tmbench.models.attention_modules import PLACE
 
 Stop = Callable[[Sequence[int]], bool]
 """Whether a text ends with the last of these new tokens, whatever the model would write behind it."""
@@ -78,7 +80,33 @@ class Decoding:
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor:
+def read_prefix(model: PreTrainedModel, inputs: Any) -> Prefix:
+    """Read what several prompts begin with, within ``tmbench.applied``, for ``generate`` to go on from.
+
+    Args:
+        model: a decoder-only model whose layers keep the keys of all tokens.
+        inputs: token ids of one text, or what a tokenizer returns of one.
+
+    Raises:
+        UserError: inputs that are none of this, and no method at work.
+        UnsupportedModelError: a model whose prefixes cannot be kept, and as ``tmbench.applied``.
+    """
+    ids, mask = _ids(inputs)
+    if ids.shape[0] > 1 or mask is not None:
+        raise UserError(f"a prefix is one text without padding, not {ids.shape[0]} rows: give what all prompts begin with")
+    return _at_work(model).keep(ids.to(model.device))
+
+
+def _at_work(model: PreTrainedModel) -> Prefill:
+    """A prefill of the method that is applied to a model."""
+    found = next((slot for module in model.modules() if (slot := getattr(module, PLACE, None)) is not None), None)
+    if found is None:
+        raise UserError('a prefix is read by a method: use a block of tmbench.applied, which "dense" is good for too')
+    return Prefill(model, found.session)
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int, prefix: Prefix | None = None) -> Tensor:
     """Greedy decoding, within ``tmbench.applied`` or without: the new tokens alone, ``[batch, new]``, on the model's device
 
     The prompt is read by the method, once; decoding is dense over the full cache. Of the checkpoint's generation config only
@@ -89,9 +117,11 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor
         inputs: token ids, ``[batch, length]`` or one sequence; or what a tokenizer returns, of texts of different lengths
             with padding in front of them and an ``attention_mask``.
         max_new_tokens: the most tokens to write, 1 or more.
+        prefix: what ``read_prefix`` has read of all of these prompts, under the method that is applied; ``inputs`` are then
+            what follows it.
 
     Raises:
-        UserError: inputs that are none of this, or no token to write.
+        UserError: inputs that are none of this, no token to write, or a prefix of another method.
         UnsupportedModelError: padding behind or within a text, or under a method that takes none; a model that cannot
             generate, and as ``tmbench.applied``.
         NotFiniteError: logits that are not finite.
@@ -104,6 +134,11 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> Tensor
         )
     ids, mask = _ids(inputs)
     ids, mask = ids.to(model.device), None if mask is None else mask.to(model.device)
+    if prefix is not None:
+        prefill = _at_work(model)
+        logits = prefill.after(prefix, ids, mask)
+        whole, seen = prefix.before(ids, mask)
+        return greedy(Decoding(model, whole, logits, prefill.cache, seen), max_new_tokens)
     prefill = Prefill(model)
     return greedy(Decoding(model, ids, prefill(ids, mask=mask), prefill.cache, mask), max_new_tokens)
 

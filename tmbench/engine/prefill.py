@@ -25,8 +25,10 @@ from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.last_position import narrow
+from tmbench.engine.left_padding import check_padding, offsets
 from tmbench.engine.local_attention import attend_locally_cached
 from tmbench.engine.native_layers import run_native
+from tmbench.engine.prefix import Prefix, check_prefixes
 from tmbench.engine.token_split import TokenSplit, cache_of_own_heads
 from tmbench.models.attention_modules import PLACE
 
@@ -114,6 +116,44 @@ class Prefill:
         """
         assert self.cache is not None, "nothing was read before"
         return self._read_chunk(self.cache, Chunk(self._read, self._read + ids.shape[1], dense=True), ids)
+
+    def keep(self, ids: Tensor) -> Prefix:
+        """Read what several prompts begin with, ``[1, length]``, for ``after``.
+
+        Any kind of prefill does so, under a method. Raises UnsupportedModelError as ``check_prefixes``.
+        """
+        assert self.session is not None, "a method reads prefixes"
+        check_prefixes(self.model)
+        check_window(self.model, ids.shape[1], self.session.plan.method)
+        cache = empty_cache(self.model)
+        for chunk in (self.session.chunks or WHOLE).of(ids.shape[1]):
+            self._read_chunk(cache, chunk, ids[:, chunk.start : chunk.end])
+        self.cache = None
+        return Prefix(ids, self.session.plan, tuple((layer.keys, layer.values) for layer in cache.layers))
+
+    def after(self, prefix: Prefix, ids: Tensor, mask: Tensor | None = None, into: CacheSlot | None = None) -> Tensor:
+        """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``, each row of which follows the prefix.
+
+        A ``mask`` of ``ids`` is 0 for padding in front of a text. The prefix and what follows it go ``into`` a slot where
+        one is given, which takes one row without padding.
+
+        Raises UnsupportedModelError for padding elsewhere and for a method that takes none, and UserError for a prefix that
+        another method has read.
+        """
+        assert self.session is not None, "a method reads prefixes"
+        prefix.check(self.session.plan)
+        padding = () if mask is None else tuple(offsets(mask, ids.shape[1]))
+        if any(padding):
+            check_padding(self.session.plan)
+            if into is not None:
+                raise ValueError("a slot takes one text without padding")
+        whole = prefix.length + ids.shape[1]
+        check_window(self.model, whole, self.session.plan.method)
+        if into is not None:
+            into.begin()
+        cache = with_room(empty_cache(self.model), whole) if into is None else into
+        prefix.fill(cache, ids.shape[0])
+        return self._read_chunk(cache, Chunk(prefix.length, whole, padding=padding if any(padding) else ()), ids)
 
     def _read_chunk(self, cache: Cache | CacheSlot, chunk: Chunk, ids: Tensor) -> Tensor:
         assert self.session is not None

@@ -21,6 +21,7 @@ from tmbench.engine.decode import Decoding, Stop, follow, greedy
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
+from tmbench.engine.prefix import Prefix
 from tmbench.methods.plan import Plan
 from tmbench.models import parallel
 from tmbench.models.context import splits_prompts
@@ -41,15 +42,16 @@ class Session:
         """Inside, the model reads prompts and nothing else: see ``tmbench.engine.prefill.prepared``."""
         return prepared(self.model, self.applied, self.kind, every_position=every_position)
 
-    def read_into(self, ids: Tensor, slot: CacheSlot, context: int = 0) -> Tensor:
+    def read_into(self, ids: Tensor, slot: CacheSlot, context: int = 0, prefix: Prefix | None = None) -> Tensor:
         """Read a prompt ``[1, length]``, its keys and values into a slot of a cache; logits ``[1, vocabulary]``.
 
-        With a ``context`` the method reads the first so many tokens, and those behind it see all keys.
+        With a ``context`` the method reads the first so many tokens, and those behind it see all keys. With a ``prefix`` the
+        slot gets that, and the prompt is what follows it.
         Not in a plain prefill, which fills a cache of transformers'. Raises RuntimeError where a layer was not read by its
         pattern.
         """
         with self.prefill() as prefill:
-            logits = prefill(ids, slot, context=context)
+            logits = prefill(ids, slot, context=context) if prefix is None else prefill.after(prefix, ids, into=slot)
         self.applied.check_complete()
         return logits
 
@@ -63,6 +65,22 @@ class Session:
         self.applied.check_complete()
         cache, prefill.cache = prefill.cache, None
         return Decoding(self.model, ids, logits, cache)
+
+    def keep(self, ids: Tensor) -> Prefix:
+        """Read what several prompts begin with, ``[1, length]``: see ``tmbench.engine.prefix``; as ``Prefill.keep``."""
+        with self.prefill() as prefill:
+            kept = prefill.keep(ids)
+        self.applied.check_complete()
+        return kept
+
+    def read_after(self, prefix: Prefix, ids: Tensor, mask: Tensor | None = None) -> Decoding:
+        """Read what follows a prefix in each row of ``[batch, length]``, to decode after it; as ``Prefill.after``."""
+        with self.prefill() as prefill:
+            logits = prefill.after(prefix, ids, mask)
+        self.applied.check_complete()
+        cache, prefill.cache = prefill.cache, None
+        whole, seen = prefix.before(ids, mask)
+        return Decoding(self.model, whole, logits, cache, seen)
 
     def read_before(self, ids: Tensor, following: Sequence[int], context: int = 0) -> None:
         """Read a prompt ``[1, length]``, and what follows it densely over all before, every position to the end.

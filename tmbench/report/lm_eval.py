@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tmbench.report.answers import Answers
 from tmbench.report.comparable import Placed
 from tmbench.report.intervals import MARGIN, Difference, by_chance
-from tmbench.report.ruler import DIFFERENCE_COLUMNS, NOT_COMPARED, difference_texts, verdict_of
+from tmbench.report.differences import DIFFERENCE_COLUMNS, NOT_COMPARED, difference_texts, verdict_of
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
 from tmbench.report.settings import LmEvalSetting
 from tmbench.report.table import Table, columns
