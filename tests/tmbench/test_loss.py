@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 import under_plan
 from bound_specs import Bound
 from plans import plan_of
+from tmbench.engine.prefill import EAGER
+from tmbench.engine.session import running
 from tmbench.measure import keeping, loss
 from tmbench.measure.loss import LossSpec
 from tmbench.models.loading import LoadedModel
@@ -180,3 +182,26 @@ def test_an_overwrite_killed_behind_dense_leaves_no_difference_to_the_older_one(
     again = rows_of(job().run())
     assert again["tri_mix"].nll_prompt_vs_dense == pytest.approx(first["tri_mix"].nll_prompt_vs_dense - 1.0)
     assert {row.method: row for row in read_all(tmp_path, LossRow)} == again
+
+
+@pytest.mark.parametrize("method", ["dense", "tri_mix"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@torch.inference_mode()
+def test_several_texts_behind_one_context_are_scored_in_one_pass_each(family, method, make_model, prompt):
+    """A cache that lets go of a text serves the next; layers with windows do not, and say so."""
+    windows = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
+    model, ids = make_model(family, **(windows if family == "gemma3_text" else {})), prompt(41)
+    plan = plan_of(model, method, **WINDOW)
+    # The last one is what the model would write.
+    texts = [ANSWER, [7], [9, 11, 4], []]
+    with running(model, plan, EAGER) as session:
+        texts[-1] = session.generate(ids, 3)[0].tolist()
+        expected = [loss.following_losses(session, session.read(ids), text, at_once=False) for text in texts]
+        decoding = session.read(ids)
+        for text, (losses, likeliest) in zip(texts, expected, strict=True):
+            if decoding.length != 41:
+                assert family == "gemma3_text"
+                decoding = session.read(ids)
+            got, greedy = loss.following_losses(session, decoding, text, at_once=True)
+            torch.testing.assert_close(got, losses, rtol=1e-4, atol=1e-4)
+            assert greedy == likeliest == (text is texts[-1])

@@ -109,6 +109,10 @@ class Prefill:
         logits = output.logits[:, -1]
         return logits if self.split is None else self.split.from_last(logits)
 
+    def resume(self, cache: Cache, length: int) -> None:
+        """Go on from a cache that another prefill has filled with so many tokens: ``ask`` then reads over it."""
+        self.cache, self._read = cache, length
+
     def ask(self, ids: Tensor) -> Tensor:
         """Logits ``[batch, vocabulary]`` of the last of ``ids``, which are read densely over all that was read before.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from tmbench.engine.calls import empty_cache, takes_positions
-from tmbench.engine.chunks import why_whole_by_config
+from tmbench.engine.chunks import Growing, why_whole_by_config
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.methods.plan import Plan
@@ -55,6 +55,15 @@ class Prefix:
                 f"the prefix was read by {self.plan.method}, and {plan.method} with its own parameters is at work: have it "
                 "read the prefix too"
             )
+
+
+def let_go(cache: Cache, length: int) -> bool:
+    """Have a cache hold its first so many tokens and no others; False where a layer keeps something else, which stays."""
+    if not all(type(layer) in (DynamicLayer, Growing) for layer in cache.layers):
+        return False
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+    return True
 
 
 def check_prefixes(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from tmbench.engine.decode import Decoding, Stop, follow, greedy
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.memory import PeakMemory
 from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
-from tmbench.engine.prefix import Prefix
+from tmbench.engine.prefix import Prefix, let_go
 from tmbench.methods.plan import Plan
 from tmbench.models import parallel
 from tmbench.models.context import splits_prompts
@@ -95,6 +95,19 @@ class Session:
             if following:
                 prefill.ask(torch.tensor([following], device=ids.device, dtype=ids.dtype))
         self.applied.backends.intersection_update(ran)
+
+    def ask(self, decoding: Decoding, ids: Tensor) -> bool:
+        """Read ``ids`` ``[1, length]`` densely behind what was read, every position to the end; ``decoding`` is not told.
+
+        Of models that can be fed in chunks: see ``chunk_kind.feeds_chunks``. Returns whether the cache is as before, so that
+        something else may be asked; where a layer cannot let go of tokens it is not, and nothing can follow.
+        """
+        ran = set(self.applied.backends)
+        with self.prefill(every_position=True) as prefill:
+            prefill.resume(decoding.cache, decoding.length)
+            prefill.ask(ids)
+        self.applied.backends.intersection_update(ran)
+        return let_go(decoding.cache, decoding.length)
 
     def generate(self, ids: Tensor, max_new_tokens: int, context: int = 0, stop: Stop | None = None) -> Tensor:
         """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``; a ``stop`` for one."""

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.decode import Decoding
 from tmbench.engine.density import PairCounter
 from tmbench.engine.session import Session, compile_ahead, running
 from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked, Given
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
-from tmbench.measure.loss import prompt_losses
+from tmbench.measure.loss import following_losses, prompt_losses
 from tmbench.measure.shard import row_target
 from tmbench.measure.spec import Item, ItemSpec, Part, Place
 from tmbench.methods.plan import backends_name
@@ -166,7 +167,9 @@ class LmEvalSpec(AnswerSpec[LmEvalRow]):
         counter = PairCounter()
         rolling = item.requests[0].kind == ROLLING
         first = torch.tensor([item.requests[0].context], device=loaded.device)
-        compile_ahead(loaded.model, plan, self.prefill, first, every_position=rolling, chunks=self.chunks)
+        at_once = feeds_chunks(loaded.model, self.prefill)
+        for whole in {rolling, rolling or at_once}:
+            compile_ahead(loaded.model, plan, self.prefill, first, every_position=whole, chunks=self.chunks)
         with running(loaded.model, plan, self.prefill, self.chunks) as session:
             session.applied.observer = counter if item.count else None
             decoding: Decoding | None = None
@@ -176,11 +179,12 @@ class LmEvalSpec(AnswerSpec[LmEvalRow]):
                     if rolling:
                         logprob, greedy = -math.fsum(_rolled(session, *part) for part in request.parts), False
                     else:
-                        text = request.parts[0][1]
-                        # A text of one token leaves the context's cache as it was, for the next.
+                        # The next text may follow the context that was read for this one, if its cache is as before.
                         if decoding is None or decoding.length != first.shape[1]:
                             decoding = session.read(first)
-                        logprob, greedy = _following(decoding, text)
+                            session.applied.observer = None
+                        losses, greedy = following_losses(session, decoding, request.parts[0][1], at_once=at_once)
+                        logprob = -float(losses.double().sum())
                 finally:
                     worker.ran |= session.applied.backends
                 session.applied.observer = None
@@ -236,18 +240,6 @@ def _ends(tokenizer: PreTrainedTokenizerBase, until: Sequence[str], tokens: Sequ
     """Whether what was written has one of the texts in it at which it ends."""
     text = str(tokenizer.decode(tokens))
     return any(end in text for end in until if end)
-
-
-def _following(decoding: Decoding, text: Sequence[int]) -> tuple[float, bool]:
-    """The log-likelihood of a text behind what was read, and whether each of its tokens is the likeliest."""
-    total, greedy = [], True
-    for place, token in enumerate(text):
-        logits = decoding.logits if place == 0 else decoding.read([text[place - 1]])
-        total.append(float(logits[0].log_softmax(-1)[token]))
-        greedy = greedy and int(logits[0].argmax()) == token
-    if not math.isfinite(sum(total)):
-        raise RuntimeError("the model gives a text that it is to score no likelihood at all")
-    return math.fsum(total), greedy
 
 
 def _rolled(session: Session, context: Sequence[int], text: Sequence[int]) -> float:

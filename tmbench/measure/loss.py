@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.chunks import Chunks
+from tmbench.engine.decode import Decoding
 from tmbench.engine.finite import check_logits
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.prefill import Kind as Prefill
@@ -241,23 +242,61 @@ def prompt_losses(session: Session, ids: Tensor) -> Tensor:
     return found.cpu()
 
 
-def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Of each token but the first, given the base model's output ``[1, length, hidden]`` of all, or of all but the last.
+@torch.inference_mode()
+def following_losses(session: Session, decoding: Decoding, text: Sequence[int], *, at_once: bool) -> tuple[Tensor, bool]:
+    """The negative log-likelihood of a text behind what was read, in nats, and whether each of its tokens is the likeliest.
 
-    The model's own ``forward`` makes the logits, with whatever it scales or caps them by: for the time of a chunk its base
-    model hands over that chunk of what it yielded before.
+    With ``at_once`` it is read in one pass and ``decoding`` stays where it was, unless ``Decoding.length`` says otherwise;
+    ``chunk_kind.feeds_chunks`` says of which models it can be. Else token by token. Each token sees all before it.
+
+    Returns float32 ``[len(text)]`` on the CPU. Raises as ``losses``.
+    """
+    first = decoding.logits[0]
+    if at_once and len(text) > 1:
+        hidden: list[Any] = []
+        hook = _base(session.model).register_forward_hook(lambda module, given, out: hidden.append(out))
+        ids = torch.tensor([text], device=first.device)
+        try:
+            kept = session.ask(decoding, ids[:, :-1])
+        finally:
+            hook.remove()
+        rest = list(_logits(session.model, hidden[0].last_hidden_state, ids))
+        if not kept:
+            decoding.length += len(text) - 1
+    else:
+        ids = torch.tensor([text], device=first.device)
+        rest = [decoding.read([token]) for token in text[:-1]]
+    logits = torch.cat([first[None], *rest])
+    found = F.cross_entropy(logits, ids[0], reduction="none")
+    if not found.isfinite().all():
+        raise RuntimeError("the model masks a token that the text has, so its loss is infinite: use another text")
+    return found.cpu(), bool((logits.argmax(-1) == ids[0]).all())
+
+
+def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Of each token but the first, given the base model's output ``[1, length, hidden]`` of all, or of all but the last."""
+    found, start = [], 1
+    for logits in _logits(model, hidden, ids):
+        found.append(F.cross_entropy(logits, ids[0, start : start + len(logits)], reduction="none"))
+        start += len(logits)
+    return torch.cat(found)
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Iterator[Tensor]:
+    """The logits of each token of ``ids`` but the first, float32 ``[tokens, vocabulary]``, a chunk of them at a time.
+
+    The model's own ``forward`` makes them, with whatever it scales or caps them by: for the time of a chunk its base model
+    hands over that chunk of what it yielded before.
     """
     chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
-    parts = []
-    with ExitStack() as stack:
-        replace_forward(stack, _base(model), lambda *args, **kwargs: part)
-        for start in range(0, ids.shape[1] - 1, chunk):
-            end = min(start + chunk, ids.shape[1] - 1)
-            part = _Output(last_hidden_state=hidden[:, start:end])
+    for start in range(0, ids.shape[1] - 1, chunk):
+        end = min(start + chunk, ids.shape[1] - 1)
+        part = _Output(last_hidden_state=hidden[:, start:end])
+        with ExitStack() as stack:
+            replace_forward(stack, _base(model), lambda *args, part=part, **kwargs: part)
             logits = model(input_ids=ids[:, start:end], use_cache=False, return_dict=True).logits[0].float()
-            check_logits(logits, model, "of the prompt's tokens")
-            parts.append(F.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="none"))
-    return torch.cat(parts)
+        check_logits(logits, model, "of the prompt's tokens")
+        yield logits
 
 
 def check_model(model: PreTrainedModel) -> None:
