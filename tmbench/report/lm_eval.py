@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ from tmbench.report.answers import Answers
 from tmbench.report.comparable import Placed
 from tmbench.report.intervals import MARGIN, Difference, by_chance
 from tmbench.report.differences import DIFFERENCE_COLUMNS, NOT_COMPARED, difference_texts, verdict_of
+from tmbench.report.loss import LossDifference
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
 from tmbench.report.settings import LmEvalSetting
+from tmbench.report.student import mean_interval
 from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING, figure_text
-from tmbench.results.lm_eval_rows import LmEvalRow
+from tmbench.results.lm_eval_rows import Likelihood, LmEvalRow
 from tmbench.results.rows import OK
 from tmbench.results.sample_scores import Samples
 from tmbench.results.words import counted, length_name
@@ -27,6 +30,8 @@ class LmEvalCell(Cell[LmEvalRow]):
     """Dense's row of the same; None for dense itself, and where either has no value."""
     difference: Difference | str
     """In points of a hundred; in words why there is none, "" for dense itself."""
+    nats: LossDifference | None = None
+    """Of a perplexity: how much less likely the texts are than under dense, in nats for each of what the metric counts."""
 
     @property
     def figure(self) -> float | None:
@@ -64,7 +69,7 @@ class LmEvalSection(Section[LmEvalSetting, LmEvalCell]):
 
     def tables(self) -> list[Table]:
         """The values as the harness has them, and the differences to dense."""
-        return [self._values(), self._differences(), self._cost()]
+        return [self._values(), self._differences(), self._likelihoods(), self._cost()]
 
     def _values(self) -> Table:
         found: dict[tuple[str, str], dict[str, LmEvalCell]] = {}
@@ -89,6 +94,17 @@ class LmEvalSection(Section[LmEvalSetting, LmEvalCell]):
         caption = f"Points of a hundred against dense over the same documents, for a margin of {self.margin:g}:"
         return Table(caption, columns(*names, texts=("task", "metric", "method", "in words")), lines)
 
+    def _likelihoods(self) -> Table:
+        lines = [
+            [cell.row.task, cell.row.measure, cell.label, cell.nats.text] for cell in self.cells if cell.nats is not None
+        ]
+        names = ("task", "metric", "method", "nats")
+        caption = (
+            "Nats against dense over the same documents, for each word or byte as the metric counts, with the 95 % "
+            "interval. Above 0 the texts are less likely:"
+        )
+        return Table(caption, columns(*names, texts=("task", "metric", "method")), lines)
+
     def _cost(self) -> Table:
         own = {(cell.row.task, cell.label): cell for cell in self.measured()}
         lines = [
@@ -108,9 +124,8 @@ class LmEvalSection(Section[LmEvalSetting, LmEvalCell]):
 
     def notes(self) -> list[str]:
         compared = sum(isinstance(cell.difference, Difference) for cell in self.cells)
-        unpaired = [
-            cell.verdict.removeprefix(NOT_COMPARED) for cell in self.measured() if cell.verdict.startswith(NOT_COMPARED)
-        ]
+        bare = [cell for cell in self.measured() if cell.nats is None and cell.verdict.startswith(NOT_COMPARED)]
+        unpaired = [cell.verdict.removeprefix(NOT_COMPARED) for cell in bare]
         few = min(cell.row.samples for cell in self.cells)
         cut = sorted({cell.row.task for cell in self.cells if cell.row.truncated})
         notes = {
@@ -135,9 +150,11 @@ def lm_eval_section(
     setting: LmEvalSetting,
     placed: Sequence[Placed[LmEvalRow]],
     samples: Mapping[tuple[str, str], Samples],
+    likelihoods: Mapping[tuple[str, str], Mapping[int, Likelihood]],
     margin: float = MARGIN,
 ) -> LmEvalSection:
-    """The section of rows of one setting, given what each document scored by (label, ``place_of`` a row)."""
+    """The section of rows of one setting, given by (label, ``place_of`` a row) what each document scored, and how likely
+    its text was."""
     answers = Answers(samples, margin)
     others = [one for one in placed if one.label != "dense"]
     found = iter(answers.compare_all([(one.label, "dense", [place_of(one.row)]) for one in others]))
@@ -146,8 +163,24 @@ def lm_eval_section(
     for one in placed:
         compared = one.label != "dense" and one.row.status == OK and one.row.value is not None
         of_dense = dense.get(place_of(one.row)) if compared else None
-        cells.append(LmEvalCell(one.row, one.label, of_dense, "" if one.label == "dense" else next(found)))
+        place = place_of(one.row)
+        nats = None
+        if one.label != "dense":
+            nats = _nats(likelihoods.get((one.label, place), {}), likelihoods.get(("dense", place), {}))
+        cells.append(LmEvalCell(one.row, one.label, of_dense, "" if one.label == "dense" else next(found), nats))
     return LmEvalSection(setting, cells, margin)
+
+
+def _nats(own: Mapping[int, Likelihood], dense: Mapping[int, Likelihood]) -> LossDifference | None:
+    """How much less likely texts are, for each unit of their weight; None where they are not the same texts."""
+    same = own.keys() == dense.keys() and all(
+        (one.told, one.weight) == (dense[index].told, dense[index].weight) for index, one in own.items()
+    )
+    if not own or not same:
+        return None
+    weight = statistics.fmean(one.weight for one in own.values())
+    apart = [(dense[index].logprob - one.logprob) / weight for index, one in own.items()]
+    return LossDifference(statistics.fmean(apart), mean_interval(apart) if len(apart) > 1 else None)
 
 
 def place_of(row: LmEvalRow) -> str:

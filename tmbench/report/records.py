@@ -37,7 +37,8 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
         "ruler": SCORES,
         **{kind.kind: SCORES for kind in SUITE_ROWS},
         "trade-off": "saved_percent saved_low saved_high difference difference_low difference_high coverage ttft_median_s",
-        "lm_eval": "value prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high",
+        "lm_eval": "value prompt_tokens_mean seconds_per_sample coverage difference difference_low difference_high "
+        "nats_vs_dense nats_vs_dense_low nats_vs_dense_high",
         "agree": "agreement agreement_low agreement_high divergence_median divergence_least identical seconds_per_sample",
         "loss": " ".join(
             (
@@ -243,7 +244,13 @@ def _(cell: RulerCell) -> Record:
 
 @_derived.register
 def _(cell: LmEvalCell) -> Record:
-    return {"percent_vs_dense": cell.percent_vs_dense, **difference_record(cell.difference)}
+    return {
+        "percent_vs_dense": cell.percent_vs_dense,
+        **difference_record(cell.difference),
+        "nats_vs_dense": cell.nats and cell.nats.mean,
+        "nats_vs_dense_low": cell.nats and cell.nats.low,
+        "nats_vs_dense_high": cell.nats and cell.nats.high,
+    }
 
 
 @_derived.register

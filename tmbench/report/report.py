@@ -33,7 +33,7 @@ from tmbench.report.tradeoff import TradeOff, trade_offs
 from tmbench.report.ttft import TtftSection, ttft_section
 from tmbench.report.tune import TuneSection, tune_section
 from tmbench.results.choices import choices_of
-from tmbench.results.lm_eval_rows import LmEvalRow, document_scores
+from tmbench.results.lm_eval_rows import LmEvalRow, document_likelihoods, document_scores
 from tmbench.results.loss_samples import losses_of
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.sample_scores import read_samples
@@ -117,7 +117,8 @@ def build(root: Path, margin: float = MARGIN, tell: Tell = nobody) -> Report:
     tasks = []
     for asked_so, given in comparable(harness, LmEvalSetting.of):
         scored = {(one.label, place_of(one.row)): document_scores(root, one.row) for one in given}
-        tasks.append(lm_eval_section(asked_so, given, scored, margin))
+        likely = {(one.label, place_of(one.row)): document_likelihoods(root, one.row) for one in given}
+        tasks.append(lm_eval_section(asked_so, given, scored, likely, margin))
         told(given)
     agreement = []
     for answered, found in comparable(agree, AgreeSetting.of):

@@ -16,6 +16,8 @@ from tmbench.results.sample_scores import Samples
 from tmbench.results.tables import csv_path
 from tmbench.results.words import counted
 
+LARGEST = 700.0
+"""Nats beyond which a perplexity is no float."""
 NO_SHARE = "is no mean over documents that score from 0 to 1"
 
 
@@ -132,25 +134,63 @@ def document_scores(root: Path, row: LmEvalRow) -> Samples:
 
     Raises UserError for a file that tmbench did not write.
     """
-    if row.status != OK or row.value is None:
-        return Samples(missing="not measured")
-    path = root / row.device / row.kind / row.documents
-    if not row.documents or not path.exists():
-        return Samples(missing="its file of documents is missing")
-    lines = read_lines(path, _entry, "a document", "move it out of the results folder")
-    found = {index: (scores[row.scored], told) for index, scores, told in lines if row.scored in scores}
-    if len(found) != row.samples:
-        return Samples(missing=f"its file of documents has {len(found)} of {counted(row.samples, 'document')}")
+    found = _documents(root, row)
+    if isinstance(found, str):
+        return Samples(missing=found)
     scores = {index: value for index, (value, _) in found.items()}
     if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in scores.values()):
         return Samples(missing=f"{row.metric} {NO_SHARE}")
-    if not math.isclose(sum(scores.values()) / len(scores), row.value, rel_tol=1e-6, abs_tol=1e-9):
+    if not math.isclose(sum(scores.values()) / len(scores), row.value or 0.0, rel_tol=1e-6, abs_tol=1e-9):
         return Samples(missing=f"{row.metric} {NO_SHARE}")
     return Samples(
         {index: float(value) for index, value in scores.items()},
         {index: (told,) for index, (_, told) in found.items()},
         dict.fromkeys(found, ""),
     )
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a text's likelihood was: of a metric that is taken over all of them, such as a perplexity."""
+
+    logprob: float
+    """In nats."""
+    weight: float
+    """How many words or bytes it has, as the metric counts."""
+    told: str
+    """A hash of the document."""
+
+
+def document_likelihoods(root: Path, row: LmEvalRow) -> Mapping[int, Likelihood]:
+    """Of each document; none for a row of another metric, or where the file does not make it.
+
+    Raises UserError for a file that tmbench did not write.
+    """
+    found = _documents(root, row)
+    if isinstance(found, str) or not found:
+        return {}
+    pairs = {index: (value, told) for index, (value, told) in found.items() if isinstance(value, list) and len(value) == 2}
+    if len(pairs) < len(found) or not all(isinstance(one, int | float) for value, _ in pairs.values() for one in value):
+        return {}
+    own = {index: Likelihood(value[0], value[1], told) for index, (value, told) in pairs.items()}
+    weight = sum(one.weight for one in own.values())
+    nats = -sum(one.logprob for one in own.values()) / weight if weight > 0 else math.inf
+    made = (math.exp(min(nats, LARGEST)), nats / math.log(2))
+    return own if any(math.isclose(value, row.value or 0.0, rel_tol=1e-6) for value in made) else {}
+
+
+def _documents(root: Path, row: LmEvalRow) -> dict[int, tuple[Any, str]] | str:
+    """What each document has of a row's metric, with a hash of it; or why there is nothing, in words."""
+    if row.status != OK or row.value is None:
+        return "not measured"
+    path = root / row.device / row.kind / row.documents
+    if not row.documents or not path.exists():
+        return "its file of documents is missing"
+    lines = read_lines(path, _entry, "a document", "move it out of the results folder")
+    found = {index: (scores[row.scored], told) for index, scores, told in lines if row.scored in scores}
+    if len(found) != row.samples:
+        return f"its file of documents has {len(found)} of {counted(row.samples, 'document')}"
+    return found
 
 
 def _entry(entry: Any) -> tuple[int, dict[str, Any], str]:

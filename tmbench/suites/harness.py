@@ -129,7 +129,7 @@ class Harness:
             manager = _manager(self.include_path, tuple(names))
         for name in names:
             if name not in manager.all_tasks:
-                where = f" or in --include-path {self.include_path}" if self.include_path else ""
+                where = f", and --include-path {self.include_path} has none such" if self.include_path else ""
                 raise UserError(f"--tasks {name} is unknown to lm-eval{where}: lm-eval ls tasks lists what there is")
 
     def ask(self, name: str, task: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Request]:

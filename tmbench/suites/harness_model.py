@@ -14,6 +14,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from tmbench.errors import UserError
+
 NEW_TOKENS = 256
 """Of an answer, where a task does not say how many it may have; the harness's own number."""
 
@@ -42,6 +44,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """The token at which a text ends."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token, which lm-eval's tasks need: give --model one that has")
         return int(self.tokenizer.eos_token_id)
 
     @property
