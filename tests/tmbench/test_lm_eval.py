@@ -10,7 +10,7 @@ import pytest
 
 from tmbench.errors import UserError
 from tmbench.models import loading
-from tmbench.results.lm_eval_rows import LmEvalRow, Response, document_scores
+from tmbench.results.lm_eval_rows import LmEvalRow, Response, document_likelihoods, document_scores
 from tmbench.results.sample_files import read_samples_of
 from tmbench.results.tables import read_all
 from tmbench.suites import harness
@@ -164,6 +164,27 @@ def test_a_larger_run_answers_what_is_missing_alone(measured, tasks, monkeypatch
     scores = document_scores(tasks.parent / "results", row)
     assert sum(scores.scores.values()) / 4 == row.value
     assert document_scores(tasks.parent / "results", next(row for row in rows if row.metric == "acc_norm")).missing == ""
+
+
+@installed
+@pytest.mark.slow
+def test_a_failure_is_a_row_and_the_next_run_mends_it(measured, tasks, monkeypatch):
+    from tmbench.measure import harness as measuring
+
+    def fail(*args):
+        raise RuntimeError("no such luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measuring, "prompt_losses", fail)
+        rows = measured("rolls", "--method", "dense", code=1)
+    assert {row.error for row in rows.values()} == {"RuntimeError: no such luck"}
+    assert {metric for _, metric in rows} == {"word_perplexity", "bits_per_byte"}
+    with monkeypatch.context() as patched:
+        patched.setattr(harness, "_values", lambda results: {})
+        measured("rolls", "--method", "dense", code=2)
+    rows = measured("rolls", "--method", "dense")
+    assert {(row.status, row.value is None) for row in rows.values()} == {("ok", False)}
+    assert len(document_likelihoods(tasks.parent / "results", rows["dense", "bits_per_byte"])) == 4
 
 
 @installed

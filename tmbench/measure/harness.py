@@ -25,6 +25,7 @@ from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.decode import Decoding
 from tmbench.engine.density import PairCounter
 from tmbench.engine.session import Session, compile_ahead, running
+from tmbench.errors import UserError
 from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked, Given
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
@@ -36,7 +37,6 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.lm_eval_rows import LmEvalRow, Response, kept_responses, write_documents
 from tmbench.results.rows import FAILED, now, short_hash
 from tmbench.results.sample_files import decoded
-from tmbench.results.words import counted
 from tmbench.suites.harness import ROLLING, WRITTEN, Harness, Request, columns_of, harness_version, measures_of
 
 WHAT = "tmbench lm-eval"
@@ -168,7 +168,7 @@ class LmEvalSpec(AnswerSpec[LmEvalRow]):
         rolling = item.requests[0].kind == ROLLING
         first = torch.tensor([item.requests[0].context], device=loaded.device)
         at_once = feeds_chunks(loaded.model, self.prefill)
-        for whole in {rolling, rolling or at_once}:
+        for whole in {rolling, rolling or at_once} if first.shape[1] else ():
             compile_ahead(loaded.model, plan, self.prefill, first, every_position=whole, chunks=self.chunks)
         with running(loaded.model, plan, self.prefill, self.chunks) as session:
             session.applied.observer = counter if item.count else None
@@ -205,7 +205,7 @@ class LmEvalSpec(AnswerSpec[LmEvalRow]):
 
 def _items(title: str, plan: int, requests: Sequence[Request]) -> list[HarnessItem]:
     """Requests in their order, those together that follow each other and have one context to score texts behind."""
-    room = max(len(request.context) + request.most for request in requests if request.parts)
+    room = max(len(request.context) + request.most for request in requests)
     new = max(request.most for request in requests)
     found = []
 
@@ -275,5 +275,7 @@ def _scored(
         else:
             found.append(replace(row, status=FAILED, error=f"lm-eval's {metric} is {value}", **about))
     if not found:
-        raise RuntimeError(f"lm-eval has no metric of {first.task}, which {counted(first.samples, 'document')} answered")
+        raise UserError(
+            f"--tasks {first.task} has no metric of lm-eval's that is a number: leave it out; its answers are kept"
+        )
     return found

@@ -63,8 +63,8 @@ class Request:
 
     @property
     def context(self) -> tuple[int, ...]:
-        """The ids that a method reads before the others."""
-        return self.parts[0][0]
+        """The ids that a method reads before the others; none of a text that is scored whole and has no tokens."""
+        return self.parts[0][0] if self.parts else ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -166,7 +166,7 @@ class Harness:
         model = HarnessModel(tokenizer, length, dict(zip(keys, told, strict=True)))
         _seed()
         task.set_fewshot_seed(seed=self.seed)
-        with quiet():
+        with quiet(), saying(f"--tasks {name}", "cannot be scored; its answers are kept"):
             from lm_eval.evaluator import evaluate
 
             results = evaluate(lm=model, task_dict={"tasks": {name: task}, "groups": {}}, log_samples=True, **self.options)
@@ -222,15 +222,18 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saying(option: str) -> Iterator[None]:
-    """Have what the harness raises be a UserError that names the option."""
+def saying(option: str, what: str = "cannot be asked") -> Iterator[None]:
+    """Have what the harness raises be a UserError that names the option, and where a package is missing the extra."""
     try:
         yield
     except UserError:
         raise
+    except ImportError as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{option} {what}, as a package is missing ({line}): pip install 'tmbench[reference]'") from error
     except Exception as error:
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"{option} cannot be asked, lm-eval says: {shortened(line, 300)}") from error
+        raise UserError(f"{option} {what}, lm-eval says: {shortened(line, 300)}") from error
 
 
 @lru_cache(maxsize=4)
