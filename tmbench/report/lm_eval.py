@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tmbench.report.answers import Answers
 from tmbench.report.comparable import Placed
-from tmbench.report.intervals import MARGIN, Difference, by_chance
 from tmbench.report.differences import DIFFERENCE_COLUMNS, NOT_COMPARED, difference_texts, verdict_of
+from tmbench.report.intervals import MARGIN, Difference, by_chance
 from tmbench.report.loss import LossDifference
 from tmbench.report.section import FEW_SAMPLES, Cell, Section, status_text
 from tmbench.report.settings import LmEvalSetting
