@@ -37,6 +37,9 @@ from torch import Tensor
 
 from tmbench_kernels.parameters import Declared
 
+_EDGE = 128
+"""Every pattern's blocks of queries begin at a multiple of so many tokens."""
+
 
 def _nothing(*_: Any) -> str:
     return ""
@@ -107,6 +110,9 @@ class Pattern(Declared):
     """Whether the pairs depend on the data; if not, ``pairs`` reads shapes only and takes tensors of the meta device."""
     untimed: ClassVar[str] = ""
     """Why its time says nothing of any method; "" for all that may be timed."""
+    last_row_queries: ClassVar[int | None] = None
+    """How many of the last queries choose a dynamic pattern's keys for the very last one, beside the others of its block of
+    128; None where all queries may."""
     backends: ClassVar[tuple[Backend, ...]]
     """In order of preference; the first that is installed and serves the tensors is used."""
 
@@ -206,8 +212,9 @@ class Pattern(Declared):
     ) -> Tensor:
         """The last query's output alone, ``[batch, heads, 1, v_dim]``: all that the last layer of a prefill must yield.
 
-        A dynamic pattern chooses by several of the last queries, so it computes all rows unless it knows better. A static
-        one reads no other query than the last: the rest of q may hold anything. Arguments and errors as ``attend`` has them.
+        A dynamic pattern reads the queries that choose (``last_row_queries``), and computes all of their rows unless it
+        knows better. A static one reads no other query than the last: the rest of q may hold anything. Arguments and errors
+        as ``attend`` has them.
         """
         check_shapes(q, k, v)
         check_logits(q, softcap, sinks)
@@ -221,12 +228,17 @@ class Pattern(Declared):
     ) -> Tensor:
         """``attend`` without sinks, by the backend that serves, which also fills ``lse`` where it is given."""
         backend = self.backend(q, k, v, softcap=softcap, lse=lse is not None)
-        return backend.attend(self, q, k, v, scale, **_asked(softcap, lse))
+        return backend.attend(self, q, k, v, scale, **asked_of(softcap, lse))
 
     def compute_last_row(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, lse: Tensor | None = None
     ) -> Tensor:
         """``last_row`` without sinks; fills ``lse`` ``[batch, heads, 1]`` where it is given."""
+        if self.last_row_queries is not None:
+            # A chunk of the prompt from the edge of a block on: there the pattern gives the same as in one piece.
+            length = k.shape[2]
+            first = (length - self.last_row_queries) // _EDGE * _EDGE
+            q = q[:, :, max(first - (length - q.shape[2]), 0) :]
         whole = None if lse is None else new_lse(q)
         out = self.compute(q, k, v, scale, softcap=softcap, lse=whole)
         if lse is not None and whole is not None:
@@ -234,7 +246,7 @@ class Pattern(Declared):
         return out[:, :, -1:]
 
 
-def _asked(softcap: float, lse: Tensor | None) -> dict[str, Any]:
+def asked_of(softcap: float, lse: Tensor | None) -> dict[str, Any]:
     """What a backend is given beside tensors and scale: only what is asked for, so that one without them takes neither."""
     asked: dict[str, Any] = {}
     if softcap:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmbench_kernels import Dense, FlashPrefill, HeadPattern, MInferenceHeads, Triangle, VerticalSlash, XAttention
+from tmbench_kernels import (
+    PBS,
+    BlockTopK,
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    HeadPattern,
+    MInferenceHeads,
+    OracleBlocks,
+    Triangle,
+    VerticalSlash,
+    XAttention,
+)
 from tmbench_kernels.pattern import Pattern
 
 counts = st.one_of(st.integers(0, 12), st.integers(13, 300))
@@ -67,3 +81,37 @@ def test_values_of_another_width(make_qkv, assert_exact):
 def test_outputs_lie_in_memory_as_models_want_them(make_qkv, pattern):
     q, k, v = make_qkv(700, dim=32)
     assert pattern.attend(q, k, v).transpose(1, 2).is_contiguous()
+
+
+DYNAMIC = [
+    VerticalSlash(((100, 200), (40, 60), (60, 300), (30, 900))),
+    MInferenceHeads(
+        tuple(HeadPattern(kind, 70, 150) for kind in ("block_sparse", "vertical_and_slash", "stream_llm") * 2)[:4]
+    ),
+    FlexPrefill(gamma=0.6, tau=0.5, min_budget=256),
+    XAttention(threshold=0.5),
+    FlashPrefill(0.9, 1, 1, 0),
+    BlockTopK(5),
+    PBS(score=0.5),
+    OracleBlocks(p=0.6),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", DYNAMIC, ids=repr)
+@pytest.mark.parametrize(("queries", "length"), [(1100, 1100), (1152, 1152), (300, 1030), (50, 1100), (1, 1025)])
+def test_a_dynamic_pattern_attends_for_few_queries(make_structured_qkv, assert_exact, monkeypatch, pattern, queries, length):
+    """Of a chunk too. Whatever it selects by, no torch backend is given more queries than the last two blocks hold."""
+    given = []
+    for module in ("vertical_slash.torch_backend", "block_sparse.torch_backend", "triangle.torch_backend"):
+        name = f"tmbench_kernels.{module}.attention"
+        attention = importlib.import_module(f"tmbench_kernels.{module}").attention
+
+        def attend(q, *rest, attention=attention, **asked):
+            given.append(q.shape[0] * q.shape[2])
+            return attention(q, *rest, **asked)
+
+        monkeypatch.setattr(name, attend)
+    q, k, v = make_structured_qkv(length)
+    check(pattern, q[:, :, length - queries :], k, v, assert_exact)
+    assert sum(given) <= 4 * 256

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tmbench_kernels.block_sparse.lists import BLOCK, BlockLists, token_mask
 from tmbench_kernels.block_sparse.torch_backend import attend_lists
 from tmbench_kernels.cuda import for_hopper, for_triton, imported
 from tmbench_kernels.dense.libraries import FLASH_4, missing_module, refuses
-from tmbench_kernels.pattern import Backend, Pattern, default_scale
+from tmbench_kernels.pattern import Backend, Pattern, asked_of, default_scale
 
 AttendLists = Callable[..., Tensor]
 """``attend(q, k, v, lists, scale)`` returns ``[batch, heads, length, v_dim]`` in q's type; by keyword as a ``Backend``'s."""
@@ -46,6 +46,15 @@ def _flash_limits(major: int, dim: int) -> str:
     if major != 9:
         return f"takes lists of such blocks on a GPU of compute capability 9, not {major}"
     return "" if dim <= 128 else f"takes lists of such blocks for head sizes up to 128, not {dim}"
+
+
+class Listed(NamedTuple):
+    """Stands for a pattern where a backend asks for the lists of one."""
+
+    lists: BlockLists
+
+    def select(self, q: Tensor, k: Tensor, *, scale: float) -> BlockLists:
+        return self.lists
 
 
 class BlockSparse(Pattern):
@@ -95,3 +104,13 @@ class BlockSparse(Pattern):
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """Counted from the selection of these q and k, at the cost of a selection."""
         return self.select(q, k, scale=scale).pairs()
+
+    def compute_last_row(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, lse: Tensor | None = None
+    ) -> Tensor:
+        """The last query over the last of the lists, where its block of queries does not choose by itself."""
+        if self.last_row_queries is not None:
+            return super().compute_last_row(q, k, v, scale, softcap=softcap, lse=lse)
+        row, listed = q[:, :, -1:], Listed(self.select(q, k, scale=scale).last_row())
+        backend = self.backend(row, k, v, softcap=softcap, lse=lse is not None)
+        return backend.attend(listed, row, k, v, scale, **asked_of(softcap, lse))

@@ -66,6 +66,11 @@ class BlockLists:
             return cls(*list_blocks(block_map), length, block, start)
         return cls(*_list_blocks(block_map), length, block, start)
 
+    def last_row(self) -> BlockLists:
+        """The last list, for the last query alone."""
+        counts, indices = (x[:, :, -1:].contiguous() for x in (self.counts, self.indices))
+        return BlockLists(counts, indices, self.length, self.block, self.length - 1)
+
     @property
     def first_block(self) -> int:
         """The number of the first block of queries."""

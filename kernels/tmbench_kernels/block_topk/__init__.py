@@ -28,6 +28,7 @@ class BlockTopK(BlockSparse):
     blocks: int = 100
 
     name: ClassVar[str] = "block_topk"
+    last_row_queries: ClassVar[int | None] = 1
     block: ClassVar[int] = 64
 
     def __post_init__(self) -> None:

@@ -40,6 +40,7 @@ class FlashPrefill(BlockSparse):
     min_budget: int = 0
 
     name: ClassVar[str] = "flash_prefill"
+    last_row_queries: ClassVar[int | None] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

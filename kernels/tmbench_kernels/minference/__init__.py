@@ -73,6 +73,7 @@ class MInferenceHeads(Pattern):
 
     name: ClassVar[str] = "minference_heads"
     dynamic: ClassVar[bool] = True
+    last_row_queries: ClassVar[int | None] = VerticalSlash.last_row_queries
     backends: ClassVar[tuple[Backend, ...]] = (
         *INDEX_BACKENDS,
         Backend("torch-by-kind", ("cpu", "cuda"), _attend_parts, softcap=True, lse=True, chunks=True),
@@ -97,23 +98,6 @@ class MInferenceHeads(Pattern):
         """Counted kind by kind, at the cost of their selections."""
         parts = self.parts(q, k)
         return sum(part.pattern.pairs(q[:, part.queries], k[:, part.keys], scale=scale) for part in parts)
-
-    def compute_last_row(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, lse: Tensor | None = None
-    ) -> Tensor:
-        """The last query alone: in torch in each kind's own way, and where one launch serves all heads, of that launch."""
-        if self.backend(q, k, v, softcap=softcap, lse=lse is not None) in INDEX_BACKENDS:
-            return super().compute_last_row(q, k, v, scale, softcap=softcap, lse=lse)
-        row = v.new_empty(*q.shape[:2], 1, v.shape[3])
-        for part in self.parts(q, k):
-            queries = q[:, part.queries]
-            sums = None if lse is None else new_lse(queries[:, :, -1:])
-            row[:, part.queries] = part.pattern.compute_last_row(
-                queries, k[:, part.keys], v[:, part.keys], scale, softcap=softcap, lse=sums
-            )
-            if lse is not None and sums is not None:
-                lse[:, part.queries] = sums
-        return row
 
     def parts(self, q: Tensor, k: Tensor) -> list[_Part]:
         """The heads kind by kind, in calls that can serve them."""

@@ -12,27 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmbench_kernels.block_sparse import BlockSparse, by_head
+from tmbench_kernels.block_sparse import BlockSparse, Listed, by_head
 from tmbench_kernels.block_sparse.lists import BLOCK, BlockLists, block_count, split_blocks
 from tmbench_kernels.dense import Dense
 from tmbench_kernels.parameters import ParameterError, parameter
 from tmbench_kernels.pattern import Backend, Pattern, default_scale, empty_output, new_lse
 from tmbench_kernels.scores import block_means, products, reaching, tiles
-
-
-class _Listed(NamedTuple):
-    """Stands for a pattern where a backend asks for the lists of one."""
-
-    lists: BlockLists
-
-    def select(self, q: Tensor, k: Tensor, *, scale: float) -> BlockLists:
-        return self.lists
 
 
 def _attend(
@@ -53,7 +44,7 @@ def _attend(
         return out
     order = pattern.sort(q, k, scale)
     keys, values = (_sorted(x, order, q.shape[1]) for x in (k, v))
-    listed = _Listed(pattern.lists(q, keys, scale, order))
+    listed = Listed(pattern.lists(q, keys, scale, order))
     asked: dict[str, Any] = {"softcap": softcap} if softcap else {}
     others_lse = new_lse(q)
     others = backend.attend(listed, q, keys, values, scale, lse=others_lse, **asked)
@@ -97,6 +88,7 @@ class PBS(Pattern):
 
     name: ClassVar[str] = "pbs"
     dynamic: ClassVar[bool] = True
+    last_row_queries: ClassVar[int | None] = BLOCK
     backends: ClassVar[tuple[Backend, ...]] = tuple(
         replace(backend, attend=partial(_attend, backend)) for backend in BlockSparse.backends
     )

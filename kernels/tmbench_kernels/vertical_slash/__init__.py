@@ -72,6 +72,7 @@ class VerticalSlash(Pattern):
 
     name: ClassVar[str] = "vertical_slash"
     dynamic: ClassVar[bool] = True
+    last_row_queries: ClassVar[int | None] = LAST_QUERIES
     backends: ClassVar[tuple[Backend, ...]] = (
         *INDEX_BACKENDS,
         Backend("torch-gathered", ("cpu", "cuda"), _attend_torch, softcap=True, lse=True, chunks=True),

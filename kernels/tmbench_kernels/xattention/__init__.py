@@ -47,6 +47,7 @@ class XAttention(BlockSparse):
     )
 
     name: ClassVar[str] = "xattention"
+    last_row_queries: ClassVar[int | None] = 1
 
     def rule(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         length, stride, blocks = len(k), self.stride, block_count(len(k))
