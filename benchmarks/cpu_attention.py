@@ -21,7 +21,7 @@ from torch import Tensor
 from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash
 from tmbench_kernels.reference import masked_attention
 from tmbench_kernels.vertical_slash import Selection
-from tmbench_kernels.vertical_slash.torch_backend import BLOCK, visible_keys
+from tmbench_kernels.vertical_slash.runs import BLOCK, visible_keys
 
 PATTERNS: tuple[Pattern, ...] = (
     Dense(),

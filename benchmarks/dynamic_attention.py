@@ -30,7 +30,7 @@ from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import block_count
 from tmbench_kernels.reference import masked_attention
 from tmbench_kernels.vertical_slash import Selection
-from tmbench_kernels.vertical_slash.torch_backend import BLOCK, visible_keys
+from tmbench_kernels.vertical_slash.runs import BLOCK, visible_keys
 
 PUBLISHED = ((30, 800), (100, 800), (500, 700), (1000, 6096), (3500, 100))
 """Budgets of MInference's search on Llama-3.1-8B, dealt out to the heads in turn."""

@@ -86,7 +86,7 @@ class Part:
     bias: Tensor | None = None
     causal: bool = False
     unseeing: Tensor | None = None
-    """Queries that see none of these keys, bool ``[queries]``; None where all see one."""
+    """Queries that see none of these keys, bool, broadcast to ``[batch, heads, queries]``; None where all see one."""
 
 
 def in_parts(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
@@ -94,24 +94,31 @@ def in_parts(q: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
 
     Every query must see a key of the first part.
     """
-    out, sums = _with_lse(q, parts[0], scale)
+    out, sums = with_lse(q, parts[0], scale)
     for part in parts[1:]:
-        more, lse = _with_lse(q, part, scale)
+        more, lse = with_lse(q, part, scale)
         out = more.lerp_(out, (sums - lse).sigmoid_()[..., None])
         sums = torch.logaddexp(sums, lse)
     return empty_output(q, parts[0].v).copy_(out)
 
 
-def _with_lse(q: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+def with_lse(q: Tensor, part: Part, scale: float, *, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Attention over one part, and the log-sum-exps ``[batch, heads, queries]``, both in the latter's type."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, part.k, part.v))
+    k, v, width = part.k, part.v, part.v.shape[-1]
+    if softcap or q.device.type != "cpu":
+        sums = new_lse(q)
+        out = written_out(q, k, v, scale, bias=part.bias, causal=part.causal, softcap=softcap, lse=sums)
+        return out.to(sums.dtype), sums
+    dim = max(q.shape[-1], width)
+    q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, is_causal=part.causal, attn_mask=part.bias, scale=scale
     )
     if part.unseeing is not None:
         # torch has another number for a query that sees nothing.
         lse = lse.masked_fill(part.unseeing, -torch.inf)
-    return out.to(lse.dtype), lse
+    return out[..., :width].to(lse.dtype), lse
 
 
 def written_out(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmbench_kernels import Dense, VerticalSlash
-from tmbench_kernels.vertical_slash import Selection, selection_mask
+from tmbench_kernels.vertical_slash import Selection, runs, selection_mask
 from tmbench_kernels.vertical_slash import torch_backend as backend
 
 
@@ -123,12 +123,12 @@ def test_definition_and_converter_follow_the_published_converter(length, density
     columns, distances = (x[0, 0].nonzero().flatten().tolist() for x in (chosen.columns, chosen.distances))
     assert torch.equal(selection_mask(chosen)[0, 0], published_mask(columns, distances, length))
     blocks = -(-length // 64)
-    seen = backend.visible_keys(chosen.columns, chosen.distances, 0, blocks)[0, 0]
+    seen = runs.visible_keys(chosen.columns, chosen.distances, 0, blocks)[0, 0]
     for block in range(blocks):
         expected = {j for j in published_keys(columns, distances, block) if j < min(64 * block + 64, length)}
         assert set(seen[block].nonzero().flatten().tolist()) == expected
     first = blocks // 2
-    later = backend.visible_keys(chosen.columns, chosen.distances, first, blocks)
+    later = runs.visible_keys(chosen.columns, chosen.distances, first, blocks)
     assert torch.equal(later[0, 0], seen[first:])
 
 
@@ -142,10 +142,10 @@ def test_attention_on_given_indices(make_qkv, assert_exact, length, density, sma
     chosen.distances[:, 1] = True
     mask = selection_mask(chosen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_SMALL_BLOCK_COST", small_block_cost)
+        patch.setattr(backend, "SMALL_BLOCK_COST", small_block_cost)
         out = backend.attend_selected(q, k, v, chosen.columns, chosen.distances, 0.25)
-        patch.setattr(backend, "COUNTED", 4)
-        pairs = backend.count_pairs(chosen.columns, chosen.distances)
+        patch.setattr(runs, "COUNTED", 4)
+        pairs = runs.count_pairs(chosen.columns, chosen.distances)
     assert_exact(out, q, k, v, mask, 0.25)
     assert pairs == int(mask.sum())
 
@@ -190,10 +190,16 @@ def test_budgets_for_another_number_of_heads_are_refused(make_qkv):
 @pytest.mark.parametrize("gaps", [[(700, 850)], [(1030, 1100), (300, 364)], [(1100, 1400)], []])
 @pytest.mark.parametrize("length", [1400, 1500])
 def test_keys_that_most_blocks_see_go_without_a_bias(make_qkv, assert_exact, monkeypatch, gaps, length):
-    """On a CPU, where a bias for every pair takes as long as attention; some queries see none of what is left over."""
-    parts = []
-    in_parts = backend.in_parts
-    monkeypatch.setattr(backend, "in_parts", lambda q, given, scale: parts.append(given) or in_parts(q, given, scale))
+    """A bias for every pair would take longer than dense attention; some queries see none of what is left over."""
+    biased, with_lse = [], backend.with_lse
+
+    def attend(q, part, *rest, **asked):
+        # One row for a block of queries hides nothing of its own keys.
+        rows = 0 if part.bias is None or part.bias.stride(2) == 0 else part.bias.shape[2]
+        biased.append(rows * part.k.shape[0] * part.k.shape[2])
+        return with_lse(q, part, *rest, **asked)
+
+    monkeypatch.setattr(backend, "with_lse", attend)
     q, k, v = make_qkv(length, heads=2, kv_heads=1, dim=16)
     columns, distances = (torch.zeros(1, 2, length, dtype=torch.bool) for _ in range(2))
     columns[..., [3, 200, 640]] = True
@@ -201,5 +207,28 @@ def test_keys_that_most_blocks_see_go_without_a_bias(make_qkv, assert_exact, mon
     for low, high in gaps:
         distances[:, 1, low:high] = False
     out = backend.attend_selected(q, k, v, columns, distances, 0.25)
-    assert_exact(out, q, k, v, selection_mask(Selection(columns, distances)), scale=0.25)
-    assert bool(parts) == bool(gaps)
+    mask = selection_mask(Selection(columns, distances))
+    assert_exact(out, q, k, v, mask, scale=0.25)
+    assert bool(biased) == bool(gaps)
+    assert sum(biased) <= 0.1 * int(mask[0, 1].sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [1.0, 6.0, 40.0])
+def test_heavy_keys_that_a_block_does_not_see(make_qkv, assert_exact, monkeypatch, weight):
+    """They are attended to with those that most blocks see and taken out again, or the block is attended for anew."""
+    taken, anew = [], []
+    monkeypatch.setattr(backend, "_take_out", lambda head, strip, f=backend._take_out: taken.append(strip) or f(head, strip))
+    monkeypatch.setattr(backend, "_anew", lambda head, block, f=backend._anew: anew.append(block) or f(head, block))
+    q, k, v = make_qkv(2048, heads=1, kv_heads=1, dim=16)
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    k[:, :, 700:760, 0] = weight
+    columns, distances = (torch.zeros(1, 1, 2048, dtype=torch.bool) for _ in range(2))
+    distances[...] = True
+    distances[..., 500:640] = False
+    mask = selection_mask(Selection(columns, distances))
+    out = backend.attend_selected(q, k, v, columns, distances, 0.25)
+    assert taken
+    assert any(strip.hidden.any() for strip in taken)
+    assert bool(anew) == (weight > 1)
+    assert_exact(out, q, k, v, mask, scale=0.25)

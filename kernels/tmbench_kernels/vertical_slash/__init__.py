@@ -18,7 +18,8 @@ from torch import Tensor
 from tmbench_kernels.cuda import for_hopper, for_triton, imported, runs_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
 from tmbench_kernels.scores import last_query_mass
-from tmbench_kernels.vertical_slash.torch_backend import BLOCK, attend_selected, count_pairs
+from tmbench_kernels.vertical_slash.runs import BLOCK, count_pairs
+from tmbench_kernels.vertical_slash.torch_backend import attend_selected
 
 if TYPE_CHECKING:
     from tmbench_kernels.vertical_slash.triton_backend import Index

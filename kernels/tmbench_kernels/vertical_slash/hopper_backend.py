@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tmbench_kernels.block_sparse import hopper_backend
 from tmbench_kernels.launch import loadable
-from tmbench_kernels.vertical_slash.torch_backend import BLOCK
+from tmbench_kernels.vertical_slash.runs import BLOCK
 from tmbench_kernels.vertical_slash.triton_backend import Index, gathered
 
 

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tmbench_kernels.launch import block_dim, loadable, logit_scales, positive
 from tmbench_kernels.online_softmax import attend_tile, log_sum_exp, soft_capped, softmax_step
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.vertical_slash.torch_backend import BLOCK, largest_below
+from tmbench_kernels.vertical_slash.runs import BLOCK, largest_below
 
 ALL = 2**30
 """A reach beyond any prompt."""
