@@ -46,7 +46,7 @@ MOST_NATS = 0.01
 """By how much a loss may rise and still count as the same: perplexity rises by a hundredth."""
 AGGREGATING = ("cwe", "fwe")
 NO_WEIGHTS = "no trained weights of 8B parameters were run"
-NO_SUITE = "tmbench has no such suite"
+NO_SUITE = "`tmbench lm-eval` asks them, but no model of that size was run"
 NO_ROWS = "no rows"
 
 
