@@ -180,10 +180,10 @@ def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
     real = Session.follow
 
-    def fail(session, ids, count, text=None):
+    def fail(session, ids, count, text=None, context=0):
         if session.applied.plan.method == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(session, ids, count, text)
+        return real(session, ids, count, text, context)
 
     monkeypatch.setattr(Session, "follow", fail)
     failing = "streaming"

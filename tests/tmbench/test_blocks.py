@@ -49,7 +49,7 @@ def read(lines):
     return found
 
 
-@pytest.mark.parametrize(("width", "columns"), [(40, None), (80, None), (260, None), (None, None), (None, 40), (None, 80)])
+@pytest.mark.parametrize(("width", "columns"), [(40, None), (80, None), (320, None), (None, None), (None, 40), (None, 80)])
 def test_every_score_is_whole_below_its_method(width, columns, monkeypatch):
     lines = printed(scores(), monkeypatch, width, columns)
     expected = {
@@ -62,7 +62,7 @@ def test_every_score_is_whole_below_its_method(width, columns, monkeypatch):
     if width or columns:
         assert max(map(len, lines)) <= (width or columns)
     headers = [line for line in lines if line.startswith("task")]
-    assert (len(headers) == 1) == (width == 260 or (width, columns) == (None, None)), "a pipe is given whole lines"
+    assert (len(headers) == 1) == (width == 320 or (width, columns) == (None, None)), "a pipe is given whole lines"
 
 
 def test_what_is_wider_than_the_screen_is_longer_than_it(monkeypatch):

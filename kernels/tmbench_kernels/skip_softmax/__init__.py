@@ -92,6 +92,7 @@ class SkipSoftmax(BlockSparse):
     order: str = parameter(ASCENDING, help=f"How tiles of keys follow each other: {' or '.join(ORDERS)}.", choices=ORDERS)
 
     name: ClassVar[str] = "skip_softmax"
+    last_row_queries: ClassVar[int | None] = 1
     backends: ClassVar[tuple[Backend, ...]] = (
         replace(for_hopper(imported("skip_softmax.hopper_backend", "attend")), refuses=_refuses_hopper),
         replace(for_triton(imported("skip_softmax.triton_backend", "attend")), refuses=_refuses_triton),
@@ -168,8 +169,3 @@ class SkipSoftmax(BlockSparse):
     def pairs(self, q: Tensor, k: Tensor, *, scale: float | None = None) -> int:
         """See ``computed``."""
         return self.computed(q, k, scale=scale).pairs
-
-    def compute_last_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
-        """Of the last block of queries, which decide about each other's tiles alone."""
-        last = (k.shape[2] - 1) % BLOCK + 1
-        return super().compute_last_row(q[:, :, -last:], k, v, scale, **asked)
