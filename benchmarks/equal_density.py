@@ -3,16 +3,16 @@
     python benchmarks/equal_density.py METHOD --output-dir FOLDER [--target 0.3] [--samples 50] [--layers 6-]
 
 A density is the share of the causal pairs that are computed, over all layers and heads. One parameter of the method is
-searched by bisection until the mean density of each task's first prompt is nearest to the target: those are the prompts whose
-density ``tmbench ruler`` counts. All else has its default, but for these:
+searched by bisection until the mean density of each task's first prompt is nearest to the target: of those prompts
+``tmbench ruler`` counts the density. All else has its default, but for these:
 
 - tri_mix has triangle attention in every layer, unless --layers says otherwise;
 - minference has the heads of --patterns, or the published budget in every head, each budget times one factor;
 - flexprefill has min_budget 128, since its own 1024 columns and as many diagonals keep half of 4096 tokens;
 - methods with a deep pattern have the default one there, and are searched in their shallow layers;
-- skip_softmax computes the logits of every pair, which count half. It is set so that a share of its tiles that is the target
-  keeps its values; its density is then higher;
-- oracle_blocks holds a share of the attention, or with --like as many key blocks as another method whose parameter is searched.
+- skip_softmax computes the logits of every pair, which count half. It is set so that the target is the share of its tiles
+  whose values are read; its density is then higher;
+- oracle_blocks holds a share of the attention, or with --like as many key blocks as another method, which is searched.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from tmbench.measure.spec import ModelSource
 from tmbench.methods.spec import MethodSpec
 from tmbench.models.loading import LoadedModel
 from tmbench.suites.ruler import Ruler
-from tmbench_kernels import HeadPattern, head_patterns_json
-from tmbench_kernels.minference import load_head_patterns
+from tmbench_kernels import HeadPattern, head_patterns_json, load_head_patterns
 
 TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue")
 """Those of RULER on which SmolLM2 scores more than 20 under dense attention."""
@@ -83,7 +82,7 @@ class Setting:
 
 
 def search_of(method: str, length: int, like: str | None = None) -> Search:
-    """What is searched in a method, of an oracle in the method that it is ``like``; raises UserError where nothing can be."""
+    """What is searched in a method, or in the one that an oracle is ``like``; raises UserError where nothing can be."""
     if like is not None:
         if method.removeprefix(DEEP) != "oracle_blocks" or like not in LIKE:
             raise UserError(f"--like {like} is for an oracle: give it one of {', '.join(LIKE)}")
@@ -181,9 +180,8 @@ def bisected(search: Search, measure: Callable[[float], Setting], target: float)
     for _ in range(STEPS):
         place = (low + high) / 2
         value = search.value(place)
-        if value in seen:
-            break
-        seen[value] = measure(value)
+        if value not in seen:
+            seen[value] = measure(value)
         if abs(seen[value].told - target) < NEAR:
             break
         low, high = (place, high) if seen[value].told < target else (low, place)

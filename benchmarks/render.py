@@ -65,7 +65,7 @@ def rendered(sources: Sources) -> Iterator[tuple[Path, str]]:
     for csv, name in PAGES.items():
         yield docs / name, page(ROOT / "benchmarks" / csv)
     if sources.smollm2 is not None:
-        yield docs / smollm2_page.NAME, smollm2_page.page(sources.smollm2)
+        yield docs / smollm2_page.NAME, smollm2_page.page(sources.smollm2, sources.density)
     marked = [path for path in sorted(docs.glob("*.md")) if path.name not in WHOLE]
     for path in (ROOT / "README.md", *marked, ROOT / "tmbench/models/tiny/README.md", ROOT / "training/README.md"):
         yield path, filled(path.read_text(encoding="utf-8"), sources)
@@ -95,7 +95,7 @@ def pictures(sources: Sources) -> set[str]:
 
 def _others(sources: Sources) -> dict[str, Figure]:
     """The pictures that no report of ``results`` draws."""
-    return {} if sources.smollm2 is None else smollm2_page.pictures(sources.smollm2)
+    return {} if sources.smollm2 is None else smollm2_page.pictures(sources.smollm2, sources.density)
 
 
 def main() -> None:

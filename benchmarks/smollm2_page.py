@@ -1,12 +1,14 @@
 """docs/smollm2.md: what a small trained model keeps under every method, pictures first. It is there once its rows are.
 
-Rows stand in benchmarks/smollm2-135m, as ``tmbench`` wrote them, and are read as a report reads them.
+Rows stand in benchmarks/smollm2-135m, and of methods at one density in benchmarks/equal-density, as ``tmbench`` wrote them.
+They are read as a report reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import density_tables
 from claim_sources import ABOVE, LAYERS_OF, layers_of, tasks_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,7 +27,8 @@ from tmbench.results.words import counted, length_name
 NAME = "smollm2.md"
 HEAD = """# What SmolLM2 keeps
 
-Rendered by `make figures` from [benchmarks/smollm2-135m](../benchmarks/smollm2-135m); do not edit.
+Rendered by `make figures` from [benchmarks/smollm2-135m](../benchmarks/smollm2-135m) and
+[benchmarks/equal-density](../benchmarks/equal-density); do not edit.
 
 SmolLM2-135M-Instruct is a trained language model of 30 layers, 135 million parameters and 8192 positions. `make smollm2`
 makes its checkpoint. [What was asked](../benchmarks/smollm2-135m/README.md) stands beside the rows. It cannot do every
@@ -34,13 +37,14 @@ task of RULER. So methods are compared over the tasks on which dense attention s
 PARTS = {"prompt": "in the prompt", "answer": "of the answer behind it"}
 
 
-def page(report: Report) -> str:
-    """The page as Markdown."""
-    shown = pictures(report)
+def page(report: Report, density: Report | None = None) -> str:
+    """The page as Markdown; ``density`` has the rows of methods at one density."""
+    shown = _pictures(report)
     gradients = [name for name in shown if name.startswith("probe")]
     lines = [HEAD.format(above=ABOVE), *(_picture(name) for name in shown if name not in gradients)]
     scores = list(map(captioned, _scores(report)))
     lines += ["## Points against dense", *scores] if scores else []
+    lines += ["## At equal density", density_tables.text(density)]
     lines += ["## Gradients by layer", *map(_picture, gradients)] if gradients else []
     _, _, tables = report_markdown(report).partition("\n")
     return (
@@ -48,7 +52,12 @@ def page(report: Report) -> str:
     )
 
 
-def pictures(report: Report) -> dict[str, Figure]:
+def pictures(report: Report, density: Report | None = None) -> dict[str, Figure]:
+    """All of the page, by the names of their files."""
+    return _pictures(report) | density_tables.pictures(density)
+
+
+def _pictures(report: Report) -> dict[str, Figure]:
     """Scores first, then losses by depth, then gradients, by the names of their files."""
     found = figures(report)
     scores = {name: figure for name, figure in found.items() if name.startswith("ruler")}

@@ -13,6 +13,7 @@ from tmbench.report.report import AnySection, Report, build
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "benchmarks" / "smollm2-135m"
 SERVED = ROOT / "benchmarks" / "served"
+EQUAL_DENSITY = ROOT / "benchmarks" / "equal-density"
 S = TypeVar("S", bound=AnySection)
 H100, H200, INTEL, EPYC = "nvidia-h100-80gb-hbm3", "nvidia-h200", "cpu-intel-xeon-2-cores", "cpu-amd-epyc-2-cores"
 Line = dict[str, str]
@@ -24,11 +25,13 @@ class Sources:
     Attributes:
         smollm2_rows: the folder of SmolLM2's.
         served_rows: the folder of those of prompts in chunks and of later questions.
+        density_rows: the folder of those of methods at one density.
     """
 
-    def __init__(self, smollm2_rows: Path = SMOLLM2, served_rows: Path = SERVED) -> None:
+    def __init__(self, smollm2_rows: Path = SMOLLM2, served_rows: Path = SERVED, density_rows: Path = EQUAL_DENSITY) -> None:
         self.smollm2_rows = smollm2_rows
         self.served_rows = served_rows
+        self.density_rows = density_rows
 
     @cached_property
     def results(self) -> Report:
@@ -54,6 +57,11 @@ class Sources:
     def served(self) -> Report | None:
         """Prompts in one piece, in chunks, and with later questions; None before there are rows."""
         return build(self.served_rows) if any(self.served_rows.glob("*/*/*.csv")) else None
+
+    @cached_property
+    def density(self) -> Report | None:
+        """Methods at one density; None before there are rows."""
+        return build(self.density_rows) if any(self.density_rows.glob("*/*/*.csv")) else None
 
     def lines(self, path: str) -> list[Line]:
         """The lines of a CSV, its path from the root of the repository on."""
