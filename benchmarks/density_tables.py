@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from claim_sources import ABOVE, tasks_of
 from matplotlib.figure import Figure
@@ -38,8 +38,9 @@ how it was searched. The oracle, `oracle_blocks`, knows dense attention. It take
 against the oracle, it chooses badly.
 
 Under `p` the oracle holds the same share of the attention of every block of queries. Under `like` it has as many blocks of
-keys as the method that it is held against. It bounds the attention that such blocks can hold, not the score. Triangles,
-windows, columns with diagonals and sorted keys are not made of such blocks: it is no bound for them."""
+keys there as a method of such blocks takes, and the method is held against that. An oracle bounds the attention that such
+blocks can hold, not the score. Triangles, windows, columns with diagonals and sorted keys are not made of such blocks: it is
+no bound for them."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,32 @@ class Line:
 
 @dataclass(frozen=True)
 class EqualDensity:
-    """The scores of one model at one length, of methods at the density of an oracle."""
+    """The scores of one model at one length, of methods about as dense as an oracle."""
 
     section: RulerSection
+    oracle: str
+    """The label of one whose query blocks all have one share."""
 
     @cached_property
     def rows(self) -> dict[str, Row]:
         """One of each label's."""
         return {cell.label: cell.row for cell in reversed(self.section.cells)}
 
+    @property
+    def density(self) -> float:
+        """That of the oracle."""
+        return self.section.densities[self.oracle]
+
     @cached_property
-    def oracle(self) -> str:
-        """The label of the oracle whose query blocks all have one share; "" where there is none."""
-        found = [label for label, row in self.rows.items() if row.method == ORACLE and "p" in row.settings]
-        return found[0] if found else ""
+    def near(self) -> list[str]:
+        """Dense attention, and all labels whose density comes nearer to this oracle's than to that of others."""
+        densities = self.section.densities
+        others = [densities[other] for other in oracles_of(self.section)]
+        return [
+            label
+            for label, own in densities.items()
+            if label == "dense" or min(others, key=lambda other: abs(own - other)) == self.density
+        ]
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -83,9 +96,9 @@ class EqualDensity:
 
     @cached_property
     def labels(self) -> list[str]:
-        """Those of which every sample of these tasks is known."""
+        """Those near of which every sample of these tasks is known."""
         scores, answers = self.section.scores, self.section.answers
-        asked = [label for label in self.section.densities if all(task in scores[label] for task in self.tasks)]
+        asked = [label for label in self.near if all(task in scores[label] for task in self.tasks)]
         return [label for label in asked if answers.complete(self.tasks, (label,)) == self.tasks]
 
     @cached_property
@@ -111,7 +124,7 @@ class EqualDensity:
         return sorted(lines, key=lambda line: -line.score)
 
     def _reference(self, label: str) -> str:
-        """The oracle of a method's own number of blocks, else the one of a share; "" where none has its density."""
+        """The oracle that takes as many blocks as the method, else the one of a share; "" where none has its density."""
         row = self.rows[label]
         if label in ("dense", self.oracle):
             return ""
@@ -120,11 +133,13 @@ class EqualDensity:
             for other in self.labels
             if self.rows[other].method == ORACLE and str(self.rows[other].settings.get("like")).startswith(f"{row.method}:")
         ]
-        near = [one for one in (*like, self.oracle) if self._equal(label, one)]
+        near = [
+            one for one in (*sorted(like, key=partial(self._apart, label)), self.oracle) if self._apart(label, one) <= EQUAL
+        ]
         return near[0] if near else ""
 
-    def _equal(self, label: str, other: str) -> bool:
-        return abs(self.section.densities[label] - self.section.densities[other]) <= EQUAL
+    def _apart(self, label: str, other: str) -> float:
+        return abs(self.section.densities[label] - self.section.densities[other])
 
     def table(self) -> Table:
         """A line for each method."""
@@ -142,7 +157,7 @@ class EqualDensity:
         ]
         samples = sorted({line.dense.pairs for line in self.lines if line.dense is not None})
         about = f"{counted(len(self.tasks), 'task')} ({', '.join(self.tasks)}), {' or '.join(map(str, samples))} samples"
-        place = f"{self.section.setting.model} at {length_name(self.section.setting.length)}"
+        place = f"{self.section.setting.model} at {length_name(self.section.setting.length)}, about {self.density:.0%}"
         names = ["method", "setting", "density", "score", "points against dense", "points against an oracle", "which"]
         return Table(
             f"{place}, {about}, on tasks where dense attention has more than {ABOVE:g}; 95 % intervals, words confirmed "
@@ -169,7 +184,7 @@ class EqualDensity:
         if apart:
             names = [f"`{line.row.method}` ({line.density:.0%})" for line in apart]
             yield f"Of another density, and so against no oracle: {listed(names)}."
-        if missing := [label for label in self.section.labels if label not in self.labels]:
+        if missing := [label for label in self.near if label not in self.labels]:
             yield f"Not every task is there of {listed([f'`{label}`' for label in missing])}."
 
     def figure(self) -> Figure:
@@ -182,24 +197,32 @@ class EqualDensity:
             reach = [[found.mean - found.low], [found.high - found.mean]]
             axes.errorbar(found.mean, place, xerr=reach, color=look.colour, marker=look.marker, capsize=3)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        names = [f"{line.row.method}, {setting_of(line.row)} ({line.density:.0%})" for line, _ in lines]
+        # What follows a colon are the parameters of another method, or the hash of a file.
+        names = [f"{line.row.method}, {setting_of(line.row).partition(':')[0]} ({line.density:.0%})" for line, _ in lines]
         axes.set_yticks(range(len(lines)), names)
         axes.invert_yaxis()
         axes.set_xlabel("points against dense attention", color=GREY, fontsize=LABEL_PT)
         plain_axes(axes)
         about = f"{self.section.setting.subject}; average of {counted(len(self.tasks), 'task')}; bars: 95 % intervals"
-        titles(figure, "Scores at equal density", f"{about}; {self.rows['dense'].device_name}")
+        titles(figure, f"Scores at a density of about {self.density:.0%}", f"{about}; {self.rows['dense'].device_name}")
         return figure
 
 
 def found_in(report: Report | None) -> list[EqualDensity]:
-    """All that have dense attention and an oracle to be held against, and a task that counts."""
-    sections = [] if report is None else [EqualDensity(one) for one in report.ruler if "dense" in one.labels]
-    return [one for one in sections if one.oracle and one.tasks]
+    """Of each oracle what is about as dense, where there is dense attention and a task that counts; the sparsest first."""
+    sections = [] if report is None else [one for one in report.ruler if "dense" in one.labels]
+    found = [EqualDensity(one, oracle) for one in sections for oracle in oracles_of(one)]
+    return sorted((one for one in found if one.tasks), key=lambda one: one.density)
+
+
+def oracles_of(section: RulerSection) -> list[str]:
+    """The labels of oracles whose query blocks all have one share."""
+    rows = {cell.label: cell.row for cell in section.cells}
+    return [label for label in section.densities if rows[label].method == ORACLE and "p" in rows[label].settings]
 
 
 def pictures(report: Report | None) -> dict[str, Figure]:
-    """One of each model and length, by the names of their files."""
+    """One of each table, by the names of their files."""
     return {_name(one): one.figure() for one in found_in(report)}
 
 
@@ -238,4 +261,4 @@ def _named(lines: Sequence[Line], verdict: str) -> str:
 
 
 def _name(one: EqualDensity) -> str:
-    return file_name("equal-density", one.section.setting, length_name(one.section.setting.length))
+    return file_name("equal-density", one.section.setting, length_name(one.section.setting.length), f"{one.density:.0%}")

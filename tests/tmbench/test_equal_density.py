@@ -63,6 +63,20 @@ def test_a_method_below_its_oracle_chooses_badly(modules, tmp_path):
     assert re.findall(r"\(figures/([^)]*)\)", text) == [name]
 
 
+def test_every_density_has_a_table_and_a_method_is_in_the_nearest(modules, tmp_path):
+    ask(tmp_path, 0, coverage=1.0)
+    for density, p, n_local in ((0.3, 0.9, 600), (0.45, 0.95, 900)):
+        ask(tmp_path, 0, "oracle_blocks", coverage=density, p=p)
+        ask(tmp_path, 20, "streaming", coverage=density + 0.01, n_init=8, n_local=n_local)
+    ask(tmp_path, 20, "flashprefill", coverage=0.41, alpha=1.0)
+    text = modules.tables.text(report(modules, tmp_path))
+    sparse, dense = text.split("smollm2 at 4K, about ")[1:]
+    assert [name for name, _ in table(sparse)] == ["dense", "oracle_blocks", "streaming"]
+    assert [name for name, _ in table(dense)] == ["dense", "oracle_blocks", "flashprefill", "streaming"]
+    assert "against no oracle: `flashprefill` (41%)." in sparse, "it stands before the second table"
+    assert len(modules.tables.pictures(report(modules, tmp_path))) == 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [(30, "the oracle is surely below dense attention, -50.00"), (2, "it is open whether the oracle loses against dense")],

@@ -39,6 +39,7 @@ def test_pictures_come_first_and_methods_are_compared_where_dense_can_do_the_tas
     assert shown == list(drawn)
     assert [name.partition("-")[0] for name in shown] == ["ruler", "loss", "probe"]
     assert text.index("](figures/") < text.index("\n|"), "pictures first"
+    assert "Not measured yet." in text.partition("## At equal density")[2].partition("\n## ")[0]
     about = re.findall(r"^4K, .*", text, flags=re.MULTILINE)
     assert [re.findall(r"\d+ tasks of \d+", line) for line in about] == [["8 tasks of 9"], ["3 tasks of 9"]]
     lines = [line for line in text.partition("## All tables")[0].splitlines() if line.startswith("| tri_mix")]
