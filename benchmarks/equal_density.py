@@ -10,8 +10,8 @@ searched by bisection until the mean density of each task's first prompt is near
 - minference has the heads of --patterns, or the published budget in every head, each budget times one factor;
 - flexprefill has min_budget 128, since its own 1024 columns and as many diagonals keep half of 4096 tokens;
 - methods with a deep pattern have the default one there, and are searched in their shallow layers;
-- skip_softmax computes the logits of every pair, which count half. It is set so that the target is the share of its tiles
-  whose values are read; its density is then higher;
+- skip_softmax computes the logits of every pair, which count half. The target is then the share of its tiles whose values
+  are read, as near as a threshold comes to it; its density is higher;
 - oracle_blocks holds a share of the attention, or with --like as many key blocks as another method, which is searched.
 """
 
@@ -167,8 +167,8 @@ def found(options: argparse.Namespace) -> str:
     layers = "" if options.layers is None else f" --layers {options.layers}"
     print(f"{best.method}{layers}: density {best.density:.2%}, {len(prompts)} prompts of {options.length} tokens")
     if "skip_softmax" in options.method:
-        print(f"{best.told:.2%} of its tiles keep their values, and every pair has its logit computed")
-    elif abs(best.density - options.target) > 10 * NEAR:
+        print(f"the values of {best.told:.2%} of its tiles are read, and the logits of all pairs are computed")
+    if abs(best.told - options.target) > 10 * NEAR:
         print(f"no {search.name} comes nearer to {options.target:.2%}")
     return best.method
 
