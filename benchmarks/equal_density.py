@@ -8,7 +8,7 @@ searched by bisection until the mean density of each task's first prompt is near
 
 - tri_mix has triangle attention in every layer, unless --layers says otherwise;
 - minference has the heads of --patterns, or the published budget in every head, each budget times one factor;
-- flexprefill has min_budget 128, since its own 1024 columns and as many diagonals keep half of 4096 tokens;
+- flexprefill has min_budget 128, so that gamma decides: its own keeps 1024 columns and as many diagonals in any case;
 - methods with a deep pattern have the default one there, and are searched in their shallow layers;
 - skip_softmax computes the logits of every pair, which count half. The target is then the share of its tiles whose values
   are read, as near as a threshold comes to it; its density is higher;
