@@ -34,8 +34,9 @@ ORACLE = "oracle_blocks"
 ABOUT = """The density is the share of the causal pairs that a method computes, over all layers and heads. Every method was
 asked at the setting that comes nearest to one density: [the folder of the rows](../benchmarks/equal-density/README.md) says
 how it was searched. The oracle, `oracle_blocks`, knows dense attention. It takes for each block of 128 queries the blocks of
-128 keys that hold most of it. Where the oracle loses against dense attention, the budget does not do. Where a method loses
-against the oracle, it chooses badly.
+128 keys that hold most of it. Where the oracle loses against dense attention, and nothing of that density does better, the
+budget does not do. Where a method loses against the oracle, it chooses badly. Where one is above it, what holds most of the
+attention is not what the answer needs.
 
 Under `p` the oracle holds the same share of the attention of every block of queries. Under `like` it has as many blocks of
 keys there as a method of such blocks takes, and the method is held against that. An oracle bounds the attention that such
@@ -170,16 +171,17 @@ class EqualDensity:
         """Whether the budget does, which methods choose badly, and which are not held against an oracle."""
         own = next(line for line in self.lines if line.label == self.oracle)
         assert own.dense is not None
-        yield f"At {own.density:.0%} {_of_budget(own.dense)}"
         held = [line for line in self.lines if line.below is not None and line.row.method != ORACLE]
         worse, better = (_named(held, verdict) for verdict in (LOSS, GAIN))
+        above = [line for line in self.lines if line.oracle == self.oracle and line.below and line.below.verdict == GAIN]
+        yield f"At {own.density:.0%} {_of_budget(own.dense, surpassed=bool(above))}"
         kinds = "the oracle's" if all(line.oracle in ("", self.oracle) for line in held) else "their oracles'"
         if worse:
             yield f"Surely below {kinds} scores, so that they choose badly: {worse}."
         elif held:
             yield f"No method is surely below {kinds} score."
         if better:
-            yield f"Surely above: {better}. What holds most attention is not what answers best there."
+            yield f"Surely above: {better}."
         apart = [line for line in self.lines if not line.oracle and line.label not in ("dense", self.oracle)]
         if apart:
             names = [f"`{line.row.method}` ({line.density:.0%})" for line in apart]
@@ -245,9 +247,14 @@ def setting_of(row: Row) -> str:
     return ", ".join(given) or NOTHING
 
 
-def _of_budget(found: Difference) -> str:
-    """What an oracle's difference to dense attention says of the budget."""
+def _of_budget(found: Difference, *, surpassed: bool) -> str:
+    """What an oracle's difference to dense attention says of the budget, where others of its density are above it or not."""
     points = interval_text(found.mean, found.low, found.high)
+    if found.verdict == LOSS and surpassed:
+        return (
+            f"the oracle of one share is surely below dense attention, {points}, and others of its density are surely above "
+            "it: the most attention in every block of queries is not what the answers need, and of the budget it says nothing."
+        )
     if found.verdict == LOSS:
         return f"the oracle is surely below dense attention, {points}: the budget itself does not do."
     if found.verdict in (NO_LOSS, GAIN):

@@ -79,9 +79,12 @@ def test_every_density_has_a_table_and_a_method_is_in_the_nearest(modules, tmp_p
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [(30, "the oracle is surely below dense attention, -50.00"), (2, "it is open whether the oracle loses against dense")],
+    [
+        (30, "the oracle of one share is surely below dense attention, -50.00"),
+        (2, "it is open whether the oracle loses against dense"),
+    ],
 )
-def test_a_budget_does_not_do_where_the_oracle_loses(modules, tmp_path, wrong, words):
+def test_an_oracle_that_others_surpass_says_nothing_of_the_budget(modules, tmp_path, wrong, words):
     ask(tmp_path, 0, coverage=1.0)
     ask(tmp_path, wrong, "oracle_blocks", ["vt"] if wrong == 2 else ["vt", "fwe"], **ORACLE)
     ask(tmp_path, 0, "streaming", coverage=0.3, n_init=8, n_local=600)
@@ -89,6 +92,16 @@ def test_a_budget_does_not_do_where_the_oracle_loses(modules, tmp_path, wrong, w
     assert f"At 30% {words}" in text
     assert ("Surely above: `streaming`." in text) == (wrong == 30)
     assert "No method is surely below the oracle's score." in text
+    assert "the budget itself does not do" not in text
+
+
+def test_a_budget_does_not_do_where_the_oracle_loses_and_all_with_it(modules, tmp_path):
+    ask(tmp_path, 0, coverage=1.0)
+    ask(tmp_path, 30, "oracle_blocks", ["vt", "fwe"], **ORACLE)
+    ask(tmp_path, 30, "streaming", ["vt", "fwe"], coverage=0.3, n_init=8, n_local=600)
+    text = modules.tables.text(report(modules, tmp_path))
+    assert "At 30% the oracle is surely below dense attention, -50.00" in text
+    assert "the budget itself does not do." in text
 
 
 def test_a_bisection_ends_near_the_target_or_at_the_nearest(modules):
