@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmbench_kernels.cuda import runs_triton
+from tmbench_kernels.cuda import runs_triton, triton_serves
 
 TILE_ELEMENTS = 2**28
 """Largest part of a score matrix that is held at a time: 1 GiB in float32, of which a selection has two or three."""
@@ -51,29 +51,29 @@ def block_means(x: Tensor, block: int, start: int = 0) -> Tensor:
     return means
 
 
-def last_query_mass(q: Tensor, k: Tensor, scale: float, last: int) -> tuple[Tensor, Tensor]:
+def last_query_mass(q: Tensor, k: Tensor, scale: float, last: int) -> Tensor:
     """Probability that the last min(last, queries) queries give to each key and to each distance, summed over them.
 
-    Two float32 tensors ``[batch, heads, keys]``; a distance is query minus key. A large one has fewer pairs and is not
-    scaled up for it. The logits are held for a few heads at a time: at 128K tokens all take gigabytes.
+    Float32 ``[2, batch, heads, keys]``, by key and by distance; a distance is query minus key. A large one has fewer pairs
+    and is not scaled up for it. In torch the logits are held for a few heads at a time: at 128K tokens all take gigabytes.
     """
-    batch, heads, queries = q.shape[:3]
-    rows, length = min(last, queries), k.shape[2]
-    by_key, by_distance = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
-    sums = _sum_shares
-    if runs_triton(q.device):
+    q = q[:, :, max(q.shape[2] - last, 0) :]
+    batch, heads, rows = q.shape[:3]
+    if triton_serves(q):
         # Imported when it is first used: it takes Triton.
         from tmbench_kernels.triton_scores import sum_shares
 
-        sums = sum_shares
-    for some, kv, _ in tiles(heads, k.shape[1], 1, batch * rows * length):
-        by_key[:, some], by_distance[:, some] = sums(products(q[:, some, queries - rows :], k[:, kv]), scale)
-    return by_key, by_distance
+        return sum_shares(q, k, scale)
+    mass = q.new_empty(2, batch, heads, k.shape[2], dtype=torch.float32)
+    for some, kv, _ in tiles(heads, k.shape[1], 1, batch * rows * k.shape[2]):
+        mass[0, :, some], mass[1, :, some] = _sum_shares(q[:, some], k[:, kv], scale)
+    return mass
 
 
-def _sum_shares(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``triton_scores.sum_shares`` in torch; it overwrites the logits."""
-    rows, length = logits.shape[2:]
+def _sum_shares(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``triton_scores.sum_shares`` in torch."""
+    rows, length = q.shape[2], k.shape[2]
+    logits = products(q, k)
     future = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu(1)
     logits.mul_(scale)[..., length - rows :].masked_fill_(future, -torch.inf)
     shares = logits.softmax(3)
@@ -97,6 +97,33 @@ def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
         return none.scatter_(-1, order[..., :counts], True)
     taken = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
     return none.scatter_(-1, order, taken.expand_as(order))
+
+
+def heaviest(shares: Tensor, limit: float) -> Tensor:
+    """Which of probabilities ``[..., n]`` are taken, heaviest first, while their sum is at most the limit. Bool.
+
+    They are float32, not negative and below 2; of equal ones the first is taken first. Sums run in float64, in another
+    order on a GPU: there no more than rounding to float64 tells the choice from the one by sorting.
+    """
+    if runs_triton(shares.device):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels import triton_heaviest
+
+        return triton_heaviest.heaviest(shares, limit)
+    ranked, order = shares.sort(dim=-1, descending=True, stable=True)
+    within = ranked.cumsum(-1, dtype=torch.float64) <= limit
+    return torch.zeros_like(within).scatter_(-1, order, within)
+
+
+def heaviest_count(shares: Tensor, limit: float) -> Tensor:
+    """How many entries ``heaviest`` takes, ``[...]``."""
+    if runs_triton(shares.device):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels import triton_heaviest
+
+        return triton_heaviest.heaviest_count(shares, limit)
+    ranked = shares.sort(dim=-1, descending=True).values
+    return (ranked.cumsum(-1, dtype=torch.float64) <= limit).sum(-1)
 
 
 def reaching(ranked: Tensor, share: float) -> Tensor:

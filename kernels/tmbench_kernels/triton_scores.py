@@ -1,78 +1,158 @@
-"""What the last queries give to keys and to distances, in Triton; the probabilities are never written."""
+"""What the last queries give to keys and to distances, in Triton; neither logits nor probabilities are written.
+
+The logits are worked out twice, by a product on the tensor cores each time: for the softmax's sums, of which every part of
+the keys yields some, and for the shares, once the sums are known.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tmbench_kernels.launch import LOG2_E
-from tmbench_kernels.online_softmax import softmax_sums
+from tmbench_kernels.launch import LOG2_E, block_dim, loadable, positive
 
-
-@triton.jit(do_not_specialize=["rows", "length"])
-def _last_row_max(logits_ptr, row_max_ptr, weights_ptr, rows, length, scale_log2, KEYS: tl.constexpr):
-    """One of the last queries of one head, over all keys up to its own."""
-    program = tl.program_id(0)
-    keys = length - rows + 1 + program % rows
-    logits = logits_ptr + program.to(tl.int64) * length
-    row_max = tl.full([1], -float("inf"), tl.float32)
-    row_sum = tl.zeros([1], tl.float32)
-    for first in range(0, keys, KEYS):
-        key = (first + tl.arange(0, KEYS))[None, :]
-        s = tl.load(logits + key, mask=key < keys, other=0.0) * scale_log2
-        # The first key of all counts: no row_max remains -inf.
-        row_max, row_sum = softmax_sums(row_max, row_sum, tl.where(key < keys, s, -float("inf")))
-    here = program + tl.arange(0, 1)
-    tl.store(row_max_ptr + here, row_max)
-    tl.store(weights_ptr + here, 1.0 / row_sum)
+BLOCK = 64
+"""Queries of a program, and keys of a step."""
+KEYS = 2048
+"""Keys of a program."""
+SUMS_WARPS, SHARES_WARPS = 4, 8
+"""What turns shares takes more registers, which more warps have between them."""
 
 
 @triton.jit
-def _last_shares(logits, key, seen, row_max, weight, scale_log2):
-    s = tl.load(logits + key, mask=seen, other=0.0) * scale_log2
-    return tl.where(seen, tl.exp2(s - row_max) * weight, 0.0)
+def _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The queries of some rows, of which the first ``before`` are not there and are zeros."""
+    dim = tl.arange(0, BLOCK_DIM)
+    places = (row - before).to(tl.int64)[:, None] * stride_qn + dim[None, :] * stride_qd
+    return tl.load(q_ptr + places, mask=(row >= before)[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
-def _sum_shares(
-    logits_ptr, row_max_ptr, weights_ptr, by_key_ptr, by_distance_ptr, rows, length, scale_log2,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Some keys of one head, and as many distances: those of the last query to these keys."""
-    head = tl.program_id(0).to(tl.int64)
-    key = (tl.program_id(1) * KEYS + tl.arange(0, KEYS))[None, :]
-    by_key = tl.zeros([ROWS, KEYS], tl.float32)
-    by_distance = tl.zeros([ROWS, KEYS], tl.float32)
-    for first in range(0, rows, ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        place = head * rows + row
-        row_max = tl.load(row_max_ptr + place, mask=row < rows, other=0.0)
-        weight = tl.load(weights_ptr + place, mask=row < rows, other=0.0)
-        logits = logits_ptr + place * length
-        seen = (row < rows) & (key <= length - rows + row)
-        by_key += _last_shares(logits, key, seen, row_max, weight, scale_log2)
-        # One query earlier, a distance belongs to one key earlier.
-        earlier = key - (rows - 1 - row)
-        seen = (row < rows) & (earlier >= 0) & (key < length)
-        by_distance += _last_shares(logits, earlier, seen, row_max, weight, scale_log2)
-    inside = key < length
-    tl.store(by_key_ptr + head * length + key, tl.sum(by_key, 0)[None, :], mask=inside)
-    tl.store(by_distance_ptr + head * length + length - 1 - key, tl.sum(by_distance, 0)[None, :], mask=inside)
+@triton.jit
+def _logits(q, k_tiles, batch, key_head, first, position, all_seen, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Not yet scaled, -inf for keys after a query's own, and for those before the first, which are not there.
 
-
-def sum_shares(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax of the last queries' logits, summed over them by key and by distance: float32 ``[batch, heads, length]``.
-
-    Logits are float32 ``[batch, heads, rows, length]``, contiguous; the keys after a query's own do not count. The
-    probabilities are never written down.
+    The keys up to ``all_seen`` are seen by every query.
     """
-    batch, heads, rows, length = logits.shape
-    row_maxes, weights = (logits.new_empty(batch, heads, rows) for _ in range(2))
-    by_key, by_distance = (logits.new_empty(batch, heads, length) for _ in range(2))
-    scale_log2 = scale * LOG2_E
-    _last_row_max[(batch * heads * rows,)](logits, row_maxes, weights, rows, length, scale_log2, KEYS=4096, num_warps=8)
-    _sum_shares[(batch * heads, triton.cdiv(length, 128))](
-        logits, row_maxes, weights, by_key, by_distance, rows, length, scale_log2, ROWS=8, KEYS=128, num_warps=4
-    )
-    return by_key, by_distance
+    k = k_tiles.load([batch, key_head, first, 0]).reshape(BLOCK, BLOCK_DIM)
+    s = tl.dot(q, k.T)
+    if (first < 0) | (first + BLOCK > all_seen):
+        key = first + tl.arange(0, BLOCK)[None, :]
+        s = tl.where((key >= 0) & (key <= position[:, None]), s, -float("inf"))
+    return s
+
+
+@triton.jit
+def _finite(row_max):
+    # A row that has seen no key has a maximum of -inf, and -inf - -inf is not a number.
+    return tl.where(row_max == -float("inf"), 0.0, row_max)
+
+
+@triton.jit(do_not_specialize=["before", "length", "parts"])
+def _part_sums(
+    q_ptr, k_tiles, maxes_ptr, sums_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before, length, parts,
+    scale_log2,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Some of the last queries of one head over a part of the keys: the largest logit, and the sum of powers."""
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    both = tl.program_id(2)
+    batch = both // HEADS
+    head = both % HEADS
+    position = length - ROWS + row
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
+    row_max = tl.full([BLOCK], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK], tl.float32)
+    for first in range(part * KEYS, tl.minimum(part * KEYS + KEYS, length), BLOCK):
+        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, length - ROWS + 1, BLOCK, BLOCK_DIM)
+        higher = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
+        shift = _finite(higher)
+        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(s * scale_log2 - shift[:, None]), 1)
+        row_max = higher
+    place = (both.to(tl.int64) * parts + part) * ROWS + row
+    tl.store(maxes_ptr + place, row_max)
+    tl.store(sums_ptr + place, row_sum)
+
+
+@triton.jit(do_not_specialize=["before", "length", "parts"])
+def _part_shares(
+    q_ptr, k_tiles, maxes_ptr, sums_ptr, by_key_ptr, by_distance_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before,
+    length, parts, scale_log2,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Some of the last queries of one head over a part of the keys: what they give to these, and to as many distances."""
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    both = tl.program_id(2)
+    batch = both // HEADS
+    head = both % HEADS
+    position = length - ROWS + row
+    place = both.to(tl.int64) * parts * ROWS + row
+    row_max = tl.full([BLOCK], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK], tl.float32)
+    for other in range(parts):
+        part_max = tl.load(maxes_ptr + place + other * ROWS)
+        part_sum = tl.load(sums_ptr + place + other * ROWS)
+        higher = tl.maximum(row_max, part_max)
+        shift = _finite(higher)
+        row_sum = row_sum * tl.exp2(row_max - shift) + part_sum * tl.exp2(part_max - shift)
+        row_max = higher
+    row_max = _finite(row_max)
+    weight = tl.where(row >= before, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), 0.0)
+
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
+    out = (both.to(tl.int64) * (ROWS // BLOCK) + tl.program_id(1)) * length
+    column = tl.arange(0, BLOCK)
+    # A diagonal moves on by a key from query to query. By so many keys a query's shares are turned, with the last step's for
+    # those that come in at the front: then what lies on one diagonal lies in one column.
+    turn = BLOCK - 1 - tl.arange(0, BLOCK)[:, None]
+    source = (column[None, :] - turn) & (BLOCK - 1)
+    stays = column[None, :] < BLOCK - turn
+    last = tl.zeros([BLOCK, BLOCK], tl.float32)
+    begin = part * KEYS
+    # A step before the part tells what goes over into it. Before the first part there are no keys, but steps that write the
+    # zeros of the distances that these queries do not reach.
+    later = ROWS - BLOCK - tl.program_id(1) * BLOCK
+    for first in range(begin - tl.where(part > 0, BLOCK, later), tl.minimum(begin + KEYS, length), BLOCK):
+        key = first + column
+        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, length - ROWS + 1, BLOCK, BLOCK_DIM)
+        shares = tl.exp2(s * scale_log2 - row_max[:, None]) * weight[:, None]
+        turned = tl.gather(tl.where(stays, shares, last), source, 1)
+        last = shares
+        own = first >= begin
+        tl.store(by_key_ptr + out + key, tl.sum(shares, 0), mask=own & (key < length))
+        distance = length - 1 - later - key
+        wanted = (own | (part == 0)) & (distance >= 0) & (distance < length)
+        tl.store(by_distance_ptr + out + distance, tl.sum(turned, 0), mask=wanted)
+
+
+def sum_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What the softmax of the last queries gives to keys and to distances, summed over the queries.
+
+    q ``[batch, heads, rows, dim]`` holds the last queries of k ``[batch, kv_heads, length, dim]``, at most as many, both of
+    one 16-bit type. Returns float32 ``[2, batch, heads, length]``, by key and by distance.
+    """
+    q, scale = positive(q, scale)
+    k = loadable(k)
+    (batch, heads, rows, dim), (kv_heads, length) = q.shape, k.shape[1:3]
+    blocks, parts, wide = triton.cdiv(rows, BLOCK), triton.cdiv(length, KEYS), block_dim(dim)
+    whole = blocks * BLOCK
+    maxes, sums = (q.new_empty(batch, heads, parts, whole, dtype=torch.float32) for _ in range(2))
+    by_key, by_distance = shares = q.new_empty(2, batch, heads, blocks, length, dtype=torch.float32)
+    k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), [1, 1, BLOCK, wide])
+    given = (*q.stride(), whole - rows, length, parts, scale * LOG2_E)
+    settings = {
+        "ROWS": whole, "HEADS": heads, "GROUPS": heads // kv_heads, "DIM": dim, "BLOCK_DIM": wide, "BLOCK": BLOCK,
+        "KEYS": KEYS, "num_stages": 3 if wide <= 128 else 1,
+    }  # fmt: skip
+    grid = parts, blocks, batch * heads
+    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, num_warps=SUMS_WARPS)
+    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, num_warps=SHARES_WARPS)
+    return shares.sum(3) if blocks > 1 else shares.squeeze(3)

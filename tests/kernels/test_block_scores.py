@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tmbench_kernels import scores as block_scores
-from tmbench_kernels.scores import block_means, largest, products, tiles
+from tmbench_kernels.scores import block_means, heaviest, heaviest_count, largest, products, tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,6 +31,14 @@ def test_the_largest_and_ties():
     assert not largest(scores, 0).any()
     counts = torch.tensor([1, 3])
     assert largest(scores, counts).tolist() == [[False, True, False, False], [True, True, True, False]]
+
+
+def test_the_heaviest_and_ties():
+    shares = torch.tensor([[0.25, 0.125, 0.25, 0.25, 0.125], [0.0, 0.75, 0.0, 0.0, 0.25]])
+    assert heaviest(shares, 0.5).tolist() == [[True, False, True, False, False], [False] * 5]
+    assert heaviest(shares, 0.9).tolist() == [[True, True, True, True, False], [False, True, False, False, False]]
+    assert heaviest(shares, 1.0).all(), "zeros as well"
+    assert heaviest_count(shares, 0.5).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (12, 12), (6, 1), (8, 4)])

@@ -132,7 +132,8 @@ def test_kernels_do_not_change_the_selection(make_structured_qkv, monkeypatch, p
     used = []
     for module in (lists, scores, xattention):
         monkeypatch.setattr(module, "runs_triton", lambda device, module=module: used.append(module) or True)
-    monkeypatch.setattr(flash_prefill, "triton_serves", lambda x: used.append(flash_prefill) or True)
+    for module in (scores, flash_prefill):
+        monkeypatch.setattr(module, "triton_serves", lambda x, module=module: used.append(module) or True)
     assert torch.equal(pattern.select(q, k).to_map(), expected)
     expected_modules = {"flex_prefill": {scores}, "xattention": {xattention}, "flash_prefill": {flash_prefill}}
     assert set(used) == {lists} | expected_modules.get(pattern.name, set())

@@ -45,30 +45,39 @@ def test_more_blocks_than_a_tile(make_qkv):
     torch.testing.assert_close(mean_weights(q, means, 1.0), _weights(q, means, range(130), 1.0), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.slow
-@settings(max_examples=15, deadline=None)
-@given(
-    st.integers(1, 400), st.integers(1, 40), st.integers(1, 2), st.sampled_from([-0.7, 0.0, 0.1, 3.0]), st.integers(0, 99)
-)
-def test_sums_of_the_last_queries_shares(length, last, batch, scale, seed):
+def check_sums(q, k, scale):
     from tmbench_kernels.triton_scores import sum_shares
 
-    rows = min(last, length)
-    logits = 5 * torch.randn(batch, 3, rows, length, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    got = sum_shares(logits, scale)
-    for sums, expected in zip(got, _sum_shares(logits.clone(), scale), strict=True):
-        assert sums.shape == (batch, 3, length)
+    q, k = q.to(DEVICE), k.to(DEVICE)
+    for sums, expected in zip(sum_shares(q, k, scale), _sum_shares(q, k, scale), strict=True):
+        assert sums.shape == (*q.shape[:2], k.shape[2])
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_the_last_queries_see_more_keys_than_a_tile():
-    from tmbench_kernels.triton_scores import sum_shares
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 400),
+    st.sampled_from([1, 40, 64, 65, 100, 128, 130]),
+    st.sampled_from([(1, 2, 2, 16), (2, 6, 2, 40)]),
+    st.sampled_from([-0.7, 0.0, 0.1, 3.0]),
+    st.integers(0, 99),
+)
+def test_sums_of_the_last_queries_shares(length, last, sizes, scale, seed):
+    batch, heads, kv_heads, dim = sizes
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, length, dim, generator=random).half()[:, :, -last:]
+    k = torch.randn(batch, length, kv_heads, dim, generator=random).half().transpose(1, 2)
+    check_sums(q, k, scale)
 
-    logits = torch.randn(1, 2, 3, 9001, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    logits[..., 5000] += 30
-    for sums, expected in zip(sum_shares(logits, 0.5), _sum_shares(logits.clone(), 0.5), strict=True):
-        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-7)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2048, 2049, 4096 + 70])
+@pytest.mark.parametrize("rows", [3, 128])
+def test_the_last_queries_see_more_keys_than_a_program(make_qkv, length, rows):
+    q, k, _ = make_qkv(length, heads=2, kv_heads=1, dim=16, dtype=torch.float16)
+    k[:, :, 1500] *= 8
+    check_sums(q[:, :, -rows:], k, 0.5)
 
 
 @pytest.mark.slow

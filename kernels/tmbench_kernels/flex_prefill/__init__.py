@@ -19,7 +19,7 @@ from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count, split_blocks
 from tmbench_kernels.parameters import parameter
 from tmbench_kernels.reference import causal_mask
-from tmbench_kernels.scores import block_means, largest, last_query_mass, products
+from tmbench_kernels.scores import block_means, heaviest, heaviest_count, largest, last_query_mass, products
 
 
 @dataclass(frozen=True)
@@ -90,26 +90,25 @@ class FlexPrefill(BlockSparse):
         blocks, first = block_count(length), (length - queries) // BLOCK
         if self._is_dense(length):
             return causal_mask(blocks, q.device, queries=blocks - first).expand(batch, heads, -1, -1)
-        by_key, by_distance = (mass / last for mass in last_query_mass(q, k, scale, BLOCK))
-        by_diagonal = by_distance.flip(2)
-        counts, diagonal_counts = self._blocks_for(by_key), self._blocks_for(by_diagonal)
-        columns, diagonals = (
-            torch.unflatten(F.pad(x, (0, blocks * BLOCK - length)), 2, (blocks, BLOCK)).sum(3) for x in (by_key, by_diagonal)
-        )
-        aware = asked = None
+        mass = last_query_mass(q, k, scale, BLOCK).div_(last)
+        counts = self._blocks_for(mass)
+        # Blocks of diagonals begin with the farthest: it is the nearest that may be short.
+        if missing := blocks * BLOCK - length:
+            mass = torch.stack([F.pad(mass[0], (0, missing)), F.pad(mass[1], (missing, 0))])
+        sums = torch.unflatten(mass, 3, (blocks, BLOCK)).sum(4)
+        asked = None
         if self.tau > 0:
             key_means = block_means(k, BLOCK)
             mean = q[:, :, queries - last :].mean(2, keepdim=True, dtype=torch.float32)
             estimate = products(mean, key_means).mul_(scale).softmax(3).squeeze(2)
-            aware = _distance(estimate, columns) < self.tau
-            counts, diagonal_counts = (n.masked_fill(aware, self._least(length)) for n in (counts, diagonal_counts))
-            asked = aware[..., None, None] & self._asked(block_means(q, BLOCK, length - queries), key_means, scale)
-        columns[..., 0] = torch.inf
-        diagonals[..., -1] = torch.inf
-        chosen = largest(columns, counts)
-        offsets = largest(diagonals.flip(2), diagonal_counts)
+            aware = _distance(estimate, sums[0]) < self.tau
+            counts = counts.masked_fill(aware, self._least(length))
+            asked = self._asked(block_means(q, BLOCK, length - queries), key_means, scale) & aware[..., None, None]
+        # The first keys and the nearest diagonals are taken whatever they hold.
+        sums[..., 0] = torch.inf
+        columns, offsets = largest(sums, counts)
         numbers = torch.arange(blocks, device=q.device)
-        kept = chosen[:, :, None] | offsets[..., (numbers[first:, None] - numbers).clamp(min=0)]
+        kept: Tensor = columns[:, :, None] | offsets[..., (numbers[first:, None] - numbers).clamp(min=0)]
         if asked is not None:
             kept |= asked
         return kept
@@ -123,10 +122,10 @@ class FlexPrefill(BlockSparse):
     def _blocks_for(self, shares: Tensor) -> Tensor:
         """How many blocks to keep: the tokens ``[..., length]`` that it takes to exceed gamma, in blocks, and one more."""
         length = shares.shape[-1]
-        ranked = shares.sort(dim=-1, descending=True).values.cumsum(-1, dtype=torch.float64)
-        tokens = (ranked <= self.gamma).sum(-1) + 1
+        tokens = heaviest_count(shares, self.gamma) + 1
         most = block_count(length) if self.max_budget is None else min(block_count(self.max_budget), block_count(length))
-        return (tokens // BLOCK + 1).clamp(self._least(length), most)
+        blocks: Tensor = (tokens // BLOCK + 1).clamp(self._least(length), most)
+        return blocks
 
     def _asked(self, query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
         """The heaviest blocks of each head by pooled queries, as long as their sum is at most gamma of the whole.
@@ -134,16 +133,9 @@ class FlexPrefill(BlockSparse):
         What it says of blocks in the future does not count.
         """
         rows, blocks = query_means.shape[2], key_means.shape[2]
-        first = blocks - rows
         future = ~causal_mask(blocks, key_means.device, queries=rows)
         pooled = products(query_means, key_means).mul_(scale).masked_fill_(future, -torch.inf).softmax(3).flatten(2)
-        # What is in the future is all zeros: only the rest is sorted, which keeps its order for ties.
-        row, column = torch.tril_indices(rows, blocks, first, device=pooled.device)
-        ranked, order = pooled.index_select(2, row * blocks + column).sort(dim=2, descending=True, stable=True)
-        within = ranked.cumsum(2, dtype=torch.float64) <= self.gamma * rows
-        asked = torch.zeros_like(within).scatter_(2, order, within)
-        row, column = torch.arange(rows, device=pooled.device)[:, None], torch.arange(blocks, device=pooled.device)
-        return asked[..., row * (row + 1) // 2 + row * first + torch.minimum(row + first, column)]
+        return torch.unflatten(heaviest(pooled, self.gamma * rows), 2, (rows, blocks))
 
 
 def _distance(p: Tensor, q: Tensor) -> Tensor:

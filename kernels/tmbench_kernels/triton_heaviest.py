@@ -1,0 +1,133 @@
+"""The heaviest of probabilities whose sum stays within a limit, in Triton: a threshold is searched for, nothing is sorted.
+
+The bits of floats that are not negative are in the order of the floats. The threshold is the largest number of which the
+probabilities from it on hold more than the limit: its 30 bits are found two at a time, and each two take one pass over the
+probabilities, whose sums run in float64. Those above the threshold are taken; of those that equal it, as many as fit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDE = 4096
+"""Probabilities in a part, of which ties are counted for themselves."""
+PARTS = 4
+"""Parts that are read at once."""
+
+
+@triton.jit
+def _load(weights, place, n):
+    w = tl.load(weights + place, mask=place < n, other=0.0)
+    return w, w.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _held_from(bits, w, least):
+    return tl.sum(tl.where(bits >= least, w, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def _search(
+    weights_ptr, limit_ptr, thresholds_ptr, fitting_ptr, counts_ptr, ties_ptr, n, parts,
+    PARTS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One row. ties_ptr, for the ties of each part, is None where they are not wanted: then none are noted."""
+    row = tl.program_id(0).to(tl.int64)
+    weights = weights_ptr + row * n
+    limit = tl.load(limit_ptr)
+    tile = tl.arange(0, PARTS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    threshold = tl.full([], 0, tl.int32)
+    above = tl.full([], 0.0, tl.float64)
+    for step in range(15):
+        shift = 28 - 2 * step
+        held_1 = tl.zeros([WIDE], tl.float64)
+        held_2 = tl.zeros([WIDE], tl.float64)
+        held_3 = tl.zeros([WIDE], tl.float64)
+        for first in range(0, n, PARTS * WIDE):
+            w, bits = _load(weights, first + tile, n)
+            w = w.to(tl.float64)
+            held_1 += _held_from(bits, w, threshold + (1 << shift))
+            held_2 += _held_from(bits, w, threshold + (2 << shift))
+            held_3 += _held_from(bits, w, threshold + (3 << shift))
+        sum_1 = tl.sum(held_1, 0)
+        sum_2 = tl.sum(held_2, 0)
+        sum_3 = tl.sum(held_3, 0)
+        # What fits is held from the next larger number on; where all three are too much, the last step's still is.
+        above = tl.where(sum_1 <= limit, sum_1, tl.where(sum_2 <= limit, sum_2, tl.where(sum_3 <= limit, sum_3, above)))
+        digit = (sum_1 > limit).to(tl.int32) + (sum_2 > limit).to(tl.int32) + (sum_3 > limit).to(tl.int32)
+        threshold += digit << shift
+
+    # All that is zero fits, if it comes to that: then everything does.
+    weight = tl.where(threshold == 0, 1.0, threshold.to(tl.float32, bitcast=True)).to(tl.float64)
+    fitting = tl.floor((limit - above) / weight)
+    fitting += (above + (fitting + 1.0) * weight <= limit).to(tl.float64)
+    fitting -= (above + fitting * weight > limit).to(tl.float64)
+    fitting = tl.where(threshold == 0, n, tl.minimum(fitting, n).to(tl.int32))
+
+    larger = tl.zeros([WIDE], tl.int32)
+    equal = tl.zeros([WIDE], tl.int32)
+    for first in range(0, n, PARTS * WIDE):
+        _, bits = _load(weights, first + tile, n)
+        larger += tl.sum((bits > threshold).to(tl.int32), 0)
+        ties = ((bits == threshold) & (first + tile < n)).to(tl.int32)
+        equal += tl.sum(ties, 0)
+        if ties_ptr is not None:
+            part = first // WIDE + tl.arange(0, PARTS)
+            tl.store(ties_ptr + row * parts + part, tl.sum(ties, 1), mask=part < parts)
+    tl.store(thresholds_ptr + row, threshold)
+    tl.store(fitting_ptr + row, fitting)
+    tl.store(counts_ptr + row, tl.sum(larger, 0) + tl.minimum(tl.sum(equal, 0), fitting))
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def _mark(
+    weights_ptr, thresholds_ptr, fitting_ptr, ties_ptr, marks_ptr, n, parts,
+    WIDE: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """One part of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    place = part * WIDE + tl.arange(0, WIDE)
+    _, bits = _load(weights_ptr + row * n, place, n)
+    threshold = tl.load(thresholds_ptr + row)
+    before = tl.zeros([COUNTED], tl.int32)
+    for first in range(0, part, COUNTED):
+        earlier = first + tl.arange(0, COUNTED)
+        before += tl.load(ties_ptr + row * parts + earlier, mask=earlier < part, other=0)
+    tie = bits == threshold
+    rank = tl.sum(before, 0) + tl.cumsum(tie.to(tl.int32), 0)
+    taken = (bits > threshold) | (tie & (rank <= tl.load(fitting_ptr + row)))
+    tl.store(marks_ptr + row * n + place, taken.to(tl.uint8), mask=place < n)
+
+
+def heaviest(shares: Tensor, limit: float) -> Tensor:
+    """``scores.heaviest``."""
+    shares = shares.contiguous()
+    n, marks = shares.shape[-1], torch.empty_like(shares, dtype=torch.uint8)
+    parts = triton.cdiv(n, WIDE)
+    ties = shares.new_empty(*shares.shape[:-1], parts, dtype=torch.int32)
+    thresholds, fitting, _ = _searched(shares, limit, ties)
+    _mark[(thresholds.numel(), parts)](
+        shares, thresholds, fitting, ties, marks, n, parts, WIDE=WIDE, COUNTED=256, num_warps=8
+    )
+    return marks.view(torch.bool)
+
+
+def heaviest_count(shares: Tensor, limit: float) -> Tensor:
+    """``scores.heaviest_count``."""
+    return _searched(shares.contiguous(), limit, None)[2]
+
+
+def _searched(shares: Tensor, limit: float, ties: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row the bits of its threshold, how many that equal it fit, and how many are taken in all; fills ``ties``."""
+    n = shares.shape[-1]
+    thresholds, fitting, counts = (shares.new_empty(shares.shape[:-1], dtype=torch.int32) for _ in range(3))
+    # A number is handed to a kernel in float32, which is not enough here.
+    limits = shares.new_full((), limit, dtype=torch.float64)
+    _search[(counts.numel(),)](
+        shares, limits, thresholds, fitting, counts, ties, n, triton.cdiv(n, WIDE), PARTS=PARTS, WIDE=WIDE, num_warps=32
+    )
+    return thresholds, fitting, counts
