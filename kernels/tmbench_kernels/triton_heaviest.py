@@ -29,7 +29,7 @@ def _held_from(bits, w, least):
     return tl.sum(tl.where(bits >= least, w, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 def _search(
     weights_ptr, limit_ptr, thresholds_ptr, fitting_ptr, counts_ptr, ties_ptr, n, parts,
     PARTS: tl.constexpr, WIDE: tl.constexpr,
@@ -82,7 +82,7 @@ def _search(
     tl.store(counts_ptr + row, tl.sum(larger, 0) + tl.minimum(tl.sum(equal, 0), fitting))
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
+@triton.jit(do_not_specialize=["parts"])
 def _mark(
     weights_ptr, thresholds_ptr, fitting_ptr, ties_ptr, marks_ptr, n, parts,
     WIDE: tl.constexpr, COUNTED: tl.constexpr,

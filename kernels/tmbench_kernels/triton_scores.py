@@ -84,7 +84,7 @@ def _part_shares(
     q_ptr, k_tiles, maxes_ptr, sums_ptr, by_key_ptr, by_distance_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before,
     length, parts, scale_log2,
     ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Some of the last queries of one head over a part of the keys: what they give to these, and to as many distances."""
     part = tl.program_id(0)
@@ -93,15 +93,16 @@ def _part_shares(
     batch = both // HEADS
     head = both % HEADS
     position = length - ROWS + row
-    place = both.to(tl.int64) * parts * ROWS + row
+    place = both.to(tl.int64) * parts * ROWS + row[None, :]
     row_max = tl.full([BLOCK], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
-    for other in range(parts):
-        part_max = tl.load(maxes_ptr + place + other * ROWS)
-        part_sum = tl.load(sums_ptr + place + other * ROWS)
-        higher = tl.maximum(row_max, part_max)
+    for one in range(0, parts, MERGED):
+        some = one + tl.arange(0, MERGED)[:, None]
+        part_max = tl.load(maxes_ptr + place + some * ROWS, mask=some < parts, other=-float("inf"))
+        part_sum = tl.load(sums_ptr + place + some * ROWS, mask=some < parts, other=0.0)
+        higher = tl.maximum(row_max, tl.max(part_max, 0))
         shift = _finite(higher)
-        row_sum = row_sum * tl.exp2(row_max - shift) + part_sum * tl.exp2(part_max - shift)
+        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(part_sum * tl.exp2(part_max - shift[None, :]), 0)
         row_max = higher
     row_max = _finite(row_max)
     weight = tl.where(row >= before, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), 0.0)
@@ -154,5 +155,5 @@ def sum_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
     }  # fmt: skip
     grid = parts, blocks, batch * heads
     _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, num_warps=SUMS_WARPS)
-    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, num_warps=SHARES_WARPS)
+    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, MERGED=32, num_warps=SHARES_WARPS)
     return shares.sum(3) if blocks > 1 else shares.squeeze(3)

@@ -126,15 +126,16 @@ def test_tiles_do_not_change_the_selection(make_structured_qkv, monkeypatch, pat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run in any case")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_kernels_do_not_change_the_selection(make_structured_qkv, monkeypatch, pattern):
-    """Of all steps that Triton takes over on a GPU, interpreted."""
+    """Of all steps that Triton takes over on a GPU, interpreted: for a whole prompt and for a chunk of one."""
     q, k, _ = make_structured_qkv(700, heads=2, kv_heads=1, dtype=torch.float16)
-    expected = pattern.select(q, k).to_map()
+    expected = [pattern.select(part, k).to_map() for part in (q, q[:, :, 333:])]
     used = []
     for module in (lists, scores, xattention):
         monkeypatch.setattr(module, "runs_triton", lambda device, module=module: used.append(module) or True)
     for module in (scores, flash_prefill):
         monkeypatch.setattr(module, "triton_serves", lambda x, module=module: used.append(module) or True)
-    assert torch.equal(pattern.select(q, k).to_map(), expected)
+    for part, chosen in zip((q, q[:, :, 333:]), expected, strict=True):
+        assert torch.equal(pattern.select(part, k).to_map(), chosen)
     expected_modules = {"flex_prefill": {scores}, "xattention": {xattention}, "flash_prefill": {flash_prefill}}
     assert set(used) == {lists} | expected_modules.get(pattern.name, set())
 

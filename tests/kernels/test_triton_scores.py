@@ -81,6 +81,15 @@ def test_the_last_queries_see_more_keys_than_a_program(make_qkv, length, rows):
 
 
 @pytest.mark.slow
+def test_more_programs_than_are_merged_at_a_time(make_qkv, monkeypatch):
+    from tmbench_kernels import triton_scores
+
+    monkeypatch.setattr(triton_scores, "KEYS", 64)
+    q, k, _ = make_qkv(64 * 66 + 5, heads=1, kv_heads=1, dim=16, dtype=torch.float16)
+    check_sums(q[:, :, -70:], k, 0.5)
+
+
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from([1, 2, 8, 16, 128]),
