@@ -18,8 +18,7 @@ BLOCK = 64
 """Queries of a program, and keys of a step."""
 KEYS = 2048
 """Keys of a program."""
-SUMS_WARPS, SHARES_WARPS = 4, 8
-"""What turns shares takes more registers, which more warps have between them."""
+WARPS = 4
 
 
 @triton.jit
@@ -154,6 +153,6 @@ def sum_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
         "KEYS": KEYS, "num_stages": 3 if wide <= 128 else 1,
     }  # fmt: skip
     grid = parts, blocks, batch * heads
-    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, num_warps=SUMS_WARPS)
-    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, MERGED=32, num_warps=SHARES_WARPS)
+    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, num_warps=WARPS)
+    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, MERGED=32, num_warps=WARPS)
     return shares.sum(3) if blocks > 1 else shares.squeeze(3)
