@@ -3,9 +3,10 @@
     python benchmarks/chunks.py OUTPUT.csv [--lengths 131072] [--chunk 8192] [--heads 32] [--kv-heads 8]
 
 Every backend that takes chunks is timed on the tensors of benchmarks/structured_qkv.py, selection included: all chunks of a
-prompt, one after the other, then the whole prompt, in turn. A pattern may compute other pairs in chunks than in one piece,
-so "ns_per_mpair" tells what a kernel loses by the shorter queries: nanoseconds for a million pairs. A triangle's last rows
-are those of each chunk, as where the prompt's length is not known.
+prompt, one after the other, then the whole prompt, in turn. On a GPU those in plain PyTorch are left out: they take minutes.
+A pattern may compute other pairs in chunks than in one piece, so "ns_per_mpair" tells what a kernel loses by the shorter
+queries: nanoseconds for a million pairs. A triangle's last rows are those of each chunk, as where the prompt's length is not
+known.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
     q, k, v = structured_qkv(length, options.heads, options.kv_heads, device=device, dtype=dtype)
     for pattern in PATTERNS:
         for backend in pattern.backends:
-            if not backend.chunks or backend.obstacle(pattern, q, k, v):
+            if not backend.chunks or backend.obstacle(pattern, q, k, v) or (q.is_cuda and backend.name.startswith("torch")):
                 continue
             sizes = (length, options.chunk)
             taken: dict[int, list[float]] = {size: [] for size in sizes}

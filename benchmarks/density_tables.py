@@ -253,7 +253,7 @@ def _of_budget(found: Difference, *, surpassed: bool) -> str:
     if found.verdict == LOSS and surpassed:
         return (
             f"the oracle of one share is surely below dense attention, {points}, and others of its density are surely above "
-            "it: the most attention in every block of queries is not what the answers need, and of the budget it says nothing."
+            "it: the most attention in every block of queries is not what the answers need. Of the budget that says nothing."
         )
     if found.verdict == LOSS:
         return f"the oracle is surely below dense attention, {points}: the budget itself does not do."

@@ -16,6 +16,7 @@ DYNAMIC = "benchmarks/dynamic_attention.csv"
 ATTENTION = "benchmarks/attention.csv"
 STRUCTURED = "benchmarks/structured_density.csv"
 WIDE = "benchmarks/wide_attention.csv"
+CHUNKS = "benchmarks/chunks.csv"
 BUDGETS = {
     "vertical_slash 512 2048": "MInference (512, 2048)",
     "vertical_slash 1000 6096": "MInference (1000, 6096)",
@@ -143,6 +144,23 @@ def wide_heads(sources: Sources) -> str:
     )
 
 
+def in_chunks(sources: Sources) -> str:
+    """Milliseconds of a prompt in one piece and in chunks by each backend, and how the times of a pair compare."""
+    rows, whole = [], {}
+    for line in sources.lines(CHUNKS):
+        about = (line["pattern"], line["backend"])
+        if line["chunk"] == line["length"]:
+            whole[about] = line
+            continue
+        one, size = whole[about], f"{length_name(int(line['chunk']))} of {length_name(int(line['length']))}"
+        times = [milliseconds(each["ms_median"]) for each in (one, line)]
+        more = [f"{int(line['pairs']) / int(one['pairs']):.2f}", f"{float(line['times_one_piece']):.2f}"]
+        rows.append([line["pattern"], f"`{line['backend']}`", size, *times, *more])
+    texts = ("pattern", "backend", "chunks")
+    names = (*texts, "one piece, ms", "in chunks, ms", "times the pairs", "times the cost of a pair")
+    return table_markdown(Table("", columns(*names, texts=texts), rows))
+
+
 def of_dense(sources: Sources, what: str, *shares: str) -> str:
     """flash-attn 4 over blocks at random, its throughput in percent of its own dense attention's.
 
@@ -198,6 +216,7 @@ KERNELS: dict[str, Block] = {
     "more-than-window": more_than_window,
     "of-dense": of_dense,
     "wide-heads": wide_heads,
+    "in-chunks": in_chunks,
     "hopper-against-flash-attn": hopper_against_flash_attn,
     "density-range": density_range,
     "intervals": intervals,
