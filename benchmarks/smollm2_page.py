@@ -20,7 +20,7 @@ from tmbench.report.plot_style import COLOURS, GREY, LABEL_PT, MARKERS, plain_ax
 from tmbench.report.report import Report
 from tmbench.report.ruler import RulerSection
 from tmbench.report.table import Table, columns
-from tmbench.report.words import figure_text, interval_text
+from tmbench.report.words import NOTHING, figure_text, interval_text
 from tmbench.report.writers import captioned, report_markdown
 from tmbench.results.words import counted, length_name
 
@@ -82,11 +82,15 @@ def _scores(report: Report) -> Iterator[Table]:
 
 
 def _points(section: RulerSection, labels: Sequence[str], tasks: Sequence[str]) -> Table:
+    rows = {cell.label: cell.row for cell in section.cells}
     lines = []
     for label, found in zip(labels, section.answers.compare_all([(label, "dense", tasks) for label in labels]), strict=True):
         assert isinstance(found, Difference), found
         interval = interval_text(found.mean, found.low, found.high)
-        lines.append([label, figure_text(section.densities.get(label), ".0%"), interval, str(found.pairs), found.verdict])
+        # A label has what tells methods of its section apart. Another length may have another setting.
+        setting = density_tables.setting_of(rows[label])
+        name = label if setting == NOTHING or "(" in label else f"{label} ({setting})"
+        lines.append([name, figure_text(section.densities.get(label), ".0%"), interval, str(found.pairs), found.verdict])
     about = f"{length_name(section.setting.length)}, {section.setting.words}, {section.setting.device}"
     return Table(
         f"{about}: {counted(len(tasks), 'task')} of {len(section.scores['dense'])} ({', '.join(tasks)})",
