@@ -34,6 +34,13 @@ SmolLM2-135M-Instruct is a trained language model of 30 layers, 135 million para
 makes its checkpoint. [What was asked](../benchmarks/smollm2-135m/README.md) stands beside the rows. It cannot do every
 task of RULER. So methods are compared over the tasks on which dense attention scores more than {above:g}. Intervals are of
 95 %. [The page of claims](claims.md) says what this supports and what it refutes."""
+KINDS = {
+    "ruler": "RULER scores by task and method",
+    "loss": "Loss against dense by starting layer",
+    "probe": "Gradients by layer",
+    "tune": "Sets of layers that a search tried, and what they lose",
+}
+"""What a picture shows, by the beginning of its name."""
 PARTS = {"prompt": "in the prompt", "answer": "of the answer behind it"}
 
 
@@ -65,8 +72,7 @@ def _pictures(report: Report) -> dict[str, Figure]:
 
 
 def _picture(name: str) -> str:
-    kind = {"ruler": "RULER scores by task and method", "loss": "Loss against dense by starting layer"}
-    return f"![{kind.get(name.partition('-')[0], 'Gradients by layer')}, SmolLM2-135M-Instruct](figures/{name})"
+    return f"![{KINDS[name.partition('-')[0]]}, SmolLM2-135M-Instruct](figures/{name})"
 
 
 def _scores(report: Report) -> Iterator[Table]:
