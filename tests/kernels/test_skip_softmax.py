@@ -264,7 +264,20 @@ def hopper_attend(pattern, q, k, v, scale, **asked):
     return hopper_backend.attend(pattern, q, k, v, scale, **asked)
 
 
-@pytest.fixture(params=["triton", "hopper"])
+def hopper_votes_attend(pattern, q, k, v, scale, **asked):
+    from tmbench_kernels.skip_softmax import hopper_backend
+
+    return hopper_backend.attend(pattern, q, k, v, scale, source=hopper_backend.VOTES_SOURCE, **asked)
+
+
+def hopper_turns_attend(pattern, q, k, v, scale, **asked):
+    return hopper_votes_attend(pattern, q, k, v, scale, turns=True, **asked)
+
+
+ON_HOPPER = {"hopper": hopper_attend, "hopper_votes": hopper_votes_attend, "hopper_turns": hopper_turns_attend}
+
+
+@pytest.fixture(params=["triton", *ON_HOPPER])
 def on_gpu(request):
     """A kernel's ``attend``."""
     if request.param == "triton":
@@ -273,7 +286,7 @@ def on_gpu(request):
         pytest.skip("runs on Hopper only")
     if reason := missing_hopper():
         pytest.skip(reason)
-    return hopper_attend
+    return ON_HOPPER[request.param]
 
 
 SHAPES = [

@@ -4,12 +4,11 @@
 // producer brings queries' keys alone. When a tile's product is there, all threads of both consumers vote by one barrier that
 // combines their votes. A tile that is kept has its values loaded then, by one of the consumers' threads: they come while the
 // softmax runs and the next tile is multiplied. A tile that is skipped costs its product and its maxima.
-// Macros beside those of hopper.cuh: SHARED_BYTES.
+// Macros beside those of hopper.cuh: SHARED_BYTES; V_STAGES, the depth of the pipeline of values.
 
 #include "hopper.cuh"
 
 constexpr int WORK_TILES = 8;  // more than the producer can be ahead of a consumer: every work tile takes at least one stage
-constexpr u32 V_STAGES = 2;    // one that is multiplied, and one that is filled
 constexpr u32 K_BYTES = K_HALF * (DIM / 64), V_BYTES = K_HALF * (V_DIM / 64);
 constexpr u32 KEYS_AT = CONSUMERS * SLOT_BYTES, VALUES_AT = KEYS_AT + STAGES * K_BYTES, BARRIERS_AT = VALUES_AT + V_STAGES * V_BYTES;
 constexpr u32 Q_FULL = 0, WORK_TILE_FULL = Q_FULL + CONSUMERS, K_FULL = WORK_TILE_FULL + WORK_TILES, V_FULL = K_FULL + STAGES,
