@@ -15,19 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing_hopper()), reaso
 
 
 SKIPS = "skip_softmax.hopper_backend"
-SOURCES = [
-    ("triangle.hopper_backend", "SOURCE"),
-    ("block_sparse.hopper_backend", "SOURCE"),
-    (SKIPS, "SOURCE"),
-    (SKIPS, "VOTES_SOURCE"),
-]
+MODULES = ["triangle.hopper_backend", "block_sparse.hopper_backend", SKIPS]
 
 
 def kernels(names: str, cases: list[tuple[Any, ...]]) -> Any:
     """Every kernel with each of these head sizes that it has room for."""
     return pytest.mark.parametrize(
-        f"module, source, {names}",
-        [(*at, *case) for at in SOURCES for case in cases if at[0] != SKIPS or (case[0] <= 192 and case[1] <= 128)],
+        f"module, {names}",
+        [(module, *case) for module in MODULES for case in cases if module != SKIPS or (case[0] <= 192 and case[1] <= 128)],
     )
 
 
@@ -42,35 +37,35 @@ def kernels(names: str, cases: list[tuple[Any, ...]]) -> Any:
         (64, 192, torch.float16, False),
     ],
 )
-def test_it_compiles_for_hopper(module, source, dim, v_dim, dtype, lse):
+def test_it_compiles_for_hopper(module, dim, v_dim, dtype, lse):
     from tmbench_kernels import hopper
 
     host = import_module(f"tmbench_kernels.{module}")
-    code = hopper.compile_source(getattr(host, source), host.settings(dim, v_dim, dtype, lse=lse))
+    code = hopper.compile_source(host.SOURCE, host.settings(dim, v_dim, dtype, lse=lse))
     assert code[:4] == b"\x7fELF"
     assert host.KERNEL.encode() in code
     assert host.shared_bytes(dim, v_dim) <= 227 * 1024
 
 
 @kernels("dim, v_dim, lse", [(128, 128, False), (128, 128, True), (192, 128, False), (256, 256, True)])
-def test_its_products_run_beside_other_work(module, source, dim, v_dim, lse):
+def test_its_products_run_beside_other_work(module, dim, v_dim, lse):
     """The assembler says so when it must wait for every product on its own, which makes the kernel half as fast."""
     from tmbench_kernels import hopper
 
     host = import_module(f"tmbench_kernels.{module}")
-    log = hopper.compile_log(getattr(host, source), host.settings(dim, v_dim, torch.bfloat16, lse=lse))
+    log = hopper.compile_log(host.SOURCE, host.settings(dim, v_dim, torch.bfloat16, lse=lse))
     assert "Compiling entry function" in log
     assert "serialized" not in log
     assert re.search(r"\b0 bytes spill stores", log)
 
 
 @kernels("dim, v_dim", [(64, 64), (128, 128), (192, 128), (256, 256)])
-def test_a_program_starts_with_the_registers_that_its_warpgroups_take(module, source, dim, v_dim):
+def test_a_program_starts_with_the_registers_that_its_warpgroups_take(module, dim, v_dim):
     """With fewer, a consumer would wait for ever for those that it asks for."""
     from tmbench_kernels import hopper
 
     host = import_module(f"tmbench_kernels.{module}")
-    log = hopper.compile_log(getattr(host, source), host.settings(dim, v_dim, torch.bfloat16, lse=True))
+    log = hopper.compile_log(host.SOURCE, host.settings(dim, v_dim, torch.bfloat16, lse=True))
     used = re.search(r"Used (\d+) registers", log)
     assert used
     warpgroups = 1 + host.settings(dim, v_dim, torch.bfloat16)["CONSUMERS"]

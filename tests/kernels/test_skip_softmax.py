@@ -264,20 +264,7 @@ def hopper_attend(pattern, q, k, v, scale, **asked):
     return hopper_backend.attend(pattern, q, k, v, scale, **asked)
 
 
-def hopper_votes_attend(pattern, q, k, v, scale, **asked):
-    from tmbench_kernels.skip_softmax import hopper_backend
-
-    return hopper_backend.attend(pattern, q, k, v, scale, source=hopper_backend.VOTES_SOURCE, **asked)
-
-
-def hopper_turns_attend(pattern, q, k, v, scale, **asked):
-    return hopper_votes_attend(pattern, q, k, v, scale, turns=True, **asked)
-
-
-ON_HOPPER = {"hopper": hopper_attend, "hopper_votes": hopper_votes_attend, "hopper_turns": hopper_turns_attend}
-
-
-@pytest.fixture(params=["triton", *ON_HOPPER])
+@pytest.fixture(params=["triton", "hopper"])
 def on_gpu(request):
     """A kernel's ``attend``."""
     if request.param == "triton":
@@ -286,7 +273,7 @@ def on_gpu(request):
         pytest.skip("runs on Hopper only")
     if reason := missing_hopper():
         pytest.skip(reason)
-    return ON_HOPPER[request.param]
+    return hopper_attend
 
 
 SHAPES = [

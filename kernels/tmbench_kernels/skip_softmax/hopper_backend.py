@@ -1,4 +1,4 @@
-"""Skip-softmax on Hopper, in CUDA C++: the host's side of hopper.cu and of hopper_votes.cu."""
+"""Skip-softmax on Hopper, in CUDA C++: the host's side of hopper.cu."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from tmbench_kernels.skip_softmax import SkipSoftmax
 
 SOURCE = Path(__file__).with_name("hopper.cu")
-VOTES_SOURCE = SOURCE.with_name("hopper_votes.cu")
-"""The same kernel with votes that no barrier combines."""
 KERNEL = "skip_softmax"
 CONSUMERS = BLOCK // WARPGROUP_ROWS
 """Consumer warpgroups of a program: those of a tile's queries."""
@@ -33,13 +31,10 @@ PLAN = struct.Struct("2q8i2f")
 """The kernel's struct Plan."""
 
 
-def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False, turns: bool = False) -> dict[str, int]:
-    """The macros of the kernels for these head sizes, q and k up to 192 and v up to 128, and this type, fp16 or bf16.
-
-    ``turns`` is of ``VOTES_SOURCE`` alone: its consumers take turns in starting products.
-    """
+def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False) -> dict[str, int]:
+    """The macros of the kernel for these head sizes, q and k up to 192 and v up to 128, and this type, fp16 or bf16."""
     shared = {"STAGES": stages(dim, v_dim), "V_STAGES": VALUE_STAGES, "SHARED_BYTES": shared_bytes(dim, v_dim)}
-    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, KEYS=BLOCK, LSE=int(lse), TURNS=int(turns), **shared)
+    return header_macros(dim, v_dim, dtype, CONSUMERS=CONSUMERS, KEYS=BLOCK, LSE=int(lse), **shared)
 
 
 def stages(dim: int, v_dim: int) -> int:
@@ -60,21 +55,8 @@ def _keys_bytes(dim: int) -> int:
     return 2 * BLOCK * padded(dim)
 
 
-def attend(
-    pattern: SkipSoftmax,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    *,
-    lse: Tensor | None = None,
-    source: Path = SOURCE,
-    turns: bool = False,
-) -> Tensor:
-    """Attention ``[batch, heads, queries, v_dim]``, as a view of ``[batch, queries, heads, v_dim]``.
-
-    By ``source``, which is ``SOURCE`` or ``VOTES_SOURCE``, and ``turns`` as ``settings`` has it.
-    """
+def attend(pattern: SkipSoftmax, q: Tensor, k: Tensor, v: Tensor, scale: float, *, lse: Tensor | None = None) -> Tensor:
+    """Attention ``[batch, heads, queries, v_dim]``, as a view of ``[batch, queries, heads, v_dim]``."""
     q, scale = positive(q, scale)
     q, k, v = loadable(q), loadable(k), loadable(v)
     batch, heads, queries, dim = q.shape
@@ -94,7 +76,7 @@ def attend(
         length, first_query, first_block, blocks, pattern.order == "ascending", heads, heads // k.shape[1],
         batch * heads * blocks, pattern.least(length) / scale, scale * LOG2_E,
     )  # fmt: skip
-    macros = tuple(settings(dim, v_dim, q.dtype, lse=lse is not None, turns=turns).items())
-    kernel = load_kernel(q.device, source, KERNEL, shared_bytes(dim, v_dim), 128 * (CONSUMERS + 1), macros)
+    macros = tuple(settings(dim, v_dim, q.dtype, lse=lse is not None).items())
+    kernel = load_kernel(q.device, SOURCE, KERNEL, shared_bytes(dim, v_dim), 128 * (CONSUMERS + 1), macros)
     kernel.launch(multiprocessors(q.device), q.device, maps, plan)
     return out
