@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tmbench_kernels import Dense, SkipSoftmax
+from tmbench_kernels import Dense, SkipSoftmax, cuda
 from tmbench_kernels.block_sparse.torch_backend import attend_lists
 from tmbench_kernels.cuda import missing_hopper
 from tmbench_kernels.pattern import new_lse
@@ -274,6 +276,52 @@ def on_gpu(request):
     if reason := missing_hopper():
         pytest.skip(reason)
     return hopper_attend
+
+
+@pytest.fixture
+def on_capability(monkeypatch):
+    """``on_capability(9)``: CUDA devices have this compute capability, Triton and the compiler for Hopper are there."""
+    caches = cuda.capability, cuda.refuses_device, cuda.refuses_tensors
+
+    def make(major):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+        forget()
+
+    def forget():
+        for cached in caches:
+            cached.cache_clear()
+
+    yield make
+    forget()
+
+
+@pytest.mark.skipif(bool(missing_hopper()), reason=missing_hopper())
+@pytest.mark.parametrize(
+    ("major", "shape", "asked", "picked", "hopper"),
+    [
+        (9, {}, {}, "cuda-hopper", ""),
+        (9, {"dim": 192}, {"lse": True}, "cuda-hopper", ""),
+        (9, {"queries": 133}, {}, "cuda-hopper", ""),
+        (9, {}, {"softcap": 3.0}, "triton", "has no soft-capped logits"),
+        (9, {"dim": 256}, {}, "triton", "takes head sizes up to 192, and of values up to 128"),
+        (9, {"v_dim": 192}, {}, "triton", "takes head sizes up to 192, and of values up to 128"),
+        (9, {"dim": 300}, {}, "torch-blocks", "takes head sizes up to 192, and of values up to 128"),
+        (9, {"v_dim": 100}, {}, "triton", "writes outputs of a head size that is a multiple of 8, not 100"),
+        (9, {"dtype": torch.float32}, {}, "torch-blocks", "takes float16 or bfloat16, not float32"),
+        (8, {}, {}, "triton", "takes a GPU of compute capability 9, not 8"),
+    ],
+)
+def test_the_kernel_for_hopper_comes_first_where_it_serves(on_capability, major, shape, asked, picked, hopper):
+    on_capability(major)
+    given = {"queries": 600, "dim": 128, "v_dim": 128, "dtype": torch.bfloat16} | shape
+    device = torch.device("cuda", 0)
+
+    def tensor(length, dim) -> Any:
+        return SimpleNamespace(device=device, dtype=given["dtype"], shape=torch.Size((1, 2, length, dim)))
+
+    qkv = tensor(given["queries"], given["dim"]), tensor(600, given["dim"]), tensor(600, given["v_dim"])
+    assert SkipSoftmax.backends[0].obstacle(SkipSoftmax(), *qkv, **asked) == hopper
+    assert SkipSoftmax().backend(*qkv, **asked).name == picked
 
 
 SHAPES = [

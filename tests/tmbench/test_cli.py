@@ -421,7 +421,9 @@ def test_list_and_env(tmbench):
     assert dense["sdpa flash_attention"] == "works"
     assert (dense["sdpa"], dense["flash-attn-4"]) == ("works, picked", "runs on cuda, not on cpu")
     assert backends["key blocks"]["torch-blocks"] == backends["triangle"]["torch-banded"] == "works, picked"
-    assert backends["vertical slashes"]["cuda-hopper"] == "runs on cuda, not on cpu"
+    assert backends["skip-softmax"]["torch-blocks"] == "works, picked"
+    for pattern in ("vertical slashes", "skip-softmax"):
+        assert backends[pattern]["cuda-hopper"] == "runs on cuda, not on cpu"
 
 
 def test_json_is_the_same_on_every_terminal():

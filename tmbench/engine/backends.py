@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tmbench_kernels import Dense, Pattern, Triangle, VerticalSlash, XAttention
+from tmbench_kernels import Dense, Pattern, SkipSoftmax, Triangle, VerticalSlash, XAttention
 
 PATTERNS: Mapping[str, Pattern] = {
     "dense": Dense(),
     "triangle": Triangle(),
     "vertical slashes": VerticalSlash(),
     "key blocks": XAttention(),
+    "skip-softmax": SkipSoftmax(),
 }
 """One pattern for each set of backends: those of whole key blocks share theirs."""
 
