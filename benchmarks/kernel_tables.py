@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import pairwise
 
 from kernel_pages import coverage_in_words, milliseconds
 from sources import ROOT, Block, Line, Sources, line_of, tokens
@@ -17,12 +18,14 @@ ATTENTION = "benchmarks/attention.csv"
 STRUCTURED = "benchmarks/structured_density.csv"
 WIDE = "benchmarks/wide_attention.csv"
 CHUNKS = "benchmarks/chunks.csv"
+SKIPS = "benchmarks/skip_softmax.csv"
 BUDGETS = {
     "vertical_slash 512 2048": "MInference (512, 2048)",
     "vertical_slash 1000 6096": "MInference (1000, 6096)",
     "flex_prefill 0.95": "FlexPrefill 0.95",
     "flash_prefill 0.1": "FlashPrefill 0.1",
 }
+SKIPPING = {"cuda-hopper": "`cuda-hopper`", "cuda-hopper, common barrier": "common barrier", "triton": "`triton`"}
 SELECTIONS = {"vertical_slash": "MInference", "flex_prefill": "FlexPrefill", "flash_prefill": "FlashPrefill"}
 SELECTIONS |= {"xattention": "XAttention, stride 16"}
 
@@ -161,6 +164,58 @@ def in_chunks(sources: Sources) -> str:
     return table_markdown(Table("", columns(*names, texts=texts), rows))
 
 
+def skipped_tiles(sources: Sources) -> str:
+    """Milliseconds of dense attention and of skip-softmax by the share of skipped tiles, and the kernels' times faster."""
+    lines = sources.lines(SKIPS)
+    rows = []
+    for length, skipped in dict.fromkeys((line["length"], line["skipped"]) for line in lines):
+        found = [line for line in lines if (line["length"], line["skipped"]) == (length, skipped)]
+        ms = (line_of(found, **about)["ms_median"] for about in ({"pattern": "dense"}, {"backend": "cuda-hopper"}))
+        times = (_skipping_times(found, backend) for backend in SKIPPING)
+        rows.append([length_name(int(length)), f"{float(skipped):.1%}", *map(milliseconds, ms), *times])
+    names = ("tokens", "tiles skipped", "dense, ms", "`cuda-hopper`, ms", *SKIPPING.values())
+    return table_markdown(Table("", columns(*names), rows))
+
+
+def skipping_times(sources: Sources, length: str, skipped: str, *backend: str) -> str:
+    """How many times faster than dense attention a backend of skip-softmax is, at a share of skipped tiles in percent."""
+    found = [line for line in _with_skipped(sources, skipped) if line["length"] == tokens(length)]
+    return _skipping_times(found, " ".join(backend))
+
+
+def skipping_difference(sources: Sources, skipped: str, backend: str) -> str:
+    """How far a backend's outputs are from those of skip-softmax in Triton, the greatest of all lengths."""
+    found = [float(line["difference"]) for line in _with_skipped(sources, skipped) if line["backend"] == backend]
+    return f"{100 * max(found):.2f} %"
+
+
+def even_share(sources: Sources, length: str) -> str:
+    """Where a straight line between two measured shares of skipped tiles crosses dense attention's time, on Hopper."""
+    lines = [line for line in sources.lines(SKIPS) if line["length"] == tokens(length)]
+    slower = []
+    for share in sorted({line["skipped"] for line in lines}, key=float):
+        own, dense = (
+            float(line_of(lines, skipped=share, **about)["ms_median"])
+            for about in ({"backend": "cuda-hopper"}, {"pattern": "dense"})
+        )
+        slower.append((float(share), own - dense))
+    crossings = [(a, b) for a, b in pairwise(slower) if (a[1] > 0) != (b[1] > 0)]
+    if len(crossings) != 1 or slower[0][1] <= 0:
+        raise ValueError(f"at {length} there is no one share from which on skip-softmax is faster than dense attention")
+    ((low, above), (high, below)) = crossings[0]
+    return f"{100 * (low + (high - low) * above / (above - below)):.0f} %"
+
+
+def _with_skipped(sources: Sources, skipped: str) -> list[Line]:
+    return [line for line in sources.lines(SKIPS) if f"{float(line['skipped']):.1%}" == skipped]
+
+
+def _skipping_times(lines: list[Line], backend: str) -> str:
+    """Of lines of one length and share."""
+    dense, own = (float(line_of(lines, **about)["ms_median"]) for about in ({"pattern": "dense"}, {"backend": backend}))
+    return f"{dense / own:.2f}"
+
+
 def of_dense(sources: Sources, what: str, *shares: str) -> str:
     """flash-attn 4 over blocks at random, its throughput in percent of its own dense attention's.
 
@@ -217,6 +272,10 @@ KERNELS: dict[str, Block] = {
     "of-dense": of_dense,
     "wide-heads": wide_heads,
     "in-chunks": in_chunks,
+    "skipped-tiles": skipped_tiles,
+    "skipping-times": skipping_times,
+    "skipping-difference": skipping_difference,
+    "even-share": even_share,
     "hopper-against-flash-attn": hopper_against_flash_attn,
     "density-range": density_range,
     "intervals": intervals,

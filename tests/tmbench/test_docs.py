@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,11 +53,57 @@ def test_a_figure_that_was_typed_over_is_rendered_anew(render, sources):
             "some of xattention, flex_prefill take longer and some do",
         ),
         ("more-than-window 2K", "takes no longer than its window"),
+        ("even-share 64K", "no one share from which on skip-softmax is faster"),
+        ("skipping-times 128K 50% cuda-hopper", "0 lines have"),
     ],
 )
 def test_a_figure_that_its_sentence_would_belie_is_refused(render, sources, marker, error):
     with pytest.raises(ValueError, match=error):
         render.filled(f"a <!-- rows: {marker} -->1<!-- /rows --> b", sources)
+
+
+def skipping(hopper_ms, dense_ms=(10.0, 10.0, 10.0)):
+    """``Sources`` of made lines, at 1K with none, half and all of the tiles skipped."""
+    lines = []
+    for skipped, hopper, dense in zip(("0.0000", "0.5004", "0.9983"), hopper_ms, dense_ms, strict=True):
+        for backend, ms in (("cuda-hopper", hopper), ("cuda-hopper, common barrier", 12.5), ("triton", 20.0), ("x", dense)):
+            pattern = "dense" if backend == "x" else "skip_softmax"
+            about = {"pattern": pattern, "backend": backend, "length": "1024", "skipped": skipped}
+            lines.append(about | {"ms_median": str(ms), "difference": "0.001"})
+    return SimpleNamespace(lines=lambda path: lines)
+
+
+def test_a_share_of_skipped_tiles_says_how_many_times_faster_that_is(render):
+    made = skipping((12.0, 8.0, 4.0))
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in render.BLOCKS["skipped-tiles"](made).splitlines()]
+    assert table[3] == ["1K", "50.0%", "10.0", "8.00", "1.25", "0.80", "0.50"]
+    assert [line[1] for line in table[2:]] == ["0.0%", "50.0%", "99.8%"]
+    text = "<!-- rows: skipping-times 1K 50.0% cuda-hopper, common barrier -->?<!-- /rows -->"
+    assert ">0.80<" in render.filled(text, made)
+    assert render.BLOCKS["even-share"](made, "1K") == "25 %"
+
+
+@pytest.mark.parametrize("hopper_ms", [(9.0, 8.0, 4.0), (12.0, 11.0, 10.5), (12.0, 8.0, 11.0), (9.0, 11.0, 12.0)])
+def test_a_share_where_dense_attention_is_overtaken_is_the_only_one(render, hopper_ms):
+    with pytest.raises(ValueError, match="at 1K there is no one share"):
+        render.BLOCKS["even-share"](skipping(hopper_ms), "1K")
+
+
+def test_what_the_page_of_kernels_says_of_skip_softmax_is_what_its_rows_say(sources):
+    """In words that no marker renders."""
+    lines = sources.lines("benchmarks/skip_softmax.csv")
+    by_point: dict[tuple[str, str], dict[str, float]] = {}
+    for line in lines:
+        by_point.setdefault((line["length"], line["skipped"]), {})[line["backend"]] = float(line["ms_median"])
+    for (_, skipped), ms in by_point.items():
+        assert (ms["cuda-hopper"] < ms["flash-attn-4"]) == (float(skipped) > 0.45)
+        assert ms["triton"] > ms["flash-attn-4"]
+        assert ms["cuda-hopper"] < ms["cuda-hopper, common barrier"] < ms["triton"]
+    for tried in ("cuda-hopper, in turns", "cuda-hopper, three stages of values"):
+        assert sum(ms[tried] > ms["cuda-hopper"] for ms in by_point.values()) > 0.75 * len(by_point)
+    for about in lines:
+        assert (about["heads"], about["kv_heads"], about["head_dim"], about["dtype"]) == ("32", "8", "128", "bfloat16")
+        assert about["device"] == "NVIDIA H200"
 
 
 def test_no_name_of_a_figure_stands_for_two(render):
