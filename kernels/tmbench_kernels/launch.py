@@ -22,9 +22,15 @@ def loadable(x: Tensor) -> Tensor:
     *strides, last = x.stride()
     if last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in strides):
         return x
-    # Rows padded to 16 bytes, in memory of their own; the stride of a dimension of one counts as well.
+    # In memory of its own: the stride of a dimension of one counts as well.
+    return empty_rows(x, *x.shape[:-1]).copy_(x)
+
+
+def empty_rows(x: Tensor, *sizes: int) -> Tensor:
+    """Room for so many rows of the length and the type of those of ``x``, each padded to a multiple of 16 bytes."""
+    size = x.element_size()
     dim = -(-x.shape[-1] * size // 16) * 16 // size
-    return x.new_empty(*x.shape[:-1], dim)[..., : x.shape[-1]].copy_(x)
+    return x.new_empty(*sizes, dim)[..., : x.shape[-1]]
 
 
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:

@@ -99,6 +99,19 @@ def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
     return none.scatter_(-1, order, taken.expand_as(order))
 
 
+def largest_of_positive(scores: Tensor, counts: Tensor) -> Tensor:
+    """``largest`` of scores that are float32 and not negative, infinite ones among them. Counts are int32.
+
+    On a GPU nothing is sorted.
+    """
+    if runs_triton(scores.device):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels import triton_heaviest
+
+        return triton_heaviest.largest(scores, counts)
+    return largest(scores, counts)
+
+
 def heaviest(shares: Tensor, limit: float) -> Tensor:
     """Which of probabilities ``[..., n]`` are taken, heaviest first, while their sum is at most the limit. Bool.
 

@@ -1,8 +1,9 @@
-"""The heaviest of probabilities whose sum stays within a limit, in Triton: a threshold is searched for, nothing is sorted.
+"""The heaviest of probabilities, in Triton: so many of them, or those whose sum stays within a limit. Nothing is sorted.
 
-The bits of floats that are not negative are in the order of the floats. The threshold is the largest number of which the
-probabilities from it on hold more than the limit: its 30 bits are found two at a time, and each two take one pass over the
-probabilities, whose sums run in float64. Those above the threshold are taken; of those that equal it, as many as fit.
+The bits of floats that are not negative are in the order of the floats. A threshold is searched for: the largest number of
+which the probabilities from it on hold more than the limit, or are as many as wanted. Its bits are found two at a time, and
+each two take one pass over the probabilities, whose sums run in float64. Those above the threshold are taken; of those that
+equal it, as many as fit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,24 @@ def _load(weights, place, n):
 
 @triton.jit
 def _held_from(bits, w, least):
-    return tl.sum(tl.where(bits >= least, w, 0.0), 0)
+    return tl.sum(tl.where(bits >= least, w, 0), 0)
+
+
+@triton.jit
+def _count_ties(weights, threshold, ties, n, parts, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """How many are above the threshold, and how many equal it; ``ties`` gets the latter for each part, unless it is None."""
+    tile = tl.arange(0, PARTS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    larger = tl.zeros([WIDE], tl.int32)
+    equal = tl.zeros([WIDE], tl.int32)
+    for first in range(0, n, PARTS * WIDE):
+        _, bits = _load(weights, first + tile, n)
+        larger += tl.sum((bits > threshold).to(tl.int32), 0)
+        found = ((bits == threshold) & (first + tile < n)).to(tl.int32)
+        equal += tl.sum(found, 0)
+        if ties is not None:
+            part = first // WIDE + tl.arange(0, PARTS)
+            tl.store(ties + part, tl.sum(found, 1), mask=part < parts)
+    return tl.sum(larger, 0), tl.sum(equal, 0)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -67,19 +85,45 @@ def _search(
     fitting -= (above + fitting * weight > limit).to(tl.float64)
     fitting = tl.where(threshold == 0, n, tl.minimum(fitting, n).to(tl.int32))
 
-    larger = tl.zeros([WIDE], tl.int32)
-    equal = tl.zeros([WIDE], tl.int32)
-    for first in range(0, n, PARTS * WIDE):
-        _, bits = _load(weights, first + tile, n)
-        larger += tl.sum((bits > threshold).to(tl.int32), 0)
-        ties = ((bits == threshold) & (first + tile < n)).to(tl.int32)
-        equal += tl.sum(ties, 0)
-        if ties_ptr is not None:
-            part = first // WIDE + tl.arange(0, PARTS)
-            tl.store(ties_ptr + row * parts + part, tl.sum(ties, 1), mask=part < parts)
+    if ties_ptr is not None:
+        ties_ptr += row * parts
+    larger, equal = _count_ties(weights, threshold, ties_ptr, n, parts, PARTS, WIDE)
     tl.store(thresholds_ptr + row, threshold)
     tl.store(fitting_ptr + row, fitting)
-    tl.store(counts_ptr + row, tl.sum(larger, 0) + tl.minimum(tl.sum(equal, 0), fitting))
+    tl.store(counts_ptr + row, larger + tl.minimum(equal, fitting))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _search_count(
+    weights_ptr, wanted_ptr, thresholds_ptr, fitting_ptr, ties_ptr, n, parts,
+    PARTS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One row: the largest number of which as many as wanted are there from it on."""
+    row = tl.program_id(0).to(tl.int64)
+    weights = weights_ptr + row * n
+    wanted = tl.load(wanted_ptr + row)
+    # Where none is wanted, the threshold is that of one, and none that equals it fits.
+    enough = tl.maximum(wanted, 1)
+    tile = tl.arange(0, PARTS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    threshold = tl.full([], 0, tl.int32)
+    for step in range(16):
+        # Infinity takes 31 bits. The last one is found for itself: from the next but one on there are too few by then.
+        shift = tl.maximum(29 - 2 * step, 0)
+        count_1 = tl.zeros([WIDE], tl.int32)
+        count_2 = tl.zeros([WIDE], tl.int32)
+        count_3 = tl.zeros([WIDE], tl.int32)
+        for first in range(0, n, PARTS * WIDE):
+            _, bits = _load(weights, first + tile, n)
+            count_1 += _held_from(bits, 1, threshold + (1 << shift))
+            count_2 += _held_from(bits, 1, threshold + (2 << shift))
+            count_3 += _held_from(bits, 1, threshold + (3 << shift))
+        enough_1 = (tl.sum(count_1, 0) >= enough).to(tl.int32)
+        enough_2 = (tl.sum(count_2, 0) >= enough).to(tl.int32)
+        enough_3 = (tl.sum(count_3, 0) >= enough).to(tl.int32)
+        threshold += (enough_1 + enough_2 + enough_3) << shift
+    larger, _ = _count_ties(weights, threshold, ties_ptr + row * parts, n, parts, PARTS, WIDE)
+    tl.store(thresholds_ptr + row, threshold)
+    tl.store(fitting_ptr + row, wanted - larger)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -106,10 +150,32 @@ def _mark(
 def heaviest(shares: Tensor, limit: float) -> Tensor:
     """``scores.heaviest``."""
     shares = shares.contiguous()
-    n, marks = shares.shape[-1], torch.empty_like(shares, dtype=torch.uint8)
-    parts = triton.cdiv(n, WIDE)
-    ties = shares.new_empty(*shares.shape[:-1], parts, dtype=torch.int32)
+    ties = _ties(shares)
     thresholds, fitting, _ = _searched(shares, limit, ties)
+    return _marked(shares, thresholds, fitting, ties)
+
+
+def largest(shares: Tensor, counts: Tensor) -> Tensor:
+    """``scores.largest_of_positive``."""
+    shares = shares.contiguous()
+    ties = _ties(shares)
+    thresholds, fitting = (shares.new_empty(shares.shape[:-1], dtype=torch.int32) for _ in range(2))
+    wanted = counts.expand(shares.shape[:-1]).contiguous()
+    _search_count[(wanted.numel(),)](
+        shares, wanted, thresholds, fitting, ties, shares.shape[-1], ties.shape[-1], PARTS=PARTS, WIDE=WIDE, num_warps=32
+    )
+    return _marked(shares, thresholds, fitting, ties)
+
+
+def _ties(shares: Tensor) -> Tensor:
+    """Room for how many of each part of a row equal its threshold."""
+    return shares.new_empty(*shares.shape[:-1], triton.cdiv(shares.shape[-1], WIDE), dtype=torch.int32)
+
+
+def _marked(shares: Tensor, thresholds: Tensor, fitting: Tensor, ties: Tensor) -> Tensor:
+    """What is above a row's threshold, and the first of those that equal it. Bool."""
+    marks = torch.empty_like(shares, dtype=torch.uint8)
+    n, parts = shares.shape[-1], ties.shape[-1]
     _mark[(thresholds.numel(), parts)](
         shares, thresholds, fitting, ties, marks, n, parts, WIDE=WIDE, COUNTED=256, num_warps=8
     )

@@ -112,7 +112,7 @@ def test_kernels_of_libraries_that_take_whole_prompts_alone_are_passed_over(make
 @pytest.mark.parametrize("start", [0, 1, 64, 100, 299])
 def test_pairs_of_an_index(start):
     from tmbench_kernels.vertical_slash import Selection, selection_mask
-    from tmbench_kernels.vertical_slash.triton_backend import build_index, count_pairs
+    from tmbench_kernels.vertical_slash.triton_index import build_index, count_pairs
 
     chance = torch.Generator().manual_seed(start)
     columns, distances = ((torch.rand(2, 3, 300, generator=chance) < 0.05).to(DEVICE) for _ in range(2))

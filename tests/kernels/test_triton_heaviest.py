@@ -1,4 +1,4 @@
-"""The heaviest within a limit as one kernel finds them, against sorting: interpreted without a GPU, as compiled on one."""
+"""The heaviest within a limit, and so many of the largest, in Triton against sorting: without a GPU interpreted."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def check(shares, limit):
     assert torch.equal(heaviest_count(on_device, limit).cpu().long(), expected.sum(-1))
     assert torch.equal(scores.heaviest(shares, limit), expected)
     assert torch.equal(scores.heaviest_count(shares, limit), expected.sum(-1))
+    return expected
+
+
+def check_largest(numbers, counts):
+    from tmbench_kernels.triton_heaviest import largest
+
+    expected = torch.zeros(numbers.shape, dtype=torch.bool)
+    wanted = counts.expand(numbers.shape[:-1]).flatten().tolist()
+    for row, kept, count in zip(numbers.flatten(0, -2).tolist(), expected.flatten(0, -2), wanted, strict=True):
+        kept[sorted(range(len(row)), key=lambda n: (-row[n], n))[:count]] = True
+    assert torch.equal(largest(numbers.to(DEVICE), counts.to(DEVICE)).cpu(), expected)
+    assert torch.equal(scores.largest_of_positive(numbers, counts), expected)
     return expected
 
 
@@ -90,18 +102,61 @@ def test_the_largest_numbers_that_are_taken_for_probabilities_and_the_smallest()
     check(torch.tensor([[[least, 0.0, 3 * least, 0.0]]]), 3 * least)
 
 
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(["even", "uneven", "powers", "ties"]),
+    st.sampled_from([1, 2, 63, 64, 700, 4096, 4097]),
+    st.sampled_from([1.0, 1e-38, 64.0, 3e38]),
+    st.integers(0, 100),
+    st.integers(0, 999),
+)
+def test_any_number_of_the_largest(kind, n, factor, forced, seed):
+    """Infinite ones among them, as selections force what they always take."""
+    random = torch.Generator().manual_seed(seed)
+    numbers = drawn(kind, n, random) * factor
+    numbers[..., :forced] = torch.inf
+    check_largest(numbers, torch.randint(0, n + 3, (2, 1), generator=random, dtype=torch.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 9, 5000])
+def test_equal_ones_are_taken_from_the_front_and_reach_from_part_to_part(count):
+    numbers = torch.zeros(1, 3 * 4096 + 5)
+    numbers[..., [9, 4000, 4095, 4096, 8191, 8192, 12287, 12290]] = 1 / 8
+    assert check_largest(numbers, torch.tensor([count], dtype=torch.int32)).sum() == count
+
+
+@pytest.mark.slow
+def test_the_largest_of_more_than_is_read_at_once_and_of_rows_that_are_no_neighbours():
+    numbers = torch.rand(20011, 2, generator=torch.Generator().manual_seed(1)).T
+    check_largest(numbers, torch.tensor([6096, 1000], dtype=torch.int32))
+
+
+@pytest.mark.slow
+def test_numbers_that_differ_in_their_last_bit():
+    numbers = torch.tensor([[1.0, 1.0 + 2**-23, 1.0, 1.0 - 2**-24, 2.0**-149, 0.0, torch.inf, 3.4028234e38]])
+    for count in range(9):
+        check_largest(numbers, torch.tensor([count], dtype=torch.int32))
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_host():
-    from tmbench_kernels.triton_heaviest import heaviest, heaviest_count
+    from tmbench_kernels.triton_heaviest import heaviest, heaviest_count, largest
 
     shares = torch.rand(2, 3, 70001).softmax(-1)
     on_gpu = shares.cuda()
+    counts = torch.tensor([6096, 1000, 70001], dtype=torch.int32)
+    wanted = counts.cuda()
     heaviest(on_gpu[..., :9], 0.5)
+    largest(on_gpu[..., :9], wanted)
     torch.cuda.set_sync_debug_mode("error")
     try:
         got, count = heaviest(on_gpu, 0.9), heaviest_count(on_gpu, 0.9)
+        most = largest(on_gpu, wanted)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = sorted_choice(shares, 0.9)
     assert torch.equal(got.cpu(), expected)
     assert torch.equal(count.cpu().long(), expected.sum(-1))
+    assert torch.equal(most.cpu(), scores.largest(shares, counts))

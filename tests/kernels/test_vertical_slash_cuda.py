@@ -35,7 +35,7 @@ def attend_index(request):
 @pytest.fixture
 def check(attend_index, make_qkv, measure_errors):
     """``check(columns, distances, ...)`` attends over two sets ``[batch, heads, length]`` and compares with float64."""
-    from tmbench_kernels.vertical_slash.triton_backend import build_index
+    from tmbench_kernels.vertical_slash.triton_index import build_index
 
     on_hopper = "hopper" in attend_index.__module__
 
@@ -138,7 +138,7 @@ def test_what_the_pattern_selects(attend_index, make_structured_qkv, measure_err
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_pairs_of_an_index(seed):
-    from tmbench_kernels.vertical_slash.triton_backend import build_index, count_pairs
+    from tmbench_kernels.vertical_slash.triton_index import build_index, count_pairs
 
     draw, chance = random.Random(seed), torch.Generator().manual_seed(seed)
     length = draw.choice([1, 63, 64, 65, draw.randint(1, 700)])

@@ -26,7 +26,7 @@ from tmbench_kernels.triangle import Triangle
 from tmbench_kernels.vertical_slash import INDEX_BACKENDS, VerticalSlash
 
 if TYPE_CHECKING:
-    from tmbench_kernels.vertical_slash.triton_backend import Index
+    from tmbench_kernels.vertical_slash.triton_index import Index
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class MInferenceHeads(Pattern):
         reaches; the runs of a block-sparse head are its blocks. Nothing is read back to the host. A selection is made for
         all heads, and kept for those of its kind.
         """
-        from tmbench_kernels.vertical_slash.triton_backend import build_index
+        from tmbench_kernels.vertical_slash.triton_index import build_index
 
         self._check_heads(q)
         heads, length = self.heads, k.shape[2]

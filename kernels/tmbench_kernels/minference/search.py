@@ -109,8 +109,7 @@ def _sets(entry: HeadPattern, q: Tensor, k: Tensor, scale: float) -> tuple[Tenso
     columns[..., :FORCED] = torch.inf
     distances[..., :FORCED] = torch.inf
     columns, distances = (
-        top_entries(mass, [min(length, size)] * heads)
-        for mass, size in ((columns, entry.vertical), (distances, entry.slash))
+        top_entries(mass, (min(length, size),)) for mass, size in ((columns, entry.vertical), (distances, entry.slash))
     )
     return columns[0], distances[0]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tmbench_kernels.cuda import for_hopper, for_triton, imported, runs_triton
 from tmbench_kernels.pattern import Backend, Pattern, default_scale
-from tmbench_kernels.scores import last_query_mass
+from tmbench_kernels.scores import largest_of_positive, last_query_mass
 from tmbench_kernels.vertical_slash.runs import BLOCK, count_pairs
 from tmbench_kernels.vertical_slash.torch_backend import attend_selected
 
 if TYPE_CHECKING:
-    from tmbench_kernels.vertical_slash.triton_backend import Index
+    from tmbench_kernels.vertical_slash.triton_index import Index
 
 DEFAULT_BUDGET = (1000, 6096)
 """Columns and distances of a head for which no search result exists, as published."""
@@ -30,6 +30,9 @@ LAST_QUERIES = 64
 FORCED_COLUMNS = 30
 FORCED_DISTANCES = 100
 MIN_DISTANCES = 50
+
+
+Counts = tuple["Counts | int", ...]
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,11 @@ class VerticalSlash(Pattern):
         Probabilities are taken in float32, whatever the type of q and k: where the released code rounds logits to bf16,
         near ties can fall the other way. Ties go to the smaller column and the smaller distance.
         """
-        vertical, slash = last_query_mass(q, k, default_scale(q, scale), LAST_QUERIES)
-        vertical[..., :FORCED_COLUMNS] = torch.inf
-        slash[..., :FORCED_DISTANCES] = torch.inf
+        mass = last_query_mass(q, k, default_scale(q, scale), LAST_QUERIES)
+        mass[0, ..., :FORCED_COLUMNS] = torch.inf
+        mass[1, ..., :FORCED_DISTANCES] = torch.inf
         columns, distances = self.counts(q.shape[1], k.shape[2])
-        return Selection(top_entries(vertical, columns), top_entries(slash, distances))
+        return Selection(*top_entries(mass, ((columns,), (distances,))))
 
     def counts(self, heads: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How many columns and how many distances each of so many heads selects of so many keys."""
@@ -118,15 +121,15 @@ class VerticalSlash(Pattern):
         """Counted from the selection of these q and k, at the cost of a selection; memory linear in length."""
         start = k.shape[2] - q.shape[2]
         if runs_triton(q.device):
-            from tmbench_kernels.vertical_slash import triton_backend
+            from tmbench_kernels.vertical_slash import triton_index
 
-            return triton_backend.count_pairs(self.index(q, k, default_scale(q, scale)), k.shape[2], start)
+            return triton_index.count_pairs(self.index(q, k, default_scale(q, scale)), k.shape[2], start)
         chosen = self.select(q, k, scale=scale)
         return count_pairs(chosen.columns, chosen.distances, start)
 
     def index(self, q: Tensor, k: Tensor, scale: float) -> Index:
         """The selection of these q and k as the kernels take it, with room for the largest of the heads' budgets."""
-        from tmbench_kernels.vertical_slash.triton_backend import build_index
+        from tmbench_kernels.vertical_slash.triton_index import build_index
 
         chosen = self.select(q, k, scale=scale)
         columns, distances = self.counts(q.shape[1], k.shape[2])
@@ -172,14 +175,15 @@ def _runs(ends: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def top_entries(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """Which entries of ``[batch, heads, length]`` are among the ``counts[head]`` largest; ties go to the first."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    ranked = torch.arange(scores.shape[-1], device=scores.device) < _on_device(tuple(counts), scores.device)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, order, ranked.expand_as(order))
+def top_entries(scores: Tensor, counts: Counts) -> Tensor:
+    """Which entries of ``[..., length]``, none negative, are among the largest, bool; ties go to the first.
+
+    How many it is for each row: ``counts``, nested as a tensor of them would be, broadcasts to ``[...]``.
+    """
+    return largest_of_positive(scores, _on_device(counts, scores.device))
 
 
 @lru_cache(maxsize=256)
-def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Counts as a column, kept on the device: to send them there again would wait for all that it has to do."""
-    return torch.tensor(counts, device=device)[:, None]
+def _on_device(counts: Counts, device: torch.device) -> Tensor:
+    """Kept on the device: to send them there again would wait for all that it has to do."""
+    return torch.tensor(counts, dtype=torch.int32, device=device)

@@ -1,92 +1,24 @@
 """Vertical-slash attention in Triton: runs of keys that lie anywhere, and gathered columns, for every block of queries.
 
-Three steps, none of which waits for the host. Torch turns the two sets into tables: for each distance the next smaller one
-that is selected, the columns in order, and their keys and values side by side. ``_index`` then walks each block of queries
-from run to run, as the definition has it, and notes where its runs start and which columns lie between them. ``_walk``
-attends: over the runs' keys where they lie, and over the gathered columns with a mask of those that count.
+An index says where the runs start and which columns lie between them. The columns' keys and values are laid side by side.
+``_walk`` attends: over the runs' keys where they lie, and over the gathered columns with a mask of those that count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tmbench_kernels.launch import block_dim, loadable, logit_scales, positive
+from tmbench_kernels.launch import block_dim, empty_rows, loadable, logit_scales, positive
 from tmbench_kernels.online_softmax import attend_tile, log_sum_exp, soft_capped, softmax_step
 from tmbench_kernels.pattern import empty_output
-from tmbench_kernels.vertical_slash.runs import BLOCK, largest_below
+from tmbench_kernels.vertical_slash.runs import BLOCK
+from tmbench_kernels.vertical_slash.triton_index import Index
 
-ALL = 2**30
-"""A reach beyond any prompt."""
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """What every block of 64 queries of every head attends to. ``rows`` is the number of blocks, ``heads`` that of q."""
-
-    starts: Tensor
-    """int32 ``[batch, heads, rows, most]``: where the 64-key pieces of the runs start, ascending; ``counts`` of them."""
-    counts: Tensor
-    """int32 ``[batch, heads, rows]``."""
-    columns: Tensor
-    """int32 ``[batch, heads, width]``: the selected columns, ascending, then ``length``; width is a multiple of 64."""
-    kept: Tensor
-    """uint8 ``[batch, heads, rows, width]``: 1 for the columns that lie in none of a block's runs, nor after the block."""
-    before: Tensor
-    """int32 ``[batch, heads, rows]``: how many columns lie before the block's end."""
-    reach: Tensor
-    """int32 ``[heads]``: of its runs a query sees the keys that lie less than so many before it,"""
-    sinks: Tensor
-    """int32 ``[heads]``: and the first so many keys, wherever they are."""
-
-
-@triton.jit
-def _keep(kept, low, high, CHUNK: tl.constexpr):
-    """Note that the columns low..high-1, by their place in order, lie between two runs."""
-    while low < high:
-        column = low + tl.arange(0, CHUNK)
-        tl.store(kept + column, 1, mask=column < high)
-        low += CHUNK
-
-
-@triton.jit(do_not_specialize=["length", "first_row", "rows", "most", "width"])
-def _index(
-    below_ptr, rank_ptr, starts_ptr, counts_ptr, kept_ptr, before_ptr, length, first_row, rows, most, width,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One block of queries of one head."""
-    row = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    below = below_ptr + head * (length + 1)
-    rank = rank_ptr + head * (length + 1)
-    slot = head * rows + row
-    starts = starts_ptr + slot * most
-    kept = kept_ptr + slot * width
-    end = (first_row + row) * BLOCK + BLOCK
-    reach = 0
-    count = 0
-    column = 0
-    distance = tl.load(below + tl.minimum(end, length))
-    while (reach < end) & (distance >= 0):
-        next_end = tl.maximum(end - distance, BLOCK)
-        grows = (count > 0) & (next_end <= reach + BLOCK)
-        reach = tl.where(grows, reach + BLOCK, next_end)
-        start = reach - BLOCK
-        tl.store(starts + count, start)
-        count += 1
-        _keep(kept, column, tl.load(rank + tl.minimum(start, length)), BLOCK)
-        column = tl.load(rank + tl.minimum(reach, length))
-        distance = tl.load(below + tl.minimum(tl.maximum(end - reach, 0), length))
-    before = tl.load(rank + tl.minimum(end, length))
-    _keep(kept, column, before, BLOCK)
-    tl.store(counts_ptr + slot, count)
-    tl.store(before_ptr + slot, before)
+COLUMNS = 32
+"""Columns whose keys and values one program copies: ``BLOCK`` is a multiple."""
 
 
 @triton.jit(do_not_specialize=["length", "first_query", "rows", "most", "width", "stride_qb"])
@@ -156,62 +88,43 @@ def _walk(
         tl.store(lse_ptr + both.to(tl.int64) * queries - first_query + position, log_sum_exp(row_max, row_sum), mask=row_ok)
 
 
-def build_index(columns: Tensor, distances: Tensor, most_columns: int, most_distances: int, start: int = 0) -> Index:
-    """The index of a selection: two sets, bool ``[batch, heads, keys]``, of at most so many entries a head.
+@triton.jit(do_not_specialize=["length", "width", "stride_kb", "stride_vb"])
+def _gather(
+    k_ptr, v_ptr, columns_ptr, k_out_ptr, v_out_ptr, length, width,
+    stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    ROW: tl.constexpr, V_ROW: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head: their keys and their values."""
+    place = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    both = tl.program_id(1)
+    batch = (both // HEADS).to(tl.int64)
+    key_head = (both % HEADS // GROUPS).to(tl.int64)
+    out = both.to(tl.int64) * width + place
+    # What follows the last column holds the length, and no kernel counts it.
+    column = tl.minimum(tl.load(columns_ptr + out), length - 1).to(tl.int64)
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    k = k_ptr + batch * stride_kb + key_head * stride_kh + column[:, None] * stride_kn + dim * stride_kd
+    tl.store(k_out_ptr + out[:, None] * ROW + dim, tl.load(k, mask=dim < DIM), mask=dim < DIM)
+    dim = tl.arange(0, BLOCK_V_DIM)[None, :]
+    v = v_ptr + batch * stride_vb + key_head * stride_vh + column[:, None] * stride_vn + dim * stride_vd
+    tl.store(v_out_ptr + out[:, None] * V_ROW + dim, tl.load(v, mask=dim < V_DIM), mask=dim < V_DIM)
 
-    It is for the queries from position ``start`` on.
+
+def gathered(k: Tensor, v: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+    """Keys and values of the selected columns, ``[batch, heads, width, dim]``, as the memory accelerator can load them.
+
+    Each query head has columns of its own.
     """
-    batch, heads, length = columns.shape
-    blocks = -(-length // BLOCK)
-    rows = blocks - start // BLOCK
-    most, width = max(1, min(blocks, most_distances)), -(-max(1, min(length, most_columns)) // BLOCK) * BLOCK
-    device, shape = columns.device, (batch, heads, rows)
-    ranks = F.pad(columns.cumsum(2, dtype=torch.int32), (1, 0))
-    # Every column goes to its place in order; all that is not selected goes to one place beyond, which is cut off.
-    places = torch.where(columns, ranks[..., :-1], width).long()
-    ordered = torch.full((batch, heads, width + 1), length, dtype=torch.int32, device=device)
-    numbers = torch.arange(length, dtype=torch.int32, device=device)
-    ordered = ordered.scatter_(2, places, numbers.expand_as(places))[..., :width].contiguous()
-    # Of several that go to the place beyond, any may win; places in order have one each.
-    index = Index(
-        starts=torch.empty(*shape, most, dtype=torch.int32, device=device),
-        counts=torch.empty(shape, dtype=torch.int32, device=device),
-        columns=ordered,
-        kept=torch.zeros(*shape, width, dtype=torch.uint8, device=device),
-        before=torch.empty(shape, dtype=torch.int32, device=device),
-        reach=torch.full((heads,), ALL, dtype=torch.int32, device=device),
-        sinks=torch.zeros(heads, dtype=torch.int32, device=device),
-    )
-    below = largest_below(distances).int()
-    _index[(rows, batch * heads)](
-        below, ranks, index.starts, index.counts, index.kept, index.before, length, start // BLOCK, rows, most, width,
-        BLOCK=BLOCK, num_warps=1,
+    batch, heads, width = index.columns.shape
+    k_out, v_out = (empty_rows(x, batch, heads, width) for x in (k, v))
+    dim, v_dim = k.shape[3], v.shape[3]
+    _gather[(width // COLUMNS, batch * heads)](
+        k, v, index.columns, k_out, v_out, k.shape[2], width, *k.stride(), *v.stride(),
+        HEADS=heads, GROUPS=heads // k.shape[1], DIM=dim, V_DIM=v_dim, ROW=k_out.stride(2), V_ROW=v_out.stride(2),
+        BLOCK_DIM=block_dim(dim), BLOCK_V_DIM=block_dim(v_dim), COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return index
-
-
-def count_pairs(index: Index, length: int, start: int = 0) -> int:
-    """How many (query, key) pairs an index stands for, over batch and heads, if every block sees its own keys.
-
-    It is of the queries from position ``start`` on, over ``length`` keys.
-    """
-    first = BLOCK * torch.arange(start // BLOCK, -(-length // BLOCK), device=index.counts.device)
-    inside = (length - first).clamp(max=BLOCK)
-    last = index.starts.gather(3, (index.counts - 1).clamp(min=0).long()[..., None]).squeeze(3)
-    # The last piece may go on beyond its block's end.
-    beyond = (last + BLOCK - (first + inside)).clamp(min=0).masked_fill(index.counts == 0, 0)
-    keys = index.counts.long() * BLOCK - beyond + index.kept.sum(3)
-    queries = inside - (start - first).clamp(min=0)
-    # Of these the block's own are seen by its later queries only.
-    return int((queries * keys - queries * (queries - 1) // 2).sum())
-
-
-def gathered(x: Tensor, index: Index) -> Tensor:
-    """Keys or values of the selected columns, ``[batch, heads, width, dim]``: each query head has columns of its own."""
-    batch, heads = index.columns.shape[:2]
-    key_heads = torch.arange(heads, device=x.device)[:, None] // (heads // x.shape[1])
-    batches = torch.arange(batch, device=x.device)[:, None, None]
-    return x[batches, key_heads, index.columns.clamp(max=x.shape[2] - 1).long()]
+    return k_out, v_out
 
 
 def attend_index(
@@ -230,7 +143,7 @@ def attend_index(
     batch, heads, queries, dim = q.shape
     length, v_dim, groups = k.shape[2], v.shape[3], heads // k.shape[1]
     rows, width = index.counts.shape[2], index.columns.shape[2]
-    k_columns, v_columns = (loadable(gathered(x, index)) for x in (k, v))
+    k_columns, v_columns = gathered(k, v, index)
     k, v = loadable(k), loadable(v)
     widest = max(dim, v_dim)
     keys = 32 if widest > 128 else BLOCK
