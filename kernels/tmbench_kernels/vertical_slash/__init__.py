@@ -31,8 +31,8 @@ FORCED_COLUMNS = 30
 FORCED_DISTANCES = 100
 MIN_DISTANCES = 50
 
-
 Counts = tuple["Counts | int", ...]
+"""How many entries of each row, nested as a tensor of them would be."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _runs(ends: Sequence[int]) -> list[tuple[int, int]]:
 def top_entries(scores: Tensor, counts: Counts) -> Tensor:
     """Which entries of ``[..., length]``, none negative, are among the largest, bool; ties go to the first.
 
-    How many it is for each row: ``counts``, nested as a tensor of them would be, broadcasts to ``[...]``.
+    ``counts`` broadcasts to ``[...]``.
     """
     return largest_of_positive(scores, _on_device(counts, scores.device))
 
