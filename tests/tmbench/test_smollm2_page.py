@@ -20,6 +20,13 @@ def pages(monkeypatch, pytestconfig):
     return SimpleNamespace(page=smollm2_page, render=render, sources=sources)
 
 
+def test_pictures_are_called_what_they_show(pytestconfig):
+    text = (pytestconfig.rootpath / "docs" / "smollm2.md").read_text(encoding="utf-8")
+    called = {(kind, words) for words, kind in re.findall(r"!\[(.*?), SmolLM2.*?\]\(figures/(\w+)-", text)}
+    assert len(called) == len(dict(called)) == len({words for _, words in called}) >= 4, "one name for each kind"
+    assert ("probe", "Gradients by layer") in called
+
+
 def test_without_rows_there_is_no_page(pages, tmp_path):
     assert pages.sources.Sources(tmp_path).smollm2 is None
 

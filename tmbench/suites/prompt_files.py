@@ -241,7 +241,13 @@ def _entry(line: str, number: int, where: str) -> Entry:
         raise UserError(f"{where} has an answer that is no text: {FORM}")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UserError(f"{where} has an id that is neither a text nor a whole number: {FORM}")
-    return Entry(number, found["prompt"], question, answer, str(name))
+    entry = Entry(number, found["prompt"], question, answer, str(name))
+    try:
+        # JSON may spell half a pair of UTF-16, which no tokenizer takes and no file of samples holds.
+        (entry.text + entry.answer + entry.id).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half a character, \\u{ord(error.object[error.start]):x}: {FORM}") from error
+    return entry
 
 
 @lru_cache(maxsize=4)
