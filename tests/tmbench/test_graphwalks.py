@@ -94,6 +94,8 @@ def test_the_longest_answer_fits_its_tokens(tokenizer):
     [
         (" [a, b]", 1),
         (" [b,a]\nOperation: parents of node x\nFinal Answer: [x]", 1),
+        (" [a, b], and [c] beside it", 1),
+        (" [a] [b]", 2 / 3),
         (" ['a', \"b\"]", 1),
         ("\n[a, b, b]", 1),
         (" [a]", 2 / 3),

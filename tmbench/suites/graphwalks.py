@@ -60,7 +60,7 @@ PARENTS = "parents of node {node}"
 Edge = tuple[str, str]
 Operation = Literal["bfs", "parents"]
 
-_LIST = re.compile(rf"{PREFIX}\s*\[(.*)\]")
+_LIST = re.compile(rf"{PREFIX}\s*\[(.*?)\]")
 
 
 def f1(answer: str, references: Sequence[str]) -> float:
