@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
+from importlib.resources import files
 
 import pytest
 
@@ -129,6 +131,40 @@ def test_dense_scores_are_those_of_the_harness(task, measured, tasks):
 
 @installed
 @pytest.mark.slow
+def test_under_a_chat_template_examples_are_turns_as_the_harness_has_them(measured, tasks, tmp_path):
+    pytest.importorskip("accelerate", reason="the harness's own model class needs accelerate")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    model = tmp_path / "chatty"
+    shutil.copytree(files("tmbench.models") / "tiny", model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant:"
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": turns}))
+    asked = ("--method", "dense", "--model", str(model), "--apply-chat-template", "--num-fewshot", "1")
+    with harness.quiet():
+        theirs = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model), "max_length": LENGTH, "dtype": "float32"},
+            device="cpu",
+            tasks=["scores"],
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            num_fewshot=1,
+            apply_chat_template=True,
+            bootstrap_iters=0,
+        )
+    told = [one["resps"][0][0][0] for one in theirs["samples"]["scores"]]
+    found = {}
+    for more in ((), ("--no-fewshot-as-multiturn",)):
+        rows = measured("scores", *asked, *more, "--overwrite")
+        own = next(row for row in rows.values() if bool(row.asked_as) == (not more))
+        found[more] = [one.logprob for _, one in sorted(answers(tasks, own).items())]
+    assert found[()] == pytest.approx(told, rel=1e-3, abs=1e-4)
+    assert found["--no-fewshot-as-multiturn",] != pytest.approx(told, rel=1e-2)
+
+
+@installed
+@pytest.mark.slow
 def test_texts_that_are_written_together_are_those_written_alone(measured, tasks):
     methods = ("--method", "dense", "--method", "streaming", "--n-local", "16")
     alone = measured("writes", *methods)
@@ -211,6 +247,7 @@ def test_what_cannot_be_asked_is_one_sentence(tmbench, tasks):
         ((), "--tasks names no task"),
         (("--tasks", "a", "--limit", "many"), "--limit many is no number of documents"),
         (("--tasks", "a", "--limit", "1.5"), "--limit 1.5 is no number of documents"),
+        (("--tasks", "a", "--fewshot-as-multiturn"), "--fewshot-as-multiturn needs turns: add --apply-chat-template"),
         (("--tasks", "a", "--include-path", "nowhere"), "--include-path nowhere is no folder"),
     ],
 )

@@ -65,11 +65,12 @@ def lm_eval(
     ] = None,
     apply_chat_template: ChatOption = False,
     fewshot_as_multiturn: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--fewshot-as-multiturn", help="Give examples as turns of a conversation.", rich_help_panel=o.PROMPTS
+            "--fewshot-as-multiturn/--no-fewshot-as-multiturn", help="Give examples as turns of a conversation.",
+            rich_help_panel=o.PROMPTS, show_default="with --apply-chat-template",
         ),
-    ] = False,
+    ] = None,
     system_instruction: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Put before each prompt.", rich_help_panel=o.PROMPTS)
     ] = None,
@@ -113,6 +114,8 @@ def lm_eval(
     if not names:
         raise UserError("--tasks names no task: give one, such as --tasks longbench2")
     _check_limit(limit)
+    if fewshot_as_multiturn and not apply_chat_template:
+        raise UserError("--fewshot-as-multiturn needs turns: add --apply-chat-template")
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path {include_path} is no folder: give one that holds the YAML files of tasks")
     chosen = attention.once().specs(list(method or DEFAULT_METHODS))
@@ -136,7 +139,8 @@ def lm_eval(
             num_fewshot=num_fewshot,
             limit=limit or "",
             apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=fewshot_as_multiturn,
+            # As lm-eval's own command line has it.
+            fewshot_as_multiturn=apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn,
             system_instruction=system_instruction,
             gen_kwargs=gen_kwargs,
             confirm_run_unsafe_code=confirm_run_unsafe_code,

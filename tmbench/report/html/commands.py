@@ -118,11 +118,10 @@ def _(row: LmEvalRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
     words = ["lm-eval", *methods, "--tasks", row.task, "--num-fewshot", str(row.num_fewshot)]
     words += ["--limit", row.limit] * bool(row.limit) + ["--apply-chat-template"] * row.chat_template
+    words += ["--no-fewshot-as-multiturn"] * (row.chat_template and not row.asked_as)
     needs.append(f"lm-evaluation-harness {row.harness} asked it: a task of your own needs --include-path {FOLDER}.")
     if row.asked_as:
-        needs.append(
-            "It was asked with --system-instruction, --fewshot-as-multiturn or --gen-kwargs, which rows know by a hash."
-        )
+        needs.append("It was asked with --system-instruction, --gen-kwargs or examples as turns, which rows know by a hash.")
     return words + ["--batch-size", str(row.batch_size)] * (row.batch_size > 1), needs
 
 
