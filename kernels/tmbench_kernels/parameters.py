@@ -48,7 +48,7 @@ class Parameter:
     divides: int | None = None
     """A whole number that the value divides."""
     multiple_of: int | None = None
-    """The value is 0 or a multiple of it."""
+    """The value is a multiple of it, or 0 unless ``at_least`` says otherwise."""
     choices: tuple[str, ...] = ()
     tokens: bool = False
     """Whether it counts tokens, of which no prompt has more than ``LARGEST_COUNT``."""
@@ -107,8 +107,8 @@ class Parameter:
         why = f", {self.why}," * bool(self.why)
         if self.divides is not None and (value < 1 or self.divides % value):
             return f" must divide {self.divides}{why} but it is {value}"
-        if self.multiple_of is not None and (value < 0 or value % self.multiple_of):
-            return f" must be 0 or a multiple of {self.multiple_of}, not {value}"
+        if self.multiple_of is not None and (value < (self.at_least or 0) or value % self.multiple_of):
+            return f" must be {'' if self.at_least else '0 or '}a multiple of {self.multiple_of}, not {value}"
         # Written so that what is not a number is out of every range.
         inside = (
             (self.at_least is None or value >= self.at_least)

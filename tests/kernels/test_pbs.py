@@ -115,7 +115,7 @@ def test_both_parts_are_named(make_qkv):
     ("values", "message"),
     [
         ({"segment": 0}, "segment must be a multiple of 128, not 0"),
-        ({"segment": 100}, "segment must be 0 or a multiple of 128, not 100"),
+        ({"segment": 100}, "segment must be a multiple of 128, not 100"),
         ({"score": 0}, "score must be above 0 and at most 1, not 0"),
     ],
 )

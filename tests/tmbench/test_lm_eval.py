@@ -137,7 +137,7 @@ def test_under_a_chat_template_examples_are_turns_as_the_harness_has_them(measur
     from lm_eval.tasks import TaskManager
 
     model = tmp_path / "chatty"
-    shutil.copytree(files("tmbench.models") / "tiny", model)
+    shutil.copytree(str(files("tmbench.models") / "tiny"), model)
     config = json.loads((model / "tokenizer_config.json").read_text())
     turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant:"
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": turns}))

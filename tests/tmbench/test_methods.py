@@ -162,7 +162,7 @@ OUT_OF_RANGE = [
     ("tri_mix", {"delta": 0}, "delta must be 1 or more, not 0"),
     ("streaming", {"mode": "carry"}, "mode carry says what delta does, which is not given: add delta=64"),
     ("pbs", {"segment": 0}, "segment must be a multiple of 128, not 0"),
-    ("pbs", {"segment": 200}, "segment must be 0 or a multiple of 128, not 200"),
+    ("pbs", {"segment": 200}, "segment must be a multiple of 128, not 200"),
     ("oracle_blocks", {"p": 0}, "p must be above 0 and at most 1, not 0"),
     ("oracle_blocks", {"p": 0.5, "like": "xattention"}, "p and like both say how many blocks to take: give one of them"),
     ("flexprefill", {"gamma": None}, "gamma must be a number, not None"),

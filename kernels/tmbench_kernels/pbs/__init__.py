@@ -21,7 +21,7 @@ from torch import Tensor
 from tmbench_kernels.block_sparse import BlockSparse, Listed, by_head
 from tmbench_kernels.block_sparse.lists import BLOCK, BlockLists, block_count, split_blocks
 from tmbench_kernels.dense import Dense
-from tmbench_kernels.parameters import ParameterError, parameter
+from tmbench_kernels.parameters import parameter
 from tmbench_kernels.pattern import Backend, Pattern, default_scale, empty_output, new_lse
 from tmbench_kernels.scores import block_means, products, reaching, tiles
 
@@ -80,7 +80,7 @@ class PBS(Pattern):
     """
 
     segment: int = parameter(
-        256, help="Tokens of a segment, inside of which keys are sorted.", multiple_of=BLOCK, tokens=True
+        256, help="Tokens of a segment, inside of which keys are sorted.", multiple_of=BLOCK, at_least=BLOCK, tokens=True
     )
     score: float = parameter(
         0.9, help="The share of its scores that a query block's blocks of sorted keys have.", above=0, at_most=1
@@ -92,11 +92,6 @@ class PBS(Pattern):
     backends: ClassVar[tuple[Backend, ...]] = tuple(
         replace(backend, attend=partial(_attend, backend)) for backend in BlockSparse.backends
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.segment == 0:
-            raise ParameterError("segment", f" must be a multiple of {BLOCK}, not 0")
 
     def backend(self, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> Backend:
         """Named by both parts: what attends over sorted blocks, and what over own segments."""
