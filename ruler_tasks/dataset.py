@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ruler_tasks.errors import DatasetError
 from ruler_tasks.example import Example
+from ruler_tasks.files import parse_json
 from ruler_tasks.tasks import get_task
 
 FILE = "validation.jsonl"
@@ -88,7 +89,7 @@ def read_dataset(directory: str | Path, task: str, length: int | None = None, *,
 
 def _sample(line: str, path: Path, number: int, task: str, budget: int, position: int) -> Example:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError as error:
         raise DatasetError(f"Line {number} of {path} is not JSON: {error}.") from error
     except RecursionError as error:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MEBIBYTE = 2**20
 
@@ -27,6 +29,27 @@ def read_text(path: Path, mebibytes: int) -> str:
     if about.st_size > mebibytes * MEBIBYTE and stat.S_ISREG(about.st_mode):
         raise OSError(errno.EFBIG, f"It has more than {mebibytes} MiB", str(path))
     return path.read_text(encoding="utf-8-sig")
+
+
+def parse_json(text: str) -> Any:
+    """A value of JSON whose texts a tokenizer takes.
+
+    Raises:
+        ValueError: it is no JSON, or a text in it has half a character: one of a pair of UTF-16, spelled as `\\ud800`.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(text)
+    if "\\u" in text:
+        check_characters(json.dumps(value, ensure_ascii=False))
+    return value
+
+
+def check_characters(text: str) -> None:
+    """Raise ValueError, naming it, for half a character in a text: one of a pair of UTF-16 without the other."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character, \\u{ord(text[error.start]):x}") from error
 
 
 def texts_hash(texts: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ in that order of places, and what was used is part of every sample.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ruler_tasks.errors import SourceError
-from ruler_tasks.files import read_text, texts_hash
+from ruler_tasks.files import parse_json, read_text, texts_hash
 from ruler_tasks.questions import Question, QuestionSet
 from ruler_tasks.tokens import TokenCounter
 
@@ -189,7 +188,7 @@ def default_sources() -> Sources:
 def _from_file(path: Path, kind: str, read: Callable[[Any, str], Loaded]) -> Loaded | None:
     """What a file of the data folder holds; None where there is no such file."""
     try:
-        content = json.loads(read_text(path, MOST_MEBIBYTES))
+        content = parse_json(read_text(path, MOST_MEBIBYTES))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -96,6 +96,7 @@ def test_the_folder_of_the_length_comes_first(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"index": 0, "input": "a', "Line 2 of .*validation.jsonl is not JSON"),
+        (r'{"input": "a", "outputs": ["\udfff"]}', r"Line 2 of .* is not JSON: half a character, \\udfff"),
         ("[1, 2]", "Line 2 of .* is no sample: A sample must be a JSON object"),
         ('{"outputs": ["a"]}', "Line 2 of .* 'input' is missing"),
         ('{"input": "a"}', "Line 2 of .* 'outputs' is missing"),

@@ -130,6 +130,7 @@ def test_generated_questions_have_their_answers_in_the_last_document_needed(sour
     ("file", "text", "message"),
     [
         ("squad.json", "{", "is not JSON"),
+        ("PaulGrahamEssays.json", r'{"text": "a \ud800 b"}', r"is not JSON: half a character, \\ud800"),
         ("squad.json", '{"rows": []}', "not in the published format of squad"),
         ("squad.json", '{"data": []}', "no answerable questions"),
         ("hotpotqa.json", '{"data": []}', "not in the published format of hotpotqa"),

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ruler_tasks import encode_prompt
 from ruler_tasks.encoding import Encoder
+from ruler_tasks.files import check_characters
 from tmbench.errors import UserError, shortened
 from tmbench.models.loading import LoadedModel
 from tmbench.results.files import DECODER, readable
@@ -243,10 +244,9 @@ def _entry(line: str, number: int, where: str) -> Entry:
         raise UserError(f"{where} has an id that is neither a text nor a whole number: {FORM}")
     entry = Entry(number, found["prompt"], question, answer, str(name))
     try:
-        # JSON may spell half a pair of UTF-16, which no tokenizer takes and no file of samples holds.
-        (entry.text + entry.answer + entry.id).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has half a character, \\u{ord(error.object[error.start]):x}: {FORM}") from error
+        check_characters(entry.text + entry.answer + entry.id)
+    except ValueError as error:
+        raise UserError(f"{where} has {error}: {FORM}") from error
     return entry
 
 
