@@ -15,7 +15,7 @@ from ruler_tasks import TASKS
 from tmbench.errors import UserError
 from tmbench.report.frames import frame
 from tmbench.report.report import build
-from tmbench.report.words import signed, significant
+from tmbench.report.words import ends_text, signed, significant
 from tmbench.report.writers import report_csv, report_json, report_markdown
 from tmbench.results.rows import OUT_OF_MEMORY, TtftRow
 from tmbench.results.tables import csv_path
@@ -125,6 +125,11 @@ def test_rows_come_as_a_frame_too(published):
 @pytest.mark.parametrize(("points", "text"), [(-0.04, "+0.0"), (0.0, "+0.0"), (-0.06, "-0.1"), (38.5, "+38.5")])
 def test_points_that_round_to_nothing_have_no_minus(points, text):
     assert signed(points, 1) == text
+
+
+def test_an_end_that_rounds_to_nothing_keeps_its_side_of_zero():
+    assert ends_text(-2.4442, -0.0025) == "-2.44 to -0.00", "this interval excludes 0, and words say so"
+    assert ends_text(-0.0, 0.0) == "+0.00 to +0.00"
 
 
 @pytest.mark.parametrize(

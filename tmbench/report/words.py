@@ -31,8 +31,8 @@ def percent_text(percent: float, decimals: int = 1) -> str:
 
 
 def ends_text(low: float, high: float, decimals: int = 2) -> str:
-    """The ends of an interval of points."""
-    return f"{signed(low, decimals)} to {signed(high, decimals)}"
+    """The ends of an interval of points. One that rounds to nothing keeps its side of 0, which words go by."""
+    return " to ".join(f"{end + 0.0:+.{decimals}f}" for end in (low, high))
 
 
 def interval_text(mean: float, low: float, high: float, decimals: int = 2) -> str:
