@@ -14,7 +14,6 @@ output.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import statistics
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 import triton
+from timing import written
 from torch import Tensor
 
 from tmbench_kernels import Backend, Dense, Pattern, Triangle
@@ -60,18 +60,13 @@ class Entry:
 def main() -> None:
     options = _options()
     pattern = Triangle(options.n_init, options.n_local, options.last_n)
-    with options.output.open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS)
-        rows.writeheader()
-        for length in options.lengths:
-            for row in measure(pattern, length, options):
-                rows.writerow(row)
-                file.flush()
-                print(
-                    f"{row['length']:>7} {row['pattern']:<9}{row['implementation']:<24}{row['ms_median']:>9} ms "
-                    f"{row['tflops']:>6} TFLOP/s {row['times_dense']:>6} x dense  error {row['error']} {row['note']}",
-                    flush=True,
-                )
+    rows = (row for length in options.lengths for row in measure(pattern, length, options))
+    for row in written(options.output, COLUMNS, rows):
+        print(
+            f"{row['length']:>7} {row['pattern']:<9}{row['implementation']:<24}{row['ms_median']:>9} ms "
+            f"{row['tflops']:>6} TFLOP/s {row['times_dense']:>6} x dense  error {row['error']} {row['note']}",
+            flush=True,
+        )
 
 
 def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list[dict[str, object]]:

@@ -12,7 +12,6 @@ known.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 from structured_qkv import structured_qkv
+from timing import written
 from torch import Tensor
 
 from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, Triangle, VerticalSlash, XAttention
@@ -48,14 +48,9 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    with options.output.open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        rows.writeheader()
-        for length in options.lengths:
-            for row in measure(length, options):
-                rows.writerow(row)
-                file.flush()
-                print(*row.values(), flush=True)
+    rows = (row for length in options.lengths for row in measure(length, options))
+    for row in written(options.output, COLUMNS, rows):
+        print(*row.values(), flush=True)
 
 
 def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, object]]:

@@ -12,7 +12,6 @@ units in the last place another choice's logit was lower.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import written
 from torch import Tensor
 
 from tmbench.engine.batch import Batch
@@ -45,15 +45,10 @@ def main() -> None:
     options = _options()
     loaded = loading.load(options.model, weights=options.weights, device="cuda", dtype=options.dtype)
     loaded.model.generation_config.eos_token_id = None
-    with options.output.open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS)
-        rows.writeheader()
-        for length in options.lengths:
-            for row in measure(loaded, length, options):
-                rows.writerow(row)
-                file.flush()
-                shown = {name: row.get(name) for name in COLUMNS[COLUMNS.index("length") :]}
-                print(", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+    rows = (row for length in options.lengths for row in measure(loaded, length, options))
+    for row in written(options.output, COLUMNS, rows):
+        shown = {name: row.get(name) for name in COLUMNS[COLUMNS.index("length") :]}
+        print(", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
 
 @torch.inference_mode()

@@ -12,9 +12,7 @@ a GPU it runs on the CPU, for short lengths.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +21,7 @@ from typing import ClassVar
 
 import torch
 from structured_qkv import structured_qkv
+from timing import mean_ms, written
 from torch import Tensor
 
 from tmbench_kernels import BlockLists, Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
@@ -64,14 +63,9 @@ class RandomBlocks(BlockSparse):
 
 def main() -> None:
     options = _options()
-    with options.output.open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS)
-        rows.writeheader()
-        for length in options.lengths:
-            for row in measure(length, options):
-                rows.writerow(row)
-                file.flush()
-                print(*(row[column] for column in COLUMNS[2:]), flush=True)
+    rows = (row for length in options.lengths for row in measure(length, options))
+    for row in written(options.output, COLUMNS, rows):
+        print(*(row[column] for column in COLUMNS[2:]), flush=True)
 
 
 def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]:
@@ -178,16 +172,7 @@ def _select(pattern: Pattern, q: Tensor, k: Tensor) -> object:
 def _timed(run: Callable[[], object], device: str) -> float:
     """Milliseconds of one run after one that is not counted."""
     run()
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return 1000 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
+    return mean_ms(run, 1, device)
 
 
 def _error(pattern: Pattern, run: Callable[[], object], q: Tensor, k: Tensor, v: Tensor) -> float:

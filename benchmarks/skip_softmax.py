@@ -15,9 +15,7 @@ nothing is skipped. Without a GPU it runs on the CPU, for short lengths and with
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import torch
 import triton
+from timing import mean_ms, written
 from torch import Tensor
 
 from tmbench_kernels import Dense, SkipSoftmax
@@ -48,14 +47,9 @@ ROUND_TOKENS = 131072
 
 def main() -> None:
     options = _options()
-    with options.output.open("w", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        rows.writeheader()
-        for length in options.lengths:
-            for row in measure(length, options):
-                rows.writerow(row)
-                file.flush()
-                print(*(row[column] for column in COLUMNS[5:]), flush=True)
+    rows = (row for length in options.lengths for row in measure(length, options))
+    for row in written(options.output, COLUMNS, rows):
+        print(*(row[column] for column in COLUMNS[5:]), flush=True)
 
 
 def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -74,7 +68,7 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
     taken: dict[tuple[int, Implementation], list[float]] = {turn: [] for turn in turns}
     for round_ in range(options.rounds):
         for number, about in turns[round_ % len(turns) :] + turns[: round_ % len(turns)]:
-            taken[number, about].append(_timed(partial(runs[about], keys[number]), launches, options.device))
+            taken[number, about].append(mean_ms(partial(runs[about], keys[number]), launches, options.device))
     for number, about in turns:
         ms = taken[number, about]
         base = statistics.median(taken[number, (Dense.name, dense.name)])
@@ -159,22 +153,6 @@ def _difference(out: Tensor, expected: Tensor) -> float:
         squares += float((one - other).square().sum())
         every += float(other.square().sum())
     return float((squares / every) ** 0.5)
-
-
-def _timed(run: Callable[[], object], launches: int, device: str) -> float:
-    """Milliseconds of a launch, the mean of these many."""
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(launches):
-            run()
-        return 1000 * (time.perf_counter() - start) / launches
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(launches):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / launches
 
 
 def _options() -> argparse.Namespace:
