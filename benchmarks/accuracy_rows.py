@@ -31,19 +31,24 @@ DYNAMIC = ("flexprefill", "xattention", "flashprefill")
 MORE = ("pbs", "skip_softmax")
 
 RULER = "ruler --model smollm2 --dtype bfloat16 --batch-size 32 --offline --data-dir {texts}"
-TASKS = "--task niah_single_1 --task niah_single_2 --task niah_single_3 --task niah_multikey_1 --task niah_multivalue"
-"""Those on which SmolLM2 scores more than 20 under dense attention."""
+TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue")
+"""Those of RULER on which SmolLM2 scores more than 20 under dense attention."""
 LENGTHS = "--length 2K --length 4K --length 8K"
 
 
 def methods(names: Sequence[str]) -> str:
     """As options."""
-    return " ".join(f"--method {name}" for name in names)
+    return given("method", names)
+
+
+def given(option: str, values: Sequence[str]) -> str:
+    """An option that is repeated for each value."""
+    return " ".join(f"--{option} {value}" for value in values)
 
 
 def smollm2() -> list[str]:
     """RULER by length, layers and shape; gradients, losses, long answers, patterns, and layers by measurement."""
-    asked = f"{RULER} {TASKS} --samples 100"
+    asked = f"{RULER} {given('task', TASKS)} --samples 100"
     text = "--length 4K --prompt text:{texts}/addresses.txt"
     losses = f"probe --loss --model smollm2 --dtype bfloat16 {text} --samples 40"
     probe = "probe --model smollm2 --dtype bfloat16 --samples 8"
@@ -81,6 +86,7 @@ def mixed(name: str) -> str:
 
 def served() -> list[str]:
     """Every way in which a prompt is fed: in one piece, in chunks, with the question asked later."""
+    asked = f"{RULER} {given('task', TASKS)}"
     every = methods(("dense", "tri_mix", "minference", *DYNAMIC, "streaming"))
     ways = [f"{every}{way}" for way in ("", " --chunk 2K", " --ask-later")]
     ways += [f"{methods(('dense', 'tri_mix'))} --chunk 2K --prompt-length unknown"]
@@ -88,11 +94,11 @@ def served() -> list[str]:
     loss = "probe --loss --dtype bfloat16 --samples 60"
     agree = "agree --dtype bfloat16 --batch-size 16 --samples 32 --new-tokens 64"
     kinds = (
-        f"{RULER} {TASKS} --samples 100 --length 4K",
+        f"{asked} --samples 100 --length 4K",
         f"{loss} --model smollm2 --length 4K --task niah_single_2 --task niah_multikey_1",
         f"{agree} --model smollm2 --length 4K --prompt niah_single_2",
         f"{tiny} --length 8K",
-        f"{RULER} {TASKS} --samples 50 --length 8K",
+        f"{asked} --samples 50 --length 8K",
         f"{loss} --model tiny --length 8K --task vt --task niah_multikey_2",
         f"{agree} --model tiny --length 8K --prompt vt",
         f"{tiny} --length 16K",
@@ -107,7 +113,7 @@ def equal_density() -> list[str]:
     for name in (*DYNAMIC, *MORE):
         names += [name, mixed(name)]
     names += [f"oracle_blocks --like {name}" for name in DYNAMIC]
-    return [f"{BENCHMARKS / 'equal_density.py'} {name} --samples 50" for name in names]
+    return [f"{BENCHMARKS / 'equal_density.py'} {name} --samples 50 --data-dir {{texts}}" for name in names]
 
 
 FOLDERS = {"smollm2-135m": smollm2, "served": served, "equal-density": equal_density}

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accuracy_rows import DYNAMIC, TASKS
 from torch import Tensor
 
 from tmbench.engine.density import PairCounter
@@ -39,14 +40,12 @@ from tmbench.models.loading import LoadedModel
 from tmbench.suites.ruler import Ruler
 from tmbench_kernels import HeadPattern, head_patterns_json, load_head_patterns
 
-TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue")
-"""Those of RULER on which SmolLM2 scores more than 20 under dense attention."""
 SEED = 42
 STEPS = 12
 NEAR = 0.001
 """A density so near to the target is taken at once."""
 DEEP = "tri_mix_"
-LIKE = ("flexprefill", "xattention", "flashprefill")
+LIKE = DYNAMIC
 """The methods of whole key blocks, whose number of blocks an oracle can take."""
 
 
