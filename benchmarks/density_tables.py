@@ -72,7 +72,7 @@ class EqualDensity:
     @cached_property
     def rows(self) -> dict[str, Row]:
         """One of each label's."""
-        return {cell.label: cell.row for cell in reversed(self.section.cells)}
+        return rows_of(self.section)
 
     @property
     def density(self) -> float:
@@ -217,9 +217,14 @@ def found_in(report: Report | None) -> list[EqualDensity]:
     return sorted((one for one in found if one.tasks), key=lambda one: one.density)
 
 
+def rows_of(section: RulerSection) -> dict[str, Row]:
+    """A row of each label: that of its first task."""
+    return {cell.label: cell.row for cell in reversed(section.cells)}
+
+
 def oracles_of(section: RulerSection) -> list[str]:
     """The labels of oracles whose query blocks all have one share."""
-    rows = {cell.label: cell.row for cell in section.cells}
+    rows = rows_of(section)
     return [label for label in section.densities if rows[label].method == ORACLE and "p" in rows[label].settings]
 
 

@@ -170,7 +170,7 @@ def skipped_tiles(sources: Sources) -> str:
     rows = []
     for length, skipped in dict.fromkeys((line["length"], line["skipped"]) for line in lines):
         found = [line for line in lines if (line["length"], line["skipped"]) == (length, skipped)]
-        ms = (line_of(found, **about)["ms_median"] for about in ({"pattern": "dense"}, {"backend": "cuda-hopper"}))
+        ms = map(str, _dense_and(found, "cuda-hopper"))
         times = (_skipping_times(found, backend) for backend in SKIPPING)
         rows.append([length_name(int(length)), f"{float(skipped):.1%}", *map(milliseconds, ms), *times])
     names = ("tokens", "tiles skipped", "dense, ms", "`cuda-hopper`, ms", *SKIPPING.values())
@@ -194,10 +194,7 @@ def even_share(sources: Sources, length: str) -> str:
     lines = [line for line in sources.lines(SKIPS) if line["length"] == tokens(length)]
     slower = []
     for share in sorted({line["skipped"] for line in lines}, key=float):
-        own, dense = (
-            float(line_of(lines, skipped=share, **about)["ms_median"])
-            for about in ({"backend": "cuda-hopper"}, {"pattern": "dense"})
-        )
+        dense, own = _dense_and([line for line in lines if line["skipped"] == share], "cuda-hopper")
         slower.append((float(share), own - dense))
     crossings = [(a, b) for a, b in pairwise(slower) if (a[1] > 0) != (b[1] > 0)]
     if len(crossings) != 1 or slower[0][1] <= 0:
@@ -211,9 +208,14 @@ def _with_skipped(sources: Sources, skipped: str) -> list[Line]:
 
 
 def _skipping_times(lines: list[Line], backend: str) -> str:
-    """Of lines of one length and share."""
-    dense, own = (float(line_of(lines, **about)["ms_median"]) for about in ({"pattern": "dense"}, {"backend": backend}))
+    dense, own = _dense_and(lines, backend)
     return f"{dense / own:.2f}"
+
+
+def _dense_and(lines: list[Line], backend: str) -> tuple[float, float]:
+    """Milliseconds of dense attention and of a backend of skip-softmax, of lines of one length and share."""
+    dense, own = line_of(lines, pattern="dense"), line_of(lines, backend=backend)
+    return float(dense["ms_median"]), float(own["ms_median"])
 
 
 def of_dense(sources: Sources, what: str, *shares: str) -> str:

@@ -88,7 +88,7 @@ def _scores(report: Report) -> Iterator[Table]:
 
 
 def _points(section: RulerSection, labels: Sequence[str], tasks: Sequence[str]) -> Table:
-    rows = {cell.label: cell.row for cell in section.cells}
+    rows = density_tables.rows_of(section)
     lines = []
     for label, found in zip(labels, section.answers.compare_all([(label, "dense", tasks) for label in labels]), strict=True):
         assert isinstance(found, Difference), found
