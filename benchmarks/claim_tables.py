@@ -32,6 +32,7 @@ from claims import Claim, Found, Judged, claims_table, verdicts_table
 from sources import H100, H200, ROOT, Block, Sources, only
 
 from tmbench.methods.layers import layers_text
+from tmbench.report.comparable import pattern_settings
 from tmbench.report.intervals import MARGIN, by_chance
 from tmbench.report.ruler import RulerSection
 from tmbench.results.rows import Row
@@ -126,8 +127,9 @@ def accuracy(sources: Sources) -> list[Judged]:
 
     def combined(section: RulerSection) -> Iterable[Found | None]:
         for label, row in variants(section, "tri_mix_minference"):
-            for other, _ in variants(section, "minference"):
-                yield compared(section, label, other, _about(section, row))
+            for other, alone in variants(section, "minference"):
+                if pattern_settings(alone).items() <= pattern_settings(row).items():
+                    yield compared(section, label, other, _about(section, row), f"patterns {row.settings['patterns']}")
 
     published = published_losses(sources)
     found = [

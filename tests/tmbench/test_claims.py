@@ -114,6 +114,17 @@ def test_layers_and_shapes_are_compared_with_each_other(claims, tmp_path):
 
 
 @pytest.mark.slow
+def test_methods_are_compared_with_what_they_are_made_of(claims, tmp_path):
+    ask(tmp_path, 0)
+    for patterns, wrong in (("default", 0), ("patterns:62b72c84", 9)):
+        ask(tmp_path, wrong, "minference", patterns=patterns)
+        ask(tmp_path, wrong, "tri_mix_minference", source="half the depth", layers="15-", patterns=patterns, **SHAPE)
+    said, found = words(claims, tmp_path, "accuracy", "MInference with triangle attention")
+    assert (said, len(found)) == ("supported", 2)
+    assert found[1].where == "smollm2 at 4K, layers 15-, patterns patterns:62b72c84, some-gpu"
+
+
+@pytest.mark.slow
 def test_probes_are_judged_prompt_by_prompt(claims, tmp_path):
     probe(tmp_path, deep=(0.01, 0.02, 0.03, 5.0))
     said, (found,) = words(claims, tmp_path, "reasons", "less than half of its gradient")
