@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from checkpoint_tables import cell_at
 from sources import Block, Sources
 
 from tmbench.report.table import Table, columns
+from tmbench.report.time_intervals import NO_DIFFERENCE, TimeDifference
+from tmbench.report.ttft import TtftCell
+from tmbench.report.words import NOTHING, percent_text, significant
 from tmbench.report.writers import table_markdown
+from tmbench.results.words import length_name
 
 FAMILIES = "benchmarks/families.csv"
+TIMED = ("tri_mix", "minference", "tri_mix_minference", "tri_mix_flashprefill")
 
 
 def served(sources: Sources) -> str:
@@ -24,4 +30,30 @@ def refused(sources: Sources) -> str:
     return table_markdown(Table("", columns(*names, texts=names), [[line[name] for name in names] for line in lines]))
 
 
-MODEL_TABLES: dict[str, Block] = {"families-served": served, "families-refused": refused}
+def preset_times(sources: Sources) -> str:
+    """Times to first token of presets, and what methods save of them: in operations for ``tri_mix``, and in time."""
+    names = ("model", "weights", "tokens", "dense, s", "over roofline", "tri_mix by the roofline", *TIMED)
+    rows = []
+    for section in sorted(sources.presets.ttft, key=lambda section: section.setting.model):
+        for length in sorted({cell.row.length for cell in section.measured("dense")}):
+            dense, *others = (cell_at(section, label, length) for label in ("dense", *TIMED))
+            assert dense.row.flop is not None
+            assert others[0].row.flop is not None
+            by_roofline = percent_text(100 * (others[0].row.flop / dense.row.flop - 1), 0)
+            times = [significant(dense.seconds), f"{dense.row.ttft_over_floor:.2f}", by_roofline]
+            about = [section.setting.model, section.setting.weights, length_name(length)]
+            rows.append([*about, *times, *map(_against_dense, others)])
+    return table_markdown(Table("", columns(*names, texts=("model", "weights", *TIMED)), rows))
+
+
+def _against_dense(cell: TtftCell) -> str:
+    """The time against dense's with its interval, and behind a comma the density where that depends on the data."""
+    found = cell.against
+    if not isinstance(found, TimeDifference):
+        return found or NOTHING
+    ends = f"{percent_text(found.low, 0)} to {percent_text(found.high, 0)}"
+    words = f"{'none measurable' if found.verdict == NO_DIFFERENCE else percent_text(found.percent, 0)} ({ends})"
+    return words + (f", density {cell.row.coverage:.0%}" if cell.chooses_by_the_data and cell.row.coverage else "")
+
+
+MODEL_TABLES: dict[str, Block] = {"families-served": served, "families-refused": refused, "preset-times": preset_times}

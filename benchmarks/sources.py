@@ -59,6 +59,11 @@ class Sources:
         return build(self.served_rows) if any(self.served_rows.glob("*/*/*.csv")) else None
 
     @cached_property
+    def presets(self) -> Report:
+        """Times of models with layers of several kinds, and of other newer ones."""
+        return build(ROOT / "benchmarks" / "presets")
+
+    @cached_property
     def density(self) -> Report | None:
         """Methods at one density; None before there are rows."""
         return build(self.density_rows) if any(self.density_rows.glob("*/*/*.csv")) else None
