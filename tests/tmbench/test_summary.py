@@ -56,15 +56,17 @@ def test_a_model_without_dense_has_no_line(tmp_path):
     assert not summary.summary(build(tmp_path).ttft, 1.0).rows
 
 
-def test_no_line_of_a_table_is_too_wide():
-    names = ["method", "length", *(f"column {number}" for number in range(12)), "words"]
-    table = Table("", columns(*names, texts=("method", "words")), [["a", "4K", *map(str, range(12)), "long " * 40]] * 2)
-    text = table_markdown(table, WIDEST)
+@pytest.mark.parametrize("keys", [("method", "length"), ("task", "length", "method")])
+def test_no_line_of_a_table_is_too_wide(keys):
+    names = [*keys, *(f"column {number}" for number in range(12)), "words"]
+    cells = {"method": "a", "length": "4K", "task": "vt"}
+    line = [*(cells[key] for key in keys), *map(str, range(12)), "long " * 40]
+    text = table_markdown(Table("", columns(*names, texts=("method", "words")), [line] * 2), WIDEST)
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 2
     assert all(len(line) <= WIDEST for lines in tables for line in lines)
-    assert all(lines[0].replace(" ", "").startswith("|method|length|") for lines in tables)
-    assert "Words:\n\n- a 4K: long long" in text
+    assert all(lines[0].replace(" ", "").startswith(f"|{'|'.join(keys)}|") for lines in tables)
+    assert f"Words:\n\n- {' '.join(cells[key] for key in keys)}: long long" in text
 
 
 def test_details_are_folded_in_files_alone(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from math import inf
 
 from tmbench.report.lengths import RulerLengths, by_length
@@ -20,7 +21,7 @@ from tmbench.results.rows import Row
 WIDEST = 140
 """Characters of the longest line of a table in the report."""
 KEYS = ("length", "task", "method")
-"""Second columns that a line is told by, beside the first."""
+"""Columns that a line is told by, where they come right behind the first."""
 ABLATIONS = ": ablations"
 Shown = RulerLengths | AnySection
 FRONT = (
@@ -89,7 +90,7 @@ def table_markdown(table: Table, widest: float = inf) -> str:
     """
     texts = [[row[place].replace("|", "\\|") for row in table.rows] for place in range(len(table.columns))]
     widths = [max(len(column.name) + 2, *map(len, cells), 0) for column, cells in zip(table.columns, texts, strict=True)]
-    keys = [place for place, column in enumerate(table.columns[:2]) if place == 0 or column.name in KEYS]
+    keys = [0, *(place for place, _ in takewhile(lambda one: one[1].name in KEYS, enumerate(table.columns[1:], 1)))]
     begin = sum(widths[place] + 3 for place in keys) + 1
     parts: list[list[int]] = [[]]
     lists = []
