@@ -15,11 +15,11 @@ from sources import H100, INTEL, Block, Sources, only
 from ruler_tasks import Example, examples
 from ruler_tasks.sources import Sources as Texts
 from tmbench.methods.layers import parse_layers
-from tmbench.report.comparable import pattern_settings
 from tmbench.report.intervals import Difference
 from tmbench.report.ruler import RulerCell, RulerSection
 from tmbench.report.words import interval_text
 from tmbench.results.rows import Row
+from tmbench.results.variants import pattern_settings
 
 PLACES: Mapping[str, Mapping[str, object]] = {
     "4K": {"device": H100, "length": 4096},

@@ -9,13 +9,13 @@ from sources import H100, INTEL, Block, Sources, only
 
 from ruler_tasks import TASKS
 from tmbench.methods.layers import layers_text, parse_layers
-from tmbench.report.comparable import pattern_settings
 from tmbench.report.effects import SHAPE
 from tmbench.report.intervals import LOSS, Difference
 from tmbench.report.table import Table, columns
 from tmbench.report.words import figure_text, interval_text
 from tmbench.report.writers import table_markdown
 from tmbench.results.rows import Row
+from tmbench.results.variants import pattern_settings
 
 LAYERS = 8
 """Of the embedded model."""

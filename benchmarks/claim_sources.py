@@ -12,7 +12,6 @@ from claims import Found
 from sources import ROOT, Line, Sources
 
 from tmbench.methods.layers import layers_text, parse_layers
-from tmbench.report.comparable import pattern_settings
 from tmbench.report.intervals import Difference
 from tmbench.report.loss import LossCell, LossDifference, LossSection
 from tmbench.report.probe import ProbeSection
@@ -24,6 +23,7 @@ from tmbench.report.time_intervals import TimeDifference, compare_rows
 from tmbench.report.ttft import TtftSection
 from tmbench.report.words import interval_text, percent_text
 from tmbench.results.rows import Row
+from tmbench.results.variants import pattern_settings
 from tmbench.results.words import counted, length_name
 
 LAYERS_OF = {"tiny": 8, "smollm2": 30}

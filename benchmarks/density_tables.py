@@ -16,7 +16,6 @@ from served_tables import MISSING, listed, words_of
 
 from tmbench.methods.plan import HALF
 from tmbench.methods.table import LAYERS, METHODS
-from tmbench.report.comparable import pattern_settings
 from tmbench.report.intervals import GAIN, LOSS, NO_LOSS, Difference
 from tmbench.report.pictures import file_name
 from tmbench.report.plot_style import GREY, LABEL_PT, method_look, plain_axes, titles
@@ -26,6 +25,7 @@ from tmbench.report.table import Table, columns
 from tmbench.report.words import NOTHING, figure_text, interval_text
 from tmbench.report.writers import captioned
 from tmbench.results.rows import Row
+from tmbench.results.variants import pattern_settings
 from tmbench.results.words import counted, length_name
 
 EQUAL = 0.02

@@ -15,11 +15,10 @@ from tmbench.results.lm_eval_rows import LmEvalRow
 from tmbench.results.parameters_text import Value
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.tune_rows import TuneRow
+from tmbench.results.variants import DENSE_BACKEND, labels, parameter_names, pattern_settings
 
 R = TypeVar("R", bound=Row)
 S = TypeVar("S", bound=Setting)
-DENSE_BACKEND = "dense_backend"
-"""The one setting that decides how dense attention is computed, and not which pairs: it changes no accuracy."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +29,9 @@ class Placed(Generic[R]):
     label: str
 
 
-def pattern_settings(row: Row) -> dict[str, Value]:
-    """What decides which pairs a method computes, and so what it keeps."""
-    return {name: value for name, value in row.settings.items() if name != DENSE_BACKEND}
-
-
 def parameters_text(row: Row) -> str:
     """The parameters of a row in words: rows of one method that agree in them compute the same."""
     return ", ".join(f"{name} {value}" for name, value in pattern_settings(row).items())
-
-
-def parameter_names(rows: Iterable[Row]) -> list[str]:
-    """The parameters that any row has, in the order in which rows have them."""
-    names: list[str] = []
-    for own in dict.fromkeys(tuple(pattern_settings(row)) for row in rows):
-        for place, name in enumerate(own):
-            if name not in names:
-                # A new one comes before the next that is known.
-                following = (names.index(other) for other in own[place:] if other in names)
-                names.insert(next(following, len(names)), name)
-    return names
 
 
 def comparable(rows: Iterable[R], setting: Callable[[R, int], S]) -> list[tuple[S, list[Placed[R]]]]:
@@ -77,23 +59,7 @@ def comparable(rows: Iterable[R], setting: Callable[[R, int], S]) -> list[tuple[
 
 def labelled(rows: Sequence[R]) -> list[Placed[R]]:
     """Rows under their methods' names, with those parameters in which variants of a method differ."""
-    variants: dict[str, list[R]] = {}
-    for row in rows:
-        variants.setdefault(row.method, []).append(row)
-    differing = {}
-    for method, own in variants.items():
-        settings = [row.settings for row in own]
-        names = [*parameter_names(own), DENSE_BACKEND]
-        differing[method] = [name for name in names if len({given.get(name, "") for given in settings}) > 1]
-    return [Placed(row, _label(row, differing[row.method])) for row in rows]
-
-
-def _label(row: Row, differing: Sequence[str]) -> str:
-    if not differing:
-        return row.method
-    given = row.settings
-    values = ", ".join(f"{name} {given[name]}" for name in differing if name in given)
-    return f"{row.method} ({values})" if values else row.method
+    return [Placed(row, label) for row, label in zip(rows, labels(rows), strict=True)]
 
 
 def order_of(rows: Iterable[Row]) -> Callable[[Row], tuple[Any, ...]]:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tmbench.report.comparable import in_value_order, parameter_names, pattern_settings
+from tmbench.report.comparable import in_value_order
 from tmbench.report.intervals import Difference
 from tmbench.report.ruler import RulerSection
 from tmbench.report.time_intervals import APART, TimeDifference, compare_rows, time_text
 from tmbench.report.ttft import TtftCell
 from tmbench.report.words import NOTHING, interval_text
 from tmbench.results.parameters_text import Value
+from tmbench.results.variants import parameter_names, pattern_settings
 
 SAME_COST = 0.005
 """Densities that differ by less than this part of themselves count as the same cost."""

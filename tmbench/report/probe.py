@@ -9,7 +9,7 @@ from typing import Literal
 
 from tmbench.methods.layers import layers_text
 from tmbench.methods.table import LAYERS
-from tmbench.report.comparable import Placed, pattern_settings
+from tmbench.report.comparable import Placed
 from tmbench.report.loss import IN_NATS, LOSS_COLUMNS, LossCell, LossSection
 from tmbench.report.section import Cell, Section
 from tmbench.report.settings import ProbeSetting, machine_words, older_words, prefill_words
@@ -17,6 +17,7 @@ from tmbench.report.table import Table, columns
 from tmbench.report.words import figure_text
 from tmbench.results.parameters_text import Value
 from tmbench.results.rows import ProbeRow
+from tmbench.results.variants import pattern_settings
 from tmbench.results.words import counted, length_name
 
 Derivative = Literal["logits", "probabilities"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from functools import singledispatch
 
 from tmbench.report.agreement import AgreeCell, AgreeSection, served_agreements
-from tmbench.report.comparable import contents, pattern_settings
+from tmbench.report.comparable import contents
 from tmbench.report.differences import verdict_of
 from tmbench.report.effects import Effect
 from tmbench.report.intervals import Difference
@@ -24,6 +24,7 @@ from tmbench.report.ttft import TtftCell, TtftSection, served_times
 from tmbench.report.tune import TuneCell, TuneSection
 from tmbench.results.rows import OK, Row
 from tmbench.results.suite_rows import SUITE_ROWS
+from tmbench.results.variants import pattern_settings
 
 Record = dict[str, object]
 LOSSES = ("prompt", "answer", "first")

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from tmbench.methods.table import LAYERS, NATIVE, STATIC_PATTERNS
 from tmbench.report.break_even import break_even
-from tmbench.report.comparable import Placed, pattern_settings
+from tmbench.report.comparable import Placed
 from tmbench.report.evidence import Evidence, best_evidence
 from tmbench.report.ruler import RulerSection
 from tmbench.report.section import Cell, Section, file_notes, places_text, status_text
@@ -20,6 +20,7 @@ from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import NO_DIFFERENCE, UNKNOWN_REPEATS, TimeDifference, compare_rows, interleaved
 from tmbench.report.words import HALF_COUNTED, NOTHING, SKIPPED, figure_text, percent_text, significant
 from tmbench.results.rows import OK, TtftRow
+from tmbench.results.variants import pattern_settings
 from tmbench.results.words import length_name
 
 FEW_REPEATS = 3
