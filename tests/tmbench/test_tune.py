@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from tmbench.measure.executor import InProcess
 from tmbench.measure.loop import run
 from tmbench.measure.spec import ModelSource
 from tmbench.measure.tune import Choice, Limits, TuneSpec
+from tmbench.measure.tune_time import ROOFLINE, TTFT_ROWS, time_vs_dense
 from tmbench.methods.layers import parse_layers, resolve
+from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
 from tmbench.report.pictures import figures
 from tmbench.report.report import build
@@ -264,6 +267,24 @@ def test_time_is_that_of_rows_where_the_very_set_was_timed_beside_dense(tuned, t
     assert (row.time_from, again.time_from) == ("roofline", "ttft rows")
     assert again.time_vs_dense == pytest.approx(-0.25)
     assert {one.time_from for one in stage(rows, COMPARISON)} == {"roofline"}, "of the others no time was measured"
+
+
+def test_a_time_counts_beside_dense_of_the_same_rounds_alone(tuned):
+    loaded = tuned.loaded
+    plan = METHODS["tri_mix"].plan(loaded.shape)
+    about: dict[str, Any] = {
+        **environment.current(loaded.device).row_fields(),
+        **loaded.row_fields(),
+        "seed": 42,
+        "prompt": "random",
+    }
+    about |= {"length": 24, "repeats": 1, "warmup": 1, "interleaved": "dense tri_mix", "time": now()}
+    own = TtftRow(**about | plan.row_fields(), ttft_median_s=1.5, matrix_rate_flops=1e11)
+    dense = TtftRow(**about, method="dense", ttft_median_s=2.0, matrix_rate_flops=1e11)
+    assert time_vs_dense(loaded, plan, [24], [dense, own]) == (-0.25, TTFT_ROWS)
+    # Of another run, in which tri_mix had other parameters.
+    later = replace(dense, matrix_rate_flops=2e11)
+    assert time_vs_dense(loaded, plan, [24], [later, own])[1] == ROOFLINE
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from tmbench.measure.ttft import expected_flop
 from tmbench.methods.plan import Plan
 from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
-from tmbench.results.parameters_text import parse_parameters
 from tmbench.results.rows import OK, TtftRow
 from tmbench.results.tables import read_all
+from tmbench.results.variants import dense_of, identity
 
 ROOFLINE, TTFT_ROWS = "roofline", "ttft rows"
 
@@ -41,14 +41,13 @@ def time_vs_dense(loaded: LoadedModel, plan: Plan, lengths: Sequence[int], rows:
 
 
 def _timed(plan: Plan, length: int, rows: Sequence[TtftRow]) -> float | None:
-    settings = parse_parameters(plan.row_fields()["parameters"])
     here = [row for row in rows if row.length == length and row.ttft_median_s]
-    own = [row for row in here if (row.method, row.settings) == (plan.method, settings)]
+    own = [row for row in here if identity(row) == identity(plan)]
     for row in sorted(own, key=lambda row: row.time, reverse=True):
-        beside = (row.prompt, row.prompt_hash, row.interleaved)
-        for other in here:
-            if other.method == "dense" and (other.prompt, other.prompt_hash, other.interleaved) == beside:
-                assert row.ttft_median_s is not None
-                assert other.ttft_median_s is not None
-                return row.ttft_median_s / other.ttft_median_s
+        beside = (row.prompt, row.prompt_hash, *row.rounds)
+        dense = dense_of([other for other in here if (other.prompt, other.prompt_hash, *other.rounds) == beside])
+        if dense is not None:
+            assert row.ttft_median_s is not None
+            assert dense.ttft_median_s is not None
+            return row.ttft_median_s / dense.ttft_median_s
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tmbench.methods.layer_kinds import FULL, kind_words, layer_kinds
-from tmbench.results.parameters_text import Value, parameters_text
+from tmbench.results.parameters_text import Value, parameters_text, parse_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,11 @@ class Plan:
     def by_layer(self) -> dict[int, Pattern]:
         """The patterns of the layers that have one, by the model's numbers of them."""
         return {layer: pattern for layer, pattern in enumerate(self.patterns) if pattern is not None}
+
+    @property
+    def settings(self) -> Mapping[str, Value]:
+        """The parameters as a row of this plan has them: what is told of one counts for the other."""
+        return parse_parameters(parameters_text(self.parameters))
 
     def backends(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         """What will run the patterns on such tensors, as rows name it: pattern:backend, joined by "+".

@@ -58,11 +58,8 @@ class TimeDifference:
 
 
 def interleaved(one: TtftRow, other: TtftRow) -> bool:
-    """Whether two TTFT rows of one length come from the same rounds: then what changed over time changed both.
-
-    The GEMM throughput is measured between the rounds, so that rows of other rounds have another one.
-    """
-    return (one.interleaved, one.matrix_rate_flops) == (other.interleaved, other.matrix_rate_flops)
+    """Whether two TTFT rows of one length come from the same rounds: then what changed over time changed both."""
+    return one.rounds == other.rounds
 
 
 def compare_rows(one: TtftRow, other: TtftRow) -> TimeDifference | str:

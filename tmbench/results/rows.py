@@ -186,7 +186,7 @@ class TtftRow(Row):
     repeats: int
     warmup: int
     interleaved: str
-    """The methods interleaved with this one, itself included."""
+    """The methods interleaved with this one, itself included, as ``variants.labels`` tells them apart."""
     ttft_median_s: float | None = None
     ttft_min_s: float | None = None
     ttft_max_s: float | None = None
@@ -226,6 +226,14 @@ class TtftRow(Row):
     ADDED: ClassVar[tuple[str, ...]] = (
         *Row.ADDED, "batch_size", "communication_s", "prompt_file", "question_tokens", "skipped_share",
     )  # fmt: skip
+
+    @property
+    def rounds(self) -> tuple[str, float | None]:
+        """What rows of one length have in common that come from the same rounds, and others have not.
+
+        The GEMM throughput is measured between the rounds, so that rows of other rounds have another one.
+        """
+        return self.interleaved, self.matrix_rate_flops
 
     @property
     def tokens_per_second(self) -> float | None:
