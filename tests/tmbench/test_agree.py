@@ -176,6 +176,21 @@ def test_choices_along_another_text_of_dense_are_measured_again(job, texts):
     assert read_choices(other)[1].reference == (7,) * 12
 
 
+def test_what_dense_chose_along_another_text_is_no_text_to_follow(job, texts):
+    dense, forced = (plan_of(job().loaded.model, "dense", dense_backend=name) for name in ("", "torch"))
+    job(plans=[dense, forced]).run()
+    (row,) = (one for one in read_all(job().root, AgreeRow) if one.parameters)
+    assert (row.agreement, row.divergence_median) == (11 / 12, 4), "another backend is held against the first one's text"
+    texts.clear()
+    streaming = job().plans[1]
+    job(plans=[forced, streaming]).run()
+    assert [method for method, _ in texts] == ["dense"] * 3 + ["streaming"] * 3
+    (row,) = (one for one in read_all(job().root, AgreeRow) if one.parameters and one.method == "dense")
+    assert (row.agreement, row.divergence_median) == (1.0, 12)
+    with pytest.raises(ValueError, match="the first plan must be dense, whose text"):
+        job(plans=[forced, dense])
+
+
 @pytest.mark.slow
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
     real = Session.follow

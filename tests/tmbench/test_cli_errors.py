@@ -132,8 +132,8 @@ def patterns_of_another_model(tmp_path_factory):
             "like: flashprefill's alpha must be between 0 and 1, not 3",
         ),
         (
-            ("ttft", "--method", "flashprefill", "--method", "flashprefill:alpha=0.2"),
-            "--method flashprefill is given twice with different parameters",
+            ("ttft", "--method", "dense", "--method", "dense:dense_backend=torch", "--dense-backend", "sdpa"),
+            "--method dense is given with several backends",
         ),
         (
             ("ttft", "--method", "xattention:stride=8", "--n-local", "4"),

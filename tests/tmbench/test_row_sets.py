@@ -152,6 +152,8 @@ names = ("dense", "tri_mix", "minference", "streaming")
 window = {"n_init": 2, "n_local": 16, "last_n": 8}
 own = {name: {key: window[key] for key in METHODS[name].declared if key in window} for name in names}
 plans = [METHODS[name].plan(ModelShape.of(model), own[name]) for name in names]
+# One method in two settings, whose rows are in one file.
+plans.append(METHODS["tri_mix"].plan(ModelShape.of(model), own["tri_mix"] | {"n_local": 32}))
 
 def job(root):
     here = environment.current(torch.device("cpu"))
@@ -186,8 +188,8 @@ def within_append(number):
 def before_the_set():
     row_sets._write = lambda path, text: die()
 
-points = {f"before {n}": (at_append, n, False) for n in (1, 2, 3, 4)}
-points |= {f"after {n}": (at_append, n, True) for n in (1, 4)}
+points = {f"before {n}": (at_append, n, False) for n in (1, 2, 3, 5)}
+points |= {f"after {n}": (at_append, n, True) for n in (1, 4, 5)}
 points |= {f"within {n}": (within_append, n) for n in (1, 3)}
 points |= {"before the set": (before_the_set,)}
 outcome = {}
@@ -220,13 +222,13 @@ def test_a_run_killed_at_any_point_between_its_rows_loses_no_figure(tmp_path):
     """Two processes for each point: one that is killed there, and the one that goes on."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    methods = "dense tri_mix minference streaming"
-    whole = sorted([name, methods, True, True] for name in methods.split())
+    methods = "dense tri_mix (n_local 16) minference streaming tri_mix (n_local 32)"
+    whole = sorted([name, methods, True, True] for name in ("dense", "tri_mix", "minference", "streaming", "tri_mix"))
     outcome = json.loads(done.stdout.splitlines()[-1])
-    assert len(outcome) == 9
+    assert len(outcome) == 10
     for point, found in outcome.items():
         assert found["codes"] == [-9, 0], point
         assert sorted(found["rows"]) == whole, point
-        assert found["lines"] == 4, f"{point}: nothing is measured twice"
+        assert found["lines"] == 5, f"{point}: nothing is measured twice"
         assert found["left"] == [], point
         assert found["pending"] == {}, point

@@ -77,7 +77,7 @@ def answers(monkeypatch):
         if not isinstance(spec, AccuracySpec):
             return real(spec, loaded, item, ran)
         asked.append((item.plan, item.task, item.index))
-        ran.add(("dense:sdpa", "triangle:torch-banded")[item.plan])
+        ran.add(("dense:sdpa", "triangle:torch-banded")[item.plan > 0])
         right = " ".join(item.sample.references) if item.index % (2 + item.plan) else ""
         tokens = loaded.tokenizer(right, add_special_tokens=False)["input_ids"]
         coverage = 0.5 if item.count else None
@@ -261,6 +261,31 @@ def test_machines_may_differ_in_what_a_row_can_name_twice(spec, loaded, tmp_path
     edited(tmp_path / "1", driver="550.1")
     edited(tmp_path / "2", driver="560.2", commit="123")
     assert {row.driver for row in merge([tmp_path / "1", tmp_path / "2"], tmp_path).made} == {"550.1+560.2"}
+
+
+def test_two_settings_of_one_method_are_two_rows_of_one_run_and_of_two_runs_none(spec, loaded, tmp_path):
+    dense, narrow = spec("accuracy", tmp_path).plans
+    wide = plan_of(loaded.shape, "streaming", **WINDOW | {"n_local": 9})
+
+    def measured(folder, number, *plans):
+        split(spec("accuracy", tmp_path / folder, tasks=("vt",), plans=plans), loaded, numbers=[number])
+
+    # One shard has both, one was killed between them, and one has not begun.
+    measured("one", 1, dense, narrow, wide)
+    measured("one", 2, dense, narrow)
+    found = merge([tmp_path / "one"], tmp_path / "one")
+    assert {str(shard): sorted(titles) for shard, titles in found.missing.items()} == {
+        "2/3": ["streaming (n_local 9) on vt at 600"],
+        "3/3": ["dense on vt at 600", "streaming (n_local 7) on vt at 600", "streaming (n_local 9) on vt at 600"],
+    }
+    for number in (2, 3):
+        measured("one", number, dense, narrow, wide)
+    assert [row.settings.get("n_local") for row in merge([tmp_path / "one"], tmp_path / "one").made] == [None, 7, 9]
+
+    measured("two", 1, dense, narrow)
+    measured("two", 2, dense, wide)
+    with pytest.raises(UserError, match=r"of streaming \(n_local [79]\) on vt at 600 differ in parameters"):
+        merge([tmp_path / "two"], tmp_path / "two")
 
 
 @pytest.mark.slow

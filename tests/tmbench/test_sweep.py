@@ -171,7 +171,8 @@ def test_times_that_a_killed_sweep_had_measured_are_appended_by_the_next(job, mo
     assert {row.status for row in work.run()} == {"ok"}
     rows = read_all(work.root, TtftRow)
     assert len(rows) == 3
-    assert all(row.logit_error is not None and row.interleaved == "dense tri_mix tri_mix" for row in rows)
+    together = "dense tri_mix (last_n 0) tri_mix (last_n 10)"
+    assert all(row.logit_error is not None and row.interleaved == together for row in rows)
 
 
 SWEEP = (

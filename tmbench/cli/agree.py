@@ -14,7 +14,9 @@ from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say_failures, table
 from tmbench.errors import UserError
+from tmbench.methods.spec import parse_method
 from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.variants import DENSE, dense_of, labels
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -69,8 +71,8 @@ def agree(
     """
     check_plan(plan, as_json)
     methods = list(method or DEFAULT_METHODS)
-    if "dense" not in methods:
-        methods.insert(0, "dense")
+    if all(parse_method(text)[0].name != DENSE for text in methods):
+        methods.insert(0, DENSE)
     chosen = attention.once().specs(methods)
     chunks = o.chunks_of(chunk, prompt_length, attention.native)
     o.check_ask_later(ask_later, attention.native)
@@ -87,10 +89,11 @@ def agree(
     wanted = o.lengths_of(asked, loaded) or (TINY_LENGTHS if model == "tiny" else LENGTHS)
     lengths = o.lengths_for(loaded, length, wanted, longest_first=where.elsewhere)
     plans = plans_for(chosen, attention, where, loaded, lengths, output_dir)
+    dense = dense_of(plans)
     spec = AgreeSpec(
         **where.ask(place),
         root=output_dir,
-        plans=sorted(plans, key=lambda plan: plan.method != "dense"),
+        plans=sorted(plans, key=lambda plan: plan is not dense),
         lengths=lengths,
         prompt=asked,
         samples=samples,
@@ -119,9 +122,11 @@ def _show(rows: Sequence[AgreeRow]) -> None:
             "samples",
             right=figures,
         )
-        for row in rows:
-            if row.length == length and row.method != "dense":
-                shown.add_row(row.method, *_cells(row), str(row.samples))
+        here = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if row.length == length]
+        dense = dense_of([row for row, _ in here])
+        for row, label in here:
+            if row is not dense:
+                shown.add_row(label, *_cells(row), str(row.samples))
         console().print(shown)
     say_failures(rows)
 

@@ -14,6 +14,7 @@ from tmbench.cli.attention import Attention, plans_for
 from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.planning import show_plan
 from tmbench.cli.screen import console, say, say_failures, table
+from tmbench.results.variants import labels
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -143,10 +144,11 @@ def ask(
 
 
 def _show(rows: Sequence[RulerRow]) -> None:
-    methods = list(dict.fromkeys(row.method for row in rows))
+    called = labels(rows)
+    methods = list(dict.fromkeys(called))
     for length in sorted({row.length for row in rows}):
         shown = table(f"{rows[0].title} at {counted(length, 'token')}{rows[0].fed}", "task", *methods, right=tuple(methods))
-        cells = {(_asked(row), row.method): row for row in rows if row.length == length}
+        cells = {(_asked(row), name): row for row, name in zip(rows, called, strict=True) if row.length == length}
         tasks = list(dict.fromkeys(task for task, _ in cells))
         for task in tasks:
             shown.add_row(task, *(_cell(cells.get((task, method))) for method in methods))

@@ -165,7 +165,7 @@ def _kind(declared: Parameter) -> Any:
 
 def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executor, loaded: LoadedModel,
               lengths: Sequence[int], results: Path) -> list[Plan]:  # fmt: skip
-    """One plan per method for this model, each checked against the model once, before anything is measured.
+    """One plan per method and setting for this model, each checked against the model once, before anything is measured.
 
     ``where`` has its weights, and ``results`` is where ``--layers auto`` looks for a probe.
     """
@@ -182,14 +182,13 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executo
 
         where.ask(_check_native)
         plans.append(BASELINE.plan(loaded.shape))
-    for plan in plans:
-        if plan.layers_source == HALF:
-            full = loaded.shape.full
-            which = f", of its {len(full)} layers of full attention" if loaded.shape.native else ""
-            say(
-                f"{plan.method}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
-                f"its depth{which}, layer {full[len(full) // 2]}; --layers chooses others, tmbench probe proposes some"
-            )
+    for name in dict.fromkeys(plan.method for plan in plans if plan.layers_source == HALF):
+        full = loaded.shape.full
+        which = f", of its {len(full)} layers of full attention" if loaded.shape.native else ""
+        say(
+            f"{name}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
+            f"its depth{which}, layer {full[len(full) // 2]}; --layers chooses others, tmbench probe proposes some"
+        )
     return plans
 
 

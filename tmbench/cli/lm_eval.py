@@ -16,6 +16,7 @@ from tmbench.cli.measuring import measure, opened, print_measured
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError, shortened
 from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.variants import labels
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -170,11 +171,13 @@ def _check_limit(text: str | None) -> None:
 
 
 def _show(rows: Sequence[LmEvalRow]) -> None:
-    methods = list(dict.fromkeys(row.method for row in rows))
+    called = labels(rows)
+    methods = list(dict.fromkeys(called))
     for length in sorted({row.length for row in rows}):
         title = f"lm-eval {rows[0].harness}, up to {counted(length, 'token')}{rows[0].fed}"
         shown = table(title, "task", "metric", "documents", *methods, right=("documents", *methods))
-        cells = {(row.task, row.measure, row.method): row for row in rows if row.length == length}
+        here = [(row, name) for row, name in zip(rows, called, strict=True) if row.length == length]
+        cells = {(row.task, row.measure, name): row for row, name in here}
         for task, metric in dict.fromkeys((task, metric) for task, metric, _ in cells):
             own = [cells.get((task, metric, name)) for name in methods]
             count = next(row.samples for row in own if row is not None)

@@ -56,7 +56,8 @@ MethodOption = Annotated[
     list[str] | None,
     typer.Option(
         "--method", metavar="METHOD",
-        help=f"A method; repeat for several. One of {', '.join(METHODS)}. Parameters may follow, as in xattention:stride=8.",
+        help=f"A method; repeat for several, or for several settings of one. One of {', '.join(METHODS)}. "
+        "Parameters may follow, as in xattention:stride=8.",
         rich_help_panel=MEASURED,
         show_default=" ".join(DEFAULT_METHODS),
     ),

@@ -16,6 +16,7 @@ from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Rule, layers_text, propose
 from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.variants import labels
 from tmbench.results.words import counted
 
 if TYPE_CHECKING:
@@ -240,18 +241,20 @@ def _show(rows: list[ProbeRow], spec: ProbeSpec) -> None:
 
 def _show_losses(rows: Sequence[LossRow]) -> None:
     figures = ("in the prompt", "vs dense", "after it", "vs dense ", "first token", "vs dense  ")
+    called = labels(rows)
     for length, task in dict.fromkeys((row.length, row.task) for row in rows):
-        here = [row for row in rows if (row.length, row.task) == (length, task)]
-        title = f"Negative log-likelihood, nats a token: {task} at {length} tokens, {counted(here[0].samples, 'sample')}"
-        shown = table(title + here[0].fed, "method", *figures, right=figures)
-        for row in here:
+        here = [(row, name) for row, name in zip(rows, called, strict=True) if (row.length, row.task) == (length, task)]
+        first, _ = here[0]
+        title = f"Negative log-likelihood, nats a token: {task} at {length} tokens, {counted(first.samples, 'sample')}"
+        shown = table(title + first.fed, "method", *figures, right=figures)
+        for row, name in here:
             if row.nll_prompt is None:
-                shown.add_row(row.method, row.status.replace("_", " "))
+                shown.add_row(name, row.status.replace("_", " "))
                 continue
             texts = []
-            for name in ("nll_prompt", "nll_answer", "nll_first"):
-                apart = getattr(row, f"{name}_vs_dense")
-                texts += [f"{getattr(row, name):.4f}", "" if apart is None else f"{apart:+.4f}"]
-            shown.add_row(row.method, *texts)
+            for figure in ("nll_prompt", "nll_answer", "nll_first"):
+                apart = getattr(row, f"{figure}_vs_dense")
+                texts += [f"{getattr(row, figure):.4f}", "" if apart is None else f"{apart:+.4f}"]
+            shown.add_row(name, *texts)
         console().print(shown)
     say_failures(rows)

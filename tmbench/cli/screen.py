@@ -13,6 +13,7 @@ from rich.console import Console
 
 from tmbench.cli.blocks import Blocks
 from tmbench.results.json_text import json_text
+from tmbench.results.variants import labels
 
 if TYPE_CHECKING:
     from tmbench.results.rows import Row
@@ -76,11 +77,11 @@ def say_nothing_measured(rows: int, remedy: str = "--overwrite measures again") 
 
 
 def say_failures(rows: Sequence[Row]) -> None:
-    """Why rows have no figures, a line each: their tables only say that they failed."""
-    for row in rows:
+    """Why those of these rows that have no figures have none, a line each: their tables only say that they failed."""
+    for row, name in zip(rows, labels(rows), strict=True):
         if row.status != "ok":
             place = f" on {task}" if (task := getattr(row, "task", "")) else ""
-            say(f"{row.method}{place} at {row.length} {row.status.replace('_', ' ')}: {row.error or 'no reason is known'}")
+            say(f"{name}{place} at {row.length} {row.status.replace('_', ' ')}: {row.error or 'no reason is known'}")
 
 
 def say(text: str) -> None:

@@ -121,10 +121,9 @@ def sweep(
     if part is not None or as_json:
         print_measured(spec, rows, say_failures, as_json=as_json)
         return
-    failed = [row for row in rows if row.status != "ok"]
     _show(spec, loaded)
-    say_failures(failed)
-    if failed:
+    say_failures(rows)
+    if any(row.status != "ok" for row in rows):
         raise typer.Exit(1)
 
 

@@ -15,6 +15,7 @@ from tmbench.cli.planning import check_plan, show_plan
 from tmbench.cli.screen import console, say, say_failures, table
 from tmbench.errors import UserError
 from tmbench.methods.table import DEFAULT_METHODS
+from tmbench.results.variants import dense_of, identity, labels
 from tmbench.results.words import batched, counted
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def ttft(
     if plan:
         show_plan(spec, loaded)
         return
-    order = [one.method for one in spec.plans]
-    rows = sorted(measure(spec, where), key=lambda row: (row.length, row.batch_size, row.fed, order.index(row.method)))
+    order = [identity(one) for one in spec.plans]
+    rows = sorted(measure(spec, where), key=lambda row: (row.length, row.batch_size, row.fed, order.index(identity(row))))
     print_measured(spec, rows, _show, as_json=as_json)
 
 
@@ -153,11 +154,12 @@ def _show(rows: Sequence[TtftRow]) -> None:
     from tmbench.report.ttft import NOT_INTERLEAVED, SLOWER_KERNEL
     from tmbench.report.words import SKIPPED
 
+    called = dict(zip(map(identity, rows), labels(rows), strict=True))
     figures = ("seconds", "vs dense", "density", "TTFT / roofline", "logit error")
     for length, batch_size, fed in sorted({(row.length, row.batch_size, row.fed) for row in rows}):
         here = [row for row in rows if (row.length, row.batch_size, row.fed) == (length, batch_size, fed)]
         timed = [row for row in here if row.ttft_median_s is not None]
-        dense = next((row for row in timed if row.method == "dense"), None)
+        dense = dense_of(timed)
         some_skip = any(row.skipped_share is not None for row in timed)
         names = figures + (SKIPPED,) * some_skip + ("tokens/s",) * (batch_size > 1)
         slower = {id(row): slower_than_dense(row.backends, dense.backends if dense else "") for row in timed}
@@ -166,9 +168,10 @@ def _show(rows: Sequence[TtftRow]) -> None:
         shown = table(about, "method", *columns, right=names)
         for row in here:
             # A row without a time has no figures to stand beside.
-            shown.add_row(row.method, *_figures(row, dense, skipped=some_skip), *filter(None, [slower.get(id(row))]))
+            told = _figures(row, dense, skipped=some_skip)
+            shown.add_row(called[identity(row)], *told, *filter(None, [slower.get(id(row))]))
         console().print(shown)
-        apart = [row.method for row in timed if dense and not interleaved(row, dense)]
+        apart = [called[identity(row)] for row in timed if dense and not interleaved(row, dense)]
         if apart:
             say(f"{NOT_INTERLEAVED}: {', '.join(apart)}; --overwrite measures them together")
     say_failures(rows)
@@ -180,7 +183,7 @@ def _show(rows: Sequence[TtftRow]) -> None:
 def _figures(row: TtftRow, dense: TtftRow | None, *, skipped: bool) -> list[str]:
     if row.ttft_median_s is None:
         return [row.status.replace("_", " ")]
-    compared = dense is not None and row.method != "dense"
+    compared = dense is not None and row is not dense
     return [
         f"{row.ttft_median_s:.3f}",
         _against(row, dense) if dense is not None and compared else "",

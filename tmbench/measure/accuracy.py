@@ -94,7 +94,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
         """One method's row; ``samples`` by their place among all of the row."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = self.suite.row(**fields, time=now())
-        title = f"{row.method} on {row.task} at {row.length}" + f", question {row.question}" * (row.question > 1)
+        title = f"{self.labels[number]} on {row.task} at {row.length}" + f", question {row.question}" * (row.question > 1)
         # Of all tasks alike, where their texts fit, so that these decode together.
         new = max([NEW_TOKENS, *(sample.max_new_tokens for sample in samples.values())])
         room = max([row.length, *(len(sample.ids) + sample.max_new_tokens for sample in samples.values())])

@@ -30,6 +30,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.choices import Choices, choices_of, kept_choices
 from tmbench.results.rows import AgreeRow, now
 from tmbench.results.sample_files import decoded
+from tmbench.results.variants import dense_of
 from tmbench.suites.prompt_files import PromptFile
 from tmbench.suites.prompts import Kind, check_prompt, file_of, prompt_context, prompt_id, prompt_ids
 
@@ -58,7 +59,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
     new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if self.plans[0].method != "dense":
+        if self.plans[0] is not dense_of(self.plans):
             raise ValueError("the first plan must be dense, whose text the other methods follow")
 
     def check(self, loaded: LoadedModel) -> None:
@@ -112,7 +113,7 @@ class AgreeSpec(AnswerSpec[AgreeRow]):
         """One method's row; ``prompts`` is what is known of each, ``texts`` dense's samples, None for dense itself."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = AgreeRow(**fields, time=now())
-        title = f"{row.method} at {row.length}"
+        title = f"{self.labels[number]} at {row.length}"
         items = []
         for index, known_of in prompts.items():
             wrote = None if texts is None else texts.get(("", index))
@@ -184,5 +185,6 @@ def choices_stand(root: Path, have: AgreeRow) -> bool:
 
 
 def _belongs(item: AgreeItem, kept: Choices) -> bool:
-    """Choices along another text of dense, for instance of another version of torch, say nothing of this one."""
-    return kept.prompt_hash == item.prompt_hash and (item.text is None or kept.reference == item.text)
+    """Choices along another text, as of another backend or version of torch, say nothing of this one, nor write one."""
+    text = kept.chosen if item.text is None else item.text
+    return kept.prompt_hash == item.prompt_hash and kept.reference == text

@@ -29,6 +29,7 @@ from tmbench.methods.plan import Plan, backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, describe
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY, PLAIN_LOOP
+from tmbench.results.variants import labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,11 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
     @abstractmethod
     def sample(self, loaded: LoadedModel, item: Any, answer: Answer) -> Any:
         """What is kept of an item's text."""
+
+    @property
+    def labels(self) -> list[str]:
+        """What the plans are called, in their order."""
+        return labels(self.plans)
 
     def notes(self, loaded: LoadedModel) -> Sequence[str]:
         """That a GPU decodes one text at a time, where it does: it then takes many times as long."""

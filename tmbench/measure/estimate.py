@@ -24,9 +24,9 @@ from tmbench.methods.table import METHODS
 from tmbench.models.geometry import Geometry
 from tmbench.models.loading import LoadedModel
 from tmbench.results.environment import Environment
-from tmbench.results.parameters_text import parse_parameters
 from tmbench.results.rows import OK, AgreeRow, LossRow, ProbeRow, Row, TtftRow
 from tmbench.results.tables import read_all
+from tmbench.results.variants import identity
 from tmbench.results.words import batched
 
 PROBE = 4
@@ -178,11 +178,11 @@ class Estimator:
 
     def _scaled(self, asked: Asked, kind: type[Row], seconds: Callable[[Any], float | None]) -> Estimate | None:
         """From the row of a kind that is nearest to what is asked; None where there is none of this method or of dense."""
-        settings = parse_parameters(asked.plan.row_fields()["parameters"])
         dense = METHODS["dense"].plan(self.loaded.shape)
+        wanted = identity(asked.plan)
         near: list[tuple[tuple[Any, ...], Any, Plan]] = []
         for row in self._of_model(kind):
-            own = row.method == asked.plan.method and row.settings == settings
+            own = identity(row) == wanted
             if seconds(row) is None or not (own or row.method == "dense"):
                 continue
             together = asked.batch_size if isinstance(row, TtftRow) else self._batch_size

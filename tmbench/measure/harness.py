@@ -117,7 +117,7 @@ class LmEvalSpec(AnswerSpec[LmEvalRow]):
         ]
         # What is kept of a request serves every metric, and a run of more documents.
         file = kept_responses(self.root, replace(rows[0], metric="", metric_filter="", limit="", data_hash=""))
-        title = f"{rows[0].method} on {rows[0].task}"
+        title = f"{self.labels[number]} on {rows[0].task}"
         tokenizer = loaded.need_tokenizer(WHAT)
         return row_target(
             self,

@@ -43,6 +43,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.loss_samples import LossSample, kept_losses
 from tmbench.results.rows import LossRow, now
 from tmbench.results.sample_files import highest
+from tmbench.results.variants import dense_of, labels
 from tmbench.results.words import counted
 from tmbench.suites.prompts import Kind
 from tmbench.suites.questions import Question, check_task, questions, wording_hash
@@ -84,8 +85,9 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         yield Part(self, "Loss", "Losses measured", total, self._rounds(loaded))
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[LossRow] | Sequence[RowTarget[LossRow, LossSample]]]:
-        own = [number for number, plan in enumerate(self.plans) if plan.method == "dense"]
-        others = [number for number, plan in enumerate(self.plans) if plan.method != "dense"]
+        reference = dense_of(self.plans)
+        own = [number for number, plan in enumerate(self.plans) if plan is reference]
+        others = [number for number, plan in enumerate(self.plans) if plan is not reference]
         for length, task in product(self.lengths, self.tasks):
             places = self.places(self.samples, length, str(task))
             yield Step(f"{task} at {length}: preparing {counted(len(places), 'prompt')}")
@@ -104,7 +106,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         self, number: int, known: Mapping[str, Any], asked: Sequence[Question], dense: Mapping[int, LossSample]
     ) -> RowTarget[LossRow, LossSample]:
         row = loss_row(self.plans[number], known)
-        title = f"{row.method} on {row.task} at {row.length}"
+        title = f"{labels(self.plans)[number]} on {row.task} at {row.length}"
         items = [
             LossItem(
                 title=f"{title}, sample {question.index + 1} of {self.samples}",

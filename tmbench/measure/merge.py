@@ -31,6 +31,7 @@ from tmbench.results.rows import OK, AgreeRow, LossRow, ProbeRow, Row
 from tmbench.results.sample_files import Kept, read_entries_of
 from tmbench.results.shards import Record, Shard, read_records
 from tmbench.results.tables import newest
+from tmbench.results.variants import identity, labels
 from tmbench.suites.suite import Suite
 from tmbench.suites.table import SUITES
 
@@ -114,12 +115,14 @@ class _Group:
     """The parts of one row."""
 
     parts: list[_Part]
+    label: str = ""
+    """What its method is called among those of all rows."""
 
     @property
     def title(self) -> str:
         row = self.parts[0].record.row
         about = getattr(row, "task", "") or getattr(row, "prompt", "")
-        return f"{row.method} on {about} at {row.length}"
+        return f"{self.label} on {about} at {row.length}"
 
     @property
     def slot(self) -> tuple[Any, ...]:
@@ -185,11 +188,16 @@ def _grouped(roots: Sequence[Path], kind: type[Row]) -> list[_Group]:
     parts = [_Part(root, record) for root in dict.fromkeys(roots) for record in read_records(root, kind)]
     for part in sorted(parts, key=lambda one: (one.record.shard, one.record.row.time)):
         found.setdefault(tuple(part.settings.values()), _Group([])).parts.append(part)
-    return [found[settings] for settings in sorted(found)]
+    groups = [found[settings] for settings in sorted(found)]
+    names = labels([group.parts[0].record.row for group in groups])
+    return [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
 
 
 def _check_alike(groups: Iterable[_Group]) -> None:
-    """Raise UserError where two rows are both in part, and what the one lacks is there of the other."""
+    """Raise UserError where two rows are both in part, and what the one lacks is there of the other.
+
+    Two settings of one method that a shard has both of are of one run, whose other shards may not have come to both yet.
+    """
     partial_ones: dict[tuple[Any, ...], list[_Group]] = {}
     for group in groups:
         if not group.whole:
@@ -197,8 +205,10 @@ def _check_alike(groups: Iterable[_Group]) -> None:
     for same in partial_ones.values():
         for number, one in enumerate(same):
             for other in same[:number]:
-                lacked = sorted(one.missing & {part.record.shard for part in other.parts})
-                if lacked:
+                own, there = ({part.record.shard for part in group.parts} for group in (one, other))
+                lacked = sorted(one.missing & there)
+                variants = identity(one.parts[0].record.row) != identity(other.parts[0].record.row)
+                if lacked and not (variants and own & there):
                     theirs = next(part for part in other.parts if part.record.shard == lacked[0])
                     raise UserError(_differ(one.title, one.parts[0], theirs))
 

@@ -30,6 +30,7 @@ from tmbench.results.rows import OUT_OF_MEMORY, LossRow, TtftRow
 from tmbench.results.sample_files import Kept
 from tmbench.results.tables import newest, read_all
 from tmbench.results.tune_rows import COMPARISON, HELD_OUT, TuneRow
+from tmbench.results.variants import identity
 from tmbench.suites.questions import questions
 
 PASS, SAMPLE, PREFILL = "pass", "sample", "prefill"
@@ -188,8 +189,7 @@ def _of_target(spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, An
 def _plan_of(spec: SamplesSpec, loaded: LoadedModel, row: Any) -> Plan:
     if isinstance(spec, ProbeSpec):
         return METHODS["dense"].plan(loaded.shape)
-    about = row.method, row.parameters
-    return next(plan for plan in spec.plans if (plan.method, plan.row_fields()["parameters"]) == about)
+    return next(plan for plan in spec.plans if identity(plan) == identity(row))
 
 
 def _new_tokens(spec: SamplesSpec, item: Any) -> int:

@@ -22,6 +22,7 @@ from tmbench.methods.spec import MethodSpec
 from tmbench.methods.table import METHODS, Method
 from tmbench.models.loading import LoadedModel
 from tmbench.results.rows import Row
+from tmbench.results.variants import identity
 from tmbench_kernels import Triangle
 
 
@@ -87,7 +88,7 @@ def swept_plans(specs: Sequence[MethodSpec], shape: ModelShape, length: int, *, 
     """
     added = [control for one in specs if controls and (control := same_cost(one, length))]
     made = [METHODS["dense"].plan(shape), *(one.plan(shape) for one in [*specs, *added])]
-    once = {(plan.method, *sorted(plan.parameters.items())): plan for plan in reversed(made)}
+    once = {identity(plan): plan for plan in reversed(made)}
     return list(reversed(once.values()))
 
 

@@ -35,6 +35,7 @@ from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure
 from tmbench.results.row_sets import finish
 from tmbench.results.rows import TtftRow, now
+from tmbench.results.variants import dense_of, labels
 from tmbench.results.words import batched
 from tmbench.suites.prompts import Kind, batch_ids, check_prompt, file_of
 
@@ -216,7 +217,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
 
     def _target(self, ids: Tensor, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
         batch_size, length = ids.shape
-        methods = " ".join(row.method for row in rows)
+        methods = " ".join(labels(rows))
         title = f"{methods} at {batched(batch_size)}{length}"
         item = TtftItem(title=title, ids=ids, trials=tuple(missing))
         known = [replace(row, interleaved=methods) for row in rows]
@@ -227,14 +228,15 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         loaded = worker.loaded
         ids = item.ids.to(loaded.device)
         every = self.trials
-        trials = [_Trial(*every[number]) for number in item.trials]
+        names = labels([plan for _, plan in every])
+        trials = [_Trial(*every[number], label=names[number]) for number in item.trials]
         work = [expected_flop(loaded, trial.plan, item.length, item.batch_size) for trial in trials]
         throughputs = []
         for number in range(self.warmup + self.repeats):
             phase = "warm-up" if number < self.warmup else f"repeat {number - self.warmup + 1} of {self.repeats}"
             for trial, flop in zip(trials, work, strict=True):
                 piece = ", in one piece" * (self.beside_one_piece and trial.spec.reading != self.reading)
-                worker.step(f"{trial.plan.method} at {batched(item.batch_size)}{item.length}{piece}, {phase}")
+                worker.step(f"{trial.label} at {batched(item.batch_size)}{item.length}{piece}, {phase}")
                 if trial.failure is None:
                     _pass(loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
                 worker.step(work=flop)
@@ -278,6 +280,8 @@ class _Trial:
     spec: TtftSpec
     """How its prompts are fed."""
     plan: Plan
+    label: str
+    """What it is called among the others."""
     failure: Failure | None = None
     seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
@@ -294,8 +298,9 @@ class _Trial:
 
 def _dense_beside(trial: _Trial, trials: Sequence[_Trial]) -> _Trial | None:
     """Dense attention over prompts that were fed alike; None where it did not run."""
-    alike = (one for one in trials if one.spec is trial.spec and one.failure is None)
-    return next((one for one in alike if one.plan.method == "dense"), None)
+    alike = [one for one in trials if one.spec is trial.spec and one.failure is None]
+    dense = dense_of([one.plan for one in alike])
+    return next((one for one in alike if one.plan is dense), None)
 
 
 def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tmbench.methods.installed import get_method
 from tmbench.methods.layers import RESULTS, chosen_layers
 from tmbench.methods.plan import DeepLayers, ModelShape, Plan
 from tmbench.methods.table import LAYERS, Method
+from tmbench.results.variants import DENSE, DENSE_BACKEND, Identity, identity_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def parse_method(text: str) -> tuple[Method, dict[str, Any]]:
 
 
 def specs(texts: Sequence[str], options: Mapping[str, Any], *, layers: str = "") -> list[MethodSpec]:
-    """The methods that were asked for, each once, in their order.
+    """The methods that were asked for, each once in every setting, in their order.
 
     Args:
         texts: as ``parse_method`` takes them. What follows a name counts for that method alone, before the options.
@@ -70,7 +71,7 @@ def specs(texts: Sequence[str], options: Mapping[str, Any], *, layers: str = "")
         layers: the option that says where deep patterns are, such as "--layers"; "" where none does.
 
     Raises:
-        UserError: an option that none of the methods reads, and a method that is given twice with different parameters.
+        UserError: an option that none of the methods reads, and dense attention with several backends and never without one.
     """
     chosen = [parse_method(text) for text in texts]
     names = ", ".join(method.name for method, _ in chosen)
@@ -78,13 +79,24 @@ def specs(texts: Sequence[str], options: Mapping[str, Any], *, layers: str = "")
     for name, option in [*((name, f"--{name.replace('_', '-')}") for name in options), *[(LAYERS, layers)] * bool(layers)]:
         if name not in known:
             raise UserError(f"{option} changes none of {names}: leave it out")
-    found: dict[str, MethodSpec] = {}
+    found: dict[Identity, MethodSpec] = {}
     for (method, own), text in zip(chosen, texts, strict=True):
         read = {name: value for name, value in options.items() if name in method.declared}
         try:
             spec = MethodSpec(method, method.read({**read, **own}))
         except UserError as error:
             raise UserError(f"--method {shortened(text)}: {error}" if own else str(error)) from None
-        if found.setdefault(method.name, spec) != spec:
-            raise UserError(f"--method {method.name} is given twice with different parameters: measure one after the other")
+        # A parameter that is given its default makes no other setting.
+        found.setdefault(identity_of(method.name, method.named(spec.values)), spec)
+    _check_dense(found)
     return list(found.values())
+
+
+def _check_dense(found: Iterable[Identity]) -> None:
+    """Raise UserError where it would not be clear which dense attention the others are held against."""
+    dense = [dict(settings) for name, settings in found if name == DENSE]
+    if len(dense) > 1 and all(DENSE_BACKEND in settings for settings in dense):
+        raise UserError(
+            f"--method {DENSE} is given with several backends, and what all else is held against is dense attention without "
+            "one: add --method dense, and leave --dense-backend out"
+        )

@@ -107,6 +107,14 @@ class Method:
             raise UserError(f"{label(error.name, known)}{error.problem}") from error
         return values
 
+    def named(self, values: Mapping[str, Any]) -> dict[str, Value]:
+        """The parameters of these values as results hold them, defaults among them, ``layers`` not."""
+        found: dict[str, Value] = {}
+        for part in self._parts:
+            made = part.make(values)
+            found |= {name: about.named(getattr(made, name)) for name, about in part.declared.items()}
+        return {name: value for name, value in found.items() if value != ""}
+
     def plan(self, shape: ModelShape, parameters: Mapping[str, Any] | None = None, layers: DeepLayers | None = None) -> Plan:
         """One pattern per layer of full attention of a model of this shape. No result file is read.
 
@@ -130,12 +138,10 @@ class Method:
             # The same layers are the same measurement, however they were given.
             named[LAYERS] = layers_text(chosen.layers, shape.layers)
             source = chosen.source
-        for part in self._parts:
-            made = part.make(values)
-            named |= {name: about.named(getattr(made, name)) for name, about in part.declared.items()}
+        named |= self.named(values)
         full = set(shape.full)
         applied = tuple(pattern if layer in full else None for layer, pattern in enumerate(patterns))
-        return Plan(self.name, applied, {name: value for name, value in named.items() if value != ""}, source)
+        return Plan(self.name, applied, named, source)
 
     def _per_layer(self, part: Part, values: Mapping[str, Any], shape: ModelShape) -> list[Pattern]:
         try:

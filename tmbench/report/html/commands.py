@@ -13,6 +13,7 @@ from tmbench.methods.table import ATTN_NATIVE, LAYERS
 from tmbench.results.lm_eval_rows import LmEvalRow
 from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.suite_rows import SuiteRow
+from tmbench.results.variants import DENSE, labels_in, own_label
 from tmbench.results.words import length_name
 
 AGAIN = "again"
@@ -66,10 +67,11 @@ def _own(row: Row) -> tuple[list[str], list[str]]:
 @_own.register
 def _(row: TtftRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
-    turns = row.interleaved.split()
-    beside = [name for name in turns if name not in ("dense", ATTN_NATIVE, row.method)]
-    if "dense" in turns and row.method not in ("dense", ATTN_NATIVE):
-        methods = ["--method", "dense", *methods]
+    turns = list(dict.fromkeys(labels_in(row.interleaved)))
+    own = own_label(row, turns)
+    beside = [label for label in turns if label not in (DENSE, ATTN_NATIVE, own)]
+    if DENSE in turns and own not in (DENSE, ATTN_NATIVE):
+        methods = ["--method", DENSE, *methods]
     if ATTN_NATIVE in turns and row.method != ATTN_NATIVE:
         methods += [NATIVE_OPTION]
     if beside:
@@ -128,7 +130,7 @@ def _(row: LmEvalRow) -> tuple[list[str], list[str]]:
 @_own.register
 def _(row: AgreeRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
-    if row.method == "dense":
+    if row.method == DENSE:
         needs.append("Dense is measured beside any other method: METHOD is one.")
         methods = [*methods, "--method", "METHOD"]
     prompt, more = _prompt(row.prompt, "--prompt", row.prompt_file)
@@ -169,7 +171,7 @@ def _method(row: Row) -> tuple[list[str], list[str]]:
     """The options that make a row's method."""
     if row.method == ATTN_NATIVE:
         # It stands beside methods, and without any named there would be several.
-        return ["--method", "dense", NATIVE_OPTION], []
+        return ["--method", DENSE, NATIVE_OPTION], []
     given = dict(row.settings)
     layers = given.pop(LAYERS, None)
     needs = []
