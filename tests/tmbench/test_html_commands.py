@@ -86,6 +86,9 @@ def test_a_measured_row_is_repeated(tmbench, tmp_path, kind, arguments):
         assert "Nothing is to be measured" in out
 
 
+WINDOWS = "dense tri_mix (n_local 512) tri_mix (n_local 64)"
+
+
 def made(kind, **values):
     return kind(**made_rows.columns(COMMON | values))
 
@@ -98,6 +101,14 @@ def made(kind, **values):
         (made(TtftRow, **TTFT | {"prompt": "text-abc"}), "--prompt text:FILE", "hash abc"),
         (made(TtftRow, **TTFT, prefill="compiled", threads=0), "--compile", None),
         (made(TtftRow, **TTFT | TRIANGLE, method="tri_mix"), "--method dense --method tri_mix:n_init=8", "minference"),
+        (
+            made(TtftRow, **TTFT | TRIANGLE | {"interleaved": WINDOWS}, method="tri_mix"),
+            "--method dense --method tri_mix:n_init=8", "in turns with tri_mix (n_local 64) too",
+        ),
+        (
+            made(TtftRow, **TTFT | {"interleaved": "dense dense (dense_backend torch)"}, dense_backend="torch"),
+            "ttft --method dense --method dense:dense_backend=torch --prompt", None,
+        ),
         (made(RulerRow, **RULER, task="vt"), "--wording reference", None),
         (made(RulerRow, **RULER | {"source": "essays"}, task="niah_single_2"), "--samples 100", "--data-dir"),
         (made(RulerRow, **RULER | {"wording": "prepared"}, task="vt"), "--data FOLDER", "FOLDER is"),

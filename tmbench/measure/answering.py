@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -105,7 +105,7 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
     def sample(self, loaded: LoadedModel, item: Any, answer: Answer) -> Any:
         """What is kept of an item's text."""
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         """What the plans are called, in their order."""
         return labels(self.plans)

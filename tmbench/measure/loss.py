@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, Protocol
 
@@ -71,6 +71,11 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
     samples: int
     """Of each task."""
 
+    @cached_property
+    def labels(self) -> list[str]:
+        """What the plans are called, in their order."""
+        return labels(self.plans)
+
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model or a length does not do."""
         check_model(loaded.model)
@@ -106,7 +111,7 @@ class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
         self, number: int, known: Mapping[str, Any], asked: Sequence[Question], dense: Mapping[int, LossSample]
     ) -> RowTarget[LossRow, LossSample]:
         row = loss_row(self.plans[number], known)
-        title = f"{labels(self.plans)[number]} on {row.task} at {row.length}"
+        title = f"{self.labels[number]} on {row.task} at {row.length}"
         items = [
             LossItem(
                 title=f"{title}, sample {question.index + 1} of {self.samples}",
