@@ -10,7 +10,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ from tmbench.methods.plan import backends_name
 from tmbench.results.failures import Failure
 from tmbench.results.row_sets import kept_together, known
 from tmbench.results.rows import FAILED, OK, Row, TtftRow, now
-from tmbench.results.tables import append, csv_path, newest, prepare
+from tmbench.results.tables import append, csv_path, newest
 
 S = TypeVar("S")
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -180,12 +180,9 @@ class RowTarget(Target[AnyRow, S]):
         self._before: dict[tuple[Any, ...], Row] = {}
 
     def look(self) -> None:
-        """What takes long to measure and is kept in rows alone is refused now by a file that will not take it."""
+        """The rows that were there before."""
         for row in self.rows:
-            if self.files:
-                self._before |= newest(self._root, type(row), row.device, row.method)
-            else:
-                prepare(self._root, type(row), row.device, row.method)
+            self._before |= newest(self._root, type(row), row.device, row.method)
 
     def there(self, kept: Sequence[Any]) -> Sequence[AnyRow]:
         """The row, where it was made of these samples or of more, or where memory did not suffice for them."""
@@ -210,8 +207,11 @@ class RowTarget(Target[AnyRow, S]):
             rows = self._make(rows, samples)
         if self._stands is None and (there := self._same(rows)):
             return there
-        keep(self._root, rows)
+        self._keep(rows)
         return rows
+
+    def _keep(self, rows: Sequence[AnyRow]) -> None:
+        keep(self._root, rows)
 
     def _same(self, rows: Sequence[AnyRow]) -> Sequence[AnyRow]:
         """The rows that were there and say the same as these, where all were and none that is newer counts instead."""
@@ -237,16 +237,19 @@ def timed_before(root: Path, row: TtftRow) -> TtftRow | None:
     return have if isinstance(have, TtftRow) and done else None
 
 
-def keep(root: Path, rows: Sequence[Row]) -> None:
+def keep(root: Path, rows: Sequence[Row], samples: Sequence[SampleFile[Any]] = ()) -> None:
     """Append rows that belong together, whole even where the process dies in between.
 
-    Raises UserError where a file refuses its row; the others' are appended.
+    Files of ``samples`` of which the rows say everything go as soon as no kill can lose a row. Raises UserError where a file
+    refuses its row; the others' are appended.
     """
-    if len({csv_path(root, type(row), row.device, row.method) for row in rows}) == 1:
+    if not samples and len({csv_path(root, type(row), row.device, row.method) for row in rows}) == 1:
         append(root, *rows)
         return
     refused: list[UserError] = []
-    with kept_together(root, rows):
+    with kept_together(root, rows) as safe:
+        if safe:
+            _clear(samples)
         for row in rows:
             try:
                 append(root, row)
@@ -254,6 +257,12 @@ def keep(root: Path, rows: Sequence[Row]) -> None:
                 refused.append(error)
         if refused:
             raise refused[0]
+    _clear(samples)
+
+
+def _clear(files: Iterable[SampleFile[Any]]) -> None:
+    for file in files:
+        file.clear()
 
 
 def _is_of(row: Any, seconds: Sequence[float]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -26,18 +26,24 @@ from tmbench.engine.session import running
 from tmbench.errors import UserError
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
-from tmbench.measure.keeping import RowTarget, timed_before
-from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
+from tmbench.measure.keeping import RowTarget, keep, timed_before
+from tmbench.measure.spec import Item, ItemSpec, Part, Place, RowSpec, Step
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.models import parallel
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure
+from tmbench.results.rounds import TimedPass, kept_rounds
 from tmbench.results.row_sets import finish
-from tmbench.results.rows import TtftRow, now
+from tmbench.results.rows import OK, TtftRow, now
+from tmbench.results.sample_files import highest
+from tmbench.results.tables import prepare
 from tmbench.results.variants import dense_of, labels
 from tmbench.results.words import batched
 from tmbench.suites.prompts import Kind, batch_ids, check_prompt, file_of
+
+ROUNDS = "rounds"
+"""What an item calls the file of its samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,22 @@ class TtftItem(Item):
     """The prompts, ``[batch_size, length]`` on the CPU."""
     trials: tuple[int, ...]
     """Which of the spec's."""
+    rounds: tuple[int, ...]
+    """Those that are still to be timed, by number."""
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """A sample for each trial of a round."""
+        return [place for number in self.rounds for place in self.places_of(number)]
+
+    def without(self, kept: Container[Place]) -> TtftItem | None:
+        """A round that is not there whole is timed again whole."""
+        left = tuple(number for number in self.rounds if not all(place in kept for place in self.places_of(number)))
+        return replace(self, rounds=left) if left else None
+
+    def places_of(self, number: int) -> list[Place]:
+        """A round's samples, by trial."""
+        return [(self.file, number * len(self.trials) + place) for place in range(len(self.trials))]
 
     @property
     def batch_size(self) -> int:
@@ -58,40 +80,6 @@ class TtftItem(Item):
     @property
     def length(self) -> int:
         return self.ids.shape[1]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One method's passes; of one that failed no more than why, and what ran."""
-
-    failure: Failure | None
-    backends: str
-    """What ran, as "pattern:backend" joined by "+"."""
-    seconds: tuple[float, ...] = ()
-    """Of the timed passes, in order."""
-    warmup_s: float | None = None
-    """Of the first warm-up, less what counting took."""
-    density: float | None = None
-    skipped_share: float | None = None
-    flop: float = 0.0
-    token: int | None = None
-    """Of the first prompt."""
-    same_token: bool | None = None
-    """Whether every prompt's is dense's; None where dense did not run."""
-    logit_error: float | None = None
-    peak_memory: int | None = None
-    communication_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """What one item yields."""
-
-    index: int
-    throughput: float
-    """GEMM throughput in operations per second, measured after every round: the median; 0 where nothing ran."""
-    timings: tuple[Timing, ...]
-    """By method, in the item's order."""
 
 
 Shape = tuple[int, int]
@@ -209,41 +197,55 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         ids: Mapping[Shape, Tensor],
         rows: Mapping[Shape, Sequence[TtftRow]],
         todo: Mapping[Shape, tuple[Sequence[int], Sequence[TtftRow]]],
-    ) -> Iterator[Step[TtftRow] | Sequence[RowTarget[TtftRow, Interleaved]]]:
+    ) -> Iterator[Step[TtftRow] | Sequence[Rounds]]:
         for shape, (missing, there) in todo.items():
             yield Step(rows=tuple(there))
             if missing:
                 yield [self._target(ids[shape], missing, [rows[shape][number] for number in missing])]
 
-    def _target(self, ids: Tensor, missing: Sequence[int], rows: Sequence[TtftRow]) -> RowTarget[TtftRow, Interleaved]:
+    def _target(self, ids: Tensor, missing: Sequence[int], rows: Sequence[TtftRow]) -> Rounds:
         batch_size, length = ids.shape
         methods = " ".join(labels(rows))
         title = f"{methods} at {batched(batch_size)}{length}"
-        item = TtftItem(title=title, ids=ids, trials=tuple(missing))
+        item = TtftItem(title=title, file=ROUNDS, ids=ids, trials=tuple(missing), rounds=tuple(range(self.repeats)))
         known = [replace(row, interleaved=methods) for row in rows]
-        return RowTarget(title, [item], {}, root=self.root, rows=known, make=_rows)
+        return Rounds(
+            title,
+            [item],
+            {ROUNDS: kept_rounds(self.root, known)},
+            belongs=lambda item, timed: timed.environment == self.environment.name,
+            root=self.root,
+            rows=known,
+            make=_rows,
+        )
 
     def measure(self, item: TtftItem, worker: Worker) -> None:
-        """Warm all methods up, then time them interleaved."""
+        """Warm all methods up, then time them interleaved; a round is kept when all of it is done."""
         loaded = worker.loaded
         ids = item.ids.to(loaded.device)
         every = self.trials
         names = labels([plan for _, plan in every])
         trials = [_Trial(*every[number], label=names[number]) for number in item.trials]
         work = [expected_flop(loaded, trial.plan, item.length, item.batch_size) for trial in trials]
-        throughputs = []
-        for number in range(self.warmup + self.repeats):
-            phase = "warm-up" if number < self.warmup else f"repeat {number - self.warmup + 1} of {self.repeats}"
+        worker.step(work=sum(work) * (self.repeats - len(item.rounds)))
+
+        def interleave(phase: str, *, count: bool = False) -> None:
             for trial, flop in zip(trials, work, strict=True):
                 piece = ", in one piece" * (self.beside_one_piece and trial.spec.reading != self.reading)
                 worker.step(f"{trial.label} at {batched(item.batch_size)}{item.length}{piece}, {phase}")
                 if trial.failure is None:
-                    _pass(loaded, trial, ids, timed=number >= self.warmup, first=number == 0)
+                    _pass(loaded, trial, ids, count=count)
                 worker.step(work=flop)
-            if number >= self.warmup and any(trial.failure is None for trial in trials):
-                throughputs.append(parallel.summed(roofline.gemm_throughput(loaded.device, loaded.model.dtype)))
-        timings = tuple(_timing(loaded, item, trial, _dense_beside(trial, trials)) for trial in trials)
-        worker.keep(Interleaved(item.index, statistics.median(throughputs or [0.0]), timings))
+
+        for number in range(self.warmup):
+            interleave("warm-up", count=number == 0)
+        for number in item.rounds:
+            interleave(f"repeat {number + 1} of {self.repeats}")
+            ran = any(trial.failure is None for trial in trials)
+            throughput = parallel.summed(roofline.gemm_throughput(loaded.device, loaded.model.dtype)) if ran else 0.0
+            for (_, index), trial in zip(item.places_of(number), trials, strict=True):
+                told = _told(loaded, item, trial, _dense_beside(trial, trials))
+                worker.keep(TimedPass(index, self.environment.name, throughput, **told))
 
 
 def expected_flop(loaded: LoadedModel, plan: Plan, length: int, batch_size: int = 1) -> float:
@@ -283,17 +285,18 @@ class _Trial:
     label: str
     """What it is called among the others."""
     failure: Failure | None = None
-    seconds: list[float] = field(default_factory=list)
     first: FirstToken | None = None
+    """The latest pass's."""
     counter: PairCounter = field(default_factory=PairCounter)
     """What each layer's pattern keeps."""
-    warmup_s: float | None = None
+    warmup_s: float = 0.0
     """The first warm-up."""
     backends: set[str] = field(default_factory=set)
     """What has run, as "pattern:backend"."""
     peak_memory: int | None = None
-    communication: list[float] = field(default_factory=list)
-    """Seconds of the timed passes that attention waited for other ranks; none where each has the whole prompt."""
+    """The latest pass's."""
+    communication_s: float | None = None
+    """How long attention waited for other ranks in the latest pass; None where each has the whole prompt."""
 
 
 def _dense_beside(trial: _Trial, trials: Sequence[_Trial]) -> _Trial | None:
@@ -303,20 +306,15 @@ def _dense_beside(trial: _Trial, trials: Sequence[_Trial]) -> _Trial | None:
     return next((one for one in alike if one.plan is dense), None)
 
 
-def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, timed: bool, first: bool) -> None:
+def _pass(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool) -> None:
     """One prefill. The first one, a warm-up, also counts the pairs that each layer's pattern keeps."""
-    done = attempt(partial(_prefill, loaded, trial, ids, count=first))
+    done = attempt(partial(_prefill, loaded, trial, ids, count=count))
     if isinstance(done, Failure):
         trial.failure = done
         return
-    token, peak = done
-    if timed:
-        trial.seconds.append(token.seconds)
-        trial.first = token
-        if peak is not None:
-            trial.peak_memory = max(trial.peak_memory or 0, peak)
-    elif first:
-        trial.warmup_s = token.seconds - trial.counter.seconds
+    trial.first, trial.peak_memory = done
+    if count:
+        trial.warmup_s = trial.first.seconds - trial.counter.seconds
 
 
 def _prefill(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool) -> tuple[FirstToken, int | None]:
@@ -337,7 +335,7 @@ def _prefill(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool) ->
             session.applied.observer = trial.counter if count else None
             token = first_token(prefill.ask, ids[:, context:]) if spec.question_tokens else first_token(prefill, ids)
             if prefill.split is not None:
-                trial.communication.append(prefill.split.seconds)
+                trial.communication_s = prefill.split.seconds
         finally:
             trial.backends |= session.applied.backends
         session.applied.check_complete()
@@ -346,56 +344,72 @@ def _prefill(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool) ->
     return token, peak
 
 
-def _timing(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> Timing:
-    """What is told of a method, as plain data."""
-    first, backends = trial.first, backends_name(trial.backends)
+def _told(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> dict[str, Any]:
+    """What is told of a method's latest pass, as plain data."""
+    first, ran = trial.first, {"backends": backends_name(trial.backends)}
     if trial.failure is not None or first is None:
-        return Timing(trial.failure, backends)
+        assert trial.failure is not None, "every round comes behind a warm-up"
+        return {**ran, "status": trial.failure.status, "error": trial.failure.error}
     reference = None if dense is None else dense.first
     pairs = [trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))]
-    return Timing(
-        None,
-        backends,
-        seconds=tuple(trial.seconds),
-        warmup_s=trial.warmup_s,
-        density=trial.counter.density,
-        skipped_share=trial.counter.skipped_share,
-        flop=needed_flop(loaded, pairs, item.length, item.batch_size, trial.spec.question_tokens),
-        token=first.tokens[0],
-        same_token=None if reference is None else first.tokens == reference.tokens,
-        logit_error=None if reference is None else _relative_rms(first.logits, reference.logits),
-        peak_memory=trial.peak_memory,
-        communication_s=statistics.median(trial.communication[-len(trial.seconds) :]) if trial.communication else None,
-    )
+    return {
+        **ran,
+        "seconds": first.seconds,
+        "warmup_s": trial.warmup_s,
+        "density": trial.counter.density,
+        "skipped_share": trial.counter.skipped_share,
+        "flop": needed_flop(loaded, pairs, item.length, item.batch_size, trial.spec.question_tokens),
+        "token": first.tokens[0],
+        "same_token": None if reference is None else first.tokens == reference.tokens,
+        "logit_error": "" if reference is None else repr(_relative_rms(first.logits, reference.logits)),
+        "peak_memory": trial.peak_memory,
+        "communication_s": trial.communication_s,
+    }
 
 
-def _rows(rows: Sequence[TtftRow], samples: Sequence[Interleaved]) -> list[TtftRow]:
-    (sample,) = samples
-    return [_row(row, timing, sample.throughput) for row, timing in zip(rows, sample.timings, strict=True)]
+class Rounds(RowTarget[TtftRow, TimedPass]):
+    """Rows that are interleaved. Their rounds are kept in a file of their own until the rows are appended."""
+
+    def look(self) -> None:
+        """Refuse now a CSV that will not take its row."""
+        for row in self.rows:
+            prepare(self._root, type(row), row.device, row.method)
+
+    def _keep(self, rows: Sequence[TtftRow]) -> None:
+        keep(self._root, rows, list(self.files.values()))
 
 
-def _row(row: TtftRow, timing: Timing, throughput: float) -> TtftRow:
-    row = replace(row, backends=timing.backends, matrix_rate_flops=throughput or None)
-    if timing.failure is not None:
-        return replace(row, status=timing.failure.status, error=timing.failure.error)
-    median = statistics.median(timing.seconds)
+def _rows(rows: Sequence[TtftRow], samples: Sequence[TimedPass]) -> list[TtftRow]:
+    """The row of each method, of its pass in every round."""
+    throughput = statistics.median([one.throughput for one in samples if one.throughput] or [0.0])
+    return [_row(row, samples[place :: len(rows)], throughput) for place, row in enumerate(rows)]
+
+
+def _row(row: TtftRow, passes: Sequence[TimedPass], throughput: float) -> TtftRow:
+    latest = passes[-1]
+    row = replace(row, backends=latest.backends, matrix_rate_flops=throughput or None)
+    if failed := next((one for one in passes if one.status != OK), None):
+        return replace(row, status=failed.status, error=failed.error)
+    seconds = [one.seconds for one in passes]
+    median = statistics.median(seconds)
+    waited = [one.communication_s for one in passes if one.communication_s is not None]
     return replace(
         row,
         ttft_median_s=median,
-        ttft_min_s=min(timing.seconds),
-        ttft_max_s=max(timing.seconds),
-        samples_s=" ".join(f"{seconds:.6f}" for seconds in timing.seconds),
-        coverage=timing.density,
-        skipped_share=timing.skipped_share,
-        flop=timing.flop,
-        floor_s=timing.flop / throughput,
-        ttft_over_floor=median * throughput / timing.flop,
-        first_token=timing.token,
-        same_token_as_dense=timing.same_token,
-        logit_error=timing.logit_error,
-        peak_memory_bytes=timing.peak_memory,
-        communication_s=timing.communication_s,
-        compile_s=None if timing.warmup_s is None else max(0.0, timing.warmup_s - min(timing.seconds)),
+        ttft_min_s=min(seconds),
+        ttft_max_s=max(seconds),
+        samples_s=" ".join(f"{one:.6f}" for one in seconds),
+        coverage=latest.density,
+        skipped_share=latest.skipped_share,
+        flop=latest.flop,
+        floor_s=latest.flop / throughput,
+        ttft_over_floor=median * throughput / latest.flop,
+        first_token=latest.token,
+        same_token_as_dense=latest.same_token,
+        logit_error=float(latest.logit_error) if latest.logit_error else None,
+        peak_memory_bytes=highest(one.peak_memory for one in passes),
+        communication_s=statistics.median(waited) if waited else None,
+        compile_s=max(0.0, latest.warmup_s - min(seconds)),
     )
 
 

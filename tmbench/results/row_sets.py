@@ -23,19 +23,19 @@ PREFIX, SUFFIX = "unfinished-", ".rows"
 
 
 @contextmanager
-def kept_together(root: Path, rows: Sequence[Row]) -> Iterator[None]:
+def kept_together(root: Path, rows: Sequence[Row]) -> Iterator[bool]:
     """Inside, append rows of one kind and device one by one; what an error or a kill leaves out is kept for ``finish``.
 
-    A disk that does not take the set may still take rows: what it refuses of them, appending says.
+    A disk that does not take the set may still take rows: what it refuses of them, appending says. Yields whether it took it.
     """
     path = _folder(root, type(rows[0]), rows[0].device) / f"{PREFIX}{short_hash(*map(repr, rows))}{SUFFIX}"
     try:
         descriptor = _write(path, csv_text(type(rows[0]), rows))
     except OSError:
-        yield
+        yield False
         return
     try:
-        yield
+        yield True
         path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
