@@ -29,6 +29,7 @@ SMOLLM2 = BENCHMARKS / "smollm2-135m"
 PATTERNS = SMOLLM2 / "patterns.json"
 DYNAMIC = ("flexprefill", "xattention", "flashprefill")
 MORE = ("pbs", "skip_softmax")
+DELTA = ("streaming:delta=64", "streaming:delta=64,mode=recompute", "tri_mix:delta=64")
 
 RULER = "ruler --model smollm2 --dtype bfloat16 --batch-size 32 --offline --data-dir {texts}"
 TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue")
@@ -59,6 +60,7 @@ def smollm2() -> list[str]:
     ]
     found += [f"{asked} {LENGTHS} --method {name} --patterns {PATTERNS}" for name in ("minference", "tri_mix_minference")]
     found += [f"{asked} --length 4K {methods((name, mixed(name)))}" for name in MORE]
+    found += [f"{asked} --length 4K {methods(DELTA)}"]
     shapes = ("--layers random:15:1", "--layers random:15:2", "--last-n 0", "--last-n 0 --n-local 640")
     found += [f"{asked} --length 4K --method tri_mix {shape}" for shape in shapes]
     found += [

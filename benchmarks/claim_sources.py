@@ -85,10 +85,11 @@ def probed(row: Row) -> bool:
 
 
 def variants(section: RulerSection, method: str, shape: Mapping[str, int] = SHAPE) -> Iterator[tuple[str, Row]]:
-    """The labels of a method, those with triangles of one shape, each with one of its rows."""
+    """The labels of a method, those with triangles of one shape and without a delta, each with one of its rows."""
     for label in section.labels:
         row = next(cell.row for cell in section.cells if cell.label == label)
-        if row.method == method and ("layers" not in row.settings or has_shape(row, shape)):
+        shaped = "layers" not in row.settings or has_shape(row, shape)
+        if row.method == method and shaped and "delta" not in pattern_settings(row):
             yield label, row
 
 

@@ -32,10 +32,10 @@ from claims import Claim, Found, Judged, claims_table, verdicts_table
 from sources import H100, H200, ROOT, Block, Sources, only
 
 from tmbench.methods.layers import layers_text
-from tmbench.report.comparable import pattern_settings
 from tmbench.report.intervals import MARGIN, by_chance
 from tmbench.report.ruler import RulerSection
 from tmbench.results.rows import Row
+from tmbench.results.variants import pattern_settings
 
 THOUSAND = {32: 32768, 48: 49152, 64: 65536, 80: 81920, 96: 98304, 112: 114688, 128: 131072}
 """The lengths of the published table, in thousands of tokens, and those measured here, of 1024 each."""

@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
 
 PARAMETERS = (
     "layers", "n_init", "n_local", "last_n", "patterns", "dense_backend",
-    "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "p", "like",
+    "gamma", "tau", "min_budget", "stride", "threshold", "first_chunk", "alpha", "p", "like", "delta",
 )  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def test_few_tasks_and_other_shapes_say_nothing_of_ruler(claims, tmp_path):
     ask(tmp_path, 9, "tri_mix", TASKS[:4], "half the depth", layers="15-", **SHAPE)
     ask(tmp_path, 9, "tri_mix", source="given", layers="15-", **SHAPE | {"n_local": 256})
     ask(tmp_path, 9, "tri_mix", source="given", layers="10-", **SHAPE)
+    ask(tmp_path, 9, "tri_mix", source="half the depth", layers="15-", delta=64, **SHAPE)
     assert words(claims, tmp_path, "accuracy", "from half the depth on") == ("not measured", [])
 
 
