@@ -84,8 +84,8 @@ def structured(sources: Sources) -> str:
             found = [float(line["density"]) for line in lines if (line["model"], line["length"], line["pattern"]) == about]
             means.append(f"{statistics.fmean(found):.2f}")
         rows.append([model, length_name(length), *means])
-    names = ("rotary embedding", "tokens", *BUDGETS.values())
-    return table_markdown(Table("", columns(*names, texts=("rotary embedding",)), rows))
+    names = ("preset", "tokens", *BUDGETS.values())
+    return table_markdown(Table("", columns(*names, texts=("preset",)), rows))
 
 
 def kernel(sources: Sources, figure: str, length: str, pattern: str, *implementation: str) -> str:

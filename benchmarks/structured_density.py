@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/structured_density.py llama-3.1-8b 131072 >> benchmarks/structured_density.csv
 
-Layers have the preset's heads of 128, its rotary embedding and its groups, but 32 heads and a hidden size of 1024: what a
-head selects does not depend on how wide the model around it is. Hidden states go from layer to layer by streaming attention,
-which takes no time. One line of CSV for each pattern and layer; without the first argument, the header.
+Layers have the preset's heads of 128, its rotary embedding, its groups and its experts, but 32 heads and a hidden size of
+1024: what a head selects does not depend on how wide the model around it is. Hidden states go from layer to layer by
+streaming attention, which takes no time. One line of CSV for each pattern and layer; without the first argument, the header.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tmbench.models.presets import read_preset
 from tmbench_kernels import FlashPrefill, FlexPrefill, Pattern, VerticalSlash
 
 HEADS, VOCABULARY, LAYERS = 32, 32768, 3
+EXPERTS = ("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size")
 PATTERNS: dict[str, Pattern] = {
     "vertical_slash 512 2048": VerticalSlash(((512, 2048),)),
     "vertical_slash 1000 6096": VerticalSlash(),
@@ -64,6 +65,7 @@ def _model(name: str) -> Any:
         rope_theta=fields["rope_theta"],
         rope_scaling=fields.get("rope_scaling"),
         max_position_embeddings=fields["max_position_embeddings"],
+        **{name: fields[name] for name in EXPERTS if name in fields},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     structured.fill(model)

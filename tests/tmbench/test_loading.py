@@ -240,11 +240,11 @@ def test_slow_code_of_a_models_own_layers_is_said_aloud(monkeypatch):
 
 def test_a_preset_has_neither_weights_nor_tokenizer():
     for name in preset_names():
-        drawn = name.startswith(("llama-3", "qwen2"))
+        drawn = name.startswith(("llama-3", "qwen2", "qwen3-"))
         kinds = "--weights random or --weights structured" if drawn else "--weights random"
+        checkpoint = loading.load_config(name)._name_or_path
         with pytest.raises(
-            UserError,
-            match=f"--model {name} is a preset, .*: add {kinds}, or give .*/.*{'Instruct' if drawn else ''}",
+            UserError, match=f"--model {name} is a preset, .*: add {kinds}, or give the real checkpoint, {checkpoint} or"
         ):
             loading.load(name, device="cpu")
         with pytest.raises(UserError, match=f"--model {name} is a preset, a config without a tokenizer"):

@@ -16,6 +16,9 @@ such a model answers means nothing. The features come about as they do in traine
   polarity at position 0, sometimes at the next two or three, and vanishes from there on. Two neurons of layer 0's MLP write
   the sink channel where it is large. From layer 1 on keys read that channel as they read the columns.
 
+Families that normalise every query and key of a head, as Qwen3 does, would undo the sizes of all that. One entry of each
+head is therefore so large that nothing else tells in the norm, and the norm's weight takes that entry away again.
+
 The channels are the first entries of the hidden state. Nothing but the embedding and the averaging head with its neurons
 writes to them, and all that attention and MLPs add to the rest is small beside the embedding, so every layer sees the same
 structure. Which frequencies, offsets and strengths a head has is drawn from a seed.
@@ -33,8 +36,11 @@ from torch import Generator, Tensor
 
 from tmbench.errors import UserError
 
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Values of ``model_type`` whose decoder layers are of the one build that is filled here; biases may be there or not."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+"""Values of ``model_type`` whose decoder layers are of the one build that is filled here.
+
+Biases, norms of every head's query and key, and experts in the place of an MLP may be there or not.
+"""
 ROPE_TYPES = ("default", "llama3")
 """Rotary embeddings whose frequencies do not depend on the prompt's length and leave the size of q and k as it is."""
 FEWEST_PAIRS = 4
@@ -71,6 +77,10 @@ SLASH_LOGITS, HUMP_LOGITS, BAND_LOGITS = (10.0, 14.0), (6.0, 9.0), (5.0, 8.0)
 SINK_LOGITS, COLUMN_LOGITS = (18.0, 26.0), (3.0, 7.0)
 """What each feature adds to a logit at its peak; drawn for every head."""
 
+FILLER = 32.0
+"""The root mean square that its one large entry gives a head before a norm. All else makes a tenth of that or less, in the
+smallest heads a sixth, so that the norm divides all queries and keys by this number, but for one and a half percent."""
+
 _SWITCH = 20.0
 """How steeply the two neurons turn on, and from which average polarity."""
 _SWITCH_AT = 0.7
@@ -92,6 +102,31 @@ class HeadConstants:
     """``[kv_heads, CLASSES]``: what a column token of each class adds to its key's entry in the slowest pair."""
     sinks: Tensor
     """``[kv_heads]``: what a sink adds there."""
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """A layer's MLP, or all its experts at once. Its weights are filled in place."""
+
+    gate: Tensor
+    """``[..., neurons, width]``, the first dimension being the experts, where there are some."""
+    up: Tensor
+    down: Tensor
+    """``[..., width, neurons]``."""
+    router: Tensor | None = None
+    """``[experts, width]``."""
+    shares: Tensor | None = None
+    """``[tokens, chosen]``: with which weights the outputs of a token's experts are added, for tokens that are noise."""
+
+    @property
+    def total(self) -> float:
+        """By what an output is multiplied that all experts have in common."""
+        return 1.0 if self.shares is None else float(self.shares.sum(1).mean())
+
+    @property
+    def size(self) -> float:
+        """By what the size of outputs is multiplied that have nothing in common."""
+        return 1.0 if self.shares is None else float(self.shares.square().sum(1).mean().sqrt())
 
 
 def check_family(config: Any) -> None:
@@ -146,19 +181,21 @@ def fill(model: Any, seed: int = 0, begin: OfPart = lambda part: None, end: OfPa
     for index, layer in enumerate(decoder.layers):
         begin(layer)
         make_noise(layer)
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp = layer.self_attn, _mlp(layer.mlp, config)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         constants = draw_constants(frequencies, heads, kv_heads, draw, first_layer=index == 0)
         _fill_queries_and_keys(attention, constants)
         # Averages over keys are no larger than one value, whose entries are of size 1; silu(g) * u has a size of 0.6.
         attention.o_proj.weight.mul_(small * attention.o_proj.in_features**-0.5 * width**0.5)
-        mlp.down_proj.weight.mul_(small / 0.6 * mlp.down_proj.in_features**-0.5 * width**0.5)
-        for projection in (attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            projection.weight[:, :CHANNELS] = 0
-        for projection in (attention.o_proj, mlp.down_proj):
-            projection.weight[:CHANNELS] = 0
+        mlp.down.mul_(small / (0.6 * mlp.size) * mlp.down.shape[-1] ** -0.5 * width**0.5)
+        # Without channels a router knows only a token's own embedding, and chooses all experts equally often.
+        for reading in (attention.v_proj.weight, mlp.gate, mlp.up, mlp.router):
+            if reading is not None:
+                reading[..., :CHANNELS] = 0
+        for writing in (attention.o_proj.weight, mlp.down):
+            writing[..., :CHANNELS, :] = 0
         if index == 0:
-            _fill_first_token_detector(layer)
+            _fill_first_token_detector(attention, mlp)
         end(layer)
     for part in (decoder.norm, model.lm_head):
         begin(part)
@@ -252,25 +289,62 @@ def _fill_queries_and_keys(attention: Any, constants: HeadConstants) -> None:
     slowest = constants.keys.shape[1] // 2 - 1
     by_head[:, slowest, COLUMNS.start : COLUMNS.stop] = _like(constants.columns / (COLUMN_SIZE * unit), keys)
     by_head[:, slowest, SINK] = _like(constants.sinks / (SINK_SIZE * unit), keys)
+    for weight, norm in ((queries, "q_norm"), (keys, "k_norm")):
+        if hasattr(attention, norm):
+            _fill_norm(getattr(attention, norm).weight, weight)
 
 
-def _fill_first_token_detector(layer: Any) -> None:
-    """Layer 0: head 0 averages polarities over all keys up to its query, and two neurons mark where the average is large."""
-    attention, mlp = layer.self_attn, layer.mlp
+def _fill_norm(norm: Tensor, projection: Tensor) -> None:
+    """Leave queries or keys as they are by a norm whose weight, ``[head_dim]``, all heads share.
+
+    The large entry is the last one, which turns with the slowest pair. No feature is in it, however few pairs there are, and
+    without it a logit lacks one product of noise. It is the same for all tokens: of those with one more channel, whose
+    constant channel is normalised down, it reads that one too. So their queries and keys are as in families without norms.
+    """
+    dim, width = norm.shape[0], projection.shape[1]
+    large = projection.view(-1, dim, width)[:, -1]
+    unit, filler = width**0.5, FILLER * dim**0.5
+    large.zero_()
+    large[:, CONSTANT] = filler / (CONSTANT_SIZE * unit)
+    large[:, COLUMNS.start : COLUMNS.stop] = filler * (math.hypot(1, COLUMN_SIZE) - 1) / (COLUMN_SIZE * unit)
+    # The average polarity is large where a sink is, and may have either sign.
+    large[:, SINK] = filler * (math.hypot(1, SINK_SIZE, AVERAGE_SIZE) - 1) / (SINK_SIZE * unit)
+    norm.fill_(FILLER)
+    norm[-1] = 0
+
+
+def _mlp(mlp: Any, config: Any) -> _Mlp:
+    """What to fill of a layer's MLP; of a mixture of experts, some layers have one and others a plain MLP."""
+    if not hasattr(mlp, "experts"):
+        return _Mlp(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    gate, up = mlp.experts.gate_up_proj.chunk(2, dim=1)
+    router = mlp.gate.weight
+    logits = NOISE_SIZE * torch.randn(4096, len(router), generator=Generator().manual_seed(0))
+    shares = logits.softmax(1).topk(config.num_experts_per_tok).values
+    if config.norm_topk_prob:
+        shares /= shares.sum(1, keepdim=True)
+    return _Mlp(gate, up, mlp.experts.down_proj, router, shares)
+
+
+def _fill_first_token_detector(attention: Any, mlp: _Mlp) -> None:
+    """Layer 0: head 0 averages polarities over all keys up to its query, and two neurons mark where the average is large.
+
+    Every expert has these neurons, whichever are chosen.
+    """
     unit = attention.q_proj.in_features**0.5
     attention.q_proj.weight[: attention.head_dim] = 0
     attention.v_proj.weight[0] = 0
     attention.v_proj.weight[0, POLARITY] = 1 / (POLARITY_SIZE * unit)
     attention.o_proj.weight[AVERAGE, 0] = AVERAGE_SIZE * unit
     on = _SWITCH * (1 - _SWITCH_AT)
-    mlp.down_proj.weight[:, :2] = 0
-    mlp.down_proj.weight[SINK, :2] = SINK_SIZE * unit / on
+    mlp.down[..., :2] = 0
+    mlp.down[..., SINK, :2] = SINK_SIZE * unit / (on * mlp.total)
     for neuron, sign in ((0, 1), (1, -1)):
-        for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[neuron] = 0
-        mlp.gate_proj.weight[neuron, AVERAGE] = sign * _SWITCH / (AVERAGE_SIZE * unit)
-        mlp.gate_proj.weight[neuron, CONSTANT] = -_SWITCH * _SWITCH_AT / (CONSTANT_SIZE * unit)
-        mlp.up_proj.weight[neuron, CONSTANT] = 1 / (CONSTANT_SIZE * unit)
+        for weight in (mlp.gate, mlp.up):
+            weight[..., neuron, :] = 0
+        mlp.gate[..., neuron, AVERAGE] = sign * _SWITCH / (AVERAGE_SIZE * unit)
+        mlp.gate[..., neuron, CONSTANT] = -_SWITCH * _SWITCH_AT / (CONSTANT_SIZE * unit)
+        mlp.up[..., neuron, CONSTANT] = 1 / (CONSTANT_SIZE * unit)
 
 
 def _like(values: Tensor, weight: Tensor) -> Tensor:
