@@ -63,14 +63,15 @@ def smollm2() -> list[str]:
     found += [f"{asked} --length 4K {methods(DELTA)}"]
     shapes = ("--layers random:15:1", "--layers random:15:2", "--last-n 0", "--last-n 0 --n-local 640")
     found += [f"{asked} --length 4K --method tri_mix {shape}" for shape in shapes]
+    proposal = "{output}/proposal/*/probe/dense.csv"
     found += [
         f"{probe} --length 4K --task vt --task niah_multikey_2 --time-budget 0.65 --output-dir {{output}}/proposal && "
-        f"{asked} --length 4K --method tri_mix --layers {{output}}/proposal/*/probe/dense.csv"
+        f"{asked} --length 4K --method tri_mix --layers {proposal} && {losses} --method tri_mix --layers {proposal}"
     ]
     for task in ("vt", "niah_multikey_2", "qa_1", "text:{texts}/addresses.txt"):
         found += [f"{probe} --length {length} --task {task}" for length in ("2K", "4K", "8K")]
     found += [f"{losses} --method dense --method streaming --method tri_mix"]
-    found += [f"{losses} --method tri_mix --layers {first}-" for first in (0, 5, 10, 20, 25)]
+    found += [f"{losses} --method tri_mix --layers {layers}" for layers in ("0-", "5-", "10-", "20-", "25-", "random:15:2")]
     agree = "agree --model smollm2 --dtype bfloat16 --batch-size 32 --length 4K --samples 40 --new-tokens 256"
     four = methods(("dense", "tri_mix", "minference", "streaming"))
     found += [f"{agree} {four} --prompt {prompt}" for prompt in ("text:{texts}/addresses.txt", "kv")]
