@@ -5,8 +5,8 @@
 Every backend that takes chunks is timed on the tensors of benchmarks/structured_qkv.py, selection included: all chunks of a
 prompt, one after the other, then the whole prompt, in turn. On a GPU those in plain PyTorch are left out: they take minutes.
 A pattern may compute other pairs in chunks than in one piece, so "ns_per_mpair" tells what a kernel loses by the shorter
-queries: nanoseconds for a million pairs. A triangle's last rows are those of each chunk, as where the prompt's length is not
-known.
+queries: nanoseconds for a million pairs. Patterns with last rows of a prompt are timed twice: where its length is known, and
+where it is not and the last rows are those of each chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,9 +33,11 @@ PATTERNS: tuple[Pattern, ...] = (
     XAttention(),
     FlashPrefill(),
 )
+Chunk = tuple[Pattern, Tensor, Tensor, Tensor]
+"""A pattern as it is for a chunk, with its q, k and v."""
 COLUMNS = (
-    "time", "device", "torch", "pattern", "backend", "length", "chunk", "heads", "kv_heads", "head_dim", "pairs",
-    "ms_median", "ms_min", "ms_max", "ns_per_mpair", "times_one_piece",
+    "time", "device", "torch", "pattern", "backend", "length", "chunk", "prompt_length", "heads", "kv_heads", "head_dim",
+    "pairs", "ms_median", "ms_min", "ms_max", "ns_per_mpair", "times_one_piece",
 )  # fmt: skip
 
 
@@ -54,24 +56,26 @@ def main() -> None:
 
 
 def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Two rows of each pattern and backend: the whole prompt, and its chunks."""
+    """Rows of each pattern and backend: the whole prompt, and its chunks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = structured_qkv(length, options.heads, options.kv_heads, device=device, dtype=dtype)
     for pattern in PATTERNS:
+        depends = pattern.of_chunk(min(options.chunk, length), length) != pattern
+        ways = [(length, ""), *((options.chunk, known) for known in (("known", "unknown") if depends else ("",)))]
+        parts = {way: list(_chunks(pattern, q, k, v, *way)) for way in ways}
         for backend in pattern.backends:
             if not backend.chunks or backend.obstacle(pattern, q, k, v) or (q.is_cuda and backend.name.startswith("torch")):
                 continue
-            sizes = (length, options.chunk)
-            taken: dict[int, list[float]] = {size: [] for size in sizes}
+            taken: dict[tuple[int, str], list[float]] = {way: [] for way in ways}
             for round_ in range(options.rounds + 1):
-                for size in sizes:
-                    seconds = _timed(pattern, backend, q, k, v, size)
+                for way in ways:
+                    seconds = _timed(backend, parts[way])
                     if round_ > 0:
-                        taken[size].append(1000 * seconds)
+                        taken[way].append(1000 * seconds)
             whole = 0.0
-            for size, ms in taken.items():
-                pairs = sum(pattern.pairs(*chunk[:2]) for chunk in _chunks(q, k, v, size))
+            for (size, known), ms in taken.items():
+                pairs = sum(own.pairs(*tensors[:2]) for own, *tensors in parts[size, known])
                 per_pair = 1e12 * statistics.median(ms) / pairs
                 whole = whole or per_pair
                 yield {
@@ -82,6 +86,7 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
                     "backend": backend.name,
                     "length": length,
                     "chunk": size,
+                    "prompt_length": known,
                     "heads": options.heads,
                     "kv_heads": options.kv_heads,
                     "head_dim": q.shape[3],
@@ -94,20 +99,23 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
                 }
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for start in range(0, q.shape[2], size):
-        end = min(start + size, q.shape[2])
-        yield q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+def _chunks(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, size: int, known: str) -> Iterator[Chunk]:
+    length = q.shape[2]
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        own = pattern.of_chunk(end, length) if known == "known" else pattern
+        yield own, q[:, :, start:end], k[:, :, :end], v[:, :, :end]
 
 
-def _timed(pattern: Pattern, backend: Backend, q: Tensor, k: Tensor, v: Tensor, size: int) -> float:
-    """Seconds for a prompt in chunks of so many tokens."""
-    if q.is_cuda:
+def _timed(backend: Backend, chunks: Iterable[Chunk]) -> float:
+    """Seconds for a prompt in these chunks."""
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for chunk in _chunks(q, k, v, size):
-        backend.attend(pattern, *chunk, q.shape[-1] ** -0.5)
-    if q.is_cuda:
+    for pattern, q, k, v in chunks:
+        backend.attend(pattern, q, k, v, q.shape[-1] ** -0.5)
+    if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 

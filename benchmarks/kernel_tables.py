@@ -156,6 +156,7 @@ def in_chunks(sources: Sources) -> str:
             whole[about] = line
             continue
         one, size = whole[about], f"{length_name(int(line['chunk']))} of {length_name(int(line['length']))}"
+        size += f", length {line['prompt_length']}" if line["prompt_length"] else ""
         times = [milliseconds(each["ms_median"]) for each in (one, line)]
         more = [f"{int(line['pairs']) / int(one['pairs']):.2f}", f"{float(line['times_one_piece']):.2f}"]
         rows.append([line["pattern"], f"`{line['backend']}`", size, *times, *more])
