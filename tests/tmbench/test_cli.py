@@ -414,6 +414,11 @@ def test_list_and_env(tmbench):
         "torch",
     ):
         assert word in out
+    # Both rules have a threshold, and neither is the other's.
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "attention that a query block's key blocks hold" in lines["threshold of xattention"]
+    assert "below which a tile is skipped" in lines["threshold of skip_softmax"]
+    assert "threshold" not in lines
     code, out, _ = tmbench("env", "--json", "--device", "cpu")
     assert code == 0
     backends = json.loads(out)["backends"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from tmbench.methods.installed import get_method, method_names
 from tmbench.methods.plan import PUBLISHED_STARTING_LAYERS, ModelShape, default_layers
 from tmbench.methods.table import Method
 from tmbench.results.words import counted, length_name
+from tmbench_kernels.parameters import Parameter
 
 ListedModelOption = Annotated[
     str | None,
@@ -22,6 +24,7 @@ ListedModelOption = Annotated[
         help="Print the kinds of this model's layers instead, and what a method can save on it at most.",
     ),
 ]  # fmt: skip
+EnvJsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.", rich_help_panel=o.OUTPUT)]
 LENGTHS = (32768, 65536, 131072)
 """At which savings are printed, unless --length says otherwise."""
 
@@ -65,8 +68,15 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
     shown = table(
         "Parameters, which follow a method's name, as in xattention:stride=8", "parameter", "default", "what it is"
     )
-    for name, about in {name: about for method in found for name, about in method.declared.items()}.items():
-        shown.add_row(name, about.shown_default or str(about.default), about.help)
+    # Two patterns may call parameters of their own alike: each has a line then, with the first method that reads it.
+    read_by: dict[tuple[str, Parameter], str] = {}
+    for method in found:
+        for declared in method.declared.items():
+            read_by.setdefault(declared, method.name)
+    namesakes = Counter(name for name, _ in read_by)
+    for (name, about), reader in read_by.items():
+        of = f" of {reader}" if namesakes[name] > 1 else ""
+        shown.add_row(name + of, about.shown_default or str(about.default), about.help)
     screen.print(shown)
 
     tasks = table(
@@ -165,7 +175,7 @@ def _list_model(name: str, given: list[int] | None, checkpoint: Checkpoint) -> N
     )
 
 
-def env(device: o.DeviceOption = None, as_json: o.JsonOption = False) -> None:
+def env(device: o.DeviceOption = None, as_json: EnvJsonOption = False) -> None:
     """Device, driver, versions, and what computes attention here: paste it into a bug report."""
     from dataclasses import asdict
 
