@@ -14,8 +14,8 @@ from conftest import SMALL
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tmbench.engine.decode_kind import step_kind
-from tmbench.engine.prefill import PLAIN
-from tmbench.engine.prefill_kind import kind_for, obstacle_of
+from tmbench.engine.prefill import COMPILED, PLAIN, Kind
+from tmbench.engine.prefill_kind import obstacle_of
 from tmbench.errors import UnsupportedModelError
 from tmbench.methods.layer_kinds import FULL, kind_words, layer_kinds
 
@@ -171,13 +171,13 @@ def found_of(family: str) -> dict[str, str]:
     # Full attention first, whatever the order in the model.
     row = dict.fromkeys(COLUMNS, "") | {"family": family, "layers": kind_words(sorted(kinds, key=lambda kind: kind != FULL))}
     try:
-        prefill = kind_for(model, compiled=True)
         obstacle = obstacle_of(model)
     except UnsupportedModelError as error:
         return row | {"refused": str(error)}
+    prefill: Kind = PLAIN if obstacle else COMPILED
     together, why = step_kind(model, prefill)
     return row | {
-        "prompts": f"as transformers, {obstacle}" if prefill == PLAIN else prefill,
+        "prompts": f"as transformers, {obstacle}" if obstacle else prefill,
         "answers": "together" if together else f"one by one, {why}",
         "static cache": "no" if family in NO_STATIC_CACHE else "yes",
     }

@@ -15,8 +15,8 @@ from plans import plan_of
 from tmbench import applied
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.calls import cache_name
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, tensors_of
-from tmbench.engine.prefill_kind import kind_for, obstacle_of
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, tensors_of
+from tmbench.engine.prefill_kind import obstacle_of
 from tmbench.engine.session import running
 from tmbench.errors import UnsupportedModelError
 from tmbench.models.attention_modules import attention_modules
@@ -127,8 +127,8 @@ def test_generate_reads_by_the_method_and_decodes_densely(family, cache, prompt)
 @pytest.mark.parametrize("family", SERVED)
 def test_prompts_are_read_alike_and_decoded_after(family, kind, prompt, graphs, short_chunks, table):
     model, ids = small(family), prompt(LENGTH)
-    found = kind_for(model, compiled=kind == COMPILED)
-    assert found == (PLAIN if table[family]["prompts"].startswith("as transformers, ") else kind)
+    found: Kind = PLAIN if obstacle_of(model) else kind
+    assert (found == PLAIN) == table[family]["prompts"].startswith("as transformers, ")
     plan = plan_of(model, "tri_mix", **TRIANGLE)
     layers = [layer for layer, pattern in plan.by_layer.items() if pattern.name == "triangle"]
     with torch.inference_mode():
@@ -169,7 +169,7 @@ def test_hybrids_may_end_with_a_layer_of_any_kind(family, changes, make_model, p
         with torch.inference_mode(), running(model, plan_of(model, "tri_mix", **TRIANGLE), kind) as session:
             decoding = session.read(ids)
             found[kind] = [decoding.logits, *(tensor.clone() for tensor in tensors_of(decoding.cache)), decoding.read([5])]
-    assert kind_for(model, compiled=True) == COMPILED
+    assert not obstacle_of(model)
     for kind in (EAGER, COMPILED):
         for got, expected in zip(found[kind], found[PLAIN], strict=True):
             near(got, expected)
@@ -269,7 +269,7 @@ def test_windows_of_any_size_stay_the_models_own(family, window, make_model, pro
 @pytest.mark.parametrize("family", ["mistral", "phi3"])
 def test_where_every_layer_has_a_window_dense_is_the_models_own_beyond_it(family, make_model, prompt):
     model, ids = make_model(family, sliding_window=16), prompt(LENGTH)
-    assert kind_for(model, compiled=True) == PLAIN
+    assert obstacle_of(model)
     with torch.inference_mode():
         expected, text = model(ids).logits, written(model, ids)
         with applied(model, "dense") as session:

@@ -16,7 +16,7 @@ from tmbench.engine.attention import applied_plan
 from tmbench.engine.decode import generate
 from tmbench.engine.finite import check_logits
 from tmbench.engine.prefill import EAGER, PLAIN
-from tmbench.engine.prefill_kind import kind_for
+from tmbench.engine.prefill_kind import obstacle_of
 from tmbench.errors import NotFiniteError, UserError
 from tmbench.measure import agree, loss, probe, search, ttft
 from tmbench.measure.accuracy import AccuracySpec
@@ -280,7 +280,7 @@ def test_tokens_that_a_model_masks_are_no_failure(command, overflowing, tmp_path
     loaded.model.lm_head.register_forward_hook(pad)
     with torch.no_grad():
         assert loaded.model(torch.tensor([[5]])).logits.shape[-1] == count + 7
-    assert kind_for(loaded.model, compiled=False) == EAGER
+    assert not obstacle_of(loaded.model)
     padded = Jobs(loaded, tmp_path / "padded").rows(command)
     for method, row in padded.items():
         assert row.status == "ok"

@@ -18,7 +18,7 @@ from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, prepared, tensors_of
-from tmbench.engine.prefill_kind import compiles, kind_for, kind_wanted
+from tmbench.engine.prefill_kind import compiles, kind_wanted, obstacle_of
 from tmbench.engine.prefill_state import PrefillState
 from tmbench.engine.session import running
 from tmbench.errors import UserError
@@ -74,7 +74,7 @@ def same(got, expected, tolerance=1e-5):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_cache_and_the_next_step_are_the_plain_models(family, method, make_model, prompt, graphs):
     model, ids = make_model(family, **FAMILIES[family]), prompt(53)
-    assert kind_for(model, compiled=False) == EAGER
+    assert not obstacle_of(model)
     expected, plain = read(model, ids, PLAIN, method)
     token = expected.argmax()[None, None]
     with torch.inference_mode():
@@ -288,12 +288,12 @@ def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
     ("family", "changes"), [("diffllama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96})]
 )
 def test_layers_of_another_build_run_plainly(family, changes, make_model, prompt):
-    assert kind_for(make_model(family, **changes), compiled=True) == PLAIN
+    assert obstacle_of(make_model(family, **changes))
 
 
 def test_a_model_that_differs_runs_plainly(make_model, monkeypatch):
     model = make_model("llama")
-    assert kind_for(model, compiled=True) == COMPILED
+    assert not obstacle_of(model)
     last = type(model.model.layers[-1].mlp)
     forward = last.forward
 
@@ -301,13 +301,13 @@ def test_a_model_that_differs_runs_plainly(make_model, monkeypatch):
         return forward(self, x) + x.mean(1, keepdim=True)
 
     monkeypatch.setattr(last, "forward", mixes_positions)
-    assert kind_for(model, compiled=True) == PLAIN
+    assert obstacle_of(model)
 
 
 def test_somebody_elses_wrapper_is_left_in_place(make_model):
     model = make_model("llama")
     model.model.layers[1].mlp.forward = lambda x: x
-    assert kind_for(model, compiled=True) == PLAIN
+    assert obstacle_of(model)
     assert "forward" in vars(model.model.layers[1].mlp)
 
 

@@ -178,7 +178,7 @@ class Prefill:
 def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_position: bool = False) -> Iterator[Prefill]:
     """Prepare a model to which ``session`` is applied for prefills of this kind; it is as before afterwards.
 
-    ``kind`` should come from ``prefill_kind.kind_for``. Decode after the block: inside of it the model only reads whole
+    ``kind`` should come from ``prefill_kind.kind_wanted``. Decode after the block: inside of it the model only reads whole
     prompts. With ``every_position`` the last layer yields all positions and not the last alone.
     Raises RuntimeError where torch.compile cannot compile a layer, or wants to compile it again and again.
     """
@@ -187,7 +187,7 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
         yield prefill
         return
     layers = decoder_layers(model, session.modules)
-    assert layers, "kind_for finds no layers in such a model"
+    assert layers, "kind_wanted finds no layers in such a model"
     with ExitStack() as stack:
         if kind == COMPILED:
             assert session.implementations is not None

@@ -26,24 +26,16 @@ AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Relative RMS difference up to which the probe's prefills count as equal; 0.1 in 16 bits, where noise alone makes 0.01."""
 
 
-def kind_for(model: PreTrainedModel, *, compiled: bool) -> Kind:
-    """How this model can be prefilled: "plain" unless a short prompt gives the same logits and the same cache both ways.
-
-    Raises UnsupportedModelError for a model that no method can be applied to.
-    """
-    if obstacle_of(model):
-        return PLAIN
-    return COMPILED if compiled else EAGER
-
-
 def kind_wanted(model: PreTrainedModel, device: torch.device, compiled: bool | None, *, planned: bool = False) -> Kind:
-    """As ``kind_for`` on this device, where the user asked to compile or not to, or None for neither.
+    """How this model is prefilled: "plain" unless a short prompt gives the same logits and the same cache both ways.
 
     Args:
+        compiled: whether the user asked to compile or not to; None for neither.
         planned: whether the model has no weights yet, so that it is not known whether its prefills then differ.
 
     Raises:
         UserError: compilation is asked for and cannot be had.
+        UnsupportedModelError: a model that no method can be applied to.
     """
     wish = compiles(device, compiled)
     obstacle = _layers_obstacle(model) if planned else obstacle_of(model)
@@ -70,7 +62,10 @@ def _layers_obstacle(model: PreTrainedModel) -> str:
 
 
 def obstacle_of(model: PreTrainedModel) -> str:
-    """Why a model has to be run as transformers runs it, in words that follow a comma; empty where it need not."""
+    """Why a model has to be run as transformers runs it, in words that follow a comma; empty where it need not.
+
+    Raises UnsupportedModelError for a model that no method can be applied to.
+    """
     modules = attention_modules(model)
     if found := _layers_obstacle(model):
         return found

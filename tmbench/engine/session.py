@@ -73,15 +73,6 @@ class Session:
         self.applied.check_complete()
         return kept
 
-    def read_after(self, prefix: Prefix, ids: Tensor, mask: Tensor | None = None) -> Decoding:
-        """Read what follows a prefix in each row of ``[batch, length]``, to decode after it; as ``Prefill.after``."""
-        with self.prefill() as prefill:
-            logits = prefill.after(prefix, ids, mask)
-        self.applied.check_complete()
-        cache, prefill.cache = prefill.cache, None
-        whole, seen = prefix.before(ids, mask)
-        return Decoding(self.model, whole, logits, cache, seen)
-
     def read_before(self, ids: Tensor, following: Sequence[int], context: int = 0) -> None:
         """Read a prompt ``[1, length]``, and what follows it densely over all before, every position to the end.
 

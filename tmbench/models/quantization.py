@@ -16,8 +16,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from tmbench.errors import UserError
 
 REMEDY = "give the folder or id of the same model without quantisation"
-TOLD = ("bits", "format")
-"""What of a quantisation is said beside its method, where a config has it."""
 MAY_DEQUANTIZE = "dequantize"
 """The attribute by which transformers' configs say that ordinary weights are to be made."""
 
