@@ -57,7 +57,7 @@ def test_no_panel_of_a_command_has_more_than_8_options():
         panels = Counter(getattr(option, "rich_help_panel", None) for option in options)
         assert max(panels.values(), default=0) <= 8, name
         assert len(options) <= 36, name
-    # What the help leaves out is named here one by one, and works as it does where it is shown.
+    # What the help does not list is named here one by one, and works as it does where it is shown. Its text names it too.
     unlisted = {f"{name} --{o.name}" for name, command in every.items() for o in command.params if o.hidden}
     layered = ("agree", "lm-eval", "probe", "ruler", "suite", "sweep", "ttft")
     refused = {"ttft --executor"}
@@ -67,6 +67,11 @@ def test_no_panel_of_a_command_has_more_than_8_options():
         "ruler --prompt_length", "probe --prompt_length", "ruler --patterns", "ruler --n_init", "ruler --n_local",
         *(f"{name} --starting_layer" for name in layered), *refused
     }  # fmt: skip
+    elsewhere = {f"{name} --starting_layer" for name in layered} | refused
+    for name, command in every.items():
+        for option in command.params:
+            if option.hidden and f"{name} --{option.name}" not in elsewhere:
+                assert option.opts[0] in command.help, f"{name} {option.opts[0]}"
     in_ttft = {"weights", "dense_backend", "prompt_length", "patterns", "n_init", "n_local"}
     assert in_ttft <= {option.name for option in shown["ttft"]}
 

@@ -35,8 +35,8 @@ def lm_eval(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Tasks, groups or tags of lm-eval; repeat, or part by commas.", rich_help_panel=o.MEASURED,
-            show_default=False,
+            metavar="NAME", help="Tasks, groups or tags of lm-eval; repeat, or separate by commas.",
+            rich_help_panel=o.MEASURED, show_default=False,
         ),
     ] = None,
     limit: Annotated[
@@ -110,6 +110,8 @@ def lm_eval(
     """Tasks of EleutherAI's lm-evaluation-harness under every method, scored by the harness itself.
 
     All methods answer the same requests. Needs the extra reference: pip install 'tmbench\\[reference]'.
+
+    Further options, as in tmbench ttft: --dense-backend and --attn-native.
     """
     names = [name for text in tasks or () for name in text.split(",") if name]
     if not names:

@@ -121,6 +121,8 @@ def probe(
     """Which layers need the middle of the attention matrix: gradients by section, and a proposal for --layers.
 
     The prompts' answers are known; what is differentiated is the logit of the answer's first token.
+
+    A further option, as in tmbench ttft: --prompt-length.
     """
     if loss:
         proposal: dict[str, Any] = {"derivative": derivative, "rule": rule, "plot": plot}

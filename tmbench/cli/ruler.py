@@ -102,6 +102,9 @@ def ruler(
     """Accuracy on the 13 RULER tasks. All methods answer the same samples, and every prediction is kept.
 
     A length is the whole budget: prompt, special tokens and answer.
+
+    Further options, as in tmbench ttft: --weights, --prompt-length, --n-init, --n-local, --patterns, --dense-backend and
+    --attn-native.
     """
     check_plan(plan, as_json)
     methods = list(method or DEFAULT_METHODS)

@@ -66,6 +66,8 @@ def suite(
     """Accuracy on the tasks of another suite, drawn at random without any download.
 
     All methods answer the same samples. A length is the whole budget: prompt, special tokens and answer.
+
+    Further options, as in tmbench ttft: --weights, --dense-backend and --attn-native.
     """
     check_plan(plan, as_json)
     if name not in NAMES:
