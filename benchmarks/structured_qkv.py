@@ -2,10 +2,8 @@
 
 Gaussian Q and K make every dynamic method look like dense attention: their top-k lands everywhere. These tensors carry the
 features that long-context heads show (MInference, Jiang et al. 2024): a local band or RoPE slashes (a constant component of
-q and k, rotated by RoPE), sink columns (the first four keys), and vertical columns (one key in 256).
-
-Measured with the MInference reference index builder and its published Llama-3.1-8B v1 budgets (vertical 30..3500,
-slash 100..6096), fraction of the causal area that is computed: 0.45 at 32K, 0.32 at 64K, 0.21 at 128K.
+q and k, rotated by RoPE), sink columns (the first four keys), and vertical columns (one key in 256). Densities on them are in
+dynamic_attention.csv.
 """
 
 import torch
