@@ -2,7 +2,7 @@
 
 Gaussian Q and K make every dynamic method look like dense attention: their top-k lands everywhere. These tensors carry the
 features that long-context heads show (MInference, Jiang et al. 2024): a local band or RoPE slashes (a constant component of
-q and k, rotated by RoPE), sink columns (the first four keys), and vertical columns (one key in 256). Densities on them are in
+q and k, rotated by RoPE), sink columns (the first four keys), and vertical columns (one key in 256). Their densities are in
 dynamic_attention.csv.
 """
 

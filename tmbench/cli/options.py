@@ -73,7 +73,7 @@ PromptFileOption = Annotated[
     Path | None,
     typer.Option(
         "--prompt-file", metavar="FILE.jsonl", rich_help_panel=MEASURED,
-        help="Prompts of your own: a JSON object a line, with prompt, and where you like answer and id.",
+        help="Prompts of your own: a JSON object a line, with prompt, and where you like question, answer and id.",
     ),
 ]  # fmt: skip
 ChunkOption = Annotated[
