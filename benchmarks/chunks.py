@@ -3,7 +3,7 @@
     python benchmarks/chunks.py OUTPUT.csv [--lengths 131072] [--chunk 8192] [--heads 32] [--kv-heads 8]
 
 Every backend that takes chunks is timed on the tensors of benchmarks/structured_qkv.py, selection included: all chunks of a
-prompt, one after the other, and the whole prompt, interleaved. On a GPU those in plain PyTorch are left out: they take minutes.
+prompt, and the whole prompt, interleaved. On a GPU those in plain PyTorch are left out: they take minutes.
 A pattern may compute other pairs in chunks than in one piece, so "ns_per_mpair" tells what a kernel loses by the shorter
 queries: nanoseconds for a million pairs. Patterns with last rows of a prompt are timed twice: where its length is known, and
 where it is not and the last rows are those of each chunk.
