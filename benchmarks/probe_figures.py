@@ -1,4 +1,4 @@
-"""Figures within sentences about the embedded model's probes, losses and token agreement."""
+"""Figures within sentences about the embedded model's probes and token agreement."""
 
 from __future__ import annotations
 
@@ -63,13 +63,6 @@ def probe_seconds(sources: Sources, name: str) -> str:
     return f"{_probe(sources, name).cells[0].row.seconds_per_sample:.0f} s"
 
 
-def first_token(sources: Sources, who: str) -> str:
-    """The loss of the answer's first token, in nats."""
-    section = only(sources.results.losses, device=INTEL)
-    (cell,) = (cell for cell in section.measured() if is_of(cell.row, who))
-    return f"{cell.row.nll_first:.3f}"
-
-
 def agreement(sources: Sources, who: str, what: str) -> str:
     """Of a method's token agreement with dense: the share, the lower end of its interval, or where decoding parts."""
     section = only(sources.results.agree, device=INTEL)
@@ -87,6 +80,5 @@ PROBE_FIGURES: dict[str, Block] = {
     "place": place_of,
     "proposed": proposed,
     "probe-seconds": probe_seconds,
-    "first-token": first_token,
     "agreement": agreement,
 }

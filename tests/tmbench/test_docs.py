@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "training/README.md", *ROOT.glob("tmbench/*/*/*.md"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,11 @@ def test_no_name_of_a_figure_stands_for_two(render):
     assert sum(map(len, tables)) == len(render.BLOCKS)
 
 
+def test_every_name_of_a_figure_is_on_a_page(render):
+    marked = [name.split()[0] for page in PAGES for name, _ in render.MARKED.findall(page.read_text(encoding="utf-8"))]
+    assert set(render.BLOCKS) <= set(marked)
+
+
 @pytest.mark.parametrize("text", ["<!-- rows: nonsense -->\n<!-- /rows -->", "<!-- rows: intervals -->", "<!-- /rows -->"])
 def test_a_marker_that_names_nothing_or_has_no_end_is_refused(render, sources, text):
     with pytest.raises(ValueError, match=r"nothing is rendered under the name|a marker of rows has no end"):
@@ -123,12 +129,7 @@ def test_a_marker_that_names_nothing_or_has_no_end_is_refused(render, sources, t
 
 def test_no_line_of_a_sentence_begins_with_a_marker():
     """Markdown would take the line out of its paragraph."""
-    for page in (
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
-        ROOT / "training/README.md",
-        *ROOT.glob("tmbench/*/*/*.md"),
-    ):
+    for page in PAGES:
         lines = page.read_text(encoding="utf-8").splitlines()
         assert all(re.fullmatch(r"<!-- [^>]* -->", line) for line in lines if line.startswith("<!--")), page.name
 
