@@ -28,21 +28,21 @@ def _charts(section: TtftSection) -> list[Chart]:
     if not cells:
         return []
     axis = length_axis(sorted({cell.row.length for cell in cells}))
-    times, floors, densities = [], [], []
+    times, rooflines, densities = [], [], []
     for label in section.labels:
         own = section.measured(label)
         if own:
             method, variant = own[0].row.method, _variant(section, own[0])
             times.append(series_of(label, method, variant, [_time(cell) for cell in own]))
-            under = [_floor(cell) for cell in own if cell.row.floor_s is not None]
+            under = [_roofline(cell) for cell in own if cell.row.floor_s is not None]
             named = f"{label}, roofline"
-            floors.append(series_of(named, method, variant, under, dash=ROOFLINE_DASH, of=label))
+            rooflines.append(series_of(named, method, variant, under, dash=ROOFLINE_DASH, of=label))
             computed = [_density(cell) for cell in own if cell.row.coverage is not None]
             densities.append(series_of(label, method, variant, computed))
     name = "Seconds to the first token, median; dotted: the roofline"
     share = "Density: the share of the causal pairs that was computed"
     charts = [
-        chart_of(name, axis, Axis("seconds", "log"), times + floors),
+        chart_of(name, axis, Axis("seconds", "log"), times + rooflines),
         chart_of(share, axis, Axis("density, %", ends=(0.0, 100.0)), densities),
     ]
     return [chart for chart in charts if chart.series]
@@ -68,7 +68,7 @@ def _time(cell: TtftCell) -> Point:
     return Point(row.length, cell.seconds, "; ".join(words), row.length, ends)
 
 
-def _floor(cell: TtftCell) -> Point:
+def _roofline(cell: TtftCell) -> Point:
     row = cell.row
     assert row.floor_s is not None
     words = (
