@@ -158,6 +158,7 @@ def patterns_of_another_model(tmp_path_factory):
                 ("--data-dir", "d"),
                 ("--offline",),
                 ("--apply-chat-template",),
+                ("--seed", "7"),
                 ("--samples-as", "reference"),
             )
         ),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ruler_tasks import Example, SamplesAs
     from tmbench.suites.ruler import Ruler
 
+SEED = 42
 TaskOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,7 +72,7 @@ def ruler(
         int,
         typer.Option(min=1, help="How many are asked of each context, where it has more keys.", rich_help_panel=o.SERVED),
     ] = 1,
-    seed: o.SeedOption = 42,
+    seed: o.SeedOption = SEED,
     model: o.ModelOption = "tiny",
     weights: asking.UnlistedWeightsOption = "checkpoint",
     device: o.DeviceOption = None,
@@ -122,7 +123,7 @@ def ruler(
     if data is not None:
         making = {"wording": wording, "data-dir": data_dir, "offline": offline}
         making |= {"apply-chat-template": apply_chat_template, "chat-template-kwargs": chat_template_kwargs}
-        making |= {"samples-as": None if samples_as == "tmbench" else samples_as}
+        making |= {"samples-as": None if samples_as == "tmbench" else samples_as, "seed": seed != SEED}
         o.refuse(making, "does not go with --data, whose samples are asked as they are")
 
     from tmbench.measure.spec import ModelSource
@@ -160,7 +161,7 @@ def ruler_data(
     length: o.LengthOption = None,
     task: TaskOption = None,
     samples: asking.SamplesOption = 500,
-    seed: o.SeedOption = 42,
+    seed: o.SeedOption = SEED,
     model: Annotated[str, typer.Option(help="Whose tokenizer counts: tiny, a Hugging Face id or a folder.")] = "tiny",
     checkpoint: Checkpoint = AS_IT_IS,
     data_dir: DataDirOption = None,
