@@ -58,6 +58,12 @@ def test_rule_and_pairs(make_structured_qkv, length, queries, n_init, n_local, l
     assert {i for i in rows if i % delta == 0} <= {i for i in rows if mask[0, 0, i - length].sum() == i + 1}
 
 
+@pytest.mark.parametrize("mode", ["carry", "recompute"])
+def test_every_query_dense_is_dense(make_structured_qkv, mode):
+    q, k, v = make_structured_qkv(300)
+    torch.testing.assert_close(Triangle(4, 32, delta=1, mode=mode).attend(q, k, v), Dense().attend(q, k, v))
+
+
 def test_carried_on_and_recomputed_differ(make_structured_qkv):
     """And either from the triangle alone; otherwise the tests would show nothing."""
     q, k, v = make_structured_qkv(600)

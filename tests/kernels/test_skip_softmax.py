@@ -104,6 +104,16 @@ def test_the_thresholds_of_these_tests_skip_some_and_orders_differ(make_uneven_q
         assert 0.1 < computed.skipped / computed.tiles < 0.9
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("length", [130, 600])
+def test_a_threshold_below_all_weights_is_dense(make_uneven_qkv, length, order):
+    q, k, v = make_uneven_qkv(length, batch=2)
+    pattern = SkipSoftmax(threshold=1e-30, order=order)
+    assert pattern.computed(q, k, scale=0.3).skipped == 0
+    assert pattern.pairs(q, k, scale=0.3) == Dense().pairs(q, k)
+    torch.testing.assert_close(pattern.attend(q, k, v, scale=0.3), Dense().attend(q, k, v, scale=0.3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", [SkipSoftmax(threshold=0.02), SkipSoftmax(threshold=0.3, order="descending")], ids=repr)
