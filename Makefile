@@ -78,7 +78,6 @@ unit: install install-ray  ## Run every test, on two cores
 
 figures: install  ## Render the figures and pictures in the docs from what was measured
 	rm -f docs/figures/*.png
-	$(BIN)/tmbench report --output docs/report.md --plots docs/figures
 	$(BIN)/python benchmarks/render.py
 
 docs: $(VENV)/docs/installed  ## Build the documentation as a site, into site/

@@ -55,6 +55,7 @@ BLOCKS: dict[str, Block] = (
     | TRAINING
     | TUNE
 )
+SHOWN = re.compile(r"figures/([^)]*\.png)")
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 
 
@@ -88,22 +89,29 @@ def filled(text: str, sources: Sources) -> str:
     return done
 
 
-def pictures(sources: Sources) -> set[str]:
-    """The names of the pictures in docs/figures."""
-    return {*figures(sources.results), *_others(sources)}
+def pictures(sources: Sources) -> dict[str, Figure]:
+    """The pictures in docs/figures, by the names under which pages show them.
 
-
-def _others(sources: Sources) -> dict[str, Figure]:
-    """The pictures that no report of ``results`` draws."""
-    return {} if sources.smollm2 is None else smollm2_page.pictures(sources.smollm2, sources.density)
+    Raises ValueError for one that no rows draw.
+    """
+    drawn = figures(sources.results)
+    if sources.smollm2 is not None:
+        drawn |= smollm2_page.pictures(sources.smollm2, sources.density)
+    shown: dict[str, Figure] = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for name in SHOWN.findall(path.read_text(encoding="utf-8")):
+            if name not in drawn:
+                raise ValueError(f"{path.name} shows {name}, which no rows draw")
+            shown[name] = drawn[name]
+    return shown
 
 
 def main() -> None:
     sources = Sources()
-    save_all(_others(sources), ROOT / "docs" / "figures")
     for path, text in rendered(sources):
         path.write_text(text, encoding="utf-8")
         print(f"rendered {path.relative_to(ROOT)}")
+    save_all(pictures(sources), ROOT / "docs" / "figures")
 
 
 if __name__ == "__main__":

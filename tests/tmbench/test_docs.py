@@ -135,13 +135,13 @@ def test_no_line_of_a_sentence_begins_with_a_marker():
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_the_report_and_of_these_names(render, sources):
+def test_pictures_are_those_that_pages_show(render, sources, monkeypatch):
     kept = {path.name for path in (ROOT / "docs" / "figures").glob("*.png")}
-    assert kept == render.pictures(sources)
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    shown = {name for page in pages for name in re.findall(r"figures/([^)]*\.png)", page.read_text(encoding="utf-8"))}
-    assert shown
-    assert shown <= kept
+    assert kept
+    assert kept == set(render.pictures(sources))
+    monkeypatch.setattr(render, "SHOWN", re.compile("(tmbench)"))
+    with pytest.raises(ValueError, match=r"README\.md shows tmbench, which no rows draw"):
+        render.pictures(sources)
 
 
 def test_tables_of_figures_stand_between_markers(render):
