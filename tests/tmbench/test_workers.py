@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tmbench.errors import UserError
-from tmbench.executors.serving import Lost, Ready, serve
+from tmbench.executors.worker_loop import Lost, Ready, serve
 from tmbench.executors.workers import Workers
 from tmbench.measure.executor import Message
 from tmbench.measure.spec import Item, ItemSpec, ModelSource

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from tmbench.errors import UserError
-from tmbench.executors.serving import Ask, Measure
+from tmbench.executors.worker_loop import Ask, Measure
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Job, Tell, work
 from tmbench.measure.spec import ItemSpec, ModelSource

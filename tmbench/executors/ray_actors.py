@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tmbench.errors import UserError
-from tmbench.executors.serving import Lost, Told, serve
+from tmbench.executors.worker_loop import Lost, Told, serve
 from tmbench.measure.spec import ModelSource
 from tmbench.results.failures import describe
 from tmbench.results.words import counted

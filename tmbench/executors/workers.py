@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from tmbench.errors import UserError
-from tmbench.executors.serving import Answer, Ask, Done, Lost, Measure, Ready, Refused, Told, Wanted
+from tmbench.executors.worker_loop import Answer, Ask, Done, Lost, Measure, Ready, Refused, Told, Wanted
 from tmbench.measure.executor import Job, Message, Tell
 from tmbench.measure.spec import Item, ItemSpec, ModelSource, Place
 from tmbench.models.loading import LoadedModel
@@ -36,7 +36,7 @@ class Handle(Protocol):
 
 
 class Transport(Protocol):
-    """Starts workers somewhere, each of which runs ``tmbench.executors.serving.serve``."""
+    """Starts workers somewhere, each of which runs ``tmbench.executors.worker_loop.serve``."""
 
     count: int
     """How many there are to be."""
