@@ -28,7 +28,8 @@ from tmbench_kernels.reference import causal_mask, masked_logits
 from tmbench_kernels.skip_softmax.calibration import Calibration
 from tmbench_kernels.skip_softmax.margins import margins
 
-ASCENDING, DESCENDING = ORDERS = ("ascending", "descending")
+ASCENDING = "ascending"
+ORDERS = (ASCENDING, "descending")
 SCALE_FACTOR = 1000.0
 """What TensorRT-LLM's documentation shows for prefill."""
 TRITON_SIZES = ((8, 128), (9, 256), (10, 256), (11, 128), (12, 128))
