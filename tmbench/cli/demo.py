@@ -20,16 +20,7 @@ FIRST, FEWEST, MOST = 8, 3, 12
 
 
 def demo(
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            parser=o.parse_length,
-            metavar="TOKENS",
-            help="Tokens of the timed prompts; repeat for several.",
-            rich_help_panel=o.MEASURED,
-            show_default=" ".join(map(length_name, LENGTHS)),
-        ),
-    ] = None,
+    length: Annotated[list[int] | None, o.length_option(" ".join(map(length_name, LENGTHS)))] = None,
     repeats: Annotated[
         int | None,
         typer.Option(

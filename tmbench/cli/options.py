@@ -62,13 +62,17 @@ MethodOption = Annotated[
         show_default=" ".join(DEFAULT_METHODS),
     ),
 ]  # fmt: skip
-LengthOption = Annotated[
-    list[int] | None,
-    typer.Option(
+
+
+def length_option(default: str) -> Any:
+    """The option ``--length`` of a command, with what its help says of no length."""
+    return typer.Option(
         "--length", parser=parse_length, metavar="TOKENS", help="Tokens, such as 32768 or 32K; repeat for several.",
-        rich_help_panel=MEASURED, show_default="what fits the model",
-    ),
-]  # fmt: skip
+        rich_help_panel=MEASURED, show_default=default,
+    )  # fmt: skip
+
+
+LengthOption = Annotated[list[int] | None, length_option("what fits the model")]
 PromptFileOption = Annotated[
     Path | None,
     typer.Option(

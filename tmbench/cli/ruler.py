@@ -158,7 +158,7 @@ def ruler(
 @with_checkpoint(without=("rope_scaling",))
 def ruler_data(
     output: Annotated[Path, typer.Option(help="Folder to write to.", rich_help_panel=o.OUTPUT)],
-    length: o.LengthOption = None,
+    length: Annotated[list[int] | None, o.length_option("4K for tiny, else 128K")] = None,
     task: TaskOption = None,
     samples: asking.SamplesOption = 500,
     seed: o.SeedOption = SEED,
