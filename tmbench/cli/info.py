@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from tmbench.cli import options as o
+from tmbench.cli.blocks import Blocks
 from tmbench.cli.checkpoint import AS_IT_IS, Checkpoint, with_checkpoint
 from tmbench.cli.screen import console, say, table
 from tmbench.errors import UserError
@@ -42,29 +44,31 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
         raise UserError("--length says at which lengths --model is looked at: give --model too, or leave it out")
     how = {name.replace("_", "-"): value for name, value in checkpoint.given.items()}
     o.refuse(how, "says how --model is loaded, which is not given")
-    from ruler_tasks import TASKS
-    from tmbench.models.presets import preset_names, read_preset
-    from tmbench.models.structured import FAMILIES
-    from tmbench.suites.table import DRAWN
-    from tmbench_kernels import MInferenceHeads, Pattern
-    from tmbench_kernels.kernel_kinds import KINDS
-
-    screen = console()
-    methods = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
     found: list[Method] = []
     for name in method_names():
         try:
             found.append(get_method(name))
         except UserError as error:
             say(str(error))
+    for shown in (
+        _methods(found), _parameters(found), _ruler_tasks(), _drawn_tasks(), _models(), _first_layers(), _backends(found)
+    ):  # fmt: skip
+        console().print(shown)
+
+
+def _methods(found: Sequence[Method]) -> Blocks:
+    shown = table("Methods", "method", "what it does", "options it reads, and what may follow its name", "paper")
     for method in found:
         parameters = ["--layers"] * bool(method.deep)
         parameters += [
             f"--{name.replace('_', '-')}" if about.option else name if about.default is None else f"{name}={about.default}"
             for name, about in method.declared.items()
         ]
-        methods.add_row(method.name, method.summary, ", ".join(parameters), "; ".join(method.papers))
-    screen.print(methods)
+        shown.add_row(method.name, method.summary, ", ".join(parameters), "; ".join(method.papers))
+    return shown
+
+
+def _parameters(found: Sequence[Method]) -> Blocks:
     shown = table(
         "Parameters, which follow a method's name, as in xattention:stride=8", "parameter", "default", "what it is"
     )
@@ -77,55 +81,63 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
     for (name, about), reader in read_by.items():
         of = f" of {reader}" if namesakes[name] > 1 else ""
         shown.add_row(name + of, about.shown_default or str(about.default), about.help)
-    screen.print(shown)
+    return shown
 
-    tasks = table(
-        "RULER tasks (Hsieh et al. 2024, arXiv 2404.06654)",
-        "task",
-        "what is asked",
-        "references",
-        "answer tokens",
-        right=("answer tokens",),
-    )
+
+def _ruler_tasks() -> Blocks:
+    from ruler_tasks import TASKS
+
+    title = "RULER tasks (Hsieh et al. 2024, arXiv 2404.06654)"
+    shown = table(title, "task", "what is asked", "references", "answer tokens", right=("answer tokens",))
     for task in TASKS.values():
         score = "share found" if task.metric == "all" else "any found"
-        tasks.add_row(task.name, task.summary, score, str(task.tokens_to_generate))
-    screen.print(tasks)
+        shown.add_row(task.name, task.summary, score, str(task.tokens_to_generate))
+    return shown
 
-    drawn = table(
-        "Tasks of tmbench suite, which downloads nothing",
-        "suite",
-        "task",
-        "what is asked",
-        "answer tokens",
-        right=("answer tokens",),
-    )
+
+def _drawn_tasks() -> Blocks:
+    from tmbench.suites.table import DRAWN
+
+    title = "Tasks of tmbench suite, which downloads nothing"
+    shown = table(title, "suite", "task", "what is asked", "answer tokens", right=("answer tokens",))
     for suite in DRAWN.values():
         for name in suite.tasks:
-            drawn.add_row(suite.name, name, suite.recipes[name].summary, str(suite.recipes[name].new_tokens))
-    screen.print(drawn)
+            shown.add_row(suite.name, name, suite.recipes[name].summary, str(suite.recipes[name].new_tokens))
+    return shown
 
-    models = table("Models", "model", "what it is")
-    models.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")
+
+def _models() -> Blocks:
+    from tmbench.models.presets import preset_names, read_preset
+    from tmbench.models.structured import FAMILIES
+
+    shown = table("Models", "model", "what it is")
+    shown.add_row("tiny", "embedded: 8 layers, up to 16K tokens, trained on tasks of RULER's kinds")
     for name in preset_names():
         preset = read_preset(name)
         synthetic = "random or structured" if preset["model_type"] in FAMILIES else "random"
         published = preset.get("_published_layers")
         part = f"the first {preset['num_hidden_layers']} of {published} layers of " if published else ""
-        models.add_row(
+        shown.add_row(
             name,
             f"preset for --weights {synthetic}: the config of {part}{preset['_name_or_path']}, nothing downloaded",
         )
-    models.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
-    screen.print(models)
+    shown.add_row("Hugging Face id or folder", "any decoder-only transformers model that uses the attention interface")
+    return shown
 
-    layers = table("First triangle layer, unless --layers or --starting-layer says otherwise", "model", "layer")
+
+def _first_layers() -> Blocks:
+    shown = table("First triangle layer, unless --layers or --starting-layer says otherwise", "model", "layer")
     for known, layer in PUBLISHED_STARTING_LAYERS.items():
-        layers.add_row(known, f"{layer}, as published")
-    layers.add_row("any other", "half the depth: the deeper half of its layers of full attention")
-    screen.print(layers)
+        shown.add_row(known, f"{layer}, as published")
+    shown.add_row("any other", "half the depth: the deeper half of its layers of full attention")
+    return shown
 
-    backends = table("Backends", "pattern", "backend", "kind of kernel", "runs on")
+
+def _backends(found: Sequence[Method]) -> Blocks:
+    from tmbench_kernels import MInferenceHeads, Pattern
+    from tmbench_kernels.kernel_kinds import KINDS
+
+    shown = table("Backends", "pattern", "backend", "kind of kernel", "runs on")
     small = ModelShape("", layers=2, heads=1)
     plans = [method.plan(small) for method in found]
     patterns: list[type[Pattern]] = list(
@@ -135,8 +147,8 @@ def list_(model: ListedModelOption = None, length: o.LengthOption = None, checkp
     for pattern in patterns:
         for backend in pattern.backends:
             kind = KINDS[backend.name].name if backend.name in KINDS else "of another package"
-            backends.add_row(pattern.name, backend.name, kind, ", ".join(backend.devices))
-    screen.print(backends)
+            shown.add_row(pattern.name, backend.name, kind, ", ".join(backend.devices))
+    return shown
 
 
 def _list_model(name: str, given: list[int] | None, checkpoint: Checkpoint) -> None:
