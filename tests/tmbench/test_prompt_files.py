@@ -114,7 +114,7 @@ def test_prompts_with_answers_are_read_whole(asked, tiny):
         assert tiny.tokenizer.decode(question.answer).strip() == entry.answer.strip()
         assert [*question.prompt, *question.answer] == tiny.tokenizer(entry.prompt + entry.answer)["input_ids"]
     with pytest.raises(
-        UserError, match=f"holds 2 prompts that fit {length - 1} tokens with their answer, and this run takes 3"
+        UserError, match=f"holds 2 prompts of at most {length - 1} tokens with the answer, and this run takes 3"
     ):
         list(questions(kind, length - 1, range(3), tiny, 42))
 

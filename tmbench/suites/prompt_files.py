@@ -186,7 +186,7 @@ class PromptFile:
 
     def _answered(self, loaded: LoadedModel, length: int, number: int) -> tuple[Entry, tuple[int, ...], tuple[int, ...]]:
         found = [one for one in _answers(self, self._tokenizer(loaded)) if len(one[1]) + len(one[2]) <= length]
-        entry, prompt, answer = self._at(found, number, f"that fit {counted(length, 'token')} with their answer", "longer")
+        entry, prompt, answer = self._at(found, number, f"of at most {counted(length, 'token')} with the answer", "longer")
         return entry, prompt, answer
 
     def _at(self, found: Sequence[Any], number: int, which: str, other: str) -> Any:
