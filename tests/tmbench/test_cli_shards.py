@@ -39,7 +39,7 @@ def test_a_shard_of_a_sweep_asks_and_does_not_time(tmbench, tmp_path):
     for number in (1, 2):
         code, _, err = tmbench(*SWEEP, "--shard", f"{number}/2")
         assert code == 0
-        assert "a shard only asks, as times are taken in turns" in err
+        assert "a shard only asks, as times are interleaved" in err
     assert not list(tmp_path.glob("results/**/ttft"))
     assert tmbench("merge", "results")[0] == 0
     assert {(row.method, row.samples) for row in read_all(tmp_path / "results", RulerRow)} == {("dense", 2), ("tri_mix", 2)}

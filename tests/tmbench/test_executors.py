@@ -249,4 +249,4 @@ def test_more_workers_than_gpus_are_refused(monkeypatch):
 
 def test_ttft_is_not_spread(tmbench):
     line = refused(tmbench, "ttft", "--executor", "processes")
-    assert "--executor does not go with ttft, whose methods are timed in turns on one device" in line
+    assert "--executor does not go with ttft, whose methods are interleaved on one device" in line

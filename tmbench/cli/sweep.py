@@ -117,7 +117,7 @@ def sweep(
         return
     rows = measure(spec, where, _nothing)
     if part is not None:
-        say("a shard only asks, as times are taken in turns: merge all shards, then run this without --shard")
+        say("a shard only asks, as times are interleaved: merge all shards, then run this without --shard")
     if part is not None or as_json:
         print_measured(spec, rows, say_failures, as_json=as_json)
         return

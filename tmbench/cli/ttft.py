@@ -101,7 +101,7 @@ def ttft(
     check_plan(plan, as_json)
     if executor is not None:
         raise UserError(
-            "--executor does not go with ttft, whose methods are timed in turns on one device with nothing beside them: "
+            "--executor does not go with ttft, whose methods are interleaved on one device with nothing beside them: "
             "leave it out, and to use several GPUs start tmbench ttft once for each length"
         )
     methods = list(method or DEFAULT_METHODS)

@@ -121,7 +121,7 @@ class SweepSpec(RowSpec[Row]):
         return replace(self.accuracy, lengths=tuple(self.plans)).notes(loaded)
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[Any]]:
-        """The two halves of each length, times first; of a shard only the answers, as times are taken in turns."""
+        """The two halves of each length, times first; of a shard only the answers, as times are interleaved."""
         for length in self.plans:
             for times in self.timing(length).parts(loaded) if self.shard is None else ():
                 yield replace(times, title=f"times at {length}", finished=f"timed at {length}")

@@ -75,7 +75,7 @@ def _(row: TtftRow) -> tuple[list[str], list[str]]:
     if ATTN_NATIVE in turns and row.method != ATTN_NATIVE:
         methods += [NATIVE_OPTION]
     if beside:
-        needs.append(f"It was timed in turns with {', '.join(beside)} too: add each as a further --method to repeat that.")
+        needs.append(f"It was interleaved with {', '.join(beside)} too: add each as a further --method to repeat that.")
     prompt, more = _prompt(row.prompt, "--prompt", row.prompt_file)
     sizes = ["--batch-size", str(row.batch_size)] * (row.batch_size > 1)
     compiled = {"compiled": ["--compile"], "eager": ["--no-compile"]}.get(row.prefill, [])
