@@ -23,6 +23,19 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
     assert capsys.readouterr().err == "read: 100 %, 10 s\n"
 
 
+def test_a_task_without_work_says_nothing_unless_it_took_long(capsys):
+    now = 100.0
+    bar = Lines(lambda: now)
+    bar.start()
+    bar.add_task("measured before", total=0)
+    bar.stop()
+    assert capsys.readouterr().err == ""
+    bar.add_task("waiting", total=4)
+    now += EVERY
+    bar.stop()
+    assert capsys.readouterr().err == "waiting: 0 %, 10 s so far\n"
+
+
 def test_a_report_says_how_far_it_is_only_when_it_takes_long(tmbench, tmp_path, monkeypatch):
     for method in ("dense", "tri_mix"):
         add_ttft(tmp_path / "rows", method, 4096, 1.0)

@@ -65,7 +65,7 @@ def late_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class Lines(Progress):
-    """One line each EVERY seconds in which something was done, and one for each task at the end."""
+    """One line each EVERY seconds in which something was done, and at the end one for each task that did something."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(disable=True, speed_estimate_period=ESTIMATE_PERIOD, get_time=clock)
@@ -81,10 +81,11 @@ class Lines(Progress):
             self._tell(next(task for task in self.tasks if task.id == task_id))
 
     def stop(self) -> None:
-        """As rich's own; tells what the tasks came to."""
+        """As rich's own; tells what the tasks came to, but of one that ended at once and had nothing to do."""
         super().stop()
         for task in self.tasks[self._told :]:
-            self._tell(task)
+            if task.completed or (task.elapsed or 0.0) >= EVERY:
+                self._tell(task)
         self._told = len(self.tasks)
 
     def _tell(self, task: Task) -> None:
