@@ -77,7 +77,9 @@ class Parameter:
             found = self.read(given) if self.read is not None else self._converted(name, given)
         except ParameterError:
             raise
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ParameterError(name, f": {error.filename or given} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
             raise ParameterError(name, f": {error}") from error
         self.check(name, found)
         return found

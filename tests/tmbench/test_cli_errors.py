@@ -201,7 +201,7 @@ def patterns_of_another_model(tmp_path_factory):
         (("patterns", "search", "--output", "a.json", "--prompt", "poem"), "--prompt poem is unknown: choose from kv"),
         (("patterns", "search", "--output", "/dev/null/a.json", "--length", "2600", "--device", "cpu"), "--output: "),
         (("patterns", "search", "--output", "x" * 300), "cannot be written (File name too long)"),
-        (("patterns", "show", "none.json"), "FILE: "),
+        (("patterns", "show", "none.json"), "FILE: none.json cannot be read: No such file or directory; give one that"),
         (("patterns", "show"), "FILE"),
         (("agree", "--method", "dense"), "--method dense alone has nothing to agree with: add another --method"),
         (("agree", "--prompt", "poem"), "--prompt poem is unknown: choose from kv, random, niah_single_1"),

@@ -215,12 +215,15 @@ def show(
     from tmbench_kernels import read_head_patterns
 
     o.check_plot(plot)
+    remedy = "give one that tmbench patterns search wrote, or a published one"
     try:
         layers = read_head_patterns(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"FILE: {error}; give one that tmbench patterns search wrote, or a published one") from error
+    except OSError as error:
+        raise UserError(f"FILE: {file} cannot be read: {error.strerror}; {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"FILE: {error}; {remedy}") from error
     if not any(layers):
-        raise UserError(f"FILE: {file} holds no heads; give one that tmbench patterns search wrote, or a published one")
+        raise UserError(f"FILE: {file} holds no heads; {remedy}")
     if plot is not None:
         from tmbench.report.pattern_plot import pattern_figure
         from tmbench.report.pictures import save
