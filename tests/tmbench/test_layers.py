@@ -230,6 +230,12 @@ def test_a_plan_reads_no_files(tmp_path, monkeypatch):
         method.plan(SHAPE, layers=chosen if method.deep else None)
 
 
+@pytest.mark.parametrize("layers", [4, [4, 5], Path("tuned.csv")])
+def test_layers_that_are_no_text_are_refused(layers):
+    with pytest.raises(UserError, match='--layers must be a text, such as "16-" or "5,7,10-15", not '):
+        chosen_layers(SHAPE, layers)
+
+
 def test_one_choice_of_layers_is_enough():
     with pytest.raises(UserError, match="--starting-layer 3 and --layers 2,5 both say where .*: give one"):
         plan(starting_layer=3, layers="2,5")

@@ -202,13 +202,15 @@ def chosen_layers(
         root: the folder of result files, in which "auto" looks.
 
     Raises:
-        UserError: both were given, or one that does not fit the model.
+        UserError: both were given, one that is no text, as Python lets it be, or one that does not fit the model.
     """
     if layers is not None and starting_layer is not None:
         raise UserError(
-            f"--starting-layer {shortened(str(starting_layer))} and --layers {shortened(layers)} both say where triangle "
-            "attention is: give one of them"
+            f"--starting-layer {shortened(str(starting_layer))} and --layers {shortened(str(layers))} both say where "
+            "triangle attention is: give one of them"
         )
+    if layers is not None and not isinstance(layers, str):
+        raise UserError(f'--layers must be a text, such as "16-" or "5,7,10-15", not {shortened(repr(layers))}')
     if layers is not None:
         return resolve(layers.strip(), shape, root)
     if starting_layer is None:
