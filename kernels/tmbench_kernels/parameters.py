@@ -79,7 +79,7 @@ class Parameter:
             raise
         except OSError as error:
             raise ParameterError(name, f": {error.filename or given} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ParameterError(name, f": {error}") from error
         self.check(name, found)
         return found

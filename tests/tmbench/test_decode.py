@@ -175,7 +175,9 @@ def test_inputs_are_ids_or_what_a_tokenizer_returns(make_model, prompt):
     ):
         with pytest.raises(error, match=words):
             tmbench.generate(model, inputs, 5)
-    with pytest.raises(UserError, match="max_new_tokens must be 1 or more, not 0"):
+    with pytest.raises(UserError, match=r"max_new_tokens must be a whole number, 1 or more, not 2\.5"):
+        tmbench.generate(model, ids, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="max_new_tokens must be a whole number, 1 or more, not 0"):
         tmbench.generate(model, ids, 0)
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no head that yields tokens"):
         tmbench.generate(model.model, ids, 5)

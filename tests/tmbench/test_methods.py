@@ -259,3 +259,5 @@ def test_a_file_for_another_model_is_refused(changes, message, budgets):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--patterns: .*\.json cannot be read: No such file or directory$"):
         plan("minference", patterns=tmp_path / "none.json")
+    with pytest.raises(UserError, match="--patterns: .* not int"):
+        plan("minference", patterns=3)

@@ -126,8 +126,9 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int, prefix: P
             generate, and as ``tmbench.applied``.
         NotFiniteError: logits that are not finite.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+    # With a fraction of a token decoding would never end.
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be a whole number, 1 or more, not {max_new_tokens!r}")
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{type(model).__name__} has no head that yields tokens: load it as a causal language model"
