@@ -303,7 +303,7 @@ def test_biases_do_not_disturb(build):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_published_budgets_cover_a_fifth_at_128k(build, family):
-    """What issue and README promise, at full length: the keys of one layer, and of the queries those that choose."""
+    """What README promises, at full length: the keys of one layer, and of the queries those that choose."""
     length, heads = 131072, 16
     model = build(family, num_attention_heads=heads, num_key_value_heads=4, num_hidden_layers=2, vocab_size=32768)
     ids = torch.randint(32768, (1, length), generator=torch.Generator().manual_seed(0))
