@@ -103,7 +103,7 @@ def made(kind, **values):
         (made(TtftRow, **TTFT | TRIANGLE, method="tri_mix"), "--method dense --method tri_mix:n_init=8", "minference"),
         (
             made(TtftRow, **TTFT | TRIANGLE | {"interleaved": WINDOWS}, method="tri_mix"),
-            "--method dense --method tri_mix:n_init=8", "in turns with tri_mix (n_local 64) too",
+            "--method dense --method tri_mix:n_init=8", "interleaved with tri_mix (n_local 64) too",
         ),
         (
             made(TtftRow, **TTFT | {"interleaved": "dense dense (dense_backend torch)"}, dense_backend="torch"),

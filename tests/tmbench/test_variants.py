@@ -139,7 +139,7 @@ def test_times(tmbench, tmp_path):
         again = command_of(row)
         assert f"ttft --method dense --method tri_mix:n_init=8,n_local={row.settings['n_local']}," in again.text
         assert list(again.needs) == [
-            f"It was timed in turns with {beside} too: add each as a further --method to repeat that."
+            f"It was interleaved with {beside} too: add each as a further --method to repeat that."
         ]
 
 
