@@ -28,7 +28,7 @@ class Bound:
     def pending_plans(self) -> dict[int, list[Any]]:
         """What a TTFT has still to measure at each length."""
         assert isinstance(self.spec, TtftSpec)
-        return self.spec.pending(self.loaded)
+        return {length: lacks.plans for length, lacks in self.spec.pending(self.loaded).items()}
 
     def run(self) -> list[Any]:
         """Measure what is missing; the rows of all that was asked for."""

@@ -211,7 +211,7 @@ for name, (inject, *arguments) in points.items():
         "rows": [[row.method, row.interleaved, row.logit_error is not None, row.same_token_as_dense is not None]
                  for row in rows],
         "left": [path.name for path in root.glob("*/ttft/*") if path.suffix != ".csv"],
-        "pending": {str(n): [plan.method for plan in plans] for n, plans in job(root).pending(loaded).items()},
+        "pending": {str(n): [plan.method for plan in lacks.plans] for n, lacks in job(root).pending(loaded).items()},
     }
 print(json.dumps(outcome))
 """

@@ -19,6 +19,7 @@ from tmbench.engine.first_token import first_token
 from tmbench.engine.prefill import EAGER, PLAIN, Prefill
 from tmbench.errors import UserError
 from tmbench.measure import keeping, ttft
+from tmbench.measure.outlook import outlook
 from tmbench.measure.ttft import TtftSpec
 from tmbench.methods.plan import Plan
 from tmbench.models.fingerprint import of_ids
@@ -334,6 +335,8 @@ def test_a_killed_run_goes_on_with_the_next_round(job, killed, passes):
     before = [json.loads(line) for line in path.read_text().splitlines()]
     passes.clear()
     work = job(**TWO)
+    lines = outlook(work.spec, work.loaded).lines
+    assert [(line.wanted, line.there) for line in lines] == [(1 + 3, 1)] * 2, "a round is kept, and a warm-up is made again"
     steps = work.steps()
     assert len(passes) == 2 + 2 * 2, "a warm-up and two rounds"
     (total,) = (step.part.total for step in steps if step.part is not None)

@@ -138,9 +138,7 @@ def test_times(tmbench, tmp_path):
     for row, beside in ((rows[1], WIDE), (rows[2], NARROW)):
         again = command_of(row)
         assert f"ttft --method dense --method tri_mix:n_init=8,n_local={row.settings['n_local']}," in again.text
-        assert list(again.needs) == [
-            f"It was interleaved with {beside} too: add each as a further --method to repeat that."
-        ]
+        assert list(again.needs) == [f"It was interleaved with {beside} too: add each as a further --method to repeat that."]
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ class Target(ABC, Generic[R, S]):
         """How many are being measured."""
         self.backends: set[str] = set()
         """What ran of items that failed."""
-        self._belongs = belongs
+        self.belongs = belongs
         self._more = more
 
     def open(self, overwrite: bool) -> Sequence[R]:
@@ -94,7 +94,7 @@ class Target(ABC, Generic[R, S]):
                 file.clear()
         kept = {(name, number): one for name, file in self.files.items() for number, one in self.read(file).items()}
         wanted = {place: item for item in self.items for place in item.places}
-        self.samples = {n: one for n, one in kept.items() if n in wanted and self._belongs(wanted[n], one)}
+        self.samples = {n: one for n, one in kept.items() if n in wanted and self.belongs(wanted[n], one)}
         if not overwrite and (there := self.there(list(kept.values()))):
             return there
         for item in self.items:

@@ -133,14 +133,18 @@ def _tuned(spec: TuneSpec, loaded: LoadedModel, estimator: Estimator) -> Iterato
 
 
 def _timed(spec: TtftSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
-    passes = (spec.warmup + spec.repeats) * (1 + spec.beside_one_piece)
+    ways = 1 + spec.beside_one_piece
     pending = {batch_size: spec.pending(loaded, batch_size) for batch_size in sorted(spec.batch_sizes)}
     for length, (batch_size, todo), plan in product(sorted(spec.lengths), pending.items(), spec.plans):
-        left = plan in todo.get(length, [])
+        lacks = todo.get(length)
+        # Whose rounds are all kept has its row made of them.
+        rounds = lacks.rounds if lacks and plan in lacks.plans else 0
+        left = (spec.warmup + rounds) * ways if rounds else 0
+        wanted = (spec.warmup + spec.repeats) * ways
         asked = Asked(TtftRow, plan, length, str(spec.prompt), batch_size=batch_size)
         estimate = estimator.sample(asked) if left else None
-        seconds, bases = (passes * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
-        yield Line(PASS, length, plan, passes, 0 if left else passes, seconds, bases, batch_size)
+        seconds, bases = (left * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
+        yield Line(PASS, length, plan, wanted, wanted - left, seconds, bases, batch_size)
 
 
 def _unseen(spec: AccuracySpec, estimator: Estimator) -> Iterator[Line]:

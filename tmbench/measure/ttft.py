@@ -82,6 +82,16 @@ class TtftItem(Item):
         return self.ids.shape[1]
 
 
+@dataclass(frozen=True)
+class Pending:
+    """What one length and batch size lacks."""
+
+    plans: list[Plan]
+    """Of each way in which prompts are fed."""
+    rounds: int
+    """How many timed ones: a run that died may have kept some."""
+
+
 Shape = tuple[int, int]
 """The length of prompts, and how many are read together."""
 
@@ -154,12 +164,16 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
             found.append(row)
         return found
 
-    def pending(self, loaded: LoadedModel, batch_size: int = 1) -> dict[int, list[Plan]]:
+    def pending(self, loaded: LoadedModel, batch_size: int = 1) -> dict[int, Pending]:
         """What is still to be measured at each length: a row with as many repeats is not measured again."""
-        ids = {length: self.prompts(loaded, length, batch_size) for length in self.lengths}
-        todo = {length: self._todo(self.rows(loaded, own))[0] for length, own in ids.items()}
-        plans = [plan for _, plan in self.trials]
-        return {length: [plans[number] for number in missing] for length, missing in todo.items() if missing}
+        found, plans = {}, [plan for _, plan in self.trials]
+        for length in self.lengths:
+            ids = self.prompts(loaded, length, batch_size)
+            rows = self.rows(loaded, ids)
+            if missing := self._todo(rows)[0]:
+                target = self._target(ids, missing, [rows[number] for number in missing])
+                found[length] = Pending([plans[number] for number in missing], target.rounds_left(self.overwrite))
+        return found
 
     def _todo(self, rows: Sequence[TtftRow]) -> tuple[list[int], list[TtftRow]]:
         """Of each trial's row at a length: those that are to be measured, by number, and the rows of all others."""
@@ -374,6 +388,13 @@ class Rounds(RowTarget[TtftRow, TimedPass]):
         """Refuse now a CSV that will not take its row."""
         for row in self.rows:
             prepare(self._root, type(row), row.device, row.method)
+
+    def rounds_left(self, overwrite: bool) -> int:
+        """How many rounds are not kept yet; raises UserError for a file that is not ours."""
+        (item,) = self.items
+        kept = () if overwrite else self.files[ROUNDS].read().values()
+        left = item.without({(ROUNDS, one.index) for one in kept if self.belongs(item, one)})
+        return 0 if left is None else len(left.places) // len(self.rows)
 
     def _keep(self, rows: Sequence[TtftRow]) -> None:
         keep(self._root, rows, list(self.files.values()))
