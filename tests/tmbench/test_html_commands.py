@@ -129,5 +129,6 @@ def made(kind, **values):
 def test_what_a_row_does_not_hold_is_said(row, words, need):
     command = command_of(row)
     assert words in command.text
+    assert ("--seed" in command.text) == ("--data FOLDER" not in command.text), "no seed draws prepared prompts"
     needs = " ".join(command.needs)
     assert need in needs if need else "FILE" not in needs + command.text

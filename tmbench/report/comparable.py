@@ -13,7 +13,7 @@ from tmbench.methods.table import LAYERS, METHODS
 from tmbench.report.settings import Setting
 from tmbench.results.lm_eval_rows import LmEvalRow
 from tmbench.results.parameters_text import Value
-from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.rows import PREPARED, AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.tune_rows import TuneRow
 from tmbench.results.variants import DENSE_BACKEND, labels, parameter_names, pattern_settings
 
@@ -112,7 +112,7 @@ def contents(row: Row) -> str:
     """What tells the prompts of a row from others of the same kind."""
     if isinstance(row, RulerRow):
         # Prepared prompts are hashed task by task: their hash names the data, not the wording.
-        source = f"{row.source} {row.wording_hash}" if row.wording == "prepared" else row.source
+        source = f"{row.source} {row.wording_hash}" if row.wording == PREPARED else row.source
         return f"{source} {row.data_hash}".rstrip()
     if isinstance(row, LossRow | ProbeRow):
         return f"{row.source} {row.wording_hash}"

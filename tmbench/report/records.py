@@ -22,7 +22,7 @@ from tmbench.report.time_intervals import TimeDifference
 from tmbench.report.tradeoff import TradeOff, TradeOffCell
 from tmbench.report.ttft import TtftCell, TtftSection, served_times
 from tmbench.report.tune import TuneCell, TuneSection
-from tmbench.results.rows import OK, Row
+from tmbench.results.rows import OK, PREPARED, Row
 from tmbench.results.suite_rows import SUITE_ROWS
 from tmbench.results.variants import pattern_settings
 
@@ -215,7 +215,7 @@ def _record(cell: Cell[Row], older: Record) -> Record:
     row = cell.row
     record: Record = {"kind": row.kind, **vars(row), **row.settings}
     if isinstance(cell, RulerCell):
-        record["wording_version"] = "" if cell.row.wording == "prepared" else cell.row.wording_hash
+        record["wording_version"] = "" if cell.row.wording == PREPARED else cell.row.wording_hash
     record |= {"data": contents(row), "parameters": cell.parameters, **older, "label": cell.label}
     return record | _derived(cell)
 

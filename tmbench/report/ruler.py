@@ -17,7 +17,7 @@ from tmbench.report.served import CAPTION, ways
 from tmbench.report.settings import RulerSetting
 from tmbench.report.table import Table, columns
 from tmbench.report.words import HALF_COUNTED, NOTHING, SKIPPED, figure_text
-from tmbench.results.rows import OK, RulerRow
+from tmbench.results.rows import OK, PREPARED, RulerRow
 from tmbench.results.sample_scores import Samples, mixture_notes
 from tmbench.results.suite_rows import SuiteRow
 from tmbench.results.words import counted, length_name
@@ -234,9 +234,9 @@ class RulerSection(Section[RulerSetting, RulerCell]):
                 for text, tasks in stand_ins.items()
             },
             HALF_COUNTED: bool(self.skipped_shares),
-            "The prompts were prepared elsewhere, so their wording is not known here.": wording == "prepared",
+            "The prompts were prepared elsewhere, so their wording is not known here.": wording == PREPARED,
             "The wording is not the published one: published scores compare only under `--wording reference`.": (
-                of_ruler and wording != "prepared" and not wording.startswith("reference")
+                of_ruler and wording != PREPARED and not wording.startswith("reference")
             ),
             f"The sentences are tmbench's own, and so is the drawing: published scores of {self.suite} do not compare.": (
                 not of_ruler

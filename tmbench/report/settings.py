@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from tmbench.report.samples_as import drawn_words
 from tmbench.results.lm_eval_rows import LmEvalRow
-from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.rows import PREPARED, AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.tune_rows import TuneRow
 from tmbench.results.words import counted, fed_words
 
@@ -160,7 +160,7 @@ class RulerSetting(Setting):
     @classmethod
     def of(cls, row: RulerRow, older: int) -> RulerSetting:
         same = ("length", "wording", "samples_as", "chat_template", "chat_template_kwargs", "threads", "seed")
-        version = "" if row.wording == "prepared" else row.wording_hash
+        version = "" if row.wording == PREPARED else row.wording_hash
         newer: dict[str, Any] = {"wording_version": version, "older_data": older, "accuracy_prefill": row.prefill}
         newer |= {"question": row.question}
         return cls(**model_of(row), **_taken(row, same), **newer)

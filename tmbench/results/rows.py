@@ -28,6 +28,8 @@ OUT_OF_MEMORY: Final = "out_of_memory"
 FAILED: Final = "failed"
 PLAIN_LOOP: Final = "plain"
 """Decoding as transformers does it, one text at a time."""
+PREPARED: Final = "prepared"
+"""The wording of prompts that ``--data`` read, which no seed of a run drew."""
 Status = Literal["ok", "out_of_memory", "failed"]
 
 

@@ -31,7 +31,7 @@ from ruler_tasks import (
 from ruler_tasks.dataset import dataset_path
 from tmbench.errors import UserError
 from tmbench.results.files import readable
-from tmbench.results.rows import RulerRow, short_hash
+from tmbench.results.rows import PREPARED, RulerRow, short_hash
 from tmbench.suites.examples import ExampleSuite
 from tmbench.suites.suite import Sample
 
@@ -179,7 +179,7 @@ class Ruler(ExampleSuite):
         """Wording, texts, template, and whose rules the samples were drawn by."""
         prepared = self.data is not None
         return {
-            "wording": "prepared" if prepared else self.texts.name,
+            "wording": PREPARED if prepared else self.texts.name,
             "wording_hash": short_hash(*(sample.prompt for sample in samples[:1])) if prepared else self.texts.hash,
             "source": samples[0].source,
             "data_hash": self._data_hash(task, length, samples[0]),

@@ -11,7 +11,7 @@ from functools import singledispatch
 from ruler_tasks import TASKS
 from tmbench.methods.table import ATTN_NATIVE, LAYERS
 from tmbench.results.lm_eval_rows import LmEvalRow
-from tmbench.results.rows import AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
+from tmbench.results.rows import PREPARED, AgreeRow, LossRow, ProbeRow, Row, RulerRow, TtftRow
 from tmbench.results.suite_rows import SuiteRow
 from tmbench.results.variants import DENSE, labels_in, own_label
 from tmbench.results.words import length_name
@@ -47,7 +47,8 @@ def command_of(row: Row) -> Command:
         "prompt-length": row.prompt_length,
         "device": "cpu" if row.threads else "",
         "length": length_name(row.length),
-        "seed": row.seed,
+        # It draws no prepared prompts, and rows of older versions have one all the same.
+        "seed": "" if isinstance(row, RulerRow) and row.wording == PREPARED else row.seed,
         "output-dir": AGAIN,
     }
     shared = [word for name, value in given.items() if value != "" for word in (f"--{name}", str(value))]
@@ -89,7 +90,7 @@ def _(row: RulerRow) -> tuple[list[str], list[str]]:
     methods, needs = _method(row)
     words = ["ruler", *methods, "--task", row.task, "--samples", str(row.samples)]
     words += ["--questions", str(row.question)] * (row.question > 1)
-    if row.wording == "prepared":
+    if row.wording == PREPARED:
         needs.append(f"{FOLDER} is the folder of prepared prompts that it was asked from.")
         words += ["--data", FOLDER]
     else:
