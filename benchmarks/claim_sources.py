@@ -84,12 +84,18 @@ def probed(row: Row) -> bool:
     return row.layers_source.startswith("probe") or given
 
 
+def rows_of(section: RulerSection) -> dict[str, Row]:
+    """A row of each label: that of its first task."""
+    return {cell.label: cell.row for cell in reversed(section.cells)}
+
+
 def variants(section: RulerSection, method: str, shape: Mapping[str, int] = SHAPE) -> Iterator[tuple[str, Row]]:
     """The labels of a method, those with triangles of one shape and without a delta, each with one of its rows."""
+    rows = rows_of(section)
     for label in section.labels:
-        row = next(cell.row for cell in section.cells if cell.label == label)
+        row = rows[label]
         shaped = "layers" not in row.settings or has_shape(row, shape)
-        if row.method == method and shaped and "delta" not in pattern_settings(row):
+        if row.method == method and shaped and "delta" not in row.settings:
             yield label, row
 
 

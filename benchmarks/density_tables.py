@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from claim_sources import ABOVE, tasks_of
+from claim_sources import ABOVE, rows_of, tasks_of
 from matplotlib.figure import Figure
 from served_tables import MISSING, listed, words_of
 
@@ -215,11 +215,6 @@ def found_in(report: Report | None) -> list[EqualDensity]:
     sections = [] if report is None else [one for one in report.ruler if "dense" in one.labels]
     found = [EqualDensity(one, oracle) for one in sections for oracle in oracles_of(one)]
     return sorted((one for one in found if one.tasks), key=lambda one: one.density)
-
-
-def rows_of(section: RulerSection) -> dict[str, Row]:
-    """A row of each label: that of its first task."""
-    return {cell.label: cell.row for cell in reversed(section.cells)}
 
 
 def oracles_of(section: RulerSection) -> list[str]:

@@ -6,7 +6,7 @@ from checkpoint_tables import cell_at
 from sources import Block, Sources
 
 from tmbench.report.table import Table, columns
-from tmbench.report.time_intervals import NO_DIFFERENCE, TimeDifference
+from tmbench.report.time_intervals import TimeDifference, time_text
 from tmbench.report.ttft import TtftCell
 from tmbench.report.words import NOTHING, percent_text, significant
 from tmbench.report.writers import table_markdown
@@ -51,8 +51,7 @@ def _against_dense(cell: TtftCell) -> str:
     found = cell.against
     if not isinstance(found, TimeDifference):
         return found or NOTHING
-    ends = f"{percent_text(found.low, 0)} to {percent_text(found.high, 0)}"
-    words = f"{'none measurable' if found.verdict == NO_DIFFERENCE else percent_text(found.percent, 0)} ({ends})"
+    words = time_text(found.percent, found.low, found.high, found.verdict)
     return words + (f", density {cell.row.coverage:.0%}" if cell.chooses_by_the_data and cell.row.coverage else "")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import density_tables
-from claim_sources import ABOVE, LAYERS_OF, layers_of, tasks_of
+from claim_sources import ABOVE, LAYERS_OF, layers_of, rows_of, tasks_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def _scores(report: Report) -> Iterator[Table]:
 
 
 def _points(section: RulerSection, labels: Sequence[str], tasks: Sequence[str]) -> Table:
-    rows = density_tables.rows_of(section)
+    rows = rows_of(section)
     lines = []
     for label, found in zip(labels, section.answers.compare_all([(label, "dense", tasks) for label in labels]), strict=True):
         assert isinstance(found, Difference), found

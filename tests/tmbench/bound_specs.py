@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from plans import plan_of
+from tmbench.engine.prefill import EAGER
 from tmbench.measure.executor import InProcess
 from tmbench.measure.loop import run
 from tmbench.measure.spec import ModelSource, Spec, Step
 from tmbench.measure.ttft import TtftSpec
 from tmbench.models.loading import LoadedModel
+from tmbench.results import environment
 
 
 class Bound:
@@ -42,3 +49,10 @@ class Bound:
         """Measure what is missing; what was asked for, and how it got on."""
         steps: list[Step[Any]] = []
         return run(self.spec, InProcess(self.loaded), steps.append), steps
+
+
+def timed(loaded: LoadedModel, names: Sequence[str], root: Path, settings: Mapping[str, Any], **changes: Any) -> Bound:
+    """A TTFT of these methods on a CPU: two repeats on random prompts, read eagerly, unless changed."""
+    plans = [plan_of(loaded.model, name, **settings) for name in names]
+    about: dict[str, Any] = {"environment": environment.current(torch.device("cpu")), "root": root, "plans": plans}
+    return Bound(TtftSpec, loaded, **(about | {"prompt": "random", "repeats": 2, "prefill": EAGER} | changes))

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from report_rows import add_published
 from tmbench import cli
+from tmbench.measure import ttft
 from tmbench.models import loading
 
 SMALL = {
@@ -89,6 +90,15 @@ def copy(tmp_path):
         if file.suffix in (".json", ".safetensors"):
             shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The lengths of the prefills that were made."""
+    made = []
+    real = ttft.first_token
+    monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: made.append(ids.shape[1]) or real(prefill, ids))
+    return made
 
 
 @pytest.fixture

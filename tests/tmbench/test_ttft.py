@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bound_specs import Bound
+from bound_specs import timed
 from plans import plan_of
 from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
@@ -19,12 +19,10 @@ from tmbench.engine.first_token import first_token
 from tmbench.engine.prefill import EAGER, PLAIN, Prefill
 from tmbench.errors import UserError
 from tmbench.measure import keeping, ttft
-from tmbench.measure.outlook import outlook
-from tmbench.measure.ttft import TtftSpec
 from tmbench.methods.plan import Plan
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
-from tmbench.results import environment, failures, files
+from tmbench.results import failures, files
 from tmbench.results.rows import TtftRow
 from tmbench.results.tables import CorruptResultsError, csv_path, read_all
 from tmbench.suites.prompts import prompt_ids
@@ -44,10 +42,7 @@ def job(make_model, tmp_path, monkeypatch):
         model = make_model("llama")
         loaded = LoadedModel("small", model, None, "random", "")
         settings = {"n_init": 2, "n_local": 16, "last_n": 8, "dense_backend": dense_backend or "", **(parameters or {})}
-        plans = [plan_of(model, name, **settings) for name in names]
-        values = {"prompt": "random", "repeats": 2, "prefill": EAGER} | changes
-        about = {"environment": environment.current(torch.device("cpu")), "root": tmp_path, "plans": plans}
-        return Bound(TtftSpec, loaded, lengths=lengths, **(about | values))
+        return timed(loaded, names, tmp_path, settings, lengths=lengths, **changes)
 
     return make
 
@@ -301,109 +296,6 @@ def test_ctrl_c_keeps_what_was_finished(job, monkeypatch):
         work.run()
     assert {length for _, length in rows_of(work)} == {96}
     assert work.loaded.model.config._attn_implementation == "sdpa"
-
-
-@pytest.fixture
-def killed(job, monkeypatch):
-    """Stop a measurement of three rounds of two methods in the second round, behind its first method."""
-
-    def kill(work):
-        real, left = ttft.first_token, iter(range(2 + 2 + 1))
-
-        def first(prefill, ids):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return real(prefill, ids)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(ttft, "first_token", first)
-            with pytest.raises(KeyboardInterrupt):
-                work.run()
-        (path,) = work.root.glob("*/ttft/unfinished-*.jsonl")
-        assert len(path.read_text().splitlines()) == 2, "a round is kept when all of it is done"
-        assert not rows_of(work)
-        return path
-
-    return kill
-
-
-TWO: dict[str, Any] = {"names": ("dense", "streaming"), "lengths": (96,), "repeats": 3}
-
-
-def test_a_killed_run_goes_on_with_the_next_round(job, killed, passes):
-    path = killed(job(**TWO))
-    before = [json.loads(line) for line in path.read_text().splitlines()]
-    passes.clear()
-    work = job(**TWO)
-    lines = outlook(work.spec, work.loaded).lines
-    assert [(line.wanted, line.there) for line in lines] == [(1 + 3, 1)] * 2, "a round is kept, and a warm-up is made again"
-    steps = work.steps()
-    assert len(passes) == 2 + 2 * 2, "a warm-up and two rounds"
-    (total,) = (step.part.total for step in steps if step.part is not None)
-    assert sum(step.work for step in steps) == pytest.approx(total), "the progress bar must end where it says"
-    rows = rows_of(work)
-    for kept, method in zip(before, TWO["names"], strict=True):
-        row = rows[method, 96]
-        assert row.samples_s.split()[0] == f"{kept['seconds']:.6f}"
-        assert (row.repeats, len(row.samples_s.split())) == (3, 3)
-        assert row.matrix_rate_flops == RATE
-    assert not path.exists(), "it says nothing more than the rows"
-
-
-def test_a_round_that_lacks_a_method_is_timed_again(job, killed, passes):
-    path = killed(job(**TWO))
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
-    passes.clear()
-    (work := job(**TWO)).run()
-    assert len(passes) == 2 + 3 * 2
-    assert {row.repeats for row in rows_of(work).values()} == {3}
-
-
-@pytest.mark.parametrize("about", ["environment", "warmup", "overwrite"])
-def test_rounds_of_another_measurement_are_not_gone_on_with(job, killed, passes, about):
-    killed(job(**TWO))
-    passes.clear()
-    other = replace(environment.current(torch.device("cpu")), commit="another")
-    changes: dict[str, Any] = {"environment": other, "warmup": 2, "overwrite": True}
-    job(**TWO, **{about: changes[about]}).run()
-    assert len(passes) == (4 if about == "warmup" else 2) + 3 * 2
-
-
-def test_rounds_that_are_all_kept_make_their_rows(job, monkeypatch, passes):
-    work = job(**TWO)
-    with monkeypatch.context() as patch:
-        patch.setattr(ttft, "keep", Stop())
-        with pytest.raises(KeyboardInterrupt):
-            work.run()
-    passes.clear()
-    (work := job(**TWO)).run()
-    assert not passes
-    assert {method for method, _ in rows_of(work)} == set(TWO["names"])
-
-
-def test_a_file_of_rounds_that_is_not_ours_is_refused(job, killed, passes):
-    path = killed(job(**TWO))
-    path.write_text(path.read_text().replace('"status": "ok"', '"status": "fine"'))
-    passes.clear()
-    with pytest.raises(UserError, match="unfinished-.*jsonl.*line 1"):
-        job(**TWO).run()
-    assert not passes
-
-
-class Stop:
-    """Stands for a process that is stopped where this is called."""
-
-    def __call__(self, *arguments):
-        raise KeyboardInterrupt
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """The lengths of the prefills that were made."""
-    made = []
-    real = ttft.first_token
-    monkeypatch.setattr(ttft, "first_token", lambda prefill, ids: made.append(ids.shape[1]) or real(prefill, ids))
-    return made
 
 
 def test_a_foreign_file_is_refused_before_anything_is_measured(job, passes):

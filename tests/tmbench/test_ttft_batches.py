@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bound_specs import Bound
+from bound_specs import timed
 from plans import plan_of
 from report_rows import add_ruler, add_ttft
 from tmbench.engine import roofline
@@ -20,14 +20,12 @@ from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared, tensors_of
 from tmbench.errors import UserError
 from tmbench.measure import ttft
 from tmbench.measure.outlook import outlook
-from tmbench.measure.ttft import TtftSpec
 from tmbench.models.fingerprint import of_ids
 from tmbench.models.loading import LoadedModel
 from tmbench.report.pictures import figures
 from tmbench.report.records import records
 from tmbench.report.report import build
 from tmbench.report.writers import report_csv, report_markdown
-from tmbench.results import environment
 from tmbench.results.rows import TtftRow
 from tmbench.results.tables import read_all
 from tmbench.suites.prompts import batch_ids, prompt_ids
@@ -47,10 +45,7 @@ def loaded(make_model, monkeypatch):
 @pytest.fixture
 def job(loaded, tmp_path):
     def make(names=("dense", "streaming"), **changes):
-        plans = [plan_of(loaded.model, name, **SETTINGS) for name in names]
-        about = {"environment": environment.current(torch.device("cpu")), "root": tmp_path, "plans": plans}
-        asked = {"prompt": "random", "repeats": 2, "prefill": EAGER, "lengths": (96,), "batch_sizes": (3, 1)}
-        return Bound(TtftSpec, loaded, **(about | asked | changes))
+        return timed(loaded, names, tmp_path, SETTINGS, **({"lengths": (96,), "batch_sizes": (3, 1)} | changes))
 
     return make
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -24,12 +24,11 @@ from tmbench.engine.session import KeptOpen, compile_ahead, running
 from tmbench.errors import UserError
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
-from tmbench.measure.spec import Item, ItemSpec, R, RowSpec
-from tmbench.methods.plan import Plan, backends_name
+from tmbench.measure.spec import Item, PlannedSpec, R
+from tmbench.methods.plan import backends_name
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, describe
 from tmbench.results.rows import FAILED, OUT_OF_MEMORY, PLAIN_LOOP
-from tmbench.results.variants import labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +89,9 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerSpec(RowSpec[R], ItemSpec[R]):
+class AnswerSpec(PlannedSpec[R]):
     """A measurement whose samples are each made of one decoded text. Its items are ``AnswerItem``."""
 
-    plans: Sequence[Plan]
     batch_size: int | None = None
     """How many texts decode together at most; None for as many as memory holds on a GPU, and one elsewhere."""
 
@@ -104,11 +102,6 @@ class AnswerSpec(RowSpec[R], ItemSpec[R]):
     @abstractmethod
     def sample(self, loaded: LoadedModel, item: Any, answer: Answer) -> Any:
         """What is kept of an item's text."""
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """What the plans are called, in their order."""
-        return labels(self.plans)
 
     def notes(self, loaded: LoadedModel) -> Sequence[str]:
         """That a GPU decodes one text at a time, where it does: it then takes many times as long."""

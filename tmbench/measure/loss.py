@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from typing import Any, Protocol
 
@@ -36,14 +36,14 @@ from tmbench.errors import UnsupportedModelError
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.shard import row_target
-from tmbench.measure.spec import Item, ItemSpec, Part, RowSpec, Step
+from tmbench.measure.spec import Item, Part, PlannedSpec, Step
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.methods.table import METHODS
 from tmbench.models.loading import LoadedModel
 from tmbench.results.loss_samples import LossSample, kept_losses
 from tmbench.results.rows import LossRow, now
 from tmbench.results.sample_files import highest
-from tmbench.results.variants import dense_of, labels
+from tmbench.results.variants import dense_of
 from tmbench.results.words import counted
 from tmbench.suites.prompts import Kind
 from tmbench.suites.questions import Question, check_task, questions, wording_hash
@@ -62,19 +62,13 @@ class LossItem(Item):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSpec(RowSpec[LossRow], ItemSpec[LossRow]):
+class LossSpec(PlannedSpec[LossRow]):
     """What one ``tmbench probe --loss`` measures."""
 
-    plans: Sequence[Plan]
     lengths: Sequence[int]
     tasks: Sequence[Kind]
     samples: int
     """Of each task."""
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """What the plans are called, in their order."""
-        return labels(self.plans)
 
     def check(self, loaded: LoadedModel) -> None:
         """Raise UserError before anything is measured where the model or a length does not do."""

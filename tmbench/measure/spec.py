@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -19,11 +19,13 @@ from tmbench.engine.chunks import Chunks
 from tmbench.engine.prefill import PLAIN, Kind
 from tmbench.engine.prefill_kind import kind_wanted
 from tmbench.measure.attempt import attempt
+from tmbench.methods.plan import Plan
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel, Weights
 from tmbench.results import environment
 from tmbench.results.environment import Environment
 from tmbench.results.shards import Shard
+from tmbench.results.variants import labels
 
 if TYPE_CHECKING:
     from tmbench.measure.executor import Worker
@@ -246,3 +248,15 @@ class RowSpec(Spec[R]):
     def common(self, loaded: LoadedModel) -> dict[str, Any]:
         """The columns that all rows of the run have in common."""
         return {**self.environment.row_fields(), **loaded.row_fields(), "seed": self.seed, **self.reading}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSpec(RowSpec[R], ItemSpec[R]):
+    """A spec that measures items under the plans of several methods."""
+
+    plans: Sequence[Plan]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """What the plans are called, in their order."""
+        return labels(self.plans)

@@ -27,7 +27,7 @@ from tmbench.errors import UserError
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget, keep, timed_before
-from tmbench.measure.spec import Item, ItemSpec, Part, Place, RowSpec, Step
+from tmbench.measure.spec import Item, Part, Place, PlannedSpec, Step
 from tmbench.methods.plan import Plan, backends_name
 from tmbench.models import parallel
 from tmbench.models.fingerprint import of_ids
@@ -97,10 +97,9 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
+class TtftSpec(PlannedSpec[TtftRow]):
     """What one ``tmbench ttft`` measures."""
 
-    plans: Sequence[Plan]
     lengths: Sequence[int]
     batch_sizes: Sequence[int] = (1,)
     """How many prompts are read together; each is measured at every length."""
@@ -238,8 +237,7 @@ class TtftSpec(RowSpec[TtftRow], ItemSpec[TtftRow]):
         loaded = worker.loaded
         ids = item.ids.to(loaded.device)
         every = self.trials
-        names = labels([plan for _, plan in every])
-        trials = [_Trial(*every[number], label=names[number]) for number in item.trials]
+        trials = [_Trial(*every[number], label=self.labels[number % len(self.plans)]) for number in item.trials]
         work = [expected_flop(loaded, trial.plan, item.length, item.batch_size) for trial in trials]
         worker.step(work=sum(work) * (self.repeats - len(item.rounds)))
 
@@ -361,9 +359,9 @@ def _prefill(loaded: LoadedModel, trial: _Trial, ids: Tensor, *, count: bool) ->
 def _told(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | None) -> dict[str, Any]:
     """What is told of a method's latest pass, as plain data."""
     first, ran = trial.first, {"backends": backends_name(trial.backends)}
-    if trial.failure is not None or first is None:
-        assert trial.failure is not None, "every round comes behind a warm-up"
+    if trial.failure is not None:
         return {**ran, "status": trial.failure.status, "error": trial.failure.error}
+    assert first is not None, "every round comes behind a warm-up"
     reference = None if dense is None else dense.first
     pairs = [trial.counter.pairs[layer] for layer in range(len(trial.plan.patterns))]
     return {
@@ -384,6 +382,8 @@ def _told(loaded: LoadedModel, item: TtftItem, trial: _Trial, dense: _Trial | No
 class Rounds(RowTarget[TtftRow, TimedPass]):
     """Rows that are interleaved. Their rounds are kept in a file of their own until the rows are appended."""
 
+    items: Sequence[TtftItem]
+
     def look(self) -> None:
         """Refuse now a CSV that will not take its row."""
         for row in self.rows:
@@ -394,7 +394,7 @@ class Rounds(RowTarget[TtftRow, TimedPass]):
         (item,) = self.items
         kept = () if overwrite else self.files[ROUNDS].read().values()
         left = item.without({(ROUNDS, one.index) for one in kept if self.belongs(item, one)})
-        return 0 if left is None else len(left.places) // len(self.rows)
+        return 0 if left is None else len(left.rounds)
 
     def _keep(self, rows: Sequence[TtftRow]) -> None:
         keep(self._root, rows, list(self.files.values()))
