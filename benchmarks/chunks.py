@@ -15,11 +15,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from structured_qkv import structured_qkv
-from timing import written
+from timing import mean_ms, written
 from torch import Tensor
 
 from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, Triangle, VerticalSlash, XAttention
@@ -70,13 +71,13 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
             taken: dict[tuple[int, str], list[float]] = {way: [] for way in ways}
             for round_ in range(options.rounds + 1):
                 for way in ways:
-                    seconds = _timed(backend, parts[way])
+                    ms = mean_ms(partial(_attend, backend, parts[way]), 1, device)
                     if round_ > 0:
-                        taken[way].append(1000 * seconds)
+                        taken[way].append(ms)
             whole = 0.0
-            for (size, known), ms in taken.items():
+            for (size, known), times in taken.items():
                 pairs = sum(own.pairs(*tensors[:2]) for own, *tensors in parts[size, known])
-                per_pair = 1e12 * statistics.median(ms) / pairs
+                per_pair = 1e12 * statistics.median(times) / pairs
                 whole = whole or per_pair
                 yield {
                     "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
@@ -91,9 +92,9 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
                     "kv_heads": options.kv_heads,
                     "head_dim": q.shape[3],
                     "pairs": pairs,
-                    "ms_median": f"{statistics.median(ms):.3f}",
-                    "ms_min": f"{min(ms):.3f}",
-                    "ms_max": f"{max(ms):.3f}",
+                    "ms_median": f"{statistics.median(times):.3f}",
+                    "ms_min": f"{min(times):.3f}",
+                    "ms_max": f"{max(times):.3f}",
                     "ns_per_mpair": f"{per_pair:.2f}",
                     "times_one_piece": f"{per_pair / whole:.3f}",
                 }
@@ -107,17 +108,10 @@ def _chunks(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, size: int, known:
         yield own, q[:, :, start:end], k[:, :, :end], v[:, :, :end]
 
 
-def _timed(backend: Backend, chunks: Iterable[Chunk]) -> float:
-    """Seconds for a prompt in these chunks."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def _attend(backend: Backend, chunks: Iterable[Chunk]) -> None:
+    """A prompt in these chunks."""
     for pattern, q, k, v in chunks:
         backend.attend(pattern, q, k, v, q.shape[-1] ** -0.5)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
