@@ -125,6 +125,28 @@ def test_layers_lengths_and_methods_share_graphs(make_model, prompt, graphs):
 
 
 @pytest.mark.slow
+def test_experts_of_all_layers_and_lengths_share_graphs(make_model, prompt, graphs):
+    model = make_model("qwen3_moe", num_hidden_layers=10, **MOE)
+    for length in (40, 61, 33):
+        read(model, prompt(length), COMPILED)
+    products = [sum("grouped_mm" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert products == [0, 2, 0], "one graph for the layers, one for their experts, and one for the last layer"
+
+
+@pytest.mark.slow
+def test_experts_that_cannot_be_traced_run_as_transformers_has_them_and_it_is_said_once(make_model, prompt, graphs):
+    model, ids = make_model("qwen3_moe", **MOE), prompt(40)
+    model.set_experts_implementation("eager")
+    with torch.inference_mode():
+        expected = model(ids).logits[0, -1]
+    with pytest.warns(UserWarning, match="cannot trace Qwen3MoeSparseMoeBlock, which runs as transformers has it: ") as told:
+        logits = [read(model, ids, COMPILED, method)[0] for method in ("dense", "dense")]
+    assert len(told) == 1
+    for got in logits:
+        same(got, expected)
+
+
+@pytest.mark.slow
 def test_models_do_not_use_up_each_others_graphs(make_model, prompt, graphs):
     for hidden in range(16, 16 * 11, 16):
         read(make_model("llama", hidden_size=hidden, num_hidden_layers=2), prompt(40), COMPILED)

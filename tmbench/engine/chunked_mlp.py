@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tmbench.engine.forwards import forward_of
-
 CHUNK = 16384
 """The fewest tokens of a long prompt that an MLP works on at a time."""
 MLP_SHARE = 0.1
@@ -20,9 +18,7 @@ MLP_SHARE = 0.1
 def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
     """The MLP over ``[batch, length, hidden]``, in chunks of tokens of all texts where it treats tokens one by one."""
     tokens = x.shape[0] * x.shape[1]
-    if not is_plain(mlp):
-        run = forward_of
-    elif tokens > (chunk := _chunk(mlp, x)):
+    if is_plain(mlp) and tokens > (chunk := _chunk(mlp, x)):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         inner, outer = (tensor.reshape(1, tokens, x.shape[2]) for tensor in (x, whole))
         # Of even size: a remainder of a few tokens would read all the weights once more.

@@ -8,6 +8,7 @@ would be compiled again for every layer.
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported, UserError
 from transformers import PreTrainedModel
 
 from tmbench.engine import operators
@@ -54,6 +55,8 @@ class Runners:
     layer: Callable[..., Any] = forward_of
     mlp: Callable[..., Any] = forward_of
     """In chunks of tokens."""
+    experts: Callable[..., Any] = forward_of
+    """An MLP that chooses among experts."""
     last_layer: Callable[..., Any] = _forward_last
     last_layer_dynamic: Callable[..., Any] = _forward_last
     """Under a dynamic pattern, which needs more queries: apart, as torch keeps no more than eight graphs of a function."""
@@ -76,6 +79,7 @@ def compiled(model: PreTrainedModel) -> Runners:
         _COMPILED[model] = Runners(
             layer=_compile_own(forward_of),
             mlp=_compile_own(forward_of),
+            experts=_traced_or_not(_compile_own(forward_of)),
             last_layer=_compile_own(_forward_last),
             last_layer_dynamic=_compile_own(_forward_last),
             last_mlp=_operator_mlp,
@@ -99,6 +103,27 @@ def _compile_own(
     own_options = dict(options) if options and BACKEND == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(own, dynamic=dynamic, fullgraph=True, backend=BACKEND, options=own_options)
     return compiled
+
+
+def _traced_or_not(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs compiled what torch can trace, and anything else as transformers has it: experts that are looped over, say.
+
+    Compiled, what lies between the experts' products is one pass over memory instead of one for each operation.
+    """
+    untraced: set[type[nn.Module]] = set()
+
+    def run_either(mlp: nn.Module, x: Tensor) -> Any:
+        if type(mlp) not in untraced:
+            try:
+                return run(mlp, x)
+            except (Unsupported, UserError) as error:
+                untraced.add(type(mlp))
+                reason = str(error).partition("\n")[0]
+                told = f"torch.compile cannot trace {type(mlp).__name__}, which runs as transformers has it: {reason}"
+                warnings.warn(told, stacklevel=2)
+        return forward_of(mlp, x)
+
+    return run_either
 
 
 def run_layer(

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from tmbench.engine import operators
 from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, check_window
 from tmbench.engine.calls import cache_of, empty_cache, keep_last, padded_call
-from tmbench.engine.chunked_mlp import in_chunks, with_router
+from tmbench.engine.chunked_mlp import in_chunks, is_plain, with_router
 from tmbench.engine.chunks import WHOLE, Chunk, with_room
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
 from tmbench.engine.decoder_layers import decoder_layers
@@ -197,7 +197,9 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
         for layer in layers if every_position else layers[:-1]:
             module = layer.attention or layer.native
             traced = kind == COMPILED and module is not None
-            mlp = None if layer.mlp is None else partial(in_chunks, layer.mlp, run.mlp)
+            mlp = None
+            if layer.mlp is not None:
+                mlp = partial(in_chunks, layer.mlp, run.mlp if is_plain(layer.mlp) else run.experts)
             if layer.mlp is not None and mlp is not None:
                 # One function for all: a graph is bound to the identity of each function that it calls.
                 operator = operators.mlp_and_router if layer.with_router else operators.mlp

@@ -20,6 +20,7 @@ constexpr u32 Q_FULL = 0, WORK_TILE_FULL = Q_FULL + CONSUMERS, K_FULL = WORK_TIL
               V_EMPTY = APART ? EMPTY + STAGES : EMPTY, BARRIERS = V_EMPTY + STAGES;
 constexpr u32 SHARED_AT = BARRIERS_AT + (BARRIERS * 8 + 15) / 16 * 16;
 constexpr int NEVER = 0x7fffffff, ALL = 1 << 30;
+constexpr int LAST_TILES = 2;  // of every head, which are worked on first
 
 static_assert(STAGES < WORK_TILES, "a work tile could be overwritten before all consumers have read it");
 
@@ -55,15 +56,22 @@ template <int DIMS> __device__ __forceinline__ void fetch(const TensorMap* map, 
   for (int h = 0; h < DIMS / 64; h++) load_4d(to + h * K_HALF, map, full, h * 64, first, head, batch);
 }
 
-// The query heads of a key head next to each other, of each the last blocks, which see most, first.
+// A prompt's last rows may see all keys, and so take much longer than others: all heads begin with them, so that none is left to
+// run alone at the end. Then the query heads of a key head lie next to each other, of each the last blocks, which see most, first.
 __device__ __forceinline__ WorkTile work_tile_at(const Plan& p, int i) {
-  const int tiles = (p.rows + CONSUMERS - 1) / CONSUMERS, both = i / (p.groups * tiles), rest = i % (p.groups * tiles);
-  const int kv_heads = p.heads / p.groups;
+  const int tiles = (p.rows + CONSUMERS - 1) / CONSUMERS, last = min(LAST_TILES, tiles), others = max(tiles - last, 1);
+  const int all_heads = p.work_tiles / tiles, j = i - last * all_heads;
+  // How many heads of the batch come before this one, and how many of its tiles after this one.
+  int before = i % all_heads, after = i / all_heads;
+  if (j >= 0) {
+    before = j / (p.groups * others) * p.groups + j % p.groups;
+    after = last + j % (p.groups * others) / p.groups;
+  }
   WorkTile work;
   work.more = i < p.work_tiles;
-  work.row = (tiles - 1 - rest / p.groups) * CONSUMERS;
-  work.head = both % kv_heads * p.groups + rest % p.groups;
-  work.batch = both / kv_heads;
+  work.row = (tiles - 1 - after) * CONSUMERS;
+  work.head = before % p.heads;
+  work.batch = before / p.heads;
   work.reach = work.more && p.reach ? p.reach[work.head] : ALL;
   work.sinks = work.more && p.reach ? p.sinks[work.head] : 0;
   return work;

@@ -19,7 +19,7 @@ from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count, split_blocks
 from tmbench_kernels.parameters import parameter
 from tmbench_kernels.reference import causal_mask
-from tmbench_kernels.scores import block_means, heaviest, heaviest_count, largest, last_query_mass, products
+from tmbench_kernels.scores import block_means, heaviest, heaviest_count, largest_of_positive, last_query_mass, products
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class FlexPrefill(BlockSparse):
             asked = self._asked(block_means(q, BLOCK, length - queries), key_means, scale) & aware[..., None, None]
         # The first keys and the nearest diagonals are taken whatever they hold.
         sums[..., 0] = torch.inf
-        columns, offsets = largest(sums, counts)
+        columns, offsets = largest_of_positive(sums, counts)
         numbers = torch.arange(blocks, device=q.device)
         kept: Tensor = columns[:, :, None] | offsets[..., (numbers[first:, None] - numbers).clamp(min=0)]
         if asked is not None:
