@@ -133,6 +133,18 @@ def test_experts_of_all_layers_and_lengths_share_graphs(make_model, prompt, grap
     assert products == [0, 2, 0], "one graph for the layers, one for their experts, and one for the last layer"
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "gpt_oss"])
+def test_experts_take_a_long_prompt_in_chunks(family, make_model, prompt):
+    model, ids = make_model(family, **MOE), prompt(100)
+    seen = []
+    for layer in model.model.layers:
+        mlp = layer.feed_forward if family == "llama4_text" else layer.mlp
+        router = mlp.gate if family == "qwen3_moe" else mlp.router
+        router.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    read(model, ids, EAGER)
+    assert seen == [25, 25, 25, 25] * (len(model.model.layers) - 1) + [1], "at most twice the tokens of a plain MLP, evenly"
+
+
 @pytest.mark.slow
 def test_experts_that_cannot_be_traced_run_as_transformers_has_them_and_it_is_said_once(make_model, prompt, graphs):
     model, ids = make_model("qwen3_moe", **MOE), prompt(40)

@@ -1,4 +1,4 @@
-"""An MLP over chunks of tokens, so that what is between its two products takes a bounded part of the memory."""
+"""An MLP, or experts, over chunks of tokens, so that what is between two products takes a bounded part of the memory."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 16384
-"""The fewest tokens of a long prompt that an MLP works on at a time."""
+"""The fewest tokens of a long prompt that an MLP works on at a time; experts, who share them, work on twice as many."""
 MLP_SHARE = 0.1
 """The part of a GPU's memory that an MLP's intermediate tensors may take: larger chunks spare copies of what they yield."""
 
 
 def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
-    """The MLP over ``[batch, length, hidden]``, in chunks of tokens of all texts where it treats tokens one by one."""
+    """The MLP over ``[batch, length, hidden]``, in chunks of tokens of all texts where it treats these one by one."""
     tokens = x.shape[0] * x.shape[1]
-    if is_plain(mlp) and tokens > (chunk := _chunk(mlp, x)):
+    if tokens > (chunk := _chunk(mlp, x)):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         inner, outer = (tensor.reshape(1, tokens, x.shape[2]) for tensor in (x, whole))
         # Of even size: a remainder of a few tokens would read all the weights once more.
         size = math.ceil(tokens / math.ceil(tokens / chunk))
         for start in range(0, tokens, size):
             part = slice(start, start + size)
-            outer[:, part] = run(mlp, inner[:, part])
+            outer[:, part] = hidden_of(run(mlp, inner[:, part]), inner[:, part])
         return whole
     return hidden_of(run(mlp, x), x).contiguous()
 
@@ -43,6 +43,9 @@ def hidden_of(out: Any, x: Tensor) -> Tensor:
 
 def _chunk(mlp: nn.Module, x: Tensor) -> int:
     """Tokens at a time. A gated MLP holds three tensors of its inner width."""
+    if not is_plain(mlp):
+        # How much experts hold is not known from outside: some yield all of their outputs for every token.
+        return 2 * CHUNK if has_experts(mlp) else x.shape[0] * x.shape[1]
     if x.device.type != "cuda":
         return CHUNK
     width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=x.shape[-1])
@@ -55,3 +58,8 @@ def is_plain(mlp: nn.Module) -> bool:
     if next(mlp.parameters(recurse=False), None) is not None:
         return False
     return all(isinstance(part, nn.Linear) or next(part.parameters(), None) is None for part in mlp.children())
+
+
+def has_experts(mlp: nn.Module) -> bool:
+    """Whether an MLP routes every token to experts, by transformers' names."""
+    return any(type(part).__name__.endswith("Experts") for part in mlp.children())
