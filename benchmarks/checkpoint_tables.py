@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 
-from sources import EPYC, H100, H200, ROOT, Block, Sources, only
+from sources import EPYC, H100, ROOT, Block, Sources, only
 
 from ruler_tasks import TASKS
 from tmbench.report.table import Table, columns
@@ -23,7 +23,7 @@ NO_PEAK = "fits 80 GB, peak not kept"
 
 def costs(sources: Sources) -> str:
     """What each step took in time and memory."""
-    own, random = sources.checkpoint, only(sources.results.ttft, device=H200, model="llama-3.1-8b", batch_size=1)
+    own, random = sources.checkpoint, sources.random
     rows = [
         ["TTFT at 32K", *_times(own.ttft[0], 32768), OWN],
         ["TTFT at 128K", *_times(random, 131072), "[report](report.md)"],
@@ -131,7 +131,7 @@ def published_times(sources: Sources) -> str:
 def time(sources: Sources, section: str, label: str, length: str) -> str:
     """The median seconds of a method, in a section of the report."""
     found = {
-        "structured": only(sources.results.ttft, device=H100, weights="structured", batch_size=1),
+        "structured": sources.structured,
         "tiny": only(sources.results.ttft, device=EPYC, batch_size=1),
     }[section]
     (cell,) = [cell for cell in found.measured(label) if length_name(cell.row.length) == length]

@@ -29,7 +29,7 @@ from claim_sources import (
     variants,
 )
 from claims import Claim, Found, Judged, claims_table, verdicts_table
-from sources import H100, H200, ROOT, Block, Sources, only
+from sources import ROOT, Block, Sources
 
 from tmbench.methods.layers import layers_text
 from tmbench.report.intervals import MARGIN, by_chance
@@ -72,10 +72,7 @@ def published_times(sources: Sources) -> dict[str, dict[int, float]]:
 def times(sources: Sources) -> list[Judged]:
     """Time to first token, by method and length."""
     published = published_times(sources)
-    measured = [
-        only(sources.results.ttft, device=H100, weights="structured", batch_size=1),
-        only(sources.results.ttft, device=H200, model="llama-3.1-8b", batch_size=1),
-    ]
+    measured = [sources.structured, sources.random]
     found = []
     for method, reference, saves in (
         ("tri_mix", "dense", True),

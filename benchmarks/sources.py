@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tmbench.report.report import AnySection, Report, build
+from tmbench.report.ttft import TtftSection
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "benchmarks" / "smollm2-135m"
@@ -37,6 +38,16 @@ class Sources:
     def results(self) -> Report:
         """What was measured for the report."""
         return build(ROOT / "results")
+
+    @property
+    def structured(self) -> TtftSection:
+        """Times of Llama-3.1-8B's geometry with structured weights, on an H100."""
+        return only(self.results.ttft, device=H100, weights="structured", batch_size=1)
+
+    @property
+    def random(self) -> TtftSection:
+        """The same with random weights, on an H200."""
+        return only(self.results.ttft, device=H200, model="llama-3.1-8b", weights="random", batch_size=1)
 
     @cached_property
     def checkpoint(self) -> Report:

@@ -17,7 +17,7 @@ ASKED = {"tri_mix": "tri_mix (layers 4-)"}
 
 def summary(sources: Sources) -> str:
     """Seconds and time against dense of Llama-3.1-8B's geometry, and the embedded model's points against dense."""
-    times = only(sources.results.ttft, device=H100, weights="structured", batch_size=1)
+    times = sources.structured
     scores = only(sources.results.ruler, device=H100, length=4096)
     rows = []
     for label in times.labels:
