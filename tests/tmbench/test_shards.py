@@ -288,6 +288,33 @@ def test_two_settings_of_one_method_are_two_rows_of_one_run_and_of_two_runs_none
         merge([tmp_path / "two"], tmp_path / "two")
 
 
+def test_all_shards_ask_the_questions_of_one_run(spec, loaded, tmp_path):
+    """Of the contexts of these eight samples, the fifth has no second question that fits: no shard asks one of its own."""
+    asking = {"tasks": ("niah_multikey_1",), "lengths": (700,), "questions": 2}
+    for samples in (8, 4):
+        work = spec("accuracy", tmp_path / str(samples), samples=samples, **asking)
+        split(work, loaded)
+        found = merge([work.root], work.root)
+        assert found.missing == {}
+        assert {row.question for row in found.made} == {row.question for row in run(work, InProcess(loaded))}
+    assert [len(read_all(tmp_path / folder, RulerRow)) for folder in ("8", "4")] == [2, 4]
+
+
+def test_a_shard_that_has_not_come_to_the_second_question_is_waited_for(spec, loaded, tmp_path):
+    asking = {"tasks": ("niah_multikey_2",), "lengths": (800,)}
+    split(spec("accuracy", tmp_path, questions=2, **asking), loaded, numbers=[1])
+    split(spec("accuracy", tmp_path, **asking), loaded, numbers=[2])
+    found = merge([tmp_path], tmp_path)
+    assert {str(shard): sorted(titles) for shard, titles in found.missing.items()} == {
+        "2/3": [f"{method} on niah_multikey_2 at 800, question 2" for method in ("dense", "streaming")],
+        "3/3": [
+            f"{method} on niah_multikey_2 at 800{question}"
+            for method in ("dense", "streaming")
+            for question in ("", ", question 2")
+        ],
+    }
+
+
 @pytest.mark.slow
 def test_proposals_by_different_rules_are_not_of_one_run(spec, loaded, tmp_path):
     split(spec("probe", tmp_path), loaded, of=2, numbers=[1])

@@ -72,8 +72,8 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             count = self.suite.available(task, length, self.samples)
             own = self.places(count, length, task)
             yield Step(f"{task} at {length}: preparing {counted(len(own), 'sample')}")
-            # What the samples are made of is told by the first one.
-            places = sorted({0, *own})
+            # What the samples are made of is told by the first one, and what else all contexts are asked by all of them.
+            places = range(count) if self.questions > 1 else sorted({0, *own})
             samples = self.suite.samples(task, length, places, self.seed, tokenizer)
             known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
             known |= {"length": length, "task": task, "samples": count}

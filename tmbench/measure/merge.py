@@ -38,7 +38,7 @@ from tmbench.suites.table import SUITES
 MACHINES = ("driver", "python")
 """Columns in which machines of one cluster may differ: a row names what all of them had."""
 KEPT_BESIDE = (*WHEN, *MACHINES)
-SLOT = ("method", "task", "prompt", "length")
+SLOT = ("method", "task", "prompt", "length", "question")
 """What people know a row by."""
 
 
@@ -122,7 +122,8 @@ class _Group:
     def title(self) -> str:
         row = self.parts[0].record.row
         about = getattr(row, "task", "") or getattr(row, "prompt", "")
-        return f"{self.label} on {about} at {row.length}"
+        question = getattr(row, "question", 1)
+        return f"{self.label} on {about} at {row.length}" + f", question {question}" * (question > 1)
 
     @property
     def slot(self) -> tuple[Any, ...]:
