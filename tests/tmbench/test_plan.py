@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from plans import plan_of
+from ruler_tasks import Sources, examples, write_dataset
 from tmbench.engine import roofline
 from tmbench.engine.prefill import EAGER
 from tmbench.measure import answering
@@ -172,6 +173,31 @@ def test_a_shard_plans_its_own_part(spec, loaded):
     run(spec(shard=Shard(1, 2)), InProcess(loaded))
     assert [line.left for line in outlook(spec(shard=Shard(1, 2)), loaded).lines] == [0, 0]
     assert [line.left for line in outlook(spec(shard=Shard(2, 2)), loaded).lines] == [4, 4]
+
+
+def test_prepared_samples_are_counted_by_numbers_of_their_own(spec, loaded, tokenizer, tmp_path):
+    made = examples("vt", 600, [1, 3, 5], tokenizer=tokenizer, sources=Sources(offline=True))
+    write_dataset(tmp_path / "data", made)
+    work = spec(suite=Ruler(data=tmp_path / "data"), tasks=("vt",), samples=3)
+    for of in (Shard(1, 2), Shard(2, 2), None):
+        own = replace(work, shard=of)
+        wanted = len(own.places(3, 600, "vt"))
+        assert [line[1:3] for line in lines(own, loaded)] == [(wanted, 0)] * 2
+        run(own, InProcess(loaded))
+        assert [line[1:3] for line in lines(own, loaded)] == [(wanted, wanted)] * 2
+
+
+def test_questions_are_counted_that_every_context_has(spec, loaded):
+    """Of these contexts the fifth has no second question that fits."""
+    asking = {"tasks": ("niah_multikey_1",), "lengths": (700,), "questions": 2}
+    for samples, wanted in ((5, 5), (4, 8)):
+        work = spec(samples=samples, **asking)
+        before = [line[1] for line in lines(work, loaded)]
+        run(work, InProcess(loaded))
+        assert before == [wanted] * 2
+        assert [line[1:3] for line in lines(work, loaded)] == [(wanted, wanted)] * 2
+        parts = [lines(replace(work, shard=Shard(number, 2)), loaded) for number in (1, 2)]
+        assert sum(line[1] for part in parts for line in part) == 2 * wanted
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """What a spec will measure, what of it is there, and how long the rest will take, before a weight is loaded.
 
 Of each task one sample is made: it says in which file samples are kept. How many lie there is counted; whether each is of
-the very prompt that a run would give is seen by the run alone.
+the very prompt that a run would give is seen by the run alone. Where a context may be asked several questions all samples are
+made, as all decide how many.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def _unseen(spec: AccuracySpec, estimator: Estimator) -> Iterator[Line]:
 
 
 def _kept(spec: SamplesSpec, loaded: LoadedModel, estimator: Estimator) -> Iterator[Line]:
-    one = replace(spec, samples=1, shard=None)
+    several = isinstance(spec, AccuracySpec) and spec.questions > 1
+    one = replace(spec, shard=None) if several else replace(spec, samples=1, shard=None)
     for part in one.parts(loaded):
         for targets in part.rounds:
             for target in () if isinstance(targets, Step) else targets:
@@ -177,15 +179,16 @@ def _of_target(spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, An
         samples = {} if spec.overwrite else file.read()
         if spec.shard is not None:
             samples |= file.within(spec.root / spec.shard.folder).read()
-        there = [place for place in places if place in samples]
+        numbers = spec.suite.numbers(task, row.length, places) if isinstance(spec, AccuracySpec) else places
+        there = [number for number in numbers if number in samples]
         # What did not fit in memory is not tried again.
         full = have is not None and have.status == OUT_OF_MEMORY and have.samples >= count and not spec.overwrite
         left = 0 if full else len(places) - len(there)
         estimate = None
         if left:
-            (item,) = (item for item in target.items if item.file == name)
+            item = next(item for item in target.items if item.file == name)
             asked = Asked(type(row), plan, row.length, task or row.prompt, _new_tokens(spec, item))
-            estimate = estimator.sample(asked, [samples[place].seconds for place in there])
+            estimate = estimator.sample(asked, [samples[number].seconds for number in there])
         seconds, bases = (left * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
         yield Line(SAMPLE, row.length, plan, len(places), len(places) - left, seconds, bases)
 

@@ -113,17 +113,24 @@ class Ruler(ExampleSuite):
         except DatasetError as error:
             raise UserError(f"--data: {error}") from error
 
+    def _prepared_at(self, task: str, length: int, places: Sequence[int]) -> list[Example]:
+        prepared = self._prepared(task, length, max(places, default=-1) + 1)
+        return [prepared[place] for place in places]
+
     def available(self, task: str, length: int, count: int) -> int:
         """Of prepared samples there may be fewer; raises UserError for those that cannot be used."""
         return count if self.data is None else len(self._prepared(task, length, count))
+
+    def numbers(self, task: str, length: int, places: Sequence[int]) -> Sequence[int]:
+        """As ``Suite.numbers``: prepared samples bring their own."""
+        return places if self.data is None else [example.index for example in self._prepared_at(task, length, places)]
 
     def examples(
         self, task: str, length: int, places: Sequence[int], seed: int, tokenizer: PreTrainedTokenizerBase
     ) -> Iterable[Example]:
         """The samples of a task as ``ruler_tasks`` has them; raises UserError for prepared ones that cannot be used."""
         if self.data is not None:
-            prepared = self._prepared(task, length, max(places, default=-1) + 1)
-            return [prepared[place] for place in places]
+            return self._prepared_at(task, length, places)
         return self._drawn(task, length, places, seed, tokenizer)
 
     def _drawn(

@@ -67,6 +67,10 @@ class Suite(ABC):
         """How many of a task's first ``count`` samples there are; all, where they are drawn."""
         return count
 
+    def numbers(self, task: str, length: int, places: Sequence[int]) -> Sequence[int]:
+        """The numbers of the samples at these places: the places themselves, where samples are drawn."""
+        return places
+
     @abstractmethod
     def new_tokens(self, task: str) -> int:
         """The most tokens that an answer to a task may take."""
