@@ -12,7 +12,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from plans import plan_of
 from tmbench.engine import implementations
 from tmbench.engine.attention import applied, applied_plan
+from tmbench.engine.chunks import Chunks
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, prepared
+from tmbench.engine.session import running
 from tmbench.errors import UnsupportedModelError
 
 STREAMING: dict[str, Any] = {"n_init": 2, "n_local": 9}
@@ -151,6 +153,26 @@ def test_other_prompts_are_read_one_after_the_other(make_model, prompt):
         text = model.generate(ids[:, :40], attention_mask=torch.ones(1, 40), max_new_tokens=5)
         model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=5)
     assert session.calls == 4 * 8
+
+
+@pytest.mark.parametrize("what", ["a question behind chunks", "a question behind a context", "a prefix", "prompts"])
+@torch.inference_mode()
+def test_what_our_own_prefill_reads_may_begin_as_what_it_read_before(what, make_model):
+    """Each is what was read before it and one token more, and none is a new token's."""
+    model, ids = make_model("llama"), torch.full((1, 31), 5)
+    chunks = Chunks(10) if "chunks" in what else None
+    with running(model, plan_of(model, "streaming", **STREAMING), EAGER, chunks) as session:
+        if what == "a prefix":
+            kept = session.keep(ids[:, :15])
+        with session.prefill() as prefill:
+            if what == "a prefix":
+                prefill.after(kept, ids[:, 15:])
+            elif what == "prompts":
+                prefill(ids[:, :30])
+                prefill(ids)
+            else:
+                prefill(ids, context=20 if chunks else 15)
+    session.applied.check_complete()
 
 
 def test_dense_attention_without_a_cache_is_right_and_so_not_refused(make_model, prompt):

@@ -171,7 +171,8 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
     sparse = any(type(pattern) not in DENSE for pattern in plan.by_layer.values())
-    watch = model.register_forward_pre_hook(Rereading(model, plan.method), with_kwargs=True) if sparse else None
+    rereading = Rereading(model, plan.method, session.prefill)
+    watch = model.register_forward_pre_hook(rereading, with_kwargs=True) if sparse else None
     try:
         for module in modules:
             pattern = _own(plan.by_layer[module.layer_idx], model)

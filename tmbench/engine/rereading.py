@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tmbench.engine.calls import cache_name, rope_switch
+from tmbench.engine.prefill_state import PrefillState
 from tmbench.errors import UnsupportedModelError
 
 
@@ -17,11 +18,13 @@ class Rereading:
 
     That is what generation without a cache asks for. A pattern would treat the new token as the prompt's last one, so what
     is decoded would be neither the method's nor dense. Where LongRoPE changes its angles, transformers' ``generate`` gives a
-    whole text once more too.
+    whole text once more too. What a prefill of tmbench's own reads is no new token, whatever it repeats: another prompt, a
+    chunk, or a question over what was read before.
     """
 
-    def __init__(self, model: Any, method: str) -> None:
+    def __init__(self, model: Any, method: str, prefill: PrefillState) -> None:
         self.method = method
+        self.prefill = prefill
         self.names = list(inspect.signature(model.forward).parameters)
         self.caches = {cache_name(model), "past_key_values"}
         self.switch = rope_switch(model)
@@ -41,7 +44,9 @@ class Rereading:
             return
         before, self.prompt = self.prompt, tokens
         read, self.length = self.length, tokens.shape[1]
-        if before is None or tokens.shape[1] != read + 1 or read not in (before.shape[1], self.switch):
+        if self.prefill.active or before is None:
+            return
+        if tokens.shape[1] != read + 1 or read not in (before.shape[1], self.switch):
             return
         if before.shape[0] == tokens.shape[0] and torch.equal(tokens[:, : before.shape[1]], before):
             raise UnsupportedModelError(

@@ -1,8 +1,8 @@
 """What a spec will measure, what of it is there, and how long the rest will take, before a weight is loaded.
 
 Of each task one sample is made: it says in which file samples are kept. How many lie there is counted; whether each is of
-the very prompt that a run would give is seen by the run alone. Where a context may be asked several questions all samples are
-made, as all decide how many.
+the very prompt that a run would give is seen by the run alone. Where contexts may be asked several questions all samples are
+made: all decide how many.
 """
 
 from __future__ import annotations
