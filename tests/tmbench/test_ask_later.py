@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 import masked
 import plans
@@ -170,6 +174,27 @@ def test_a_line_of_a_file_says_where_its_question_begins(tokenizer, make_model, 
         prompt_context(prompts, 100, loaded, number=1)
     with pytest.raises(UserError, match="prompts of kv do not say where their questions begin"):
         prompt_context("kv", 100, loaded)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"prompt": "The lake is calm. ", "question": " \n"}, "line 1 has no question: add one"),
+        ({"prompt": "lake", "question": "side calm ?"}, "line 1 has no token of its own before its question"),
+    ],
+)
+def test_a_question_that_leaves_nothing_to_ask_or_to_read_before_it_is_refused(line, said, make_model, tmp_path):
+    """Under a tokenizer that puts nothing in front, and takes "lakeside" for one word."""
+    words = WordLevel({word: number for number, word in enumerate(["?", "lake", "lakeside", "calm"])}, unk_token="?")
+    fast = Tokenizer(words)
+    fast.pre_tokenizer = Whitespace()
+    loaded = LoadedModel("small", make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=fast), "random", "")
+    (tmp_path / "asked.jsonl").write_text(json.dumps(line | {"answer": " calm"}))
+    prompts = PromptFile.of(tmp_path / "asked.jsonl", "jsonl")
+    with pytest.raises(UserError, match=said):
+        prompt_context(prompts, prompts.shortest(loaded), loaded)
+    with pytest.raises(UserError, match=said):
+        prompts.context(loaded, prompts.longest(loaded), 0)
 
 
 @pytest.mark.slow

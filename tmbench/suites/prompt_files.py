@@ -150,9 +150,13 @@ class PromptFile:
 
     def _before(self, entry: Entry, ids: Sequence[int], loaded: LoadedModel) -> int:
         """How many ids of a prompt with its question stand before that."""
-        if not entry.question:
-            raise UserError(f"--ask-later: {self.option} line {entry.line} has no question: add one, apart from its prompt")
-        return shared(encode_prompt(self._tokenizer(loaded), entry.prompt), ids)
+        where = f"--ask-later: {self.option} line {entry.line}"
+        if not entry.question.strip():
+            raise UserError(f"{where} has no question: add one, apart from its prompt")
+        before = shared(encode_prompt(self._tokenizer(loaded), entry.prompt), ids)
+        if not before:
+            raise UserError(f"{where} has no token of its own before its question: give a longer prompt")
+        return before
 
     def count(self, loaded: LoadedModel, length: int) -> int:
         """How many prompts there are that have an answer and fit this many tokens with it."""
