@@ -98,7 +98,7 @@ class Example:
                 character position of the answer there).
 
         Raises:
-            DatasetError: a field is missing or of the wrong type.
+            DatasetError: a field is missing or of the wrong type, or there is no text to ask.
         """
         if not isinstance(fields, Mapping):
             raise DatasetError("A sample must be a JSON object.")
@@ -108,6 +108,9 @@ class Example:
             _check(fields, name, kind)
         _check(fields, "token_position_answer", int)
         _check(fields, "parameters", dict)
+        prefix = fields.get("answer_prefix") or ""
+        if not (fields["input"] + prefix).strip():
+            raise DatasetError("The fields 'input' and 'answer_prefix' hold no text.")
         outputs = fields["outputs"]
         if not outputs or not all(isinstance(output, str) and output for output in outputs):
             raise DatasetError("The field 'outputs' must be a list of at least one non-empty string.")
@@ -115,7 +118,7 @@ class Example:
             task=task,
             index=fields.get("index", 0) if index is None else index,
             input=fields["input"],
-            answer_prefix=fields.get("answer_prefix") or "",
+            answer_prefix=prefix,
             outputs=tuple(outputs),
             length=fields.get("length") or 0,
             max_new_tokens=max_new_tokens,

@@ -103,6 +103,7 @@ def test_the_folder_of_the_length_comes_first(tmp_path: Path) -> None:
         ('{"input": "a", "outputs": "a"}', "'outputs' is a str, not a list"),
         ('{"input": "a", "outputs": []}', "at least one"),
         ('{"input": "a", "outputs": [1]}', "non-empty string"),
+        (r'{"input": " ", "answer_prefix": "\n", "outputs": ["a"]}', "'input' and 'answer_prefix' hold no text"),
         ('{"input": 5, "outputs": ["a"]}', "'input' is a int, not a str"),
         ('{"input": "a", "outputs": ["a"], "length": "9"}', "'length' is a str, not a int"),
     ],

@@ -14,6 +14,9 @@ from accuracy_runs import answered, job_maker, rows_of
 from ruler_tasks import Example, write_dataset
 from tmbench.errors import UserError
 from tmbench.measure import answering
+from tmbench.measure.executor import InProcess
+from tmbench.measure.loop import run
+from tmbench.measure.spec import ModelSource
 from tmbench.results.predictions import kept_predictions, read_predictions
 from tmbench.results.rows import RulerRow
 from tmbench.results.tables import read_all
@@ -144,6 +147,17 @@ def test_prepared_data_take_the_place_of_our_own(job, answers, tmp_path):
     row = rows_of(work.root)["dense", "vt", 1024]
     assert (row.samples, row.wording, row.score) == (4, "prepared", 100.0)
     assert answers[0][-1] == "Question 0? Answer:"
+
+
+def test_a_prepared_sample_that_a_model_has_no_positions_for_is_refused(job, answers, tmp_path):
+    """What a file says of its length is that of the tokenizer which it was prepared with, or nothing."""
+    short = Example("vt", 0, "Question?", " Answer:", ("ABC",), 900, 30, "noise")
+    write_dataset(tmp_path / "data", [short, replace(short, index=7, input="Question? " * 5000)])
+    work = job(suite=Ruler(data=tmp_path / "data"), tasks=("vt",), samples=2)
+    trained = replace(work.loaded, weights="checkpoint")
+    with pytest.raises(UserError, match=r"sample 7 of vt at 1024 takes \d+ tokens with its answer, more than the 4096 that"):
+        run(replace(work.spec, model=ModelSource.of(trained)), InProcess(trained))
+    assert answers == []
 
 
 def test_a_length_too_short_for_a_task_is_refused_before_anything_runs(job):

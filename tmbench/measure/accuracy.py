@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tmbench.errors import UserError
 from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.shard import row_target
@@ -75,6 +76,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             # What the samples are made of is told by the first one, and what else all contexts are asked by all of them.
             places = range(count) if self.questions > 1 else sorted({0, *own})
             samples = self.suite.samples(task, length, places, self.seed, tokenizer)
+            _check_positions(loaded, task, length, samples)
             known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
             known |= {"length": length, "task": task, "samples": count}
             for question in range(1, self.questions + 1):
@@ -151,6 +153,16 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             skipped_share=answer.skipped_share,
             prompt_hash=sample.prompt_hash,
             **answer.cost,
+        )
+
+
+def _check_positions(loaded: LoadedModel, task: str, length: int, samples: Sequence[Sample]) -> None:
+    """Raise UserError for a sample of more tokens than the model reads: a prepared one need not fit its length."""
+    tokens, number = max((len(sample.ids) + sample.max_new_tokens, sample.index) for sample in samples)
+    if loaded.longest is not None and tokens > loaded.longest:
+        raise UserError(
+            f"sample {number} of {task} at {length} takes {counted(tokens, 'token')} with its answer, more than the "
+            f"{loaded.longest} that {loaded.name} reads: leave it out, or give another --model"
         )
 
 
