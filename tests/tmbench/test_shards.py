@@ -282,6 +282,19 @@ def test_two_settings_of_one_method_are_two_rows_of_one_run_and_of_two_runs_none
         measured("one", number, dense, narrow, wide)
     assert [row.settings.get("n_local") for row in merge([tmp_path / "one"], tmp_path / "one").made] == [None, 7, 9]
 
+    # Each has begun with another.
+    for number, first, later in ((1, narrow, wide), (2, wide, narrow)):
+        measured("begun", number, dense, first, later)
+        for path in (tmp_path / "begun").glob(f"shards/{number}-of-3/*/ruler/records/*.json"):
+            if json.loads(path.read_text())["row"]["parameters"] == later.row_fields()["parameters"]:
+                path.unlink()
+    found = merge([tmp_path / "begun"], tmp_path / "begun")
+    assert {str(shard): sorted(titles) for shard, titles in found.missing.items()} == {
+        "1/3": ["streaming (n_local 9) on vt at 600"],
+        "2/3": ["streaming (n_local 7) on vt at 600"],
+        "3/3": ["dense on vt at 600", "streaming (n_local 7) on vt at 600", "streaming (n_local 9) on vt at 600"],
+    }
+
     measured("two", 1, dense, narrow)
     measured("two", 2, dense, wide)
     with pytest.raises(UserError, match=r"of streaming \(n_local [79]\) on vt at 600 differ in parameters"):

@@ -197,7 +197,8 @@ def _grouped(roots: Sequence[Path], kind: type[Row]) -> list[_Group]:
 def _check_alike(groups: Iterable[_Group]) -> None:
     """Raise UserError where two rows are both in part, and what the one lacks is there of the other.
 
-    Two settings of one method that a shard has both of are of one run, whose other shards may not have come to both yet.
+    Two settings of one method that a shard has both of, or has still to measure, are of one run, whose shards may not have
+    come to both yet.
     """
     partial_ones: dict[tuple[Any, ...], list[_Group]] = {}
     for group in groups:
@@ -206,10 +207,12 @@ def _check_alike(groups: Iterable[_Group]) -> None:
     for same in partial_ones.values():
         for number, one in enumerate(same):
             for other in same[:number]:
-                own, there = ({part.record.shard for part in group.parts} for group in (one, other))
-                lacked = sorted(one.missing & there)
-                variants = identity(one.parts[0].record.row) != identity(other.parts[0].record.row)
-                if lacked and not (variants and own & there):
+                own, there = ({part.record.shard: part.record for part in group.parts} for group in (one, other))
+                lacked = sorted(one.missing & set(there))
+                row = one.parts[0].record.row
+                variants = identity(row) != identity(other.parts[0].record.row)
+                awaited = set(own) & set(there) or all(row.parameters in there[shard].settings for shard in lacked)
+                if lacked and not (variants and awaited):
                     theirs = next(part for part in other.parts if part.record.shard == lacked[0])
                     raise UserError(_differ(one.title, one.parts[0], theirs))
 

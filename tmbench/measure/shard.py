@@ -45,7 +45,8 @@ def row_target(
     """
     if spec.shard is None:
         return RowTarget(title, items, files, root=spec.root, **about)
-    return ShardTarget(title, items, files, root=spec.root, shard=spec.shard, wish=wish or {}, **about)
+    told = [plan.row_fields() for plan in getattr(spec, "plans", ())]
+    return ShardTarget(title, items, files, root=spec.root, shard=spec.shard, wish=wish or {}, told=told, **about)
 
 
 class ShardTarget(RowTarget[AnyRow, S]):
@@ -60,13 +61,18 @@ class ShardTarget(RowTarget[AnyRow, S]):
         root: Path,
         shard: Shard,
         wish: Mapping[str, Any],
+        told: Sequence[Mapping[str, str]],
         **about: Any,
     ) -> None:
-        """As ``RowTarget``; ``items`` are the shard's own, and ``files`` those of the results folder."""
+        """As ``RowTarget``; ``items`` are the shard's own, and ``files`` those of the results folder.
+
+        ``told`` is what the rows of all of its run's plans say of these.
+        """
         own = {name: file.within(root / shard.folder) for name, file in files.items()}
         super().__init__(title, items, own, root=root, **about)
         self._shard = shard
         self._wish = wish
+        self._settings = [plan["parameters"] for plan in told if plan["method"] == self.rows[0].method]
         self._merged = {own[name].path: file for name, file in files.items()}
         self._names = {name: file.name for name, file in files.items()}
 
@@ -94,5 +100,5 @@ class ShardTarget(RowTarget[AnyRow, S]):
         own = {name: {n: self.samples[file, n].prompt_hash for file, n in places if file == name} for name in self.files}  # type: ignore[attr-defined]
         status, error = (self.failure.status, self.failure.error) if self.failure else (OK, "")
         ran = backends_name(self.backends)
-        Record(self._shard, row, self._names, own, status, error, ran, self._wish).write(self._root)
+        Record(self._shard, row, self._names, own, status, error, ran, self._wish, self._settings).write(self._root)
         return (replace(row, status=status, error=error, backends=ran),) if self.failure else ()

@@ -8,7 +8,7 @@ CSVs: of each row that a run would make, a shard keeps a record once it has meas
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -77,6 +77,8 @@ class Record(Generic[R]):
     """What ran of those that failed."""
     wish: Mapping[str, Any] = field(default_factory=dict)
     """What else the row is made by."""
+    settings: Sequence[str] = ()
+    """The ``parameters`` of all rows of its method that the shard's run makes; none in an older record."""
 
     def write(self, root: Path) -> None:
         """Keep it in the shard's folder; raises UserError where that does not take it."""
@@ -137,4 +139,5 @@ def _record(entry: Any, kind: type[R]) -> Record[R]:
         str(entry["error"]),
         str(entry["backends"]),
         dict(entry["wish"]),
+        [str(parameters) for parameters in entry.get("settings", ())],
     )
