@@ -191,10 +191,13 @@ def test_a_question_that_leaves_nothing_to_ask_or_to_read_before_it_is_refused(l
     loaded = LoadedModel("small", make_model("llama"), PreTrainedTokenizerFast(tokenizer_object=fast), "random", "")
     (tmp_path / "asked.jsonl").write_text(json.dumps(line | {"answer": " calm"}))
     prompts = PromptFile.of(tmp_path / "asked.jsonl", "jsonl")
+    shortest, longest = prompts.shortest(loaded), prompts.longest(loaded)
+    assert shortest
+    assert longest
     with pytest.raises(UserError, match=said):
-        prompt_context(prompts, prompts.shortest(loaded), loaded)
+        prompt_context(prompts, shortest, loaded)
     with pytest.raises(UserError, match=said):
-        prompts.context(loaded, prompts.longest(loaded), 0)
+        prompts.context(loaded, longest, 0)
 
 
 @pytest.mark.slow
