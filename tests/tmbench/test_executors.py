@@ -19,7 +19,8 @@ import torch
 
 from command_lines import PROGRAM
 from plans import plan_of
-from tmbench.executors.processes import Processes
+from tmbench.executors.processes import Process, Processes
+from tmbench.executors.worker_loop import Lost
 from tmbench.executors.workers import Workers
 from tmbench.measure.accuracy import AccuracySpec
 from tmbench.measure.agree import AgreeSpec
@@ -116,6 +117,16 @@ def test_killed_drivers_and_killed_workers_leave_the_rows_of_an_undisturbed_run(
     assert sum(kept(tmp_path).values()) == SAMPLES
     found, expected = (read_all(folder / "results", RulerRow) for folder in (tmp_path, undisturbed))
     assert without_times(found) == without_times(expected)
+
+
+def test_a_worker_that_is_killed_before_it_writes_anything_is_lost_like_any_other(tmp_path):
+    words = tmp_path / "worker-0.txt"
+    for _ in range(2):
+        worker = Process(ModelSource("tiny", device="cpu"), None, 1, words)
+        worker.process.kill()
+        assert worker.told() == Lost("killed by SIGKILL")
+        worker.kill()
+        words.write_text("what the one before has written")
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ class Process:
     def __init__(self, source: ModelSource, gpu: str | None, threads: int | None, words: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, other = spawn.Pipe()
+        # Made here: a worker may die before it has opened it, and another may have written at this place before.
+        words.write_bytes(b"")
         self.words = words
         # A daemon does not outlive this process.
         self.process = spawn.Process(target=_main, args=(other, source, gpu, threads, words), daemon=True)
@@ -126,7 +128,7 @@ def _main(pipe: Connection, source: ModelSource, gpu: str | None, threads: int |
     if gpu is not None:
         os.environ[VISIBLE] = gpu
     # What libraries print here would go through the driver's progress bar.
-    sink = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sink = os.open(words, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(sink, stream.fileno())
     threading.Thread(target=_end_with_parent, daemon=True).start()
