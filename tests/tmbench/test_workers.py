@@ -239,6 +239,28 @@ def test_a_place_at_which_no_worker_loads_is_given_up_and_the_others_go_on():
     assert said[1] == "worker 1 ended, its GPU has gone, as the one before: the others go on"
 
 
+def test_a_worker_that_is_lost_before_any_has_loaded_is_replaced():
+    lost = []
+
+    def change(number, told):
+        if isinstance(told, Ready) and not lost:
+            lost.append(number)
+            return Lost("killed by SIGTEST")
+        return told
+
+    transport, said = Threads(1, change), []
+    assert run(transport, ToySpec(model=TINY), 5, said.append) == ([0, 1, 2, 3, 4], {})
+    assert transport.started == [0, 0]
+    assert said == ["worker 0 ended, killed by SIGTEST: another takes its place"]
+
+
+def test_a_model_that_ends_every_worker_is_given_up():
+    transport = Threads(2, lambda number, told: Lost("killed by SIGTEST"))
+    with pytest.raises(UserError, match="^no worker can load tiny: the last one ended, killed by SIGTEST$"):
+        Workers(transport).open(TINY)
+    assert len(transport.started) == 4, "each place is tried twice"
+
+
 def test_no_worker_that_is_left_ends_the_run_and_keeps_what_was_measured():
     loads = []
 

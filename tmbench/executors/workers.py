@@ -239,9 +239,6 @@ class Workers:
         """Start another worker at the place of one that was lost, and have its items measured again."""
         self._workers.remove(worker)
         worker.handle.kill()
-        if self._ready is None:
-            assert self._asked is not None
-            raise UserError(f"a worker cannot load {self._asked.name}: it was lost, {reason}")
         again = 0
         for number, item in worker.running.items():
             assert given is not None
@@ -254,10 +251,14 @@ class Workers:
         lost = worker.lost + 1
         if lost < TRIES:
             self._say(f"worker {worker.number} ended, {reason}: another takes its place{what}")
-            place = self._transport.start(worker.number, self._ready.source)
-            self._workers.append(_Worker(worker.number, place, lost=lost))
+            source = self._ready.source if self._ready else self._asked
+            assert source is not None
+            self._workers.append(_Worker(worker.number, self._transport.start(worker.number, source), lost=lost))
         elif self._workers:
             self._say(f"worker {worker.number} ended, {reason}, as the one before: the others go on{what}")
+        elif self._ready is None:
+            assert self._asked is not None
+            raise UserError(f"no worker can load {self._asked.name}: the last one ended, {reason}")
         else:
             raise UserError(f"no worker is left, the last one ended, {reason}: what was measured is kept, so run again")
 
