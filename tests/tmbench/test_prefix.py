@@ -154,7 +154,7 @@ def test_models_that_keep_no_prefix_are_refused(family, words, prompt):
         tmbench.read_prefix(model, prompt(20))
 
 
-def test_a_prefix_belongs_to_one_method_and_one_text(make_model, prompt, following):
+def test_a_prefix_belongs_to_one_model_one_method_and_one_text(make_model, prompt, following):
     model = make_model("llama")
     with pytest.raises(UserError, match="a prefix is read by a method: use a block of tmbench.applied"):
         tmbench.read_prefix(model, prompt(20))
@@ -168,3 +168,6 @@ def test_a_prefix_belongs_to_one_method_and_one_text(make_model, prompt, followi
             tmbench.generate(model, following | {"attention_mask": hole}, 2, prefix=kept)
     with applied(model, "streaming"), pytest.raises(UserError, match="the prefix was read by dense, and streaming"):
         tmbench.generate(model, following, 2, prefix=kept)
+    other = make_model("llama")
+    with applied(other, "dense"), pytest.raises(UserError, match="the prefix was read by another model, whose keys"):
+        tmbench.generate(other, following, 2, prefix=kept)

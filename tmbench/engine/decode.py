@@ -121,7 +121,7 @@ def generate(model: PreTrainedModel, inputs: Any, max_new_tokens: int, prefix: P
             what follows it.
 
     Raises:
-        UserError: inputs that are none of this, no token to write, or a prefix of another method.
+        UserError: inputs that are none of this, no token to write, or a prefix of another model or method.
         UnsupportedModelError: padding behind or within a text, or under a method that takes none; a model that cannot
             generate, and as ``tmbench.applied``.
         NotFiniteError: logits that are not finite.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final, Literal
+from weakref import ref
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -133,7 +134,8 @@ class Prefill:
         for chunk in (self.session.chunks or WHOLE).of(ids.shape[1]):
             self._read_chunk(cache, chunk, ids[:, chunk.start : chunk.end])
         self.cache = None
-        return Prefix(ids, self.session.plan, tuple((layer.keys, layer.values) for layer in cache.layers))
+        kept = tuple((layer.keys, layer.values) for layer in cache.layers)
+        return Prefix(ids, ref(self.model), self.session.plan, kept)
 
     def after(self, prefix: Prefix, ids: Tensor, mask: Tensor | None = None, into: CacheSlot | None = None) -> Tensor:
         """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``, each row of which follows the prefix.
@@ -142,10 +144,10 @@ class Prefill:
         one is given, which takes one row without padding.
 
         Raises UnsupportedModelError for padding elsewhere and for a method that takes none, and UserError for a prefix that
-        another method has read.
+        another model or another method has read.
         """
         assert self.session is not None, "a method reads prefixes"
-        prefix.check(self.session.plan)
+        prefix.check(self.model, self.session.plan)
         padding = () if mask is None else tuple(offsets(mask, ids.shape[1]))
         if any(padding):
             check_padding(self.session.plan)

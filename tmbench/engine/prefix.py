@@ -7,6 +7,7 @@ follows is read as the last chunk of its prompt, so the method's rule for the la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Prefix:
 
     ids: Tensor
     """``[1, length]``."""
+    model: ReferenceType[PreTrainedModel]
+    """What read them, which a prefix does not keep alive."""
     plan: Plan
     """The method that read them."""
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -48,8 +51,13 @@ class Prefix:
         front = self.ids.new_ones(ids.shape[0], self.length)
         return whole, None if mask is None else torch.cat([front, mask.to(front.dtype)], dim=1)
 
-    def check(self, plan: Plan) -> None:
-        """Raise UserError for another method than the one that has read it."""
+    def check(self, model: PreTrainedModel, plan: Plan) -> None:
+        """Raise UserError for another model, or another method, than the one that has read it."""
+        if self.model() is not model:
+            raise UserError(
+                f"the prefix was read by another model, whose keys say nothing to this {type(model).__name__}: have it read "
+                "the prefix too"
+            )
         if plan != self.plan:
             raise UserError(
                 f"the prefix was read by {self.plan.method}, and {plan.method} with its own parameters is at work: have it "
