@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tmbench.errors import UserError
-from tmbench.executors.worker_loop import Lost, Ready, serve
+from tmbench.executors.worker_loop import Answer, Lost, Ready, serve
 from tmbench.executors.workers import Workers
 from tmbench.measure.executor import Message
 from tmbench.measure.spec import Item, ItemSpec, ModelSource
@@ -240,7 +240,7 @@ def test_a_place_at_which_no_worker_loads_is_given_up_and_the_others_go_on():
 
 
 def test_a_worker_that_is_lost_before_any_has_loaded_is_replaced():
-    lost = []
+    lost: list[int] = []
 
     def change(number, told):
         if isinstance(told, Ready) and not lost:
@@ -248,7 +248,8 @@ def test_a_worker_that_is_lost_before_any_has_loaded_is_replaced():
             return Lost("killed by SIGTEST")
         return told
 
-    transport, said = Threads(1, change), []
+    transport = Threads(1, change)
+    said: list[str] = []
     assert run(transport, ToySpec(model=TINY), 5, said.append) == ([0, 1, 2, 3, 4], {})
     assert transport.started == [0, 0]
     assert said == ["worker 0 ended, killed by SIGTEST: another takes its place"]
@@ -297,6 +298,25 @@ def test_a_sentence_of_a_worker_ends_the_run():
 def test_a_model_that_cannot_be_loaded_is_said_once():
     with pytest.raises(UserError, match=r"^--model ./nothing-here cannot be loaded"):
         Workers(Threads(2)).open(ModelSource("./nothing-here", device="cpu"))
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_another_worker_is_asked_about_the_model_where_one_is_lost(lost):
+    left = [lost]
+
+    def change(number, told):
+        if isinstance(told, Answer) and left[0]:
+            left[0] -= 1
+            return Lost("killed by SIGTEST")
+        return told
+
+    executor = Workers(Threads(1, change))
+    loaded = executor.open(TINY)
+    if lost == 1:
+        assert executor.ask(_rows_of) == loaded.row_fields()
+    else:
+        with pytest.raises(UserError, match="^2 workers ended when they were asked about the model: run again$"):
+            executor.ask(_rows_of)
 
 
 def test_the_driver_has_no_weights_and_another_model_is_refused():

@@ -22,7 +22,7 @@ from tmbench.results.words import counted
 
 T = TypeVar("T")
 TRIES = 2
-"""How many workers may be lost to one item, or in a row while they load the model, before another is not tried."""
+"""How many workers may be lost to an item or a question, or in a row while they load the model, before no other is tried."""
 
 
 class Handle(Protocol):
@@ -169,15 +169,16 @@ class Workers:
 
     def ask(self, question: Callable[[LoadedModel], T]) -> T:
         """What a function says of the model where a worker has it."""
-        asked = next(worker for worker in self._workers if worker.loaded)
-        asked.handle.send(Ask(question))
-        while True:
-            for worker, answer in self._listen():
-                if worker is asked:
-                    found: T = answer.value
-                    return found
-            if asked not in self._workers:
-                raise UserError("a worker ended when it was asked about the model: run again")
+        for _ in range(TRIES):
+            while (asked := next((worker for worker in self._workers if worker.loaded), None)) is None:
+                self._listen()
+            asked.handle.send(Ask(question))
+            while asked in self._workers:
+                for worker, answer in self._listen():
+                    if worker is asked:
+                        found: T = answer.value
+                        return found
+        raise UserError(f"{counted(TRIES, 'worker')} ended when they were asked about the model: run again")
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
         """Have every job measured by whoever is free first."""
