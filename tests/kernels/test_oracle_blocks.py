@@ -127,6 +127,7 @@ def test_what_it_is_like_reads_back_as_it_is_written():
     for text, words in (
         ("minference", "^like minference is unknown: choose from flashprefill, flexprefill, xattention$"),
         ("flashprefill:gamma=1", "^like: flashprefill has no parameter 'gamma': it has alpha$"),
+        ("xattention:stride=8:stride=16", "^like: xattention's stride is given twice: leave one of them out$"),
         ("flashprefill:alpha=3", "^like: flashprefill's alpha must be between 0 and 1, not 3"),
     ):
         with pytest.raises(ParameterError, match=words):

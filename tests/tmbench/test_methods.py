@@ -199,6 +199,7 @@ def test_parameters_may_follow_a_name():
         ("flexprefil:gamma=1", "--method flexprefil is unknown: choose from dense"),
         ("flexprefill:alpha=1", "flexprefill has no parameter 'alpha': it has gamma, tau, min_budget"),
         ("streaming:last_n=4", "--method streaming:last_n=4: streaming has no parameter 'last_n': it has n_init, n_local"),
+        ("flexprefill:min_budget=4,min-budget=8", "min-budget=8: min_budget is given twice: leave one of them out"),
         ("tri_mix:layers=4-", "--method tri_mix:layers=4-: tri_mix has no parameter 'layers'"),
         ("flexprefill:gamma", "gamma must be a number, not ''"),
         ("flexprefill:min_budget=0.5", "min_budget must be a whole number, not '0.5'"),

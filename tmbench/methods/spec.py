@@ -48,14 +48,17 @@ class MethodSpec:
 def parse_method(text: str) -> tuple[Method, dict[str, Any]]:
     """A method and the parameters that follow its name: "xattention:stride=8,threshold=0.8".
 
-    Raises UserError for an unknown method, for a parameter that it does not read, and for a value that it cannot have.
+    Raises UserError for an unknown method, for a parameter that it does not read or that is given twice, and for a value
+    that it cannot have.
     """
     name, _, given = text.partition(":")
     method = get_method(name)
     values: dict[str, str] = {}
     for part in filter(None, given.split(",")):
         parameter, _, value = (piece.strip() for piece in part.partition("="))
-        values[parameter.replace("-", "_")] = value
+        if (parameter := parameter.replace("-", "_")) in values:
+            raise UserError(f"--method {shortened(text)}: {parameter} is given twice: leave one of them out")
+        values[parameter] = value
     try:
         return method, method.read(values)
     except UserError as error:

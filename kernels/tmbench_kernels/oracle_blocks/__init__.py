@@ -50,6 +50,8 @@ class Like:
             key, _, value = (piece.strip() for piece in part.partition("="))
             if key not in known:
                 raise ParameterError("like", f": {name} has no parameter {key!r}: it has {', '.join(known)}")
+            if key in values:
+                raise ParameterError("like", f": {name}'s {key} is given twice: leave one of them out")
             try:
                 values[key] = known[key].value(key, value)
             except ParameterError as error:
