@@ -48,7 +48,21 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
             raise UnsupportedModelError(
                 f"layer {module.layer_idx} of {name} has attention that is not causal, which no method here can honour"
             )
+    _check_spans(name, model, kinds)
     return modules
+
+
+def _check_spans(name: str, model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
+    """Raise UnsupportedModelError for windows or chunks that hold no other token than the query's own, or none."""
+    for module in self_attentions(model):
+        layer, tokens = int(module.layer_idx), span(module, model.config)
+        local = layer < len(kinds) and kinds[layer] in (SLIDING, CHUNKED)
+        # Of a window of 1, transformers' cache leaves out all but the last 0 keys, which are all, and decoding sees them.
+        if tokens == 1 or (local and tokens < 1):
+            raise UnsupportedModelError(
+                f"layer {layer} of {name} has windows or chunks of {counted(tokens, 'token')}, which transformers' cache "
+                "does not keep to: methods are for models with wider ones"
+            )
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:
@@ -134,7 +148,7 @@ def _window(module: Any, config: Any, layer: int) -> int | None:
 def span(module: Any, config: Any) -> int:
     """How many tokens the queries of a layer with a window or chunks see, their own among them; 0 where none is said."""
     text, layer = config.get_text_config(), int(module.layer_idx)
-    if layer_kinds(text)[layer] == CHUNKED:
+    if layer_kinds(text)[layer:][:1] == (CHUNKED,):
         return int(text.attention_chunk_size)
     return _window(module, text, layer) or 0
 
