@@ -91,6 +91,20 @@ def test_compiled_layers_read_chunks(make_model, prompt):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_one_compiled_model_reads_chunks_of_all_sizes(family, prompt):
+    """Two kinds of layer, slots and caches, and one token for which torch makes graphs of their own: more than it keeps."""
+    model, ids = served_families.small(family), prompt(45)
+    plan = plan_of(model)
+    whole = read(model, plan, ids, None)
+    for size in (44, 7, 1, 45):
+        same(read(model, plan, ids, Chunks(size), COMPILED), whole)
+        with torch.inference_mode(), running(model, plan, COMPILED, Chunks(size)) as session:
+            logits = session.read_into(ids, CacheSlot(KvCache(1, 45), 0))
+        torch.testing.assert_close(logits, whole[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite"])
 @torch.inference_mode()

@@ -25,6 +25,7 @@ from tmbench.engine.attention import NativeSlot, Slot
 from tmbench.engine.decoder_layers import DecoderLayer
 from tmbench.engine.forwards import forward_of
 from tmbench.engine.kv_cache import CacheSlot
+from tmbench.engine.prefill_state import LayerPass
 
 if TYPE_CHECKING:
     from tmbench.engine.last_position import LastPosition
@@ -77,7 +78,7 @@ def compiled(model: PreTrainedModel) -> Runners:
     """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
     if model not in _COMPILED:
         _COMPILED[model] = Runners(
-            layer=_compile_own(forward_of),
+            layer=_first_or_later(_compile_own(forward_of), _compile_own(forward_of)),
             mlp=_compile_own(forward_of),
             experts=_traced_or_not(_compile_own(forward_of)),
             last_layer=_compile_own(_forward_last),
@@ -103,6 +104,19 @@ def _compile_own(
     own_options = dict(options) if options and BACKEND == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(own, dynamic=dynamic, fullgraph=True, backend=BACKEND, options=own_options)
     return compiled
+
+
+def _first_or_later(first: Callable[..., Any], later: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a layer by ``later`` where it is given the latents of chunks before: apart, as torch keeps so few graphs.
+
+    A chunk of one token and latents of one take graphs of their own.
+    """
+
+    def run_either(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        known = any(isinstance(value, LayerPass) and value.before is not None for value in kwargs.values())
+        return (later if known else first)(layer, *args, **kwargs)
+
+    return run_either
 
 
 def _traced_or_not(run: Callable[..., Any]) -> Callable[..., Any]:
