@@ -65,6 +65,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": MOE | DELTA,
     "gemma3_text": SLIDING,
     "gemma4_text": SLIDING | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    "gemma4_text, with experts": MOE
+    | SLIDING
+    | {
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+    },
+    "gemma4_text, with shared keys": SLIDING
+    | {
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+        "num_kv_shared_layers": 2,
+    },
     "llama4_text": MOE | {"attention_chunk_size": 16, "intermediate_size_mlp": 96, "no_rope_layers": [1, 0, 1, 0]},
     "deepseek_v3": ROUTED | LATENT,
     "glm4_moe": ROUTED,

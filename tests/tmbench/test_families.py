@@ -8,7 +8,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
-from served_families import FAMILIES, NO_STATIC_CACHE, REFUSED, TABLE, WRAPPED, found_of, small
+from served_families import (
+    FAMILIES,
+    LATENT,
+    NO_STATIC_CACHE,
+    REFUSED,
+    ROUTED,
+    SLIDING,
+    TABLE,
+    WRAPPED,
+    found_of,
+    small,
+)
 from transformers import GenerationConfig
 
 from plans import plan_of
@@ -177,6 +188,31 @@ def test_hybrids_may_end_with_a_layer_of_any_kind(family, changes, make_model, p
 
 def test_a_recurrence_beside_attention_is_named_as_the_reason_for_reading_plainly():
     assert obstacle_of(small("falcon_h1")) == "as its layers have a recurrence beside their attention"
+
+
+def test_two_attentions_in_a_layer_are_named_as_the_reason_for_reading_plainly(make_model):
+    changes = ROUTED | LATENT | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2}
+    assert obstacle_of(make_model("longcat_flash", **changes)) == "as its layers have several attentions"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "found"),
+    [
+        *[("gemma3_text", SLIDING | {"sliding_window": tokens}, f"{tokens} token") for tokens in (1, 0, -3)],
+        ("gemma3_text", SLIDING | {"sliding_window": None}, "0 tokens"),
+        ("mistral", {"sliding_window": 1}, "1 token"),
+        ("llama4_text", FAMILIES["llama4_text"] | {"attention_chunk_size": 1}, "1 token"),
+    ],
+)
+def test_windows_and_chunks_that_hold_no_other_token_are_refused(family, changes, found, make_model):
+    """transformers' cache keeps all keys of such a window, and decoding would see them."""
+    model = make_model(family, **changes)
+    for method in ("dense", "tri_mix"):
+        with (
+            pytest.raises(UnsupportedModelError, match=f"layer 0 of .* has windows or chunks of {found}"),
+            applied(model, method),
+        ):
+            pass
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from tmbench.engine import operators
-from tmbench.engine.calls import rotation
+from tmbench.engine.calls import keep_by_place, rotation
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.implementations import Implementations
 from tmbench.engine.left_padding import OFFSETS, by_text, no_padding, offsets
@@ -40,7 +40,7 @@ from tmbench.methods.spec import MethodSpec
 from tmbench.methods.table import STATIC_PATTERNS
 from tmbench.models import parallel
 from tmbench.models.attention_modules import PLACE, attention_modules, limiting_windows, native_attentions, span
-from tmbench.models.geometry import Geometry
+from tmbench.models.geometry import Geometry, shares_keys
 from tmbench.results.words import counted
 from tmbench_kernels import Dense, Pattern
 
@@ -171,8 +171,9 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
     _forget_lengths(model)
     # Under dense attention a text that is read once more for every token is slow, but nothing else.
     sparse = any(type(pattern) not in DENSE for pattern in plan.by_layer.values())
-    rereading = Rereading(model, plan.method, session.prefill)
-    watch = model.register_forward_pre_hook(rereading, with_kwargs=True) if sparse else None
+    hooks: list[Callable[..., Any]] = [Rereading(model, plan.method, session.prefill)] if sparse else []
+    hooks += [keep_by_place] if shares_keys(model.config) else []
+    handles = [model.register_forward_pre_hook(hook, with_kwargs=True) for hook in hooks]
     try:
         for module in modules:
             pattern = _own(plan.by_layer[module.layer_idx], model)
@@ -191,8 +192,8 @@ def applied_plan(model: PreTrainedModel, plan: Plan) -> Iterator[Applied]:
         yield session
     finally:
         implementations.restore()
-        if watch is not None:
-            watch.remove()
+        for handle in handles:
+            handle.remove()
         for module in [*modules, *native]:
             if hasattr(module, PLACE):
                 delattr(module, PLACE)

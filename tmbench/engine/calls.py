@@ -18,6 +18,18 @@ def keep_last(model: PreTrainedModel) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
 
 
+def keep_by_place(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook before a model's ``forward`` that says at which places logits are wanted, where the call says at how many.
+
+    Given a number, transformers runs layers that share keys at those positions alone, with a mask that it cuts to them: a
+    method would see no prompt there.
+    """
+    count = kwargs.get("logits_to_keep", 0)
+    return args, kwargs | ({"logits_to_keep": slice(-count or None, None)} if isinstance(count, int) else {})
+
+
 def cache_name(model: PreTrainedModel) -> str:
     """The parameter that takes the key-value cache: transformers 5.24 renamed it, and warns of the older name."""
     return "cache" if "cache" in _parameters(model) else "past_key_values"

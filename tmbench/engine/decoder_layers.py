@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tmbench.models.attention_modules import native_attentions, parents
-from tmbench.models.geometry import has_latents
+from tmbench.models.geometry import has_latents, shares_keys
 
 CACHES = ("cache", "past_key_values")
 """The parameter of a layer that takes the key-value cache, by release of transformers."""
@@ -52,7 +52,7 @@ def decoder_layers(model: PreTrainedModel, modules: Sequence[Any]) -> list[Decod
     None where they cannot be run apart.
     """
     text = model.config.get_text_config()
-    if getattr(text, "num_kv_shared_layers", None):
+    if shares_keys(text):
         return None
     holder = parents(model)
     holders = [holder.get(module) for module in modules]

@@ -79,9 +79,12 @@ class LastPosition:
         self.with_router = with_router
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``[batch, length, width]`` to the same length, of which only the last position is right once it is narrow."""
+        """``[batch, length, width]`` to the same length, of which only the last position is right once it is narrow.
+
+        ``[tokens, width]`` of all texts in a row, as routers and experts beside an MLP are given them, stays as it is.
+        """
         state: LayerPass = getattr(self.attention, PLACE).session.prefill.layer
-        if not state.is_narrow(queries=self.queries):
+        if x.dim() == 2 or not state.is_narrow(queries=self.queries):
             out = self.forward(self.module, x, *args, **kwargs)
             return (hidden_of(out, x), None) if self.with_router else out
         row = x[:, -1:]

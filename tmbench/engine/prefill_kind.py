@@ -19,6 +19,7 @@ from tmbench.methods.table import METHODS
 from tmbench.models import parallel
 from tmbench.models.attention_modules import attention_modules, limiting_windows, parents
 from tmbench.models.context import splits_prompts
+from tmbench.models.geometry import shares_keys
 from tmbench.results.failures import describe
 
 PROBE_LENGTH = 48
@@ -55,9 +56,12 @@ def _layers_obstacle(model: PreTrainedModel) -> str:
         return f"as its sliding windows are shorter than the {PROBE_LENGTH} tokens that it is tried with"
     if decoder_layers(model, modules) is not None:
         return ""
+    if shares_keys(model.config):
+        return "as its last layers share the keys and values of layers before them"
     holder = parents(model)
     if any(module in holder and beside(holder[module], module) for module in modules):
-        return "as its layers have a recurrence beside their attention"
+        several = len({holder[module] for module in modules if module in holder}) < len(modules)
+        return f"as its layers have {'several attentions' if several else 'a recurrence beside their attention'}"
     return "as its layers are not built of an attention and an MLP that can be run apart, or have been wrapped"
 
 

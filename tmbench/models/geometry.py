@@ -55,6 +55,11 @@ def has_latents(config: Any) -> bool:
     return bool(getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None))
 
 
+def shares_keys(config: Any) -> bool:
+    """Whether the last layers attend to keys and values of layers before them, and have none of their own."""
+    return bool(getattr(config.get_text_config(), "num_kv_shared_layers", None))
+
+
 def experts_per_token(config: Any) -> int:
     """How many experts work on a token, those that are shared by all tokens aside; 0 for a model without experts."""
     text = config.get_text_config()
