@@ -406,6 +406,12 @@ def test_the_roofline_is_what_a_fast_prefill_multiplies(family, fused, make_mode
         assert roofline.linear_flop(model, length) == done - unneeded
 
 
+def test_the_roofline_counts_gpt_2s_linear_layers_which_are_called_convolutions(make_model):
+    everywhere = 3 * 4 * 64 * 64 + 3 * 2 * 64 * 256 + 2 * 64 * 64
+    once = 2 * 64 * 64 + 2 * 64 * 256 + 64 * 97
+    assert roofline.linear_flop(make_model("gpt2"), 40) == 2 * (40 * everywhere + once)
+
+
 def test_the_last_layer_needs_one_row_of_pairs():
     assert roofline.needed_pairs([100, 100, 100], heads=2, length=10) == 220
     assert roofline.needed_pairs([100, 100, 12], heads=2, length=10) == 212

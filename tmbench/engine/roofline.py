@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tmbench.engine.first_token import synchronize
 from tmbench.methods.layer_kinds import SLIDING, layer_kinds
@@ -20,7 +21,7 @@ from tmbench.models.geometry import Geometry, experts_per_token
 from tmbench.models.sharding import Shard
 
 _ORDINARY: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
-FUSED = ("qkv", "query_key_value")
+FUSED = ("qkv", "query_key_value", "c_attn")
 """Parts of the names under which one projection yields queries, keys and values."""
 
 
@@ -53,12 +54,13 @@ def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None
     flop: dict[int | None, float] = dict.fromkeys(range(len(layers)), 0.0)
     for module in dict.fromkeys([*decoder.modules(), model.get_output_embeddings()]):
         number = numbers.get(module)
-        if isinstance(module, nn.Linear):
-            everywhere = module.out_features
+        if isinstance(module, nn.Linear | Conv1D):
+            inputs, features = _features(module)
+            everywhere = features
             if module in after:
-                everywhere = _early_features(module, inside[module], model, last is layer) if module in inside else 0
-            outputs = everywhere * length + (module.out_features - everywhere)
-            done = 2.0 * module.in_features * outputs * (module.ranks if isinstance(module, Shard) else 1)
+                everywhere = _early_features(features, inside[module], model, last is layer) if module in inside else 0
+            outputs = everywhere * length + (features - everywhere)
+            done = 2.0 * inputs * outputs * (module.ranks if isinstance(module, Shard) else 1)
         elif "Experts" in type(module).__name__:
             done = 2.0 * _active_weights(module, model) * (1 if module in after else length)
         elif "Router" in type(module).__name__ and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
@@ -80,17 +82,22 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
     return _ORDINARY[model]
 
 
-def _early_features(module: nn.Linear, name: str, model: PreTrainedModel, attends: bool) -> int:
-    """How many outputs of one of the last layer's projections are wanted at every position.
+def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; GPT-2's is called a convolution."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def _early_features(features: int, name: str, model: PreTrainedModel, attends: bool) -> int:
+    """How many ``features`` of one of the last layer's projections are wanted at every position.
 
     Those that are keys and values, or what these are made of; of a layer without attention all but what leaves it.
     """
     if not attends:
-        return 0 if name.startswith("o") else module.out_features
+        return 0 if name.startswith("o") else features
     if any(part in name.lower() for part in FUSED):
         shape = Geometry.of(model)
-        return module.out_features - shape.heads * shape.qk_head_dim
-    return module.out_features if name.startswith(("k", "v")) else 0
+        return features - shape.heads * shape.qk_head_dim
+    return features if name.startswith(("k", "v")) else 0
 
 
 def _active_weights(experts: nn.Module, model: PreTrainedModel) -> float:
