@@ -154,14 +154,17 @@ def _backends(found: Sequence[Method]) -> Blocks:
 def _list_model(name: str, given: list[int] | None, checkpoint: Checkpoint) -> None:
     from tmbench.measure.savings import savings
     from tmbench.methods.layers import layers_text
-    from tmbench.models.attention_modules import attention_modules, windows
+    from tmbench.models.attention_modules import attention_modules, limiting_windows, windows
     from tmbench.models.geometry import max_positions
     from tmbench.models.loading import load
 
     # Weights change nothing here, and need not be there.
     loaded = load(name, weights="random", plan_only=True, **checkpoint.given)
     attention_modules(loaded.model)
-    longest = max_positions(loaded.model.config) or max(LENGTHS)
+    # Where every layer has a window no method reads beyond it, and dense attention sees fewer pairs.
+    longest = min(max_positions(loaded.model.config) or max(LENGTHS), *limiting_windows(loaded.model).values(), max(LENGTHS))
+    for length in given or ():
+        loaded.check_length(length)
     lengths = sorted(set(given or [length for length in LENGTHS if length <= longest] or [longest]))
     found, count = savings(loaded, lengths), loaded.shape.layers
     spans = sorted(set(windows(loaded.model).values()))
