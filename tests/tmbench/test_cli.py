@@ -381,6 +381,29 @@ def test_help_names_presets_and_dense_backends(tmbench):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kinds", "rows", "proposed"),
+    [("fsfs", [("0", "100.0%"), ("2", "0.0%")], "2-"), ("sssf", [("3", "yes")], "3-"), ("fsff", None, "2-")],
+)
+def test_a_probe_of_a_hybrid_names_the_models_own_layers(tmbench, copy, kinds, rows, proposed):
+    """What it shows for --layers is what --layers takes; of the last layer's middle nothing is lost, and no share shown."""
+    about = json.loads((copy / "config.json").read_text())
+    about |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 4, "head_dim": 16}
+    about |= {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 16}
+    about["layer_types"] = [{"f": "full_attention", "s": "sliding_attention"}[kind] for kind in kinds]
+    del about["rope_parameters"]
+    (copy / "config.json").write_text(json.dumps(about))
+    limit = ("--accuracy-budget", "0") if rows else ("--time-budget", "0.5", "--rule", "depth")
+    code, out, err = tmbench(*SHORT_PROBE, "--task", "vt", "--model", str(copy), "--weights", "random", *limit)
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["depth"]] == [proposed]
+    for layer, share in rows or ():
+        (shown,) = [line for line in lines if line[:1] == [layer]]
+        assert shown[4] == share
+
+
+@pytest.mark.slow
 def test_list_says_what_a_method_can_save_on_a_model(tmbench):
     """Of 32 layers 8 have full attention, 16 heads of 256: 4 * 256 operations for each of 128K * 128K / 2 pairs."""
     code, out, err = tmbench("list", "--model", "qwen3.5-9b", "--length", "128K", "--length", "32K")
@@ -396,6 +419,18 @@ def test_list_says_what_a_method_can_save_on_a_model(tmbench):
     ]
     assert shares[-1] == pytest.approx(35.9, abs=0.1)
     assert "A method acts on 8 layers of 32" in err
+
+
+def test_list_shows_no_length_beyond_a_window_that_every_layer_has(tmbench, tmp_path):
+    """A method reads none, and dense attention of one would be of fewer pairs."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "sliding_window": 4096}))
+    code, out, _ = tmbench("list", "--model", str(tmp_path))
+    assert code == 0
+    assert "4K" in out
+    assert "32K" not in out
+    code, _, err = tmbench("list", "--model", str(tmp_path), "--length", "8K")
+    assert code == 2
+    assert "--length 8192 reaches beyond the sliding window of 4096 tokens in layer 0" in err
 
 
 def test_lengths_of_no_model_are_refused(tmbench):

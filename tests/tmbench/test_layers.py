@@ -15,7 +15,7 @@ from plans import plan_of
 from tmbench.cli.attention import Attention
 from tmbench.errors import UserError
 from tmbench.methods import layers as layers_module
-from tmbench.methods.layers import ACCURACY_BUDGET, Budget, chosen_layers, layers_text, parse_layers, propose
+from tmbench.methods.layers import ACCURACY_BUDGET, Budget, Proposal, chosen_layers, layers_text, parse_layers, propose
 from tmbench.methods.plan import HALF, DeepLayers, ModelShape, default_layers
 from tmbench.methods.table import METHODS
 from tmbench.results.rows import ProbeRow
@@ -125,10 +125,16 @@ def test_no_subset_of_a_proposals_size_loses_less_than_by_rank(middle, share, ke
     assert depth.layers == tuple(range(len(middle) - len(depth.layers), len(middle)))
 
 
-@pytest.mark.parametrize("middle", [[0.0, 0.0], [float("nan"), 1.0], [-1.0, 2.0], [float("inf"), 1.0]])
+@pytest.mark.parametrize("middle", [[float("nan"), 1.0], [-1.0, 2.0], [float("inf"), 1.0]])
 def test_gradients_that_say_nothing_propose_nothing(middle):
-    with pytest.raises(ValueError, match="finite, not negative, and not all zero"):
+    with pytest.raises(ValueError, match="finite and not negative"):
         propose(middle, 0.2, Budget(0.1), "rank")
+
+
+@pytest.mark.parametrize("rule", ["rank", "depth"])
+def test_middles_without_any_gradient_lose_nothing(rule):
+    assert propose([0.0, 0.0], 0.2, Budget(0.0), rule) == Proposal((0, 1), 0.0, 0.2)
+    assert propose([0.0, 0.0], 0.2, Budget(time=0.6), rule) == Proposal((1,), 0.0, 0.6)
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,29 @@ def test_layers_that_stay_the_models_own_are_not_probed(job, tmp_path):
 
 
 @pytest.mark.slow
+def test_where_the_last_layer_alone_has_full_attention_it_loses_nothing(job, tmp_path):
+    """Of that layer the last row alone matters, so that its middle has no gradient at all."""
+    windows = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    measured = job(model=("gemma3_text", windows), budget=Budget(0.0))
+    (layer,) = [row for row in measured.run() if row.head is None]
+    assert (layer.layer, layer.triangle, layer.lost_share, layer.middle_logits) == (3, True, 0.0, 0.0)
+    assert layer.streaming_logits > 0
+
+
+def test_a_model_without_any_gradient_is_an_error(make_model, prompt):
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    with pytest.raises(RuntimeError, match="no layer of LlamaForCausalLM has any gradient in torch.float32"):
+        gradients(model, prompt(17), TARGET, SMALL)
+
+
+def test_a_layer_that_attends_twice_is_refused(make_model, prompt):
+    with pytest.raises(UnsupportedModelError, match="layer 3 of DiffLlamaForCausalLM attends more than once"):
+        gradients(make_model("diffllama"), prompt(17), TARGET, SMALL)
+
+
+@pytest.mark.slow
 def test_a_killed_probe_goes_on_with_the_next_sample(job, tmp_path, monkeypatch):
     sample, asked = probe._sample, []
 

@@ -42,10 +42,10 @@ def add_loss(root, method, losses, hashes=("a", "b", "c"), **changes):
     return path
 
 
-def add_probe(root, triangle, **changes):
-    """A probe of four layers, those in ``triangle`` proposed."""
+def add_probe(root, triangle, numbers=range(4), **changes):
+    """A probe of four layers with these numbers, those in ``triangle`` proposed."""
     about = {"method": "dense", "length": 4096, "task": "vt", "samples": 2, "wording_hash": "f00d", "source": "noise"}
-    for layer, middle in enumerate((4e-7, 3e-7, 2e-7, 1e-7)):
+    for layer, middle in zip(numbers, (4e-7, 3e-7, 2e-7, 1e-7), strict=True):
         found = {"streaming_logits": 1e-6, "middle_logits": middle, "last_logits": None, "middle_probabilities": 0.5}
         told = {"proposal": "rank, accuracy budget 0.3, logits", "lost_share": 0.3, "pairs_share": 0.75}
         own = {"layer": layer, "triangle": layer in triangle}
@@ -133,6 +133,21 @@ def test_a_probe_has_its_layers_its_proposal_and_what_that_loses(tmp_path):
     assert (entry["proposed"], entry["proposal"]) == ([2, 3], "rank, accuracy budget 0.3, logits")
     lines = [line for line in report_csv(report).splitlines() if line.startswith("probe,") and ",middle_logits," in line]
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("proposed", "named", "taken"),
+    [({3}, "3", "3"), ({5, 7}, "5,7", "5,7"), ({7}, "7-", "7-"), ({7}, "7-", "7"), ({1, 3, 5, 7}, "1,3,5,7", "1,3,5,7")],
+)
+def test_layers_of_a_hybrid_are_named_by_the_models_own_numbers(proposed, named, taken, tmp_path):
+    """Behind the last one that was probed there may be others: it is then 7, and 7- where it is the last of all."""
+    add_probe(tmp_path, proposed, range(1, 8, 2))
+    add_loss(tmp_path, "dense", DENSE)
+    add_loss(tmp_path, "tri_mix", SPARSE, layers=taken, **TRIANGLE)
+    report = build(tmp_path)
+    (section,) = report.probes
+    assert list(table_with(report_markdown(report), "decided by")) == [named]
+    assert [cell.row.parameters for cell in section.losses if cell.row.method == "tri_mix"]
 
 
 def test_a_probe_by_probabilities_shows_these(tmp_path):

@@ -18,6 +18,7 @@ from tmbench.methods.layers import chosen_layers, whole_number
 from tmbench.methods.plan import HALF, DeepLayers, Plan
 from tmbench.methods.spec import MethodSpec, specs
 from tmbench.methods.table import ATTN_NATIVE
+from tmbench.results.words import counted
 from tmbench_kernels.parameters import Parameter
 from tmbench_kernels.shared import OPTIONS
 
@@ -184,7 +185,7 @@ def plans_for(chosen: Sequence[MethodSpec], attention: Attention, where: Executo
         plans.append(BASELINE.plan(loaded.shape))
     for name in dict.fromkeys(plan.method for plan in plans if plan.layers_source == HALF):
         full = loaded.shape.full
-        which = f", of its {len(full)} layers of full attention" if loaded.shape.native else ""
+        which = f", of its {counted(len(full), 'layer')} of full attention" if loaded.shape.native else ""
         say(
             f"{name}: no starting layer is published for {loaded.name}, so triangle attention starts at half "
             f"its depth{which}, layer {full[len(full) // 2]}; --layers chooses others, tmbench probe proposes some"

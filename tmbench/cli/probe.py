@@ -217,11 +217,15 @@ def _show(rows: list[ProbeRow], spec: ProbeSpec) -> None:
     shown = table(
         title, "layer", *(figures := ("streaming", "middle", "last", "share of middle")), "triangle", right=figures
     )
+    numbers = [row.layer for row in layers if row.layer is not None]
     middle = [float(getattr(row, f"middle_{spec.derivative}")) for row in layers]
+    whole = sum(middle)
     for row, own in zip(layers, middle, strict=True):
         values = (getattr(row, f"{section}_{spec.derivative}") for section in ("streaming", "middle", "last"))
         texts = ["" if value is None else f"{value:.3g}" for value in values]
-        shown.add_row(str(row.layer), *texts, f"{own / sum(middle):.1%}", "yes" if row.triangle else "")
+        # Of the last layer one row alone matters, none of it in the middle: it may be the only one of full attention.
+        share = f"{own / whole:.1%}" if whole else ""
+        shown.add_row(str(row.layer), *texts, share, "yes" if row.triangle else "")
     console().print(shown)
     title = f"Triangle layers under a{'n' * (spec.budget.time is None)} {spec.budget}"
     costs = ("middle lost", "pairs computed")
@@ -231,7 +235,8 @@ def _show(rows: list[ProbeRow], spec: ProbeSpec) -> None:
         assert first.kept_share is not None
         found = propose(middle, first.kept_share, spec.budget, rule)
         stored = "yes, for --layers auto" if rule == spec.rule else ""
-        shown.add_row(rule, layers_text(found.layers, len(layers)), f"{found.lost:.1%}", f"{found.pairs:.1%}", stored)
+        chosen = layers_text((numbers[place] for place in found.layers), max(numbers) + 1)
+        shown.add_row(rule, chosen, f"{found.lost:.1%}", f"{found.pairs:.1%}", stored)
     console().print(shown)
     assert first.answered is not None
     assert first.probability_mean is not None

@@ -37,7 +37,7 @@ from tmbench.engine.finite import check_logits, not_finite
 from tmbench.engine.first_token import synchronize
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.memory import PeakMemory
-from tmbench.errors import UserError
+from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.measure.attempt import attempt
 from tmbench.measure.executor import Worker
 from tmbench.measure.keeping import RowTarget
@@ -269,16 +269,18 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
         sections: where the sections are.
 
     Raises:
-        UnsupportedModelError: as ``tmbench.applied``.
+        UnsupportedModelError: as ``tmbench.applied``, and for a layer that attends more than once.
         NotFiniteError: logits or gradients that are not finite.
-        RuntimeError: a layer's attention was not differentiated exactly once.
+        RuntimeError: a layer's attention was not differentiated, or no layer has a gradient.
     """
     modules = attention_modules(model)
     found: dict[int, Tensor] = {}
 
     def record(layer: int, sums: Tensor) -> None:
         if layer in found:
-            raise RuntimeError(f"layer {layer} was differentiated twice")
+            raise UnsupportedModelError(
+                f"layer {layer} of {type(model).__name__} attends more than once, which a probe does not tell apart"
+            )
         found[layer] = sums[0].cpu()
 
     layers = [int(module.layer_idx) for module in modules]
@@ -297,6 +299,9 @@ def gradients(model: PreTrainedModel, ids: Tensor, target: int, sections: Sectio
         raise RuntimeError(f"only {len(found)} of {counted(len(modules), 'layer')} were differentiated")
     pairs = torch.tensor(sections.pairs(ids.shape[1]), dtype=torch.float64)
     sums = torch.stack([found[layer] for layer in layers])
+    # The middle of the last layer has none in any model; keys that all queries see always have some.
+    if not sums.any():
+        raise RuntimeError(f"no layer of {type(model).__name__} has any gradient in {model.dtype}: none can be proposed")
     for layer, own in zip(layers, sums, strict=True):
         if not own.isfinite().all():
             raise not_finite(f"the gradients of layer {layer}", model)

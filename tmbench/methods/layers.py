@@ -82,11 +82,11 @@ def propose(middle: Sequence[float], kept: float, budget: Budget, rule: Rule) ->
 
     Raises:
         UserError: triangle attention in all layers still takes more than the time budget.
-        ValueError: the gradients are not finite, or negative, or all of them are zero.
+        ValueError: the gradients are not finite, or negative.
     """
     count = len(middle)
-    if not all(math.isfinite(value) and value >= 0 for value in middle) or not any(middle):
-        raise ValueError("a proposal needs gradients that are finite, not negative, and not all zero")
+    if not all(math.isfinite(value) and value >= 0 for value in middle):
+        raise ValueError("a proposal needs gradients that are finite and not negative")
     # Of two layers that matter alike the deeper one comes first.
     order = sorted(range(count), key=(lambda layer: (middle[layer], -layer)) if rule == "rank" else (lambda layer: -layer))
     if budget.time is not None:
@@ -108,8 +108,8 @@ def propose(middle: Sequence[float], kept: float, budget: Budget, rule: Rule) ->
 
 
 def _part(middle: Sequence[float], layers: Iterable[int]) -> float:
-    """The share of all gradients that some layers hold."""
-    return math.fsum(middle[layer] for layer in layers) / math.fsum(middle)
+    """The share of all gradients that some layers hold; 0 where none holds any, as the last of all layers does."""
+    return math.fsum(middle[layer] for layer in layers) / (math.fsum(middle) or 1.0)
 
 
 def layers_text(layers: Iterable[int], count: int) -> str:

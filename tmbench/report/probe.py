@@ -116,7 +116,8 @@ class ProbeSection(Section[ProbeSetting, ProbeCell]):
         lines = []
         if first is not None and self.proposal:
             shares = (first.row.lost_share, first.row.pairs_share)
-            chosen = layers_text(self.proposed, len(self.layers))
+            # Behind the last one that was probed a model may have others, which stay its own: "16-" leaves them out.
+            chosen = layers_text(self.proposed, max(self.layers) + 1)
             lines = [[chosen, self.proposal, *(figure_text(share, ".1%") for share in shares)]]
         names = ("layers", "decided by", "middle's gradient lost", "pairs computed")
         return Table("The layers proposed for triangle attention:", columns(*names, texts=("layers", "decided by")), lines)
@@ -152,19 +153,21 @@ def probe_section(
 ) -> ProbeSection:
     """The section of one probe's rows; of all losses those of the same model with the proposed layers count."""
     section = ProbeSection(setting, [ProbeCell(one.row, one.label) for one in placed])
-    count = len(section.layers)
+    last = max(section.layers, default=0)
     sections = [own for own in losses if own.setting.base == setting.base and own.setting.threads == setting.threads]
     parameters = pattern_settings(placed[0].row).items()
     found = []
     for own in sections:
-        taken = [cell for cell in own.measured() if _takes(cell, section.proposed, count, parameters)]
+        taken = [cell for cell in own.measured() if _takes(cell, section.proposed, last, parameters)]
         places = {(cell.row.task, cell.row.length) for cell in taken}
         dense = [cell for cell in own.measured("dense") if (cell.row.task, cell.row.length) in places]
         found += [*dense, *taken]
     return ProbeSection(section.setting, section.cells, found)
 
 
-def _takes(cell: LossCell, layers: Sequence[int], count: int, parameters: Iterable[tuple[str, Value]]) -> bool:
-    """Whether a method's deep layers are these of so many, and its triangle is the probe's."""
+def _takes(cell: LossCell, layers: Sequence[int], last: int, parameters: Iterable[tuple[str, Value]]) -> bool:
+    """Whether a method's deep layers are these, and its triangle is the probe's; ``last`` is the last that was probed."""
     given = pattern_settings(cell.row)
-    return bool(layers) and set(parameters) <= given.items() and given.get(LAYERS) == layers_text(layers, count)
+    # As they are named in a model that ends with it, or goes on with layers that stay its own.
+    named = [layers_text(layers, last + 1 + behind) for behind in (0, 1)]
+    return bool(layers) and set(parameters) <= given.items() and given.get(LAYERS) in named
