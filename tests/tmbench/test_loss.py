@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from served_families import small
 from transformers import GenerationConfig
 
 import under_plan
@@ -51,6 +52,15 @@ def test_dense_losses_are_the_plain_models(family, changes, chunk, make_model, p
     torch.testing.assert_close((of_prompt, of_answer), expected, rtol=1e-4, atol=1e-4)
     assert backends == "dense:sdpa"
     assert not [m for m in model.modules() if "forward" in vars(m) or m._forward_hooks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4_text, with shared keys", "llama4_text", "gemma3", "qwen2_5_vl"])
+def test_losses_of_models_whose_heads_hand_on_more_or_whose_base_has_another_name(family, prompt):
+    model, ids = small(family), prompt(40)
+    model.generation_config.eos_token_id = None
+    of_prompt, of_answer, _ = under_plan.losses(model, plan_of(model, "dense"), ids, ANSWER)
+    torch.testing.assert_close((of_prompt, of_answer), whole(model, ids, ANSWER), rtol=1e-4, atol=1e-4)
 
 
 def test_a_methods_losses_are_those_under_its_mask(make_model, prompt):

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tmbench.engine.chunk_kind import feeds_chunks
@@ -309,6 +309,9 @@ def _base(model: PreTrainedModel) -> Any:
     """The part of the model that yields hidden states; raises UnsupportedModelError where it is not a part."""
     base = model.base_model
     if base is model:
+        # Llama 4's text model gives its base model a name that it does not have.
+        base = getattr(model, "model", None)
+    if not isinstance(base, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__} has no base model of its own, which --loss needs")
     return base
 
@@ -345,14 +348,12 @@ def loss_sample(
 
 @dataclass
 class _Output:
-    """As much of a base model's output as heads read."""
+    """As much of a base model's output as heads read; what they only hand on, a name for each family, is None."""
 
     last_hidden_state: Tensor
-    cache: None = None
-    past_key_values: None = None
-    hidden_states: None = None
-    attentions: None = None
-    router_logits: None = None
 
     def __getitem__(self, index: int) -> Tensor:
         return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
