@@ -93,7 +93,7 @@ def test_compiled_layers_read_chunks(make_model, prompt):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_one_compiled_model_reads_chunks_of_all_sizes(family, prompt):
-    """Two kinds of layer, slots and caches, and one token for which torch makes graphs of their own: more than it keeps."""
+    """Two kinds of layer, slots and caches, and chunks of one token, which have graphs of their own: too many for torch."""
     model, ids = served_families.small(family), prompt(45)
     plan = plan_of(model)
     whole = read(model, plan, ids, None)

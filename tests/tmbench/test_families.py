@@ -231,6 +231,20 @@ def test_layers_of_each_kind_share_a_graph(make_model, prompt, graphs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4_text", "mimo_v2_flash"])
+def test_one_compiled_model_reads_batches_and_prompts_of_one_and_of_more(family, prompt, graphs):
+    """Each has graphs of its own, and so has each kind of layer: more than torch keeps of one function."""
+    model = small(family)
+    plan = plan_of(model, "tri_mix", **TRIANGLE)
+    for length, batch in ((45, 1), (45, 3), (1, 1), (1, 2)):
+        ids, read = prompt(length, batch), []
+        for kind in (EAGER, COMPILED):
+            with torch.inference_mode(), running(model, plan, kind) as session:
+                read.append(session.read(ids).logits)
+        near(read[1], read[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "gemma2", "llama4_text"])
 def test_windows_and_chunks_are_computed_by_a_kernel_and_no_mask_is_made(family, prompt, monkeypatch):
     def make(*sizes, **about):

@@ -78,11 +78,11 @@ def compiled(model: PreTrainedModel) -> Runners:
     """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
     if model not in _COMPILED:
         _COMPILED[model] = Runners(
-            layer=_first_or_later(_compile_own(forward_of), _compile_own(forward_of)),
+            layer=_by_ones(lambda: _compile_own(forward_of)),
             mlp=_compile_own(forward_of),
             experts=_traced_or_not(_compile_own(forward_of)),
-            last_layer=_compile_own(_forward_last),
-            last_layer_dynamic=_compile_own(_forward_last),
+            last_layer=_by_ones(lambda: _compile_own(_forward_last)),
+            last_layer_dynamic=_by_ones(lambda: _compile_own(_forward_last)),
             last_mlp=_operator_mlp,
             # Apart for each size, as torch keeps no more than eight graphs of a function.
             decode_layer=cache(lambda size: _compile_own(forward_of, dynamic=False, options=ONE_ROW if size == 1 else None)),
@@ -106,17 +106,22 @@ def _compile_own(
     return compiled
 
 
-def _first_or_later(first: Callable[..., Any], later: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a layer by ``later`` where it is given the latents of chunks before: apart, as torch keeps so few graphs.
+def _by_ones(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """Runs layers by functions that ``make`` yields, one for each way in which sizes of what a layer is given are 1.
 
-    A chunk of one token and latents of one take graphs of their own.
+    torch makes graphs of their own for a batch or a chunk of one, and for latents of chunks before: together with the kinds
+    of layers that a model may have they would be more than it keeps of a function.
     """
+    made = cache(lambda ones: make())
 
-    def run_either(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        known = any(isinstance(value, LayerPass) and value.before is not None for value in kwargs.values())
-        return (later if known else first)(layer, *args, **kwargs)
+    def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        hidden = next(value for value in given if isinstance(value, Tensor))
+        before = next((value.before for value in given if isinstance(value, LayerPass)), None)
+        ones = tuple(size == 1 for size in (*hidden.shape[:2], *(() if before is None else before[0].shape[2:3])))
+        return made(ones)(layer, *args, **kwargs)
 
-    return run_either
+    return run
 
 
 def _traced_or_not(run: Callable[..., Any]) -> Callable[..., Any]:
