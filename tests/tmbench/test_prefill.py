@@ -104,7 +104,7 @@ def test_any_length(length, make_model, prompt, graphs):
     model, ids = make_model("llama"), prompt(length)
     with torch.inference_mode():
         expected = model(ids).logits[0, -1]
-    for kind in (PLAIN, EAGER, COMPILED) if length > 1 else (EAGER, COMPILED):
+    for kind in (PLAIN, EAGER, COMPILED):
         logits, cache = read(model, ids, kind, "dense")
         same(logits, expected)
         assert cache.get_seq_length() == length

@@ -1,8 +1,8 @@
 """How patterns get into a model: transformers' own attention interface, one pattern per attention module.
 
 No model class is patched, copied or subclassed. ``applied`` sets the patterns and restores the model on exit; the function
-registered with transformers reads the pattern from the module that calls it. A prefill (more than one query, the first at
-position 0) uses the pattern; decoding (one query) is dense over the full cache, so every layer's cache stays complete.
+registered with transformers reads the pattern from the module that calls it. A prefill (the first query at position 0) uses
+the pattern; decoding (one query behind other tokens) is dense over the full cache, so every layer's cache stays complete.
 Whatever a pattern cannot honour is refused with one sentence, never silently computed wrong. Layers of other kinds than full
 attention stay the model's own: see ``own_attention``.
 """
@@ -233,7 +233,8 @@ def _attention(
     if isinstance(slot, NativeSlot):
         return _native_attention(slot, module, query, key, value, attention_mask, **kwargs), None
     prefill = slot.session.prefill
-    if query.shape[2] == 1 and not prefill.active:
+    # A prompt may be one token, with no key before it.
+    if query.shape[2] == 1 and key.shape[2] > 1 and not prefill.active:
         if slot.session.splits_prompts:
             query = own_heads(query, query.shape[1] // parallel.size())
         out = own_attention(module, query, key, value, attention_mask, **kwargs)
