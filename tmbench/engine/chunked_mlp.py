@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmbench.models.geometry import is_experts
+
 CHUNK = 16384
 """The fewest tokens of a long prompt that an MLP works on at a time; experts, who share them, work on twice as many."""
 MLP_SHARE = 0.1
@@ -45,7 +47,7 @@ def _chunk(mlp: nn.Module, x: Tensor) -> int:
     """Tokens at a time. A gated MLP holds three tensors of its inner width."""
     if not is_plain(mlp):
         # How much experts hold is not known from outside: some yield all of their outputs for every token.
-        return 2 * CHUNK if has_experts(mlp) else x.shape[0] * x.shape[1]
+        return 2 * CHUNK if any(map(is_experts, mlp.children())) else x.shape[0] * x.shape[1]
     if x.device.type != "cuda":
         return CHUNK
     width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=x.shape[-1])
@@ -58,8 +60,3 @@ def is_plain(mlp: nn.Module) -> bool:
     if next(mlp.parameters(recurse=False), None) is not None:
         return False
     return all(isinstance(part, nn.Linear) or next(part.parameters(), None) is None for part in mlp.children())
-
-
-def has_experts(mlp: nn.Module) -> bool:
-    """Whether an MLP routes every token to experts, by transformers' names."""
-    return any(type(part).__name__.endswith("Experts") for part in mlp.children())

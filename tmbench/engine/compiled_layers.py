@@ -25,7 +25,6 @@ from tmbench.engine.attention import NativeSlot, Slot
 from tmbench.engine.decoder_layers import DecoderLayer
 from tmbench.engine.forwards import forward_of
 from tmbench.engine.kv_cache import CacheSlot
-from tmbench.engine.prefill_state import LayerPass
 
 if TYPE_CHECKING:
     from tmbench.engine.last_position import LastPosition
@@ -49,17 +48,25 @@ def _operator_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return operators.mlp(x)
 
 
+RunnerOf = Callable[[tuple[bool, ...]], Callable[..., Any]]
+"""What runs a layer, by which sizes of what it is given are 1: a batch, a chunk, latents of chunks before.
+
+torch makes graphs of their own for a size of 1 and for latents of chunks before: together with the kinds of layers that a
+model may have they would be more than it keeps of a function.
+"""
+
+
 @dataclass(frozen=True)
 class Runners:
     """The functions that run a model's modules: these, or compiled ones."""
 
-    layer: Callable[..., Any] = forward_of
+    layer: RunnerOf = lambda ones: forward_of
     mlp: Callable[..., Any] = forward_of
     """In chunks of tokens."""
     experts: Callable[..., Any] = forward_of
     """An MLP that chooses among experts."""
-    last_layer: Callable[..., Any] = _forward_last
-    last_layer_dynamic: Callable[..., Any] = _forward_last
+    last_layer: RunnerOf = lambda ones: _forward_last
+    last_layer_dynamic: RunnerOf = lambda ones: _forward_last
     """Under a dynamic pattern, which needs more queries: apart, as torch keeps no more than eight graphs of a function."""
     last_mlp: Callable[..., Any] = forward_of
     """Inside of the last layer."""
@@ -78,11 +85,11 @@ def compiled(model: PreTrainedModel) -> Runners:
     """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
     if model not in _COMPILED:
         _COMPILED[model] = Runners(
-            layer=_by_ones(lambda: _compile_own(forward_of)),
+            layer=cache(lambda ones: _compile_own(forward_of)),
             mlp=_compile_own(forward_of),
             experts=_traced_or_not(_compile_own(forward_of)),
-            last_layer=_by_ones(lambda: _compile_own(_forward_last)),
-            last_layer_dynamic=_by_ones(lambda: _compile_own(_forward_last)),
+            last_layer=cache(lambda ones: _compile_own(_forward_last)),
+            last_layer_dynamic=cache(lambda ones: _compile_own(_forward_last)),
             last_mlp=_operator_mlp,
             # Apart for each size, as torch keeps no more than eight graphs of a function.
             decode_layer=cache(lambda size: _compile_own(forward_of, dynamic=False, options=ONE_ROW if size == 1 else None)),
@@ -104,24 +111,6 @@ def _compile_own(
     own_options = dict(options) if options and BACKEND == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(own, dynamic=dynamic, fullgraph=True, backend=BACKEND, options=own_options)
     return compiled
-
-
-def _by_ones(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Runs layers by functions that ``make`` yields, one for each way in which sizes of what a layer is given are 1.
-
-    torch makes graphs of their own for a batch or a chunk of one, and for latents of chunks before: together with the kinds
-    of layers that a model may have they would be more than it keeps of a function.
-    """
-    made = cache(lambda ones: make())
-
-    def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        hidden = next(value for value in given if isinstance(value, Tensor))
-        before = next((value.before for value in given if isinstance(value, LayerPass)), None)
-        ones = tuple(size == 1 for size in (*hidden.shape[:2], *(() if before is None else before[0].shape[2:3])))
-        return made(ones)(layer, *args, **kwargs)
-
-    return run
 
 
 def _traced_or_not(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +137,7 @@ def _traced_or_not(run: Callable[..., Any]) -> Callable[..., Any]:
 def run_layer(
     slot: Slot | NativeSlot,
     region: operators.Region,
-    run: Callable[..., Any],
+    run: RunnerOf,
     layer: DecoderLayer,
     last_row: bool,
     *args: Any,
@@ -163,12 +152,14 @@ def run_layer(
         raise RuntimeError("the model is prepared for prefills: decode after the with block")
     latents = layer.latents and not isinstance(state.cache, CacheSlot)
     before = state.latents_before(slot.layer) if latents else None
+    hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    sizes = (*hidden.shape[:2], *(() if before is None else before[0].shape[2:3]))
     state.layer.begin(last_row=last_row, dynamic=slot.pattern.dynamic, latents=latents, before=before)
     if latents:
         kwargs[layer.cache_name] = state.layer
     try:
         with operators.entered(region):
-            out = run(layer.module, *args, **kwargs)
+            out = run(tuple(size == 1 for size in sizes))(layer.module, *args, **kwargs)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         raise RuntimeError(
             f"torch.compile gave up on {type(layer.module).__name__}, --no-compile or TORCHDYNAMO_DISABLE=1 measures "

@@ -202,7 +202,6 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
             mlp = None
             if layer.mlp is not None:
                 mlp = partial(in_chunks, layer.mlp, run.mlp if is_plain(layer.mlp) else run.experts)
-            if layer.mlp is not None and mlp is not None:
                 # One function for all: a graph is bound to the identity of each function that it calls.
                 operator = operators.mlp_and_router if layer.with_router else operators.mlp
                 replace_forward(

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from tmbench.engine.first_token import synchronize
 from tmbench.methods.layer_kinds import SLIDING, layer_kinds
 from tmbench.models.attention_modules import native_attentions, parents, self_attentions, span
-from tmbench.models.geometry import Geometry, experts_per_token
+from tmbench.models.geometry import Geometry, experts_per_token, is_experts
 from tmbench.models.sharding import Shard
 
 _ORDINARY: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
@@ -61,7 +61,7 @@ def linear_flop_by_layer(model: PreTrainedModel, length: int) -> dict[int | None
                 everywhere = _early_features(features, inside[module], model, last is layer) if module in inside else 0
             outputs = everywhere * length + (features - everywhere)
             done = 2.0 * inputs * outputs * (module.ranks if isinstance(module, Shard) else 1)
-        elif "Experts" in type(module).__name__:
+        elif is_experts(module):
             done = 2.0 * _active_weights(module, model) * (1 if module in after else length)
         elif "Router" in type(module).__name__ and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
             # Many routers are no linear layer, and hold a weight for each expert all the same.

@@ -60,6 +60,11 @@ def shares_keys(config: Any) -> bool:
     return bool(getattr(config.get_text_config(), "num_kv_shared_layers", None))
 
 
+def is_experts(module: object) -> bool:
+    """Whether a module holds the experts of a mixture, by transformers' names."""
+    return "Experts" in type(module).__name__
+
+
 def experts_per_token(config: Any) -> int:
     """How many experts work on a token, those that are shared by all tokens aside; 0 for a model without experts."""
     text = config.get_text_config()
