@@ -18,10 +18,9 @@ from tmbench.engine import roofline
 from tmbench.engine.attention import applied_plan
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Prefill, prepared, tensors_of
-from tmbench.engine.prefill_kind import compiles, kind_wanted, obstacle_of
+from tmbench.engine.prefill_kind import obstacle_of
 from tmbench.engine.prefill_state import PrefillState
 from tmbench.engine.session import running
-from tmbench.errors import UserError
 from tmbench.models.geometry import Geometry
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -318,58 +317,10 @@ def test_the_mlp_sees_no_more_than_a_chunk(make_model, prompt):
     assert seen["query"] == [64] * 3 + [0], "the last layer's queries are one position, seen at all of them"
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"), [("diffllama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96})]
-)
-def test_layers_of_another_build_run_plainly(family, changes, make_model, prompt):
-    assert obstacle_of(make_model(family, **changes))
-
-
-def test_a_model_that_differs_runs_plainly(make_model, monkeypatch):
-    model = make_model("llama")
-    assert not obstacle_of(model)
-    last = type(model.model.layers[-1].mlp)
-    forward = last.forward
-
-    def mixes_positions(self, x):
-        return forward(self, x) + x.mean(1, keepdim=True)
-
-    monkeypatch.setattr(last, "forward", mixes_positions)
-    assert obstacle_of(model)
-
-
-def test_somebody_elses_wrapper_is_left_in_place(make_model):
-    model = make_model("llama")
-    model.model.layers[1].mlp.forward = lambda x: x
-    assert obstacle_of(model)
-    assert "forward" in vars(model.model.layers[1].mlp)
-
-
 def test_a_prefill_without_a_method_is_plain(make_model, prompt):
     model, ids = make_model("llama"), prompt(30)
     with torch.inference_mode():
         same(Prefill(model)(ids), model(ids).logits[:, -1])
-
-
-def test_where_to_compile(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    assert not compiles(cpu, None)
-    assert compiles(cpu, True)
-    assert compiles(cuda, None)
-    assert not compiles(cuda, False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not compiles(cuda, None)
-    assert not compiles(cpu, False)
-    with pytest.raises(UserError, match="--compile needs a compiler.*--no-compile"):
-        compiles(cpu, True)
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    assert not compiles(cuda, None)
-    with pytest.raises(UserError, match="--compile does not go with TORCHDYNAMO_DISABLE"):
-        compiles(cuda, True)
 
 
 @pytest.mark.slow
@@ -432,27 +383,3 @@ def test_two_models_at_once(make_model, prompt, graphs):
     ):
         for prefill, wanted in zip((a, b, a), (*expected, expected[0]), strict=True):
             same(prefill(ids)[0], wanted)
-
-
-CPU = torch.device("cpu")
-
-
-def test_compiling_that_was_asked_for_and_cannot_be_had_is_refused(make_model, monkeypatch, graphs):
-    monkeypatch.setenv("CXX", "c++")
-    wrapped, other = make_model("llama"), make_model("gpt2")
-    assert [kind_wanted(wrapped, CPU, wish) for wish in (True, False, None)] == [COMPILED, EAGER, EAGER]
-    wrapped.model.layers[1].mlp.forward = lambda x: x
-    for model, name in ((wrapped, "LlamaForCausalLM"), (other, "GPT2LMHeadModel")):
-        with pytest.raises(UserError, match=rf"^--compile: {name} cannot be compiled here, as .*: leave the option out$"):
-            kind_wanted(model, CPU, True)
-        assert [kind_wanted(model, CPU, wish) for wish in (False, None)] == [PLAIN, PLAIN]
-    differs = make_model("llama")
-    monkeypatch.setattr("tmbench.engine.prefill_kind.agree", lambda got, expected: False)
-    with pytest.raises(
-        UserError, match=r"^--compile: LlamaForCausalLM cannot be compiled here, as it answers a short prompt"
-    ):
-        kind_wanted(differs, CPU, True)
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"^--compile needs a compiler"):
-        kind_wanted(differs, CPU, True)
