@@ -86,6 +86,20 @@ def _sum_shares(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return by_key, padded.as_strided((*padded.shape[:2], rows, length), strides).sum(2).flip(-1)
 
 
+def mean_key_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What the softmax over all keys gives to each, the mean of the queries: float32 ``[batch, heads, keys]``."""
+    batch, heads, rows = q.shape[:3]
+    if triton_serves(q):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels.triton_scores import sum_key_shares
+
+        return sum_key_shares(q, k, scale).div_(rows)
+    shares = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)
+    for some, kv, _ in tiles(heads, k.shape[1], 1, batch * rows * k.shape[2]):
+        shares[:, some] = products(q[:, some], k[:, kv]).mul_(scale).softmax(3).mean(2)
+    return shares
+
+
 def largest(scores: Tensor, counts: Tensor | int) -> Tensor:
     """Which entries of the last dimension are among the ``counts`` largest, bool; ties go to the first.
 
@@ -137,6 +151,21 @@ def heaviest_count(shares: Tensor, limit: float) -> Tensor:
         return triton_heaviest.heaviest_count(shares, limit)
     ranked = shares.sort(dim=-1, descending=True).values
     return (ranked.cumsum(-1, dtype=torch.float64) <= limit).sum(-1)
+
+
+def heaviest_reaching(shares: Tensor, share: float) -> Tensor:
+    """Which of weights ``[..., n]`` are taken to hold a share of all, heaviest first: each while those before it fall short.
+
+    Bool; weights and sums are as in ``heaviest``, and each row holds something.
+    """
+    if runs_triton(shares.device):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels import triton_heaviest
+
+        return triton_heaviest.reaching(shares, share)
+    ranked, order = shares.sort(dim=-1, descending=True, stable=True)
+    taken = reaching(ranked, share)
+    return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
 def reaching(ranked: Tensor, share: float) -> Tensor:

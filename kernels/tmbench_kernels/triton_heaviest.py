@@ -1,9 +1,9 @@
-"""The heaviest of probabilities, in Triton: so many of them, or those whose sum stays within a limit. Nothing is sorted.
+"""The heaviest of probabilities, in Triton: so many, as many as fit a limit, or as it takes to reach one. Nothing is sorted.
 
 The bits of floats that are not negative are in the order of the floats. A threshold is searched for: the largest number of
 which the probabilities from it on hold more than the limit, or are as many as wanted. Its bits are found two at a time, and
 each two take one pass over the probabilities, whose sums run in float64. Those above the threshold are taken; of those that
-equal it, as many as fit.
+equal it, as many as fit, or as it takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 WIDE = 4096
-"""Probabilities in a part, of which ties are counted for themselves."""
+"""Probabilities in a part, of which ties are counted for themselves; fewer where a row has fewer."""
 PARTS = 4
 """Parts that are read at once."""
 
@@ -47,16 +47,29 @@ def _count_ties(weights, threshold, ties, n, parts, PARTS: tl.constexpr, WIDE: t
     return tl.sum(larger, 0), tl.sum(equal, 0)
 
 
+@triton.jit
+def _too_much(held, limit, REACH: tl.constexpr):
+    return held >= limit if REACH else held > limit
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _search(
     weights_ptr, limit_ptr, thresholds_ptr, fitting_ptr, counts_ptr, ties_ptr, n, parts,
-    PARTS: tl.constexpr, WIDE: tl.constexpr,
+    REACH: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One row. ties_ptr, for the ties of each part, is None where they are not wanted: then none are noted."""
+    """One row. ties_ptr, for the ties of each part, is None where they are not wanted: then none are noted.
+
+    Under REACH the limit is a share of the row's sum, and what is taken is not to fall short of it.
+    """
     row = tl.program_id(0).to(tl.int64)
     weights = weights_ptr + row * n
     limit = tl.load(limit_ptr)
     tile = tl.arange(0, PARTS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    if REACH:
+        every = tl.zeros([WIDE], tl.float64)
+        for first in range(0, n, PARTS * WIDE):
+            every += tl.sum(_load(weights, first + tile, n)[0].to(tl.float64), 0)
+        limit *= tl.sum(every, 0)
     threshold = tl.full([], 0, tl.int32)
     above = tl.full([], 0.0, tl.float64)
     for step in range(15):
@@ -73,17 +86,22 @@ def _search(
         sum_1 = tl.sum(held_1, 0)
         sum_2 = tl.sum(held_2, 0)
         sum_3 = tl.sum(held_3, 0)
+        much_1 = _too_much(sum_1, limit, REACH)
+        much_2 = _too_much(sum_2, limit, REACH)
+        much_3 = _too_much(sum_3, limit, REACH)
         # What fits is held from the next larger number on; where all three are too much, the last step's still is.
-        above = tl.where(sum_1 <= limit, sum_1, tl.where(sum_2 <= limit, sum_2, tl.where(sum_3 <= limit, sum_3, above)))
-        digit = (sum_1 > limit).to(tl.int32) + (sum_2 > limit).to(tl.int32) + (sum_3 > limit).to(tl.int32)
-        threshold += digit << shift
+        above = tl.where(much_1, tl.where(much_2, tl.where(much_3, above, sum_3), sum_2), sum_1)
+        threshold += (much_1.to(tl.int32) + much_2.to(tl.int32) + much_3.to(tl.int32)) << shift
 
     # All that is zero fits, if it comes to that: then everything does.
     weight = tl.where(threshold == 0, 1.0, threshold.to(tl.float32, bitcast=True)).to(tl.float64)
     fitting = tl.floor((limit - above) / weight)
     fitting += (above + (fitting + 1.0) * weight <= limit).to(tl.float64)
     fitting -= (above + fitting * weight > limit).to(tl.float64)
-    fitting = tl.where(threshold == 0, n, tl.minimum(fitting, n).to(tl.int32))
+    if REACH:
+        # One more, unless these come to the limit.
+        fitting += (above + fitting * weight < limit).to(tl.float64)
+    fitting = tl.where(threshold == 0, 0 if REACH else n, tl.minimum(fitting, n).to(tl.int32))
 
     if ties_ptr is not None:
         ties_ptr += row * parts
@@ -149,9 +167,18 @@ def _mark(
 
 def heaviest(shares: Tensor, limit: float) -> Tensor:
     """``scores.heaviest``."""
+    return _taken(shares, limit, reach=False)
+
+
+def reaching(shares: Tensor, share: float) -> Tensor:
+    """``scores.heaviest_reaching``."""
+    return _taken(shares, share, reach=True)
+
+
+def _taken(shares: Tensor, limit: float, *, reach: bool) -> Tensor:
     shares = shares.contiguous()
     ties = _ties(shares)
-    thresholds, fitting, _ = _searched(shares, limit, ties)
+    thresholds, fitting, _ = _searched(shares, limit, ties, reach=reach)
     return _marked(shares, thresholds, fitting, ties)
 
 
@@ -161,15 +188,26 @@ def largest(shares: Tensor, counts: Tensor) -> Tensor:
     ties = _ties(shares)
     thresholds, fitting = (shares.new_empty(shares.shape[:-1], dtype=torch.int32) for _ in range(2))
     wanted = counts.expand(shares.shape[:-1]).contiguous()
-    _search_count[(wanted.numel(),)](
-        shares, wanted, thresholds, fitting, ties, shares.shape[-1], ties.shape[-1], PARTS=PARTS, WIDE=WIDE, num_warps=32
-    )
+    n, parts = shares.shape[-1], ties.shape[-1]
+    _search_count[(wanted.numel(),)](shares, wanted, thresholds, fitting, ties, n, parts, **_reading(n))
     return _marked(shares, thresholds, fitting, ties)
+
+
+def _width(n: int) -> int:
+    """Probabilities in a part of rows of n."""
+    return min(WIDE, max(128, 1 << (n - 1).bit_length()))
+
+
+def _reading(n: int) -> dict[str, int]:
+    """How a program reads a row of n."""
+    parts = PARTS if n > WIDE else 1
+    return {"PARTS": parts, "WIDE": _width(n), "num_warps": max(_width(n) * parts // 512, 1)}
 
 
 def _ties(shares: Tensor) -> Tensor:
     """Room for how many of each part of a row equal its threshold."""
-    return shares.new_empty(*shares.shape[:-1], triton.cdiv(shares.shape[-1], WIDE), dtype=torch.int32)
+    n = shares.shape[-1]
+    return shares.new_empty(*shares.shape[:-1], triton.cdiv(n, _width(n)), dtype=torch.int32)
 
 
 def _marked(shares: Tensor, thresholds: Tensor, fitting: Tensor, ties: Tensor) -> Tensor:
@@ -177,23 +215,24 @@ def _marked(shares: Tensor, thresholds: Tensor, fitting: Tensor, ties: Tensor) -
     marks = torch.empty_like(shares, dtype=torch.uint8)
     n, parts = shares.shape[-1], ties.shape[-1]
     _mark[(thresholds.numel(), parts)](
-        shares, thresholds, fitting, ties, marks, n, parts, WIDE=WIDE, COUNTED=256, num_warps=8
-    )
+        shares, thresholds, fitting, ties, marks, n, parts,
+        WIDE=_width(n), COUNTED=256, num_warps=max(_width(n) // 512, 1),
+    )  # fmt: skip
     return marks.view(torch.bool)
 
 
 def heaviest_count(shares: Tensor, limit: float) -> Tensor:
     """``scores.heaviest_count``."""
-    return _searched(shares.contiguous(), limit, None)[2]
+    return _searched(shares.contiguous(), limit, None, reach=False)[2]
 
 
-def _searched(shares: Tensor, limit: float, ties: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _searched(shares: Tensor, limit: float, ties: Tensor | None, *, reach: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row the bits of its threshold, how many that equal it fit, and how many are taken in all; fills ``ties``."""
     n = shares.shape[-1]
     thresholds, fitting, counts = (shares.new_empty(shares.shape[:-1], dtype=torch.int32) for _ in range(3))
     # A number is handed to a kernel in float32, which is not enough here.
     limits = shares.new_full((), limit, dtype=torch.float64)
     _search[(counts.numel(),)](
-        shares, limits, thresholds, fitting, counts, ties, n, triton.cdiv(n, WIDE), PARTS=PARTS, WIDE=WIDE, num_warps=32
+        shares, limits, thresholds, fitting, counts, ties, n, triton.cdiv(n, _width(n)), REACH=reach, **_reading(n)
     )
     return thresholds, fitting, counts

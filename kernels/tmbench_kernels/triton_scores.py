@@ -54,21 +54,25 @@ def _part_sums(
     q_ptr, k_tiles, maxes_ptr, sums_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before, length, parts,
     scale_log2,
     ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Some of the last queries of one head over a part of the keys: the largest logit, and the sum of powers."""
+    """Some of the last queries of one head over a part of the keys: the largest logit, and the sum of powers.
+
+    Where it is not CAUSAL all of the queries see all of the keys.
+    """
     part = tl.program_id(0)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     both = tl.program_id(2)
     batch = both // HEADS
     head = both % HEADS
-    position = length - ROWS + row
+    seen = length - ROWS + 1 if CAUSAL else length
+    position = seen - 1 + (row if CAUSAL else row * 0)
     q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
     row_max = tl.full([BLOCK], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(part * KEYS, tl.minimum(part * KEYS + KEYS, length), BLOCK):
-        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, length - ROWS + 1, BLOCK, BLOCK_DIM)
+        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, seen, BLOCK, BLOCK_DIM)
         higher = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
         shift = _finite(higher)
         row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(s * scale_log2 - shift[:, None]), 1)
@@ -76,6 +80,24 @@ def _part_sums(
     place = (both.to(tl.int64) * parts + part) * ROWS + row
     tl.store(maxes_ptr + place, row_max)
     tl.store(sums_ptr + place, row_sum)
+
+
+@triton.jit
+def _row_weights(
+    maxes_ptr, sums_ptr, place, parts, counts, ROWS: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr
+):  # fmt: skip
+    """The largest logit of each row over all parts, and one over its sum of powers; 0 for rows that do not count."""
+    row_max = tl.full([BLOCK], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK], tl.float32)
+    for one in range(0, parts, MERGED):
+        some = one + tl.arange(0, MERGED)[:, None]
+        part_max = tl.load(maxes_ptr + place + some * ROWS, mask=some < parts, other=-float("inf"))
+        part_sum = tl.load(sums_ptr + place + some * ROWS, mask=some < parts, other=0.0)
+        higher = tl.maximum(row_max, tl.max(part_max, 0))
+        shift = _finite(higher)
+        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(part_sum * tl.exp2(part_max - shift[None, :]), 0)
+        row_max = higher
+    return _finite(row_max), tl.where(counts, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), 0.0)
 
 
 @triton.jit(do_not_specialize=["before", "length", "parts"])
@@ -93,18 +115,7 @@ def _part_shares(
     head = both % HEADS
     position = length - ROWS + row
     place = both.to(tl.int64) * parts * ROWS + row[None, :]
-    row_max = tl.full([BLOCK], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK], tl.float32)
-    for one in range(0, parts, MERGED):
-        some = one + tl.arange(0, MERGED)[:, None]
-        part_max = tl.load(maxes_ptr + place + some * ROWS, mask=some < parts, other=-float("inf"))
-        part_sum = tl.load(sums_ptr + place + some * ROWS, mask=some < parts, other=0.0)
-        higher = tl.maximum(row_max, tl.max(part_max, 0))
-        shift = _finite(higher)
-        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(part_sum * tl.exp2(part_max - shift[None, :]), 0)
-        row_max = higher
-    row_max = _finite(row_max)
-    weight = tl.where(row >= before, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), 0.0)
+    row_max, weight = _row_weights(maxes_ptr, sums_ptr, place, parts, row >= before, ROWS, BLOCK, MERGED)
 
     q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
@@ -133,19 +144,55 @@ def _part_shares(
         tl.store(by_distance_ptr + out + distance, tl.sum(turned, 0), mask=wanted)
 
 
+@triton.jit(do_not_specialize=["before", "length", "parts"])
+def _part_key_shares(
+    q_ptr, k_tiles, maxes_ptr, sums_ptr, by_key_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before, length, parts,
+    scale_log2,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """Some queries of one head, which see all keys, over a part of these: what they give to each."""
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    both = tl.program_id(2)
+    batch = both // HEADS
+    head = both % HEADS
+    place = both.to(tl.int64) * parts * ROWS + row[None, :]
+    row_max, weight = _row_weights(maxes_ptr, sums_ptr, place, parts, row >= before, ROWS, BLOCK, MERGED)
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
+    by_key_ptr += (both.to(tl.int64) * (ROWS // BLOCK) + tl.program_id(1)) * length
+    for first in range(part * KEYS, tl.minimum(part * KEYS + KEYS, length), BLOCK):
+        s = _logits(q, k_tiles, batch, head // GROUPS, first, length - 1 + row * 0, length, BLOCK, BLOCK_DIM)
+        shares = tl.exp2(s * scale_log2 - row_max[:, None]) * weight[:, None]
+        key = first + tl.arange(0, BLOCK)
+        tl.store(by_key_ptr + key, tl.sum(shares, 0), mask=key < length)
+
+
 def sum_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """What the softmax of the last queries gives to keys and to distances, summed over the queries.
 
     q ``[batch, heads, rows, dim]`` holds the last queries of k ``[batch, kv_heads, length, dim]``, at most as many, both of
     one 16-bit type. Returns float32 ``[2, batch, heads, length]``, by key and by distance.
     """
+    return _sum_shares(q, k, scale, causal=True)
+
+
+def sum_key_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What the softmax over all keys gives to each, summed over the queries: float32 ``[batch, heads, keys]``.
+
+    Tensors as for ``sum_shares``, but for how many queries there are; every one of them sees every key.
+    """
+    return _sum_shares(q, k, scale, causal=False)
+
+
+def _sum_shares(q: Tensor, k: Tensor, scale: float, *, causal: bool) -> Tensor:
     q, scale = positive(q, scale)
     k = loadable(k)
     (batch, heads, rows, dim), (kv_heads, length) = q.shape, k.shape[1:3]
     blocks, parts, wide = triton.cdiv(rows, BLOCK), triton.cdiv(length, KEYS), block_dim(dim)
     whole = blocks * BLOCK
     maxes, sums = (q.new_empty(batch, heads, parts, whole, dtype=torch.float32) for _ in range(2))
-    by_key, by_distance = shares = q.new_empty(2, batch, heads, blocks, length, dtype=torch.float32)
     k_tiles = TensorDescriptor(k, list(k.shape), list(k.stride()), [1, 1, BLOCK, wide])
     given = (*q.stride(), whole - rows, length, parts, scale * LOG2_E)
     settings = {
@@ -153,6 +200,9 @@ def sum_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
         "KEYS": KEYS, "num_stages": 3 if wide <= 128 else 1,
     }  # fmt: skip
     grid = parts, blocks, batch * heads
-    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, num_warps=WARPS)
-    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, MERGED=32, num_warps=WARPS)
-    return shares.sum(3) if blocks > 1 else shares.squeeze(3)
+    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, CAUSAL=causal, num_warps=WARPS)
+    kinds = (2,) if causal else ()
+    shares = q.new_empty(*kinds, batch, heads, blocks, length, dtype=torch.float32)
+    kernel, outs = (_part_shares, tuple(shares)) if causal else (_part_key_shares, (shares,))
+    kernel[grid](q, k_tiles, maxes, sums, *outs, *given, **settings, MERGED=32, num_warps=WARPS)
+    return shares.sum(-2) if blocks > 1 else shares.squeeze(-2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tmbench_kernels import PBS, Dense
+from tmbench_kernels.pbs import merge, sorted_tokens
 from tmbench_kernels.reference import masked_lse
 
 B = 128
@@ -105,6 +106,42 @@ def test_with_the_kernel_for_lists(make_structured_qkv, assert_exact, length, st
     q, pattern = q[:, :, start:], PBS(128, 0.5)
     (backend,) = (backend for backend in PBS.backends if backend.name == "triton")
     assert_exact(backend.attend(pattern, q, k, v, 0.3), q, k, v, pattern.mask(q, k, scale=0.3), 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 40), (2, 2, 64)])
+@pytest.mark.parametrize("whole", [256, 640])
+def test_tokens_are_sorted_in_triton_as_in_torch(make_qkv, heads, kv_heads, dim, whole):
+    from tmbench_kernels.pbs import triton_backend
+
+    x = make_qkv(700, heads=heads, kv_heads=kv_heads, dim=dim, batch=2, dtype=torch.float16)[1]
+    order = torch.rand(2, heads, whole).argsort(-1)
+    out = x.new_empty(2, heads, 700, dim, device=DEVICE)
+    triton_backend.sorted_tokens(x.to(DEVICE), order.to(DEVICE), out)
+    assert torch.equal(out.cpu(), sorted_tokens(x, order))
+    assert torch.equal(
+        out[:, -1].cpu(), torch.cat([x[:, -1].gather(1, order[:, -1, :, None].expand(-1, -1, dim)), x[:, -1, whole:]], 1)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [24, 64])
+def test_two_softmaxes_are_made_one_in_triton_as_in_torch(make_qkv, dim):
+    from tmbench_kernels.pbs import triton_backend
+
+    out, others, _ = make_qkv(200, heads=3, kv_heads=3, dim=dim, batch=2, dtype=torch.float16)
+    lse, others_lse = 5 * torch.randn(2, 3, 200), 5 * torch.randn(2, 3, 200)
+    others_lse[:, :, :50] = -torch.inf
+    others[:, :, :50] = 0
+    got = tuple(x.to(DEVICE, copy=True) for x in (out, lse, others, others_lse))
+    triton_backend.merge(*got)
+    weights = torch.stack([lse, others_lse]).double().softmax(0)
+    expected = weights[0, ..., None] * out.double() + weights[1, ..., None] * others.double()
+    merge(out, lse, others, others_lse)
+    assert torch.equal(got[1][:, :, :50].cpu(), lse[:, :, :50])
+    torch.testing.assert_close(got[1].cpu(), lse, rtol=1e-5, atol=1e-5)
+    for found in (got[0].cpu(), out):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_both_parts_are_named(make_qkv):

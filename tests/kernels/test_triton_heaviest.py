@@ -1,4 +1,4 @@
-"""The heaviest within a limit, and so many of the largest, in Triton against sorting: without a GPU interpreted."""
+"""The heaviest within a limit or up to one, and the largest by number, in Triton against sorting; interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def check(shares, limit):
     return expected
 
 
+def check_reaching(shares, share):
+    from tmbench_kernels.triton_heaviest import reaching
+
+    expected = torch.zeros(shares.shape, dtype=torch.bool)
+    for row, kept in zip(shares.flatten(0, -2).tolist(), expected.flatten(0, -2), strict=True):
+        order = sorted(range(len(row)), key=lambda n: (-row[n], n))
+        need, held = share * sum(row[n] for n in order), 0.0
+        for n in order:
+            kept[n] = held < need
+            held += row[n]
+    assert torch.equal(scores.heaviest_reaching(shares, share), expected)
+    assert torch.equal(reaching(shares.to(DEVICE), share).cpu(), expected)
+    return expected
+
+
 def check_largest(numbers, counts):
     from tmbench_kernels.triton_heaviest import largest
 
@@ -71,6 +86,26 @@ def drawn(kind, n, random):
 )
 def test_any_probabilities(kind, n, limit, seed):
     check(drawn(kind, n, torch.Generator().manual_seed(seed)), limit)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["even", "uneven", "powers", "ties"]),
+    st.sampled_from([1, 2, 63, 64, 700, 4096, 4097]),
+    st.sampled_from([0.01, 0.25, 0.5, 0.77, 0.95]),
+    st.integers(0, 999),
+)
+def test_a_share_of_any_probabilities(kind, n, share, seed):
+    check_reaching(drawn(kind, n, torch.Generator().manual_seed(seed)), share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "taken"), [(1 / 8, 1), (0.4, 4), (7 / 8, 7), (1.0, 8)])
+def test_what_reaches_a_share_exactly_is_enough(share, taken):
+    shares = torch.zeros(1, 1, 3 * 4096 + 5)
+    shares[..., [9, 4000, 4095, 4096, 8191, 8192, 12287, 12290]] = 1 / 8
+    assert check_reaching(shares, share).sum() == taken
 
 
 @pytest.mark.slow
@@ -142,7 +177,7 @@ def test_numbers_that_differ_in_their_last_bit():
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_host():
-    from tmbench_kernels.triton_heaviest import heaviest, heaviest_count, largest
+    from tmbench_kernels.triton_heaviest import heaviest, heaviest_count, largest, reaching
 
     shares = torch.rand(2, 3, 70001).softmax(-1)
     on_gpu = shares.cuda()
@@ -150,13 +185,15 @@ def test_on_a_gpu_nothing_waits_for_the_host():
     wanted = counts.cuda()
     heaviest(on_gpu[..., :9], 0.5)
     largest(on_gpu[..., :9], wanted)
+    reaching(on_gpu[..., :9], 0.5)
     torch.cuda.set_sync_debug_mode("error")
     try:
         got, count = heaviest(on_gpu, 0.9), heaviest_count(on_gpu, 0.9)
-        most = largest(on_gpu, wanted)
+        most, enough = largest(on_gpu, wanted), reaching(on_gpu, 0.9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = sorted_choice(shares, 0.9)
     assert torch.equal(got.cpu(), expected)
     assert torch.equal(count.cpu().long(), expected.sum(-1))
     assert torch.equal(most.cpu(), scores.largest(shares, counts))
+    assert torch.equal(enough.cpu(), scores.heaviest_reaching(shares, 0.9))

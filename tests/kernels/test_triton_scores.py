@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tmbench_kernels.block_sparse.lists import block_count
 from tmbench_kernels.flash_prefill import _weights
-from tmbench_kernels.scores import _sum_shares, block_means
+from tmbench_kernels.scores import _sum_shares, block_means, mean_key_shares
 from tmbench_kernels.xattention import _sum_strides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +43,22 @@ def test_more_blocks_than_a_tile(make_qkv):
     q, k, _ = (x.to(DEVICE) for x in make_qkv(130 * 128 - 5, heads=1, kv_heads=1, dim=16, dtype=torch.float16))
     means = block_means(k, 128).half()
     torch.testing.assert_close(mean_weights(q, means, 1.0), _weights(q, means, range(130), 1.0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (128, 128), (128, 4300), (70, 300), (300, 100)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 40)])
+def test_shares_of_keys_that_all_queries_see(make_qkv, rows, length, heads, kv_heads, dim):
+    from tmbench_kernels.triton_scores import sum_key_shares
+
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "batch": 2, "dtype": torch.float16}
+    q, k, _ = make_qkv(max(rows, length), **shape)
+    q, k = q[:, :, :rows], k[:, :, :length]
+    expected = mean_key_shares(q, k, 0.3)
+    torch.testing.assert_close(expected.sum(-1), torch.ones(2, heads))
+    for scale, keys in ((0.3, k), (-0.3, -k)):
+        got = sum_key_shares(q.to(DEVICE), keys.to(DEVICE), scale).cpu() / rows
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def check_sums(q, k, scale):

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tmbench_kernels.block_sparse import BlockSparse, Listed, by_head
 from tmbench_kernels.block_sparse.lists import BLOCK, BlockLists, block_count, split_blocks
+from tmbench_kernels.cuda import runs_triton, triton_serves
 from tmbench_kernels.dense import Dense
 from tmbench_kernels.parameters import parameter
 from tmbench_kernels.pattern import Backend, Pattern, default_scale, empty_output, new_lse
-from tmbench_kernels.scores import block_means, products, reaching, tiles
+from tmbench_kernels.scores import block_means, heaviest_reaching, mean_key_shares, products
 
 
 def _attend(
@@ -43,22 +44,44 @@ def _attend(
     if k.shape[2] <= pattern.segment:
         return out
     order = pattern.sort(q, k, scale)
-    keys, values = (_sorted(x, order, q.shape[1]) for x in (k, v))
+    keys, values = (sorted_tokens(x, order) for x in (k, v))
     listed = Listed(pattern.lists(q, keys, scale, order))
     asked: dict[str, Any] = {"softcap": softcap} if softcap else {}
     others_lse = new_lse(q)
     others = backend.attend(listed, q, keys, values, scale, lse=others_lse, **asked)
-    wide = others_lse.dtype
-    out.copy_(out.to(wide).lerp_(others.to(wide), (others_lse - sums).sigmoid_()[..., None]))
-    if lse is not None:
-        torch.logaddexp(sums, others_lse, out=lse)
+    merge(out, sums, others, others_lse)
     return out
 
 
-def _sorted(x: Tensor, order: Tensor, heads: int) -> Tensor:
-    """``[batch, kv_heads, keys, dim]`` for every query head, its keys in order; those of no whole segment stay in place."""
-    whole, dim = order.shape[2], x.shape[3]
+def merge(out: Tensor, lse: Tensor, others: Tensor, others_lse: Tensor) -> None:
+    """Make two softmaxes one, each given as an output and its log-sum-exp: the first pair becomes that of both.
+
+    Outputs are ``[batch, heads, queries, v_dim]``. The first log-sum-exp is finite.
+    """
+    if triton_serves(out):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels.pbs import triton_backend
+
+        triton_backend.merge(out, lse, others, others_lse)
+        return
+    wide = lse.dtype
+    out.copy_(out.to(wide).lerp_(others.to(wide), (others_lse - lse).sigmoid()[..., None]))
+    torch.logaddexp(lse, others_lse, out=lse)
+
+
+def sorted_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """``[batch, kv_heads, keys, dim]`` as ``[batch, heads, keys, dim]`` in the order of every query head.
+
+    ``order`` is as ``PBS.sort`` makes it. Tokens of no whole segment stay in their places.
+    """
+    heads, whole, dim = *order.shape[1:], x.shape[3]
     out = x.new_empty(x.shape[0], heads, *x.shape[2:])
+    if runs_triton(x.device):
+        # Imported when it is first used: it takes Triton.
+        from tmbench_kernels.pbs import triton_backend
+
+        triton_backend.sorted_tokens(x, order, out)
+        return out
     groups = heads // x.shape[1]
     for member in range(groups):
         # One member of every group at a time: each such slice has as many heads as x.
@@ -139,16 +162,12 @@ class PBS(Pattern):
         if length <= self.segment:
             return batch * heads * own
         order = self.sort(q, k, factor)
-        return batch * heads * own + self.lists(q, _sorted(k, order, heads), factor, order).pairs()
+        return batch * heads * own + self.lists(q, sorted_tokens(k, order), factor, order).pairs()
 
     def sort(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The positions of the keys of whole segments as they are sorted, ``[batch, heads, keys]``."""
-        batch, heads = q.shape[:2]
         whole = k.shape[2] // self.segment * self.segment
-        last = q[:, :, -BLOCK:]
-        importance = q.new_empty(batch, heads, whole, dtype=torch.float32)
-        for some, kv, _ in tiles(heads, k.shape[1], 1, batch * last.shape[2] * whole):
-            importance[:, some] = products(last[:, some], k[:, kv, :whole]).mul_(scale).softmax(3).mean(2)
+        importance = mean_key_shares(q[:, :, -BLOCK:], k[:, :, :whole], scale)
         order = torch.unflatten(importance, 2, (-1, self.segment)).sort(dim=3, descending=True, stable=True).indices
         first = torch.arange(0, whole, self.segment, device=q.device)
         return (order + first[:, None]).flatten(2)
@@ -164,9 +183,7 @@ class PBS(Pattern):
             torch.arange(whole // BLOCK, device=q.device) < (row * BLOCK // self.segment * (self.segment // BLOCK))[:, None]
         )
         # Not a number in rows with no block before them, which ``before`` leaves empty.
-        shares, places = scores.masked_fill_(~before, -torch.inf).softmax(3).sort(dim=3, descending=True, stable=True)
-        taken = reaching(shares, self.score)
-        kept = torch.zeros_like(taken).scatter_(3, places, taken)
+        kept = heaviest_reaching(scores.masked_fill_(~before, -torch.inf).softmax(3), self.score)
         first = (order[:, :, : self.segment] == 0).int().argmax(2) // BLOCK
         kept.scatter_(3, first[:, :, None, None].expand(-1, -1, len(row), 1), True)
         kept &= before
