@@ -153,18 +153,23 @@ def heaviest_count(shares: Tensor, limit: float) -> Tensor:
     return (ranked.cumsum(-1, dtype=torch.float64) <= limit).sum(-1)
 
 
-def heaviest_reaching(shares: Tensor, share: float) -> Tensor:
+def heaviest_reaching(shares: Tensor, share: float, held: Tensor | None = None) -> Tensor:
     """Which of weights ``[..., n]`` are taken to hold a share of all, heaviest first: each while those before it fall short.
 
-    Bool; weights and sums are as in ``heaviest``, and each row holds something.
+    Bool; weights and sums are as in ``heaviest``. ``held``, float64 ``[...]``, counts as taken before all of them; without
+    it each row holds something.
     """
     if runs_triton(shares.device):
         # Imported when it is first used: it takes Triton.
         from tmbench_kernels import triton_heaviest
 
-        return triton_heaviest.reaching(shares, share)
+        return triton_heaviest.reaching(shares, share, held)
     ranked, order = shares.sort(dim=-1, descending=True, stable=True)
-    taken = reaching(ranked, share)
+    if held is None:
+        taken = reaching(ranked, share)
+    else:
+        # In float64 as a first entry, which is taken whatever it is.
+        taken = reaching(torch.cat([held[..., None], ranked.double()], dim=-1), share)[..., 1:]
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 

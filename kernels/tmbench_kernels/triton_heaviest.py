@@ -54,12 +54,13 @@ def _too_much(held, limit, REACH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts"])
 def _search(
-    weights_ptr, limit_ptr, thresholds_ptr, fitting_ptr, counts_ptr, ties_ptr, n, parts,
+    weights_ptr, limit_ptr, held_ptr, thresholds_ptr, fitting_ptr, counts_ptr, ties_ptr, n, parts,
     REACH: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One row. ties_ptr, for the ties of each part, is None where they are not wanted: then none are noted.
 
-    Under REACH the limit is a share of the row's sum, and what is taken is not to fall short of it.
+    Under REACH the limit is a share of the row's sum, and what is taken is not to fall short of it. held_ptr, what counts as
+    taken before, may be None.
     """
     row = tl.program_id(0).to(tl.int64)
     weights = weights_ptr + row * n
@@ -69,7 +70,10 @@ def _search(
         every = tl.zeros([WIDE], tl.float64)
         for first in range(0, n, PARTS * WIDE):
             every += tl.sum(_load(weights, first + tile, n)[0].to(tl.float64), 0)
-        limit *= tl.sum(every, 0)
+        held = tl.full([], 0.0, tl.float64)
+        if held_ptr is not None:
+            held = tl.load(held_ptr + row)
+        limit = limit * (tl.sum(every, 0) + held) - held
     threshold = tl.full([], 0, tl.int32)
     above = tl.full([], 0.0, tl.float64)
     for step in range(15):
@@ -170,15 +174,15 @@ def heaviest(shares: Tensor, limit: float) -> Tensor:
     return _taken(shares, limit, reach=False)
 
 
-def reaching(shares: Tensor, share: float) -> Tensor:
+def reaching(shares: Tensor, share: float, held: Tensor | None = None) -> Tensor:
     """``scores.heaviest_reaching``."""
-    return _taken(shares, share, reach=True)
+    return _taken(shares, share, reach=True, held=None if held is None else held.contiguous())
 
 
-def _taken(shares: Tensor, limit: float, *, reach: bool) -> Tensor:
+def _taken(shares: Tensor, limit: float, *, reach: bool, held: Tensor | None = None) -> Tensor:
     shares = shares.contiguous()
     ties = _ties(shares)
-    thresholds, fitting, _ = _searched(shares, limit, ties, reach=reach)
+    thresholds, fitting, _ = _searched(shares, limit, ties, reach=reach, held=held)
     return _marked(shares, thresholds, fitting, ties)
 
 
@@ -226,13 +230,15 @@ def heaviest_count(shares: Tensor, limit: float) -> Tensor:
     return _searched(shares.contiguous(), limit, None, reach=False)[2]
 
 
-def _searched(shares: Tensor, limit: float, ties: Tensor | None, *, reach: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _searched(
+    shares: Tensor, limit: float, ties: Tensor | None, *, reach: bool, held: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row the bits of its threshold, how many that equal it fit, and how many are taken in all; fills ``ties``."""
     n = shares.shape[-1]
     thresholds, fitting, counts = (shares.new_empty(shares.shape[:-1], dtype=torch.int32) for _ in range(3))
     # A number is handed to a kernel in float32, which is not enough here.
     limits = shares.new_full((), limit, dtype=torch.float64)
     _search[(counts.numel(),)](
-        shares, limits, thresholds, fitting, counts, ties, n, triton.cdiv(n, _width(n)), REACH=reach, **_reading(n)
+        shares, limits, held, thresholds, fitting, counts, ties, n, triton.cdiv(n, _width(n)), REACH=reach, **_reading(n)
     )
     return thresholds, fitting, counts

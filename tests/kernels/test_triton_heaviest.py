@@ -37,18 +37,21 @@ def check(shares, limit):
     return expected
 
 
-def check_reaching(shares, share):
+def check_reaching(shares, share, before=None):
     from tmbench_kernels.triton_heaviest import reaching
 
     expected = torch.zeros(shares.shape, dtype=torch.bool)
-    for row, kept in zip(shares.flatten(0, -2).tolist(), expected.flatten(0, -2), strict=True):
+    given = torch.zeros(shares.shape[:-1], dtype=torch.float64) if before is None else before
+    rows = zip(shares.flatten(0, -2).tolist(), given.flatten().tolist(), expected.flatten(0, -2), strict=True)
+    for row, held, kept in rows:
         order = sorted(range(len(row)), key=lambda n: (-row[n], n))
-        need, held = share * sum(row[n] for n in order), 0.0
+        need = share * (held + sum(row[n] for n in order))
         for n in order:
             kept[n] = held < need
             held += row[n]
-    assert torch.equal(scores.heaviest_reaching(shares, share), expected)
-    assert torch.equal(reaching(shares.to(DEVICE), share).cpu(), expected)
+    assert torch.equal(scores.heaviest_reaching(shares, share, before), expected)
+    on_device = None if before is None else before.to(DEVICE)
+    assert torch.equal(reaching(shares.to(DEVICE), share, on_device).cpu(), expected)
     return expected
 
 
@@ -94,10 +97,14 @@ def test_any_probabilities(kind, n, limit, seed):
     st.sampled_from(["even", "uneven", "powers", "ties"]),
     st.sampled_from([1, 2, 63, 64, 700, 4096, 4097]),
     st.sampled_from([0.01, 0.25, 0.5, 0.77, 0.95]),
+    st.sampled_from([None, 0.0, 0.1, 1.0, 30.0]),
     st.integers(0, 999),
 )
-def test_a_share_of_any_probabilities(kind, n, share, seed):
-    check_reaching(drawn(kind, n, torch.Generator().manual_seed(seed)), share)
+def test_a_share_of_any_probabilities(kind, n, share, held, seed):
+    """With and without something that is held before."""
+    random = torch.Generator().manual_seed(seed)
+    shares = drawn(kind, n, random)
+    check_reaching(shares, share, None if held is None else held * torch.rand(2, 2, generator=random).double())
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import BLOCK, block_count
 from tmbench_kernels.cuda import runs_triton
 from tmbench_kernels.parameters import parameter
-from tmbench_kernels.scores import products, reaching, tiles
+from tmbench_kernels.scores import heaviest_reaching, products, reaching, tiles
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,23 @@ class XAttention(BlockSparse):
         """``_cover`` for the query blocks ``rows`` of all heads, ``[batch, heads, rows, blocks]``."""
         row = torch.arange(rows.start, rows.stop, device=mass.device)[:, None]
         column = torch.arange(mass.shape[3], device=mass.device)
-        within_first = row * BLOCK < self.first_chunk
-        forced = (column == row) | ((column == 0) & ~within_first)
-        ranked, order = mass.masked_fill(forced, torch.inf).sort(dim=3, descending=True, stable=True)
-        # What is forced, two blocks at most, comes first: there infinity stands for what they hold.
-        ranked[..., :2] = mass.gather(3, order[..., :2])
-        taken = reaching(ranked, self.threshold)
-        if rows.start * BLOCK < self.first_chunk:
-            taken = torch.where(within_first, F.pad(taken, (1, 0), value=True)[..., :-1], taken)
-        kept = torch.zeros_like(taken).scatter_(3, order, taken)
-        return kept | forced | (column == 0)
+        early = min(max(self.first_chunk // BLOCK - rows.start, 0), len(rows))
+        forced = (column == row) | (column == 0)
+        # Shares: the strides of a block of queries add up to 1 each.
+        others = mass[:, :, early:] * (self.stride / BLOCK)
+        held = others.masked_fill(~forced[early:], 0).sum(3, dtype=torch.float64)
+        taken = heaviest_reaching(others.masked_fill_(forced[early:], 0), self.threshold, held)
+        if early:
+            taken = torch.cat([self._covers_first(mass[:, :, :early], (column == row)[:early]), taken], dim=2)
+        return taken | forced
+
+    def _covers_first(self, mass: Tensor, own: Tensor) -> Tensor:
+        """What the rows of the first chunk take beside the first block of all."""
+        ranked, order = mass.masked_fill(own, torch.inf).sort(dim=3, descending=True, stable=True)
+        # The own block comes first: there infinity stands for what it holds.
+        ranked[..., :1] = mass.gather(3, order[..., :1])
+        taken = F.pad(reaching(ranked, self.threshold), (1, 0), value=True)[..., :-1]
+        return torch.zeros_like(taken).scatter_(3, order, taken)
 
 
 def _sum_strides(logits: Tensor, start: int, cells: int, strides: int, scale: float, skipped: int = 0) -> Tensor:
