@@ -9,6 +9,7 @@ from kernel_pages import coverage_in_words, milliseconds
 from sources import ROOT, Block, Line, Sources, line_of, tokens
 
 from tmbench.report.table import Table, columns
+from tmbench.report.words import NOTHING
 from tmbench.report.writers import table_markdown
 from tmbench.results.words import length_name
 
@@ -148,21 +149,34 @@ def wide_heads(sources: Sources) -> str:
 
 
 def in_chunks(sources: Sources) -> str:
-    """Milliseconds of a prompt in one piece and in chunks by each backend, and how the times of a pair compare."""
+    """Milliseconds of a prompt in one piece and in chunks by each backend, and how the times of a pair compare.
+
+    Rows that tell them also have the part of the selection, and the time of chunks that wait for their launches.
+    """
     rows, whole = [], {}
-    for line in sources.lines(CHUNKS):
+    lines = sources.lines(CHUNKS)
+    apart = "select_ms" in lines[0]
+    for line in lines:
         about = (line["pattern"], line["backend"])
         if line["chunk"] == line["length"]:
             whole[about] = line
             continue
         one, size = whole[about], f"{length_name(int(line['chunk']))} of {length_name(int(line['length']))}"
         size += f", length {line['prompt_length']}" if line["prompt_length"] else ""
-        times = [milliseconds(each["ms_median"]) for each in (one, line)]
-        more = [f"{int(line['pairs']) / int(one['pairs']):.2f}", f"{float(line['times_one_piece']):.2f}"]
+        times = [_known(each["ms_median"]) for each in (one, line)]
+        if apart:
+            times[1:] = [times[1], _known(line["wall_ms"]), *(_known(each["select_ms"]) for each in (one, line))]
+        cost = f"{float(line['times_one_piece']):.2f}" if line["times_one_piece"] else NOTHING
+        more = [f"{int(line['pairs']) / int(one['pairs']):.2f}", cost]
         rows.append([line["pattern"], f"`{line['backend']}`", size, *times, *more])
     texts = ("pattern", "backend", "chunks")
-    names = (*texts, "one piece, ms", "in chunks, ms", "times the pairs", "times the cost of a pair")
-    return table_markdown(Table("", columns(*names, texts=texts), rows))
+    names = [*texts, "one piece, ms", "in chunks, ms"]
+    names += ["with launches, ms", "selection in one piece, ms", "selection in chunks, ms"] if apart else []
+    return table_markdown(Table("", columns(*names, "times the pairs", "times the cost of a pair", texts=texts), rows))
+
+
+def _known(ms: str) -> str:
+    return milliseconds(ms) if ms else NOTHING
 
 
 def skipped_tiles(sources: Sources) -> str:

@@ -107,6 +107,26 @@ def test_what_the_page_of_kernels_says_of_skip_softmax_is_what_its_rows_say(sour
         assert about["device"] == "NVIDIA H200"
 
 
+def cells_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_chunks_tell_selection_and_launches_where_rows_do(render):
+    about = {"pattern": "xattention", "backend": "triton", "length": "131072", "prompt_length": "", "pairs": "100"}
+    one = about | {"chunk": "131072", "ms_median": "10", "times_one_piece": "1.000"}
+    many = about | {"chunk": "8192", "ms_median": "12.5", "times_one_piece": "1.200", "pairs": "150"}
+
+    def table(*lines):
+        return cells_of(render.BLOCKS["in-chunks"](SimpleNamespace(lines=lambda path: lines)))
+
+    begin = ["xattention", "`triton`", "8K of 128K", "10.0", "12.5"]
+    assert table(one, many) == [[*begin, "1.50", "1.20"]]
+    apart = one | {"select_ms": "2", "wall_ms": "10.1"}, many | {"select_ms": "3", "wall_ms": "14.5"}
+    assert table(*apart) == [[*begin, "14.5", "2.00", "3.00", "1.50", "1.20"]]
+    untold = apart[1] | {"ms_median": "", "select_ms": "", "times_one_piece": ""}
+    assert table(apart[0], untold) == [[*begin[:-1], "-", "14.5", "2.00", "-", "1.50", "-"]]
+
+
 def test_no_name_of_a_figure_stands_for_two(render):
     names = (
         "ACCURACY", "FIGURES", "PROBE_FIGURES", "CHECKPOINT", "CLAIMS", "DECODING_TABLES", "KERNELS", "MODEL_TABLES",
