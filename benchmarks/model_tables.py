@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpoint_tables import cell_at
-from sources import Block, Sources
+from sources import Block, Sources, line_of
 
 from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import TimeDifference, time_text
@@ -13,6 +13,7 @@ from tmbench.report.writers import table_markdown
 from tmbench.results.words import length_name
 
 FAMILIES = "benchmarks/families.csv"
+PREFILL_KERNELS = "benchmarks/prefill_kernels.csv"
 TIMED = ("tri_mix", "minference", "tri_mix_minference", "tri_mix_flashprefill")
 
 
@@ -55,4 +56,26 @@ def _against_dense(cell: TtftCell) -> str:
     return words + (f", density {cell.row.coverage:.0%}" if cell.chooses_by_the_data and cell.row.coverage else "")
 
 
-MODEL_TABLES: dict[str, Block] = {"families-served": served, "families-refused": refused, "preset-times": preset_times}
+def preset_kernels(sources: Sources) -> str:
+    """What part of a prefill each kind of kernel takes, of kinds that any model has, and how long all takes."""
+    lines = sources.lines(PREFILL_KERNELS)
+    names = ("model", "method", "length")
+    kinds = [kind for kind in dict.fromkeys(line["kind"] for line in lines) if kind != "all"]
+    kinds = [kind for kind in kinds if any(float(line["ms"]) for line in lines if line["kind"] == kind)]
+    rows = []
+    for model, method, length in dict.fromkeys(tuple(line[name] for name in names) for line in lines):
+        about = {"model": model, "method": method, "length": length}
+        whole = line_of(lines, kind="all", **about)
+        shares = [f"{float(line_of(lines, kind=kind, **about)['share']):.1%}" for kind in kinds]
+        times = [significant(float(ms) / 1000) for ms in (whole["alone_ms"], whole["ms"])]
+        rows.append([model, method, length_name(int(length)), *times, *shares, f"{int(whole['launches']):,}"])
+    heads = ("model", "method", "tokens", "TTFT, s", "profiled, s", *kinds, "kernels")
+    return table_markdown(Table("", columns(*heads, texts=("model", "method")), rows))
+
+
+MODEL_TABLES: dict[str, Block] = {
+    "families-served": served,
+    "families-refused": refused,
+    "preset-times": preset_times,
+    "preset-kernels": preset_kernels,
+}

@@ -55,6 +55,8 @@ BLOCKS: dict[str, Block] = (
     | TRAINING
     | TUNE
 )
+AHEAD = {"preset-kernels": "benchmarks/prefill_kernels.csv"}
+"""Names that no page has before their rows are there, with the place of these."""
 SHOWN = re.compile(r"figures/([^)]*\.png)")
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 
