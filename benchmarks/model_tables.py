@@ -43,11 +43,11 @@ def preset_times(sources: Sources) -> str:
             by_roofline = percent_text(100 * (others[0].row.flop / dense.row.flop - 1), 0)
             times = [significant(dense.seconds), f"{dense.row.ttft_over_floor:.2f}", by_roofline]
             about = [section.setting.model, section.setting.weights, length_name(length)]
-            rows.append([*about, *times, *map(_against_dense, others)])
+            rows.append([*about, *times, *map(against_dense, others)])
     return table_markdown(Table("", columns(*names, texts=("model", "weights", *TIMED)), rows))
 
 
-def _against_dense(cell: TtftCell) -> str:
+def against_dense(cell: TtftCell) -> str:
     """The time against dense's with its interval, and behind a comma the density where that depends on the data."""
     found = cell.against
     if not isinstance(found, TimeDifference):

@@ -21,6 +21,7 @@ from claim_tables import CLAIMS
 from decoding_tables import DECODING_TABLES
 from kernel_pages import page
 from kernel_tables import KERNELS
+from many_tables import MANY
 from matplotlib.figure import Figure
 from model_tables import MODEL_TABLES
 from probe_figures import PROBE_FIGURES
@@ -50,13 +51,14 @@ BLOCKS: dict[str, Block] = (
     | CLAIMS
     | DECODING_TABLES
     | KERNELS
+    | MANY
     | MODEL_TABLES
     | SUMMARY
     | TRAINING
     | TUNE
 )
-AHEAD = {"preset-kernels": "benchmarks/prefill_kernels.csv"}
-"""Names that no page has before their rows are there, with the place of these."""
+AHEAD = {"preset-kernels", "tensor-parallel", "context-parallel", "workers", "batches"}
+"""Names whose rows are not there yet: no page has them."""
 SHOWN = re.compile(r"figures/([^)]*\.png)")
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 

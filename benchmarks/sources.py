@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "benchmarks" / "smollm2-135m"
 SERVED = ROOT / "benchmarks" / "served"
 EQUAL_DENSITY = ROOT / "benchmarks" / "equal-density"
+MANY_GPUS = ROOT / "benchmarks" / "many-gpus"
+BATCHES = ROOT / "benchmarks" / "batches"
 S = TypeVar("S", bound=AnySection)
 H100, H200, INTEL, EPYC = "nvidia-h100-80gb-hbm3", "nvidia-h200", "cpu-intel-xeon-2-cores", "cpu-amd-epyc-2-cores"
 Line = dict[str, str]
@@ -27,12 +29,23 @@ class Sources:
         smollm2_rows: the folder of SmolLM2's.
         served_rows: the folder of those of prompts in chunks and of later questions.
         density_rows: the folder of those of methods at one density.
+        many_rows: the folder of those of several GPUs.
+        batch_rows: the folder of those of several prompts read together.
     """
 
-    def __init__(self, smollm2_rows: Path = SMOLLM2, served_rows: Path = SERVED, density_rows: Path = EQUAL_DENSITY) -> None:
+    def __init__(
+        self,
+        smollm2_rows: Path = SMOLLM2,
+        served_rows: Path = SERVED,
+        density_rows: Path = EQUAL_DENSITY,
+        many_rows: Path = MANY_GPUS,
+        batch_rows: Path = BATCHES,
+    ) -> None:
         self.smollm2_rows = smollm2_rows
         self.served_rows = served_rows
         self.density_rows = density_rows
+        self.many_rows = many_rows
+        self.batch_rows = batch_rows
 
     @cached_property
     def results(self) -> Report:
@@ -78,6 +91,16 @@ class Sources:
     def density(self) -> Report | None:
         """Methods at one density; None before there are rows."""
         return build(self.density_rows) if any(self.density_rows.glob("*/*/*.csv")) else None
+
+    @cached_property
+    def many_gpus(self) -> Report:
+        """Times of models and prompts that several GPUs shared, and of one GPU beside them."""
+        return build(self.many_rows)
+
+    @cached_property
+    def batches(self) -> Report:
+        """Times of several prompts that were read together."""
+        return build(self.batch_rows)
 
     def lines(self, path: str) -> list[Line]:
         """The lines of a CSV, its path from the root of the repository on."""

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tmbench.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "training/README.md", *ROOT.glob("tmbench/*/*/*.md"))
 
@@ -139,8 +141,8 @@ def test_kinds_of_kernels_are_parts_of_a_prefill(render):
 
 def test_no_name_of_a_figure_stands_for_two(render):
     names = (
-        "ACCURACY", "FIGURES", "PROBE_FIGURES", "CHECKPOINT", "CLAIMS", "DECODING_TABLES", "KERNELS", "MODEL_TABLES",
-        "SERVED_TABLES", "SUMMARY", "TRAINING", "TUNE",
+        "ACCURACY", "FIGURES", "PROBE_FIGURES", "CHECKPOINT", "CLAIMS", "DECODING_TABLES", "KERNELS", "MANY",
+        "MODEL_TABLES", "SERVED_TABLES", "SUMMARY", "TRAINING", "TUNE",
     )  # fmt: skip
     tables = [getattr(render, name) for name in names]
     assert sum(map(len, tables)) == len(render.BLOCKS)
@@ -148,8 +150,13 @@ def test_no_name_of_a_figure_stands_for_two(render):
 
 def test_every_name_of_a_figure_is_on_a_page(render):
     marked = [name.split()[0] for page in PAGES for name, _ in render.MARKED.findall(page.read_text(encoding="utf-8"))]
-    ahead = {name for name, rows in render.AHEAD.items() if not (ROOT / rows).exists()}
-    assert set(render.BLOCKS) - set(marked) == ahead
+    assert set(render.BLOCKS) - set(marked) == render.AHEAD
+
+
+def test_a_name_waits_for_its_rows_and_no_longer(render, sources):
+    for name in render.AHEAD:
+        with pytest.raises((FileNotFoundError, UserError, ValueError), match=r"no results under|No such file|nothing of"):
+            render.BLOCKS[name](sources)
 
 
 @pytest.mark.parametrize("text", ["<!-- rows: nonsense -->\n<!-- /rows -->", "<!-- rows: intervals -->", "<!-- /rows -->"])
