@@ -19,7 +19,7 @@ from tmbench.results.words import length_name
 WORKERS = "benchmarks/many-gpus/workers.csv"
 RUN = ("model", "device", "method", "length", "samples", "executor")
 """What runs have in common that differ in how many workers there are."""
-TEXTS = ("model", "method", "against dense")
+TEXTS = ("model", "weights", "method", "against dense")
 
 
 def tensor_parallel(sources: Sources) -> str:
@@ -47,13 +47,13 @@ def _split(
         raise ValueError(f"nothing of {sources.many_rows} has a {size} above 1")
     shown = {*split, *({_on_one(setting) for setting in split} & found.keys())}
     rows = []
-    for setting in sorted(shown, key=lambda one: (one.model, getattr(one, size), one)):
+    for setting in sorted(shown, key=lambda one: (one.model, one.weights, getattr(one, size), one)):
         alone = found.get(_on_one(setting)) if setting in split else None
         for cell in _by_length(found[setting]):
             one = next((other for other in alone.measured(cell.label) if _same(other, cell)), None) if alone else None
             gpus = str(getattr(setting, size))
-            rows.append([setting.model, gpus, *_times_of(cell), *more(cell, one)])
-    names = ("model", "GPUs", "tokens", "method", "TTFT, s", "against dense", *heads)
+            rows.append([setting.model, setting.weights, gpus, *_times_of(cell), *more(cell, one)])
+    names = ("model", "weights", "GPUs", "tokens", "method", "TTFT, s", "against dense", *heads)
     return table_markdown(Table("", columns(*names, texts=TEXTS), rows))
 
 
@@ -61,17 +61,18 @@ def batches(sources: Sources) -> str:
     """Times of prompts that are read together, how many tokens that is a second, and the memory that it takes."""
     cells = [(section.setting, cell) for section in sources.batches.ttft for cell in section.measured()]
 
-    def place(one: tuple[TtftSetting, TtftCell]) -> tuple[str, int, str, int]:
+    def place(one: tuple[TtftSetting, TtftCell]) -> tuple[str, str, int, str, int]:
         setting, cell = one
-        return setting.model, cell.row.length, "" if cell.label == "dense" else cell.label, setting.batch_size
+        label = "" if cell.label == "dense" else cell.label
+        return setting.model, setting.weights, cell.row.length, label, setting.batch_size
 
     rows = []
     for setting, cell in sorted(cells, key=place):
         peak = cell.row.peak_memory_bytes
         figures = [figure_text(cell.row.tokens_per_second, ",.0f"), figure_text(peak and peak / 2**30, ".1f")]
         length, label, *times = _times_of(cell)
-        rows.append([setting.model, length, label, str(setting.batch_size), *times, *figures])
-    names = ("model", "tokens", "method", "prompts", "TTFT, s", "against dense", "tokens/s", "peak GiB")
+        rows.append([setting.model, setting.weights, length, label, str(setting.batch_size), *times, *figures])
+    names = ("model", "weights", "tokens", "method", "prompts", "TTFT, s", "against dense", "tokens/s", "peak GiB")
     return table_markdown(Table("", columns(*names, texts=TEXTS), rows))
 
 
