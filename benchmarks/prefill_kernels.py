@@ -119,7 +119,10 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, object
             known["alone_ms"] = f"{1000 * _seconds(loaded, plan, kind, ids):.3f}"
             profiler = profile(activities=[ProfilerActivity.CUDA])
             seconds = _seconds(loaded, plan, kind, ids, profiler)
-            yield from (known | row for row in shares(_kernels(profiler), 1000 * seconds))
+            kernels = _kernels(profiler)
+            yield from (known | row for row in shares(kernels, 1000 * seconds))
+            for other, ms in unnamed(kernels):
+                print(f"{OTHER}: {ms:.1f} ms of {other[:100]}")
     del loaded
     gc.collect()
     torch.cuda.empty_cache()
@@ -155,6 +158,15 @@ def shares(kernels: Iterable[Kernel], all_ms: float) -> list[dict[str, object]]:
         {"kind": kind, "ms": f"{ms[kind]:.3f}", "share": f"{ms[kind] / all_ms:.4f}", "launches": launches[kind]}
         for kind in (*KINDS, IDLE, ALL)
     ]
+
+
+def unnamed(kernels: Iterable[Kernel], most: int = 5) -> list[tuple[str, float]]:
+    """The names of no kind on which most time is spent, and the milliseconds: ``SIGNS`` may lack one."""
+    ms: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        if kind_of(kernel.name) == OTHER:
+            ms[kernel.name] += (kernel.end - kernel.start) / 1000
+    return sorted(ms.items(), key=lambda one: one[1], reverse=True)[:most]
 
 
 def _kernels(profiler: profile) -> list[Kernel]:

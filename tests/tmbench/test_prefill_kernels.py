@@ -98,3 +98,10 @@ def test_kernels_of_another_time_are_refused(script):
         script.shares([script.Kernel("nvjet", 0.0, 9000.0)], 8.0)
     with pytest.raises(ValueError, match=r"kernels of 0\.0 ms"):
         script.shares([], 8.0)
+
+
+def test_what_has_no_kind_is_told_by_name_the_heaviest_first(script):
+    spans = [("new_a", 0.0, 1000.0), ("new_b", 1000.0, 3000.0), ("nvjet", 3000.0, 9000.0), ("new_a", 9000.0, 9500.0)]
+    kernels = [script.Kernel(*span) for span in spans]
+    assert script.unnamed(kernels) == [("new_b", 2.0), ("new_a", 1.5)]
+    assert script.unnamed(kernels, 1) == [("new_b", 2.0)]
