@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tmbench_kernels import PBS, Dense
+from tmbench_kernels import PBS, Dense, pbs, scores
+from tmbench_kernels.block_sparse import lists
 from tmbench_kernels.pbs import merge, sorted_tokens
 from tmbench_kernels.reference import masked_lse
 
@@ -106,6 +107,29 @@ def test_with_the_kernel_for_lists(make_structured_qkv, assert_exact, length, st
     q, pattern = q[:, :, start:], PBS(128, 0.5)
     (backend,) = (backend for backend in PBS.backends if backend.name == "triton")
     assert_exact(backend.attend(pattern, q, k, v, 0.3), q, k, v, pattern.mask(q, k, scale=0.3), 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run in any case")
+@pytest.mark.parametrize("start", [0, 333])
+def test_kernels_do_not_change_order_blocks_or_output(make_structured_qkv, monkeypatch, start):
+    """Of all steps that Triton takes over on a GPU, interpreted."""
+    q, k, v = make_structured_qkv(700, heads=2, kv_heads=1, dtype=torch.float16)
+    q, pattern = q[:, :, start:], PBS(128, 0.5)
+
+    def chosen():
+        order = pattern.sort(q, k, 0.3)
+        keys = sorted_tokens(k, order)
+        return order, keys, pattern.lists(q, keys, 0.3, order).to_map(), pattern.attend(q, k, v, scale=0.3)
+
+    *expected, out = chosen()
+    for module in (pbs, scores, lists):
+        monkeypatch.setattr(module, "runs_triton", lambda device: True)
+    for module in (pbs, scores):
+        monkeypatch.setattr(module, "triton_serves", lambda x: True)
+    *found, again = chosen()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    torch.testing.assert_close(again, out)
 
 
 @pytest.mark.slow
