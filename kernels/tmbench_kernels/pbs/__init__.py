@@ -182,8 +182,8 @@ class PBS(Pattern):
         before = (
             torch.arange(whole // BLOCK, device=q.device) < (row * BLOCK // self.segment * (self.segment // BLOCK))[:, None]
         )
-        # Not a number in rows with no block before them, which ``before`` leaves empty.
-        kept = heaviest_reaching(scores.masked_fill_(~before, -torch.inf).softmax(3), self.score)
+        # Rows with no block before them have no softmax; ``before`` leaves them empty.
+        kept = heaviest_reaching(scores.masked_fill_(~before, -torch.inf).softmax(3).nan_to_num_(0.0), self.score)
         first = (order[:, :, : self.segment] == 0).int().argmax(2) // BLOCK
         kept.scatter_(3, first[:, :, None, None].expand(-1, -1, len(row), 1), True)
         kept &= before
