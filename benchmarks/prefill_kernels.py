@@ -39,15 +39,14 @@ from tmbench.suites.prompts import batch_ids
 ATTENTION, SELECTION, LINEAR, PRODUCTS = "attention", "selection", "linear attention", "matrix products"
 GATHERS, ELEMENTWISE, OTHER, IDLE, ALL = "gathers and sorts", "elementwise", "other", "idle", "all"
 KINDS = (ATTENTION, SELECTION, LINEAR, PRODUCTS, GATHERS, ELEMENTWISE, OTHER)
-OWN = dict.fromkeys(("triangle", "lists", "skip_softmax", "_walk", "_gather", "_combine", "_rows", "_split"), ATTENTION) | (
-    dict.fromkeys(
-        (
-            "_list", "_mean_weights", "_search", "_search_count", "_mark", "_part_shares", "_part_sums", "_sum_strides",
-            "_blocks", "_count", "_leave", "_order", "_path",
-        ),
-        SELECTION,
-    )
+_ATTENDING = (
+    "triangle", "lists", "skip_softmax", "_walk", "_gather", "_combine", "_merge", "_rows", "_split",
 )  # fmt: skip
+_SELECTING = (
+    "_list", "_mean_weights", "_search", "_search_count", "_mark", "_part_key_shares", "_part_shares", "_part_sums", "_sort",
+    "_sum_strides", "_blocks", "_count", "_leave", "_order", "_path",
+)  # fmt: skip
+OWN = dict.fromkeys(_ATTENDING, ATTENTION) | dict.fromkeys(_SELECTING, SELECTION)
 """The kernels of tmbench_kernels, by their whole names."""
 SIGNS = (
     # What torch compiled is called after all that is fused in it, attention and gathers too.

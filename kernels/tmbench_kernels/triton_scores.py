@@ -201,8 +201,10 @@ def _sum_shares(q: Tensor, k: Tensor, scale: float, *, causal: bool) -> Tensor:
     }  # fmt: skip
     grid = parts, blocks, batch * heads
     _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, CAUSAL=causal, num_warps=WARPS)
-    kinds = (2,) if causal else ()
-    shares = q.new_empty(*kinds, batch, heads, blocks, length, dtype=torch.float32)
-    kernel, outs = (_part_shares, tuple(shares)) if causal else (_part_key_shares, (shares,))
-    kernel[grid](q, k_tiles, maxes, sums, *outs, *given, **settings, MERGED=32, num_warps=WARPS)
+    if causal:
+        shares = q.new_empty(2, batch, heads, blocks, length, dtype=torch.float32)
+        _part_shares[grid](q, k_tiles, maxes, sums, *shares, *given, **settings, MERGED=32, num_warps=WARPS)
+    else:
+        shares = q.new_empty(batch, heads, blocks, length, dtype=torch.float32)
+        _part_key_shares[grid](q, k_tiles, maxes, sums, shares, *given, **settings, MERGED=32, num_warps=WARPS)
     return shares.sum(-2) if blocks > 1 else shares.squeeze(-2)
