@@ -72,7 +72,7 @@ class Backend:
     chunks: bool = False
     """Whether it takes fewer queries than keys."""
 
-    def obstacle(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> str:
+    def obstacle(self, pattern: Any, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> str:
         """Why the backend cannot attend over these tensors here; "" where it can. Their values do not matter.
 
         ``softcap`` and ``lse`` are what is asked for beside the output.

@@ -47,6 +47,22 @@ def test_it_compiles_for_hopper(module, dim, v_dim, dtype, lse):
     assert host.shared_bytes(dim, v_dim) <= 227 * 1024
 
 
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (96, 40), (128, 128), (192, 128), (256, 256), (64, 192)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_that_lie_apart_compile_for_hopper(dim, v_dim, dtype):
+    """Another build of the kernel over lists, held to what the others are."""
+    from tmbench_kernels import hopper
+
+    host = import_module("tmbench_kernels.block_sparse.hopper_backend")
+    settings = host.settings(dim, v_dim, dtype, spread=True)
+    log = hopper.compile_log(host.SOURCE, settings)
+    assert "Compiling entry function" in log
+    assert "serialized" not in log
+    assert "setmaxnreg" not in log
+    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log)
+    assert f"Used {65536 // (128 * (1 + settings['CONSUMERS'])) // 8 * 8} registers" in log
+
+
 @kernels("dim, v_dim, lse", [(128, 128, False), (128, 128, True), (192, 128, False), (256, 256, True)])
 def test_its_products_run_beside_other_work(module, dim, v_dim, lse):
     """The assembler says so when it must wait for every product on its own, which makes the kernel half as fast."""

@@ -1,12 +1,17 @@
 // Attention over listed keys on Hopper, persistent and warp-specialised: one producer warp and two or three consumer
-// warpgroups a program. It serves vertical-slash patterns, whose lists hold pieces of 64 keys that start anywhere, and patterns of whole
-// key blocks.
+// warpgroups a program. It serves vertical-slash patterns, whose lists hold pieces of 64 keys that start anywhere, patterns of whole
+// key blocks, and, where SPREAD is 1, dense rows that lie apart.
 //
 // A work tile is neighbouring blocks of 64 queries of one head, one for each consumer. Their lists differ, but where runs of
 // keys are long most pieces are shared: the producer merges the lists, loads each tile of 64 keys once, and says with
 // it which consumers take it; the others skip it. Gathered columns are the same for all blocks of a head, of which each counts
 // its own. Work tiles of the query heads that share a key head run at the same time, so that keys come from the cache.
-// Macros beside those of hopper.cuh: SHARED_BYTES. A stage holds a tile of keys and one of values. Where heads are so wide that
+//
+// Rows that lie apart see all keys up to their own, so nothing is listed. Blocks are 64 such rows, each far longer than a tile of
+// keys. A work tile takes blocks of the query heads that share a key head, since these end at the same key, and a piece of
+// their keys. Which pieces there are, and in which order, the host says. Each leaves an output in float32 and a log-sum-exp.
+//
+// Macros beside those of hopper.cuh: SHARED_BYTES, SPREAD. A stage holds a tile of keys and one of values. Where heads are so wide that
 // there are few stages, keys leave theirs as soon as they are multiplied, and the values that they came with stay.
 
 #include "hopper.cuh"
@@ -20,10 +25,20 @@ constexpr u32 Q_FULL = 0, WORK_TILE_FULL = Q_FULL + CONSUMERS, K_FULL = WORK_TIL
               V_EMPTY = APART ? EMPTY + STAGES : EMPTY, BARRIERS = V_EMPTY + STAGES;
 constexpr u32 SHARED_AT = BARRIERS_AT + (BARRIERS * 8 + 15) / 16 * 16;
 constexpr int NEVER = 0x7fffffff, ALL = 1 << 30;
-constexpr int LAST_TILES = 2;  // of every head, which are worked on first
 
 static_assert(STAGES < WORK_TILES, "a work tile could be overwritten before all consumers have read it");
 
+#if SPREAD
+struct Maps { TensorMap q, k, v; };  // q: the rows alone
+struct Plan {
+  const int4* pieces;  // [pieces], of every key head: the last unit, the first key, the end, and which split it is
+  int* next;           // the next work tile, for all programs
+  float* split_out;    // [splits, batch, rows, heads, v_dim]
+  float* split_lse;    // [splits, batch, rows, heads], to base 2; -inf beforehand, and where a row has no key in a split
+  int length, first_query, first, delta, rows, heads, groups, batches, v_dim, work_tiles;
+  float scale_log2;
+};
+#else
 struct Maps { TensorMap q, k, v, k_columns, v_columns, out_first, out; };  // out_first: the queries of the first row, no others
 struct Plan {
   const int* entries;         // [batch, heads, lists, most], ascending: where ``fold`` pieces start, in ``unit`` keys
@@ -37,13 +52,18 @@ struct Plan {
   float scale_log2;
   float* lse;  // [batch, heads, queries], where LSE is 1
 };
+#endif
 
 enum Kind { PIECE, COLUMNS, END };
 struct alignas(16) Tile {
   int kind, first, consumers, spare;  // the first key of a piece, or which tile of columns; the consumers that take it, as bits
   u64 counted[CONSUMERS + CONSUMERS % 2];  // which columns of a tile count for a warpgroup
 };
+#if SPREAD
+struct alignas(16) WorkTile { int more, unit, kv_head, batch, low, high, split; };
+#else
 struct alignas(16) WorkTile { int more, row, head, batch, reach, sinks; };
+#endif
 struct Shared {
   WorkTile work_tiles[WORK_TILES];
   Tile tiles[STAGES];
@@ -55,6 +75,25 @@ template <int DIMS> __device__ __forceinline__ void fetch(const TensorMap* map, 
 #pragma unroll
   for (int h = 0; h < DIMS / 64; h++) load_4d(to + h * K_HALF, map, full, h * 64, first, head, batch);
 }
+
+#if SPREAD
+// The first query of a chunk stands for a row that is gone.
+__device__ __forceinline__ int position_of(const Plan& p, int row) { return max(p.first + row * p.delta, p.first_query); }
+
+// Units are blocks of rows by query heads of one key head: the heads of the first block come first. A consumer has the unit
+// before that of the consumer before it.
+__device__ __forceinline__ WorkTile work_tile_at(const Plan& p, int i) {
+  const int all_heads = p.batches * (p.heads / p.groups), kv_heads = p.heads / p.groups, head = i % all_heads;
+  WorkTile work;
+  work.more = i < p.work_tiles;
+  const int4 piece = work.more ? p.pieces[i / all_heads] : make_int4(0, 0, 0, 0);
+  work.unit = piece.x, work.low = piece.y, work.high = piece.z, work.split = piece.w;
+  work.kv_head = head % kv_heads;
+  work.batch = head / kv_heads;
+  return work;
+}
+#else
+constexpr int LAST_TILES = 2;  // of every head, which are worked on first
 
 // A prompt's last rows may see all keys, and so take much longer than others: all heads begin with them, so that none is left to
 // run alone at the end. Then the query heads of a key head lie next to each other, of each the last blocks, which see most, first.
@@ -76,6 +115,7 @@ __device__ __forceinline__ WorkTile work_tile_at(const Plan& p, int i) {
   work.sinks = work.more && p.reach ? p.sinks[work.head] : 0;
   return work;
 }
+#endif
 
 __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& shared) {
   const u32 barriers = smem + BARRIERS_AT;
@@ -103,6 +143,17 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
       mbarrier_arrive(barriers + 8 * (WORK_TILE_FULL + n % WORK_TILES));
     }
     if (!work.more) return;
+#if SPREAD
+    const int unit = work.unit - lane;
+    const bool works = lane < CONSUMERS && unit >= 0;
+    const int end = works ? position_of(p, min((unit / p.groups + 1) * WARPGROUP_ROWS, p.rows) - 1) + 1 : 0;
+    for (int first = work.low; first < work.high; first += KEYS) {
+      const u32 consumers = __ballot_sync(~0u, first < end);
+      Tile& tile = open();
+      if (lane == 0) tile.kind = PIECE, tile.first = first, tile.consumers = consumers;
+      send(maps.k, maps.v, first, work.kv_head, work.batch);
+    }
+#else
     const int kv_head = work.head / p.groups;
 
     // Each of the first lanes walks its consumer's list; the smallest start of all is the next tile.
@@ -158,6 +209,7 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
       if (lane == 0) tile.kind = COLUMNS, tile.first = t, tile.consumers = (some & 1) | (some >> 7 & 2) | (some >> 14 & 4);
       send(maps.k_columns, maps.v_columns, t * KEYS, work.head, work.batch);
     }
+#endif
 
     Tile& tile = open();
     if (APART) mbarrier_wait(barriers + 8 * (V_EMPTY + pipe.index()), pipe.phase() ^ 1);
@@ -179,8 +231,11 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
   u32 probabilities[KEYS / 4];
   SoftmaxState r;
   PipelineState pipe = {0};
-  int start, query, free_from, reach, sinks, kind, first;
+  int start, kind, first;
+#if !SPREAD
+  int query, free_from, reach, sinks;
   u64 counted;
+#endif
 
   // A stage, all of it; or where they leave apart its keys, and later its values.
   const auto release = [&](u32 at) {
@@ -204,7 +259,9 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
       kind = tile.kind, first = tile.first;
       const bool mine = kind == END || (tile.consumers >> warpgroup & 1);
       if (mine) {
+#if !SPREAD
         if (kind == COLUMNS) counted = tile.counted[warpgroup];
+#endif
         return true;
       }
       // Keys can come while another consumer still needs the values that were there before: only the tile's own values say that
@@ -216,6 +273,9 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     return false;
   };
   const auto mask = [&]() {
+#if SPREAD
+    if (first + KEYS - 1 > start) mask_tile(s, r, first, 0, p.length, ALL, 0, 0, start);
+#else
     if (kind == COLUMNS) {
       // Columns lie before the last run, and so before all queries of the block.
       const u64 bits = counted >> (2 * (threadIdx.x & 3));
@@ -224,6 +284,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     } else if ((first + KEYS - 1 > start) | (first < free_from)) {
       mask_tile(s, r, first, 0, p.length, reach, sinks, free_from, start);
     }
+#endif
   };
   const auto rescale = [&]() {
 #pragma unroll
@@ -234,18 +295,32 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
     mbarrier_wait(barriers + 8 * (WORK_TILE_FULL + n % WORK_TILES), n / WORK_TILES & 1);
     const WorkTile work = shared.work_tiles[n % WORK_TILES];
     if (!work.more) return;
+#if SPREAD
+    // One without a unit is sent no tile, and so writes nothing.
+    const int unit = max(work.unit - warpgroup, 0), row = unit / p.groups * WARPGROUP_ROWS;
+    const int query = row, head = work.kv_head * p.groups + unit % p.groups;
+    const auto own_row = [&](int x) { return row + warp * 16 + (lane >> 2) + 8 * x; };
+    start = position_of(p, row);
+#else
+    const int head = work.head;
     start = (p.first_row + work.row + warpgroup) * WARPGROUP_ROWS;
     // A chunk may begin within its first row, and the accelerator writes nothing before a tensor: an illegal instruction. That
     // row is then worked on from the chunk's first query on, and what lies behind the row is not written.
     query = max(start - p.first_query, 0);
     reach = work.reach, sinks = work.sinks, free_from = max(start + WARPGROUP_ROWS - reach, 0);
+#endif
     if (warp == 0 && lane == 0) {
       mbarrier_expect(q_full, Q_BYTES);
 #pragma unroll
-      for (int h = 0; h < DIM / 64; h++) load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, query, work.head, work.batch);
+      for (int h = 0; h < DIM / 64; h++) load_4d(slot + h * Q_HALF, &maps.q, q_full, h * 64, query, head, work.batch);
     }
+#if SPREAD
+    r.position[0] = position_of(p, own_row(0));
+    r.position[1] = position_of(p, own_row(1));
+#else
     r.position[0] = p.first_query + query + warp * 16 + (lane >> 2);
     r.position[1] = r.position[0] + 8;
+#endif
 #pragma unroll
     for (int x = 0; x < 2; x++) r.row_max[x] = NEG_INFINITY, r.shift[x] = r.row_sum[x][0] = r.row_sum[x][1] = 0.0f;
 #pragma unroll
@@ -312,6 +387,20 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
 
     float row_sum[2] = {r.row_sum[0][0] + r.row_sum[0][1], r.row_sum[1][0] + r.row_sum[1][1]}, factor[2];
     output_scale(row_sum, factor);
+#if SPREAD
+#pragma unroll
+    for (int x = 0; x < 2; x++) {
+      if (own_row(x) < p.rows && row_sum[x] != 0.0f) {
+        const u64 slot = (u64(work.split * p.batches + work.batch) * p.rows + own_row(x)) * p.heads + head;
+        if ((lane & 3) == 0) p.split_lse[slot] = r.row_max[x] + __log2f(row_sum[x]);
+#pragma unroll
+        for (int g = 0; g < V_DIM / 8; g++)
+          if (8 * g < p.v_dim)
+            *reinterpret_cast<float2*>(p.split_out + slot * p.v_dim + 8 * g + 2 * (lane & 3)) =
+                make_float2(o[4 * g + 2 * x] * factor[x], o[4 * g + 2 * x + 1] * factor[x]);
+      }
+    }
+#else
 #if LSE
     if ((lane & 3) == 0) {
 #pragma unroll
@@ -332,6 +421,7 @@ __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared&
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }
+#endif
     // The next queries take the place of all four warps' outputs.
     asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
   }

@@ -1,7 +1,8 @@
 """Attention over listed keys on Hopper, in CUDA C++: the host's side of hopper.cu.
 
-Two callers: patterns of whole key blocks, here, and vertical-slash patterns, whose lists hold pieces of 64 keys that start
-anywhere and who have gathered columns beside them.
+Three callers: patterns of whole key blocks, here; vertical-slash patterns, whose lists hold pieces of 64 keys that start
+anywhere and who have gathered columns beside them; and dense rows that lie apart, which have no lists and a launch of their
+own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tmbench_kernels.hopper import (
     KEYS,
     SHARED_LIMIT,
     WARPGROUP_ROWS,
+    Kernel,
     consumers,
     header_macros,
     load_kernel,
@@ -37,9 +39,12 @@ PLAN = struct.Struct("7q11ifq")
 """The kernel's struct Plan."""
 
 
-def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False) -> dict[str, int]:
-    """The macros of the kernel for these head sizes, up to 256, and this type, fp16 or bf16."""
-    shared = {"STAGES": stages(dim, v_dim), "SHARED_BYTES": shared_bytes(dim, v_dim)}
+def settings(dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False, spread: bool = False) -> dict[str, int]:
+    """The macros of the kernel for these head sizes, up to 256, and this type, fp16 or bf16.
+
+    ``spread`` is for rows that lie apart; they leave their log-sum-exp in any case.
+    """
+    shared = {"STAGES": stages(dim, v_dim), "SHARED_BYTES": shared_bytes(dim, v_dim), "SPREAD": int(spread)}
     return header_macros(dim, v_dim, dtype, CONSUMERS=consumers(dim, v_dim), LSE=int(lse), **shared)
 
 
@@ -99,8 +104,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: 
     width = k_columns.shape[2] if lists.columns else 0
     tables = [table.data_ptr() for table in lists.tables] or [0, 0, 0, 0]
     out = empty_output(q, v)
-    maps = b"".join(_tiles(x, KEYS) for x in (q, k, v, k_columns, v_columns))
-    maps += _tiles(out[:, :, : (first_row + 1) * WARPGROUP_ROWS - first_query], 16) + _tiles(out, 16)
+    maps = b"".join(tile_map(x, KEYS) for x in (q, k, v, k_columns, v_columns))
+    maps += tile_map(out[:, :, : (first_row + 1) * WARPGROUP_ROWS - first_query], 16) + tile_map(out, 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     plan = PLAN.pack(
         lists.entries.data_ptr(), lists.counts.data_ptr(), *tables, taken.data_ptr(),
@@ -108,13 +113,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, *, lse: 
         heads, heads // k.shape[1], batch * heads * -(-rows // consumers(dim, v_dim)), scale * LOG2_E,
         0 if lse is None else lse.data_ptr(),
     )  # fmt: skip
-    macros = tuple(settings(dim, v_dim, q.dtype, lse=lse is not None).items())
-    threads = 128 * (consumers(dim, v_dim) + 1)
-    kernel = load_kernel(q.device, SOURCE, KERNEL, shared_bytes(dim, v_dim), threads, macros)
-    kernel.launch(multiprocessors(q.device), q.device, maps, plan)
+    loaded(q.device, dim, v_dim, q.dtype, lse=lse is not None).launch(multiprocessors(q.device), q.device, maps, plan)
     return out
 
 
-def _tiles(x: Tensor, rows: int) -> bytes:
+def loaded(
+    device: torch.device, dim: int, v_dim: int, dtype: torch.dtype, *, lse: bool = False, spread: bool = False
+) -> Kernel:
+    """The kernel with these ``settings`` on a device."""
+    macros = tuple(settings(dim, v_dim, dtype, lse=lse, spread=spread).items())
+    return load_kernel(device, SOURCE, KERNEL, shared_bytes(dim, v_dim), 128 * (consumers(dim, v_dim) + 1), macros)
+
+
+def tile_map(x: Tensor, rows: int) -> bytes:
     """The map of a tensor [batch, heads, length, dim] in tiles of so many rows."""
     return tensor_map(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), (1, 1, rows, 64))

@@ -20,7 +20,7 @@ from tmbench_kernels.parameters import Parameter, ParameterError, parameter
 from tmbench_kernels.pattern import Backend, Pattern, check_logits, check_shapes, default_scale
 from tmbench_kernels.sdpa import attention
 from tmbench_kernels.shared import LAST_N, N_INIT, N_LOCAL
-from tmbench_kernels.triangle.delta import CARRY, LAST, RECOMPUTE, Rows, attend_delta, rows_in_triton, rows_of
+from tmbench_kernels.triangle.delta import CARRY, LAST, RECOMPUTE, Rows, attend_delta, rows_backend, rows_of
 from tmbench_kernels.triangle.torch_backend import attend as attend_torch
 
 _DELTA = Parameter(default=64, help="", at_least=1, tokens=True)
@@ -138,7 +138,9 @@ class Triangle(Pattern):
         found = super().backend(q, k, v, softcap=softcap, lse=lse)
         if self.delta is None:
             return found
-        others = ["triton"] if rows_in_triton(q, k, v) and found.name != "triton" else []
+        rows = rows_backend(q, k, v, softcap=softcap, lse=lse).name
+        # Rows in torch are of a triangle in torch.
+        others = [] if rows in (found.name, "torch") else [rows]
         return replace(found, name=f"+{self.name}:".join([found.name, *others]), attend=attend_delta, lse=False)
 
     def attend(

@@ -30,7 +30,9 @@ def _combine(
     for split in range(splits):
         slot = (split * tl.num_programs(1) + batch) * rows + row
         lse = tl.load(split_lse_ptr + slot, mask=ok, other=-float("inf"))
-        out = tl.load(split_out_ptr + slot[:, None] * V_DIM + v_dim[None, :], mask=inside, other=0.0)
+        # A split without a key of a row's may have left that row as it was.
+        seen = inside & (lse > -float("inf"))[:, None]
+        out = tl.load(split_out_ptr + slot[:, None] * V_DIM + v_dim[None, :], mask=seen, other=0.0)
         new_max = tl.maximum(row_max, lse)
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         weight = tl.exp2(lse - shift)

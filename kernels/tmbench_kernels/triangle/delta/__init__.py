@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tmbench_kernels.cuda import refuses_triton, runs_triton
-from tmbench_kernels.pattern import add_sinks, empty_output, new_lse
+from tmbench_kernels.cuda import for_hopper, for_triton, imported, triton_serves
+from tmbench_kernels.pattern import Backend, add_sinks, asked_of, empty_output, new_lse
 from tmbench_kernels.sdpa import attention
 
 if TYPE_CHECKING:
@@ -41,9 +41,13 @@ class Rows:
     start: int
     """The position of the first query of all."""
 
+    def position(self, row: int) -> int:
+        """Where a row is."""
+        return max(self.first + row * self.delta, self.start)
+
     def positions(self) -> list[int]:
         """Where they are, ascending."""
-        return [max(self.first + row * self.delta, self.start) for row in range(self.count)]
+        return [self.position(row) for row in range(self.count)]
 
     def take(self, x: Tensor) -> Tensor:
         """Them of ``[batch, heads, queries, dim]``: a view, or a copy where a chunk's first row is among them."""
@@ -60,11 +64,6 @@ def rows_of(start: int, tail: int, delta: int, mode: str) -> Rows:
     return Rows(first, delta, max(-(-(tail - first) // delta), 0) if start < tail else 0, start)
 
 
-def rows_in_triton(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel in Triton computes the dense rows."""
-    return runs_triton(q.device) and not refuses_triton(None, q, k, v)
-
-
 def attend_delta(
     pattern: Triangle, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, sinks: Tensor | None = None
 ) -> Tensor:
@@ -76,11 +75,11 @@ def attend_delta(
     rows = pattern.rows(start, tail)
     if not rows.count:
         return out
-    dense = _dense_rows(rows, q, k, v, scale, softcap, sinks)
+    dense = dense_rows(rows, q, k, v, scale, softcap=softcap, sinks=sinks)
     if pattern.mode == RECOMPUTE:
         out[:, :, rows.first - start : tail - start : rows.delta] = dense
         return out
-    _carry(out[:, :, : tail - start], dense.to(_wide(q)).sub_(rows.take(out)), rows)
+    carry(out[:, :, : tail - start], dense.to(_wide(q)).sub_(rows.take(out)), rows)
     return out
 
 
@@ -89,8 +88,19 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _carry(out: Tensor, differences: Tensor, rows: Rows) -> None:
-    """Add to each row the difference of the last dense row up to it; out begins with the first query."""
+def carry(out: Tensor, differences: Tensor, rows: Rows) -> None:
+    """Add to each row of ``out``, which begins with the first query, the difference of the last dense row up to it."""
+    if triton_serves(out):
+        # Torch finds and converts one number at a time where two tensors differ in type and lie apart.
+        from tmbench_kernels.triangle.delta.triton_backend import carry as carry_in_triton
+
+        carry_in_triton(out, differences, rows)
+    else:
+        carry_in_torch(out, differences, rows)
+
+
+def carry_in_torch(out: Tensor, differences: Tensor, rows: Rows) -> None:
+    """As ``carry``, on any device and in any type."""
     head = min(-rows.start % rows.delta, out.shape[2])
     if head:
         out[:, :, :head].add_(differences[:, :, :1])
@@ -103,16 +113,13 @@ def _carry(out: Tensor, differences: Tensor, rows: Rows) -> None:
         out[:, :, end:].add_(differences[:, :, whole:])
 
 
-def _dense_rows(rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+def dense_rows(
+    rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """Dense attention of the rows alone, ``[batch, heads, rows.count, v_dim]``."""
     lse = None if sinks is None else new_lse(q[:, :, : rows.count])
-    if rows_in_triton(q, k, v):
-        # Imported when it is first used: it takes Triton.
-        from tmbench_kernels.triangle.delta.triton_backend import attend_rows
-
-        out = attend_rows(rows, q, k, v, scale, softcap=softcap, lse=lse)
-    else:
-        out = attend_rows_in_torch(rows, q, k, v, scale, softcap=softcap, lse=lse)
+    backend = rows_backend(q, k, v, softcap=softcap, lse=lse is not None)
+    out = backend.attend(rows, q, k, v, scale, **asked_of(softcap, lse))
     return out if sinks is None or lse is None else add_sinks(out, lse, sinks)
 
 
@@ -133,3 +140,17 @@ def attend_rows_in_torch(
             queries[:, :, part], k[:, :, :seen], v[:, :, :seen], scale, bias=bias, softcap=softcap, lse=sums
         )
     return out
+
+
+ROWS_BACKENDS = (
+    for_hopper(imported("triangle.delta.hopper_backend", "attend_rows")),
+    for_triton(imported("triangle.delta.triton_backend", "attend_rows")),
+    Backend("torch", ("cpu", "cuda"), attend_rows_in_torch, softcap=True, lse=True, chunks=True),
+)
+"""Of the dense rows alone, in order of preference. Each is called with the rows in a pattern's place."""
+
+
+def rows_backend(q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, lse: bool = False) -> Backend:
+    """The first that serves these tensors; torch does in any case."""
+    *others, last = ROWS_BACKENDS
+    return next((one for one in others if not one.obstacle(None, q, k, v, softcap=softcap, lse=lse)), last)

@@ -1,4 +1,4 @@
-"""Dense attention of every delta-th query in Triton: one launch over rows that lie apart in q.
+"""Dense attention of every delta-th query in Triton, one launch over rows that lie apart in q, and the differences carried.
 
 Every program owns a tile of such rows, of all the query heads that share a key head, and walks over the keys up to the last
 of them. A tile's rows lie far apart, so that its edge is several tiles of keys wide, which carry a mask. The tiles that see
@@ -135,3 +135,37 @@ def attend_rows(
     if splits > 1:
         combine(split_out, split_lse, out, lse)
     return out
+
+
+@triton.jit(do_not_specialize=["first", "delta", "start", "end"])
+def _carry(
+    out_ptr, differences_ptr, out_batch, out_head, out_row, by_batch, by_head, by_row, first, delta, start, end,
+    HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: one head's rows from a dense one up to the next."""
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    row = tl.program_id(0) // HEADS
+    batch = tl.program_id(1).to(tl.int64)
+    low = tl.maximum(first + row * delta, start)
+    high = tl.minimum(first + (row + 1) * delta, end)
+    v_dim = tl.arange(0, BLOCK_V_DIM)
+    differences = differences_ptr + batch * by_batch + head * by_head + row.to(tl.int64) * by_row
+    difference = tl.load(differences + v_dim, mask=v_dim < V_DIM, other=0.0)
+    for position in range(low, high, ROWS):
+        here = position + tl.arange(0, ROWS)
+        inside = (here < high)[:, None] & (v_dim < V_DIM)[None, :]
+        at = out_ptr + batch * out_batch + head * out_head + (here - start).to(tl.int64)[:, None] * out_row + v_dim[None, :]
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32) + difference[None, :]
+        tl.store(at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def carry(out: Tensor, differences: Tensor, rows: Rows) -> None:
+    """Add to each row of ``out`` the difference, in float32, of the last dense row up to it.
+
+    Both are ``[batch, heads, queries or rows.count, v_dim]`` with stride 1 in the last; out begins with the first query.
+    """
+    batch, heads, queries, v_dim = out.shape
+    _carry[(rows.count * heads, batch)](
+        out, differences, *out.stride()[:3], *differences.stride()[:3], rows.first, rows.delta, rows.start,
+        rows.start + queries, HEADS=heads, V_DIM=v_dim, BLOCK_V_DIM=block_dim(v_dim), ROWS=64,
+    )  # fmt: skip
