@@ -19,6 +19,7 @@ ATTENTION = "benchmarks/attention.csv"
 STRUCTURED = "benchmarks/structured_density.csv"
 WIDE = "benchmarks/wide_attention.csv"
 CHUNKS = "benchmarks/chunks.csv"
+CORRECTIONS = "benchmarks/delta.csv"
 SKIPS = "benchmarks/skip_softmax.csv"
 BUDGETS = {
     "vertical_slash 512 2048": "MInference (512, 2048)",
@@ -177,6 +178,43 @@ def in_chunks(sources: Sources) -> str:
 
 def _known(ms: str) -> str:
     return milliseconds(ms) if ms else NOTHING
+
+
+def corrections(sources: Sources) -> str:
+    """Milliseconds of the triangle, of its delta correction as it runs and as it ran, and of what that consists of."""
+    lines = sources.lines(CORRECTIONS)
+    wanted: dict[str, dict[str, str]] = {
+        "triangle, ms": {"what": "triangle"},
+        "corrected, ms": {"what": "carry", "carried_by": "triton"},
+        "rows, `cuda-hopper`": {"what": "rows", "backend": "cuda-hopper"},
+        "carried, Triton": {"what": "differences", "carried_by": "triton"},
+        "before, ms": {"what": "carry", "carried_by": "torch"},
+        "rows, `triton`": {"what": "rows", "backend": "triton"},
+        "carried, torch": {"what": "differences", "carried_by": "torch"},
+    }
+    rows = []
+    for length in dict.fromkeys(line["length"] for line in lines):
+        found = {name: line_of(lines, length=length, **about) for name, about in wanted.items()}
+        times = [milliseconds(line["ms_median"]) for line in found.values()]
+        rows.append([length_name(int(length)), *times, f"{float(found['corrected, ms']['times_triangle']):.1f}"])
+    return table_markdown(Table("", columns("tokens", *wanted, "times the triangle"), rows))
+
+
+def corrected(sources: Sources, figure: str, length: str) -> str:
+    """One figure of the correction that runs: "times" the triangle, what it "added" of dense's pairs, and the "least" times.
+
+    The least is what it would be times the triangle if dense rows ran at dense attention's rate, and nothing else took time.
+    """
+    lines = [line for line in sources.lines(CORRECTIONS) if line["length"] == tokens(length)]
+    whole = line_of(lines, what="carry", carried_by="triton")
+    if figure == "added":
+        return f"{100 * float(whole['added']):.1f} %"
+    if figure == "times":
+        return f"{float(whole['times_triangle']):.1f}"
+    dense, triangle = (line_of(lines, what=what) for what in ("dense", "triangle"))
+    rows = line_of(lines, what="rows", backend=whole["backend"])
+    ideal = float(dense["ms_median"]) * int(rows["pairs"]) / int(dense["pairs"])
+    return f"{1 + ideal / float(triangle['ms_median']):.1f}"
 
 
 def skipped_tiles(sources: Sources) -> str:

@@ -164,7 +164,8 @@ def check_rows(measure_errors, attend_rows, rows, q, k, v, scale, **logits):
     torch.testing.assert_close(lse.double(), exact, rtol=1e-4, atol=1e-3)
     sums = torch.empty_like(lse)
     plain = attend_rows_in_torch(rows, q, k, v, scale, lse=sums, **logits)
-    torch.testing.assert_close(plain, out, rtol=2e-2, atol=2e-2)
+    tolerance = 1e-2 if q.dtype == torch.float16 else 3e-2
+    torch.testing.assert_close(plain, out, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(sums, lse, rtol=1e-4, atol=1e-3)
     assert out.transpose(1, 2).is_contiguous()
     return out
@@ -190,8 +191,9 @@ def test_the_kernel_for_dense_rows_on_hopper(make_qkv, measure_errors, monkeypat
     draw = random.Random(seed)
     monkeypatch.setattr(on_hopper, "LEAST_KEYS", draw.choice([64, 192, 1024]))
     monkeypatch.setattr(on_hopper, "PIECES", draw.choice([1, 4, 100]))
-    length = draw.choice([1, 64, 129, 4096, draw.randint(1, 600), draw.randint(1, 9000)])
-    queries, delta = draw.choice([length, draw.randint(1, length)]), draw.choice([1, 7, 16, 64, 64, 100])
+    delta = draw.choice([1, 7, 16, 64, 64, 100])
+    length = draw.choice([1, 64, 129, draw.randint(1, 600), draw.randint(1, 9000 if delta > 7 else 1500)])
+    queries = draw.choice([length, draw.randint(1, length)])
     groups, kv_heads = draw.choice([1, 2, 3, 4, 5]), draw.choice([1, 2])
     dim, v_dim = draw.choice([(64, 64), (96, 96), (128, 128), (80, 40), (192, 128), (256, 256), (64, 200)])
     shape = {"heads": groups * kv_heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim, "batch": draw.choice([1, 2])}

@@ -86,6 +86,25 @@ def test_a_share_of_skipped_tiles_says_how_many_times_faster_that_is(render):
     assert render.BLOCKS["even-share"](made, "1K") == "25 %"
 
 
+def test_a_correction_is_held_against_what_its_pairs_would_take_at_dense_attentions_rate(render):
+    import kernel_tables
+
+    def line(what, ms, pairs="", backend="", carried_by=""):
+        about = {"what": what, "ms_median": str(ms), "pairs": str(pairs), "backend": backend, "carried_by": carried_by}
+        return about | {"length": "1024", "times_triangle": str(ms / 2), "added": "0.0154"}
+
+    rows = [line("rows", 4.0, 20, "cuda-hopper"), line("rows", 5.5, 20, "triton")]
+    wholes = [line("carry", 7.0, 30, "cuda-hopper", "triton"), line("carry", 10.0, 30, "triton", "torch")]
+    steps = [line("differences", 0.75, carried_by="triton"), line("differences", 2.5, carried_by="torch")]
+    lines = [line("dense", 200.0, 1000, "x"), line("triangle", 2.0, 10, "cuda-hopper"), *rows, *wholes, *steps]
+    made = SimpleNamespace(lines=lambda path: lines)
+    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in kernel_tables.corrections(made).splitlines()]
+    assert table[2] == ["1K", "2.00", "7.00", "4.00", "0.750", "10.0", "5.50", "2.50", "3.5"]
+    assert [kernel_tables.corrected(made, figure, "1K") for figure in ("times", "added", "least")] == ["3.5", "1.5 %", "3.0"]
+    with pytest.raises(ValueError, match="0 lines have"):
+        kernel_tables.corrections(SimpleNamespace(lines=lambda path: lines[:-1]))
+
+
 @pytest.mark.parametrize("hopper_ms", [(9.0, 8.0, 4.0), (12.0, 11.0, 10.5), (12.0, 8.0, 11.0), (9.0, 11.0, 12.0)])
 def test_a_share_where_dense_attention_is_overtaken_is_the_only_one(render, hopper_ms):
     with pytest.raises(ValueError, match="at 1K there is no one share"):
