@@ -40,7 +40,7 @@ ATTENTION, SELECTION, LINEAR, PRODUCTS = "attention", "selection", "linear atten
 GATHERS, ELEMENTWISE, OTHER, IDLE, ALL = "gathers and sorts", "elementwise", "other", "idle", "all"
 KINDS = (ATTENTION, SELECTION, LINEAR, PRODUCTS, GATHERS, ELEMENTWISE, OTHER)
 _ATTENDING = (
-    "triangle", "lists", "skip_softmax", "_walk", "_gather", "_combine", "_merge", "_rows", "_split",
+    "triangle", "lists", "skip_softmax", "_walk", "_carry", "_gather", "_combine", "_merge", "_rows", "_split",
 )  # fmt: skip
 _SELECTING = (
     "_list", "_mean_weights", "_search", "_search_count", "_mark", "_part_key_shares", "_part_shares", "_part_sums", "_sort",
