@@ -327,6 +327,8 @@ KERNELS: dict[str, Block] = {
     "of-dense": of_dense,
     "wide-heads": wide_heads,
     "in-chunks": in_chunks,
+    "corrections": corrections,
+    "corrected": corrected,
     "skipped-tiles": skipped_tiles,
     "skipping-times": skipping_times,
     "skipping-difference": skipping_difference,

@@ -6,7 +6,7 @@ from checkpoint_tables import cell_at
 from sources import Block, Sources, line_of
 
 from tmbench.report.table import Table, columns
-from tmbench.report.time_intervals import TimeDifference, time_text
+from tmbench.report.time_intervals import time_text
 from tmbench.report.ttft import TtftCell
 from tmbench.report.words import NOTHING, percent_text, significant
 from tmbench.report.writers import table_markdown
@@ -49,10 +49,9 @@ def preset_times(sources: Sources) -> str:
 
 def against_dense(cell: TtftCell) -> str:
     """The time against dense's with its interval, and behind a comma the density where that depends on the data."""
-    found = cell.against
-    if not isinstance(found, TimeDifference):
-        return found or NOTHING
-    words = time_text(found.percent, found.low, found.high, found.verdict)
+    if cell.percent_vs_dense is None or not cell.verdict:
+        return NOTHING
+    words = time_text(cell.percent_vs_dense, cell.percent_low, cell.percent_high, cell.verdict)
     return words + (f", density {cell.row.coverage:.0%}" if cell.chooses_by_the_data and cell.row.coverage else "")
 
 
