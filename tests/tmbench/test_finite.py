@@ -91,7 +91,7 @@ class Jobs:
 
 @pytest.fixture(autouse=True)
 def _no_matrix_products(monkeypatch):
-    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: 1e11)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s: 1e11)
 
 
 COMMANDS = ["ttft", "ttft_arranged", "ruler", "agree", "loss"]

@@ -55,7 +55,7 @@ KINDS = ("ttft", "accuracy", "agree", "loss", "probe", "sweep", "search", "tune"
 
 @pytest.fixture
 def loaded(make_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: 1e11)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s: 1e11)
     model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
     return LoadedModel("small", model, tokenizer, "random", "")
 

@@ -41,7 +41,7 @@ FLOPS, BYTES = 1e9, 1e8
 
 @pytest.fixture
 def loaded(make_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: FLOPS)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s=0.0: FLOPS)
     monkeypatch.setattr(roofline, "copy_rate", lambda device: BYTES)
     model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
     return LoadedModel("small", model, tokenizer, "random", "")

@@ -141,7 +141,7 @@ from tmbench.results.tables import read_all
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 torch.set_num_threads(1)
-roofline.gemm_throughput = lambda device, dtype: 1e11
+roofline.gemm_throughput = lambda device, dtype, prefill_s: 1e11
 config = CONFIG_MAPPING["llama"](vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
 config.initializer_range = 0.2

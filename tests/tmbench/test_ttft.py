@@ -36,7 +36,7 @@ RATE = 1e11
 @pytest.fixture
 def job(make_model, tmp_path, monkeypatch):
     # A large matrix product for every test would take longer than the tests.
-    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: RATE)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s: RATE)
 
     def make(names=NAMES, lengths=(96, 160), dense_backend=None, parameters=None, **changes):
         model = make_model("llama")
@@ -64,7 +64,7 @@ def test_a_first_token_is_the_models_own(make_model, prompt):
 @pytest.mark.slow
 def test_the_gemm_throughput_is_a_rate():
     start = time.perf_counter()
-    rate = roofline.gemm_throughput(torch.device("cpu"), torch.float32, seconds=0)
+    rate = roofline.gemm_throughput(torch.device("cpu"), torch.float32)
     seconds = time.perf_counter() - start
     assert rate > 2 * 2 * 2048**3 / seconds, "two products and more fit into the time that all of it took"
     assert rate < 1e14

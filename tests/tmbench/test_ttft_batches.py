@@ -38,7 +38,7 @@ SETTINGS = {"n_init": 2, "n_local": 16, "last_n": 8, "min_budget": 200, "thresho
 
 @pytest.fixture
 def loaded(make_model, monkeypatch):
-    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: RATE)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s=0.0: RATE)
     return LoadedModel("small", make_model("llama", max_position_embeddings=2048), None, "random", "")
 
 

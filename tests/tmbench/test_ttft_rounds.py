@@ -24,7 +24,7 @@ RATE = 1e11
 
 @pytest.fixture
 def job(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype: RATE)
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s=0.0: RATE)
 
     def make(**changes):
         loaded = LoadedModel("small", make_model("llama"), None, "random", "")
@@ -129,3 +129,31 @@ class Stop:
 
     def __call__(self, *arguments):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("prefill_s", "timed_s"), [(0.0, 0.08), (0.001, 0.08), (0.25, 0.25), (9.0, 0.5)])
+def test_the_rate_is_what_a_hot_chip_sustains(monkeypatch, prefill_s, timed_s):
+    """One that needs twice as long for a product once it has worked for as long as the prefill took."""
+    busy, runs = 0, []
+
+    def seconds(a, b, out, products):
+        nonlocal busy
+        took = sum(0.02 if prefill_s and busy + n > 100 * timed_s else 0.01 for n in range(products))
+        busy += products
+        runs.append(products)
+        return took
+
+    monkeypatch.setattr(roofline, "_seconds", seconds)
+    rate = roofline.gemm_throughput(torch.device("cpu"), torch.float32, prefill_s)
+    count = round(100 * timed_s)
+    assert runs == [1, 1, *[count] * (2 if prefill_s else 1)]
+    assert rate == pytest.approx(2.0 * 2048**3 / (0.02 if prefill_s else 0.01), rel=0.03)
+
+
+def test_the_longest_prefill_of_a_round_heats_the_chip(job, monkeypatch):
+    heated = []
+    monkeypatch.setattr(roofline, "gemm_throughput", lambda device, dtype, prefill_s: heated.append(prefill_s) or RATE)
+    work = job(names=("dense", "tri_mix"), lengths=(64,), repeats=2)
+    (dense, tri_mix) = work.run()
+    slowest = [max(pair) for pair in zip(*(map(float, row.samples_s.split()) for row in (dense, tri_mix)), strict=True)]
+    assert heated == pytest.approx(slowest, abs=1e-6)

@@ -145,18 +145,26 @@ def attention_flop(pairs: float, shape: Geometry) -> float:
     return shape.flop_per_pair * pairs
 
 
-def gemm_throughput(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
+SHORTEST_S, LONGEST_S = 0.08, 0.5
+"""For how long products are timed."""
+
+
+def gemm_throughput(device: torch.device, dtype: torch.dtype, prefill_s: float = 0.0) -> float:
     """Floating-point operations per second that this device sustains now: large square products, one right after another.
 
-    They run for about so many ``seconds``, at least two of them. A chip that has just read a long prompt is hot and slows
-    down, so what it reaches when cool would put the roofline too low: measure between the prefills.
+    At least two of them are timed. A chip slows down as it heats, so what it reaches when cool would put the roofline too
+    low: measure between prefills. Some of them heat less than others, so that the products run as long as ``prefill_s``,
+    the longest, half a second at most, before as many are timed.
     """
     size = 8192 if device.type == "cuda" else 2048
     generator = torch.Generator(device=device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     _seconds(a, b, out, 1)
-    count = max(2, round(seconds / _seconds(a, b, out, 1)))
+    one = _seconds(a, b, out, 1)
+    count = max(2, round(min(max(prefill_s, SHORTEST_S), LONGEST_S) / one))
+    if prefill_s:
+        _seconds(a, b, out, count)
     return 2.0 * size**3 * count / _seconds(a, b, out, count)
 
 

@@ -253,8 +253,9 @@ class TtftSpec(PlannedSpec[TtftRow]):
             interleave("warm-up", count=number == 0)
         for number in item.rounds:
             interleave(f"repeat {number + 1} of {self.repeats}")
-            ran = any(trial.failure is None for trial in trials)
-            throughput = parallel.summed(roofline.gemm_throughput(loaded.device, loaded.model.dtype)) if ran else 0.0
+            longest = max((trial.first.seconds for trial in trials if trial.first and not trial.failure), default=0.0)
+            rate = roofline.gemm_throughput(loaded.device, loaded.model.dtype, longest) if longest else 0.0
+            throughput = parallel.summed(rate)
             for (_, index), trial in zip(item.places_of(number), trials, strict=True):
                 told = _told(loaded, item, trial, _dense_beside(trial, trials))
                 worker.keep(TimedPass(index, self.environment.name, throughput, **told))
