@@ -8,6 +8,7 @@ as a folder that ``--model`` takes.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,12 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 """What GGUF calls a weight of this architecture, and what transformers does."""
+SURROUNDINGS = {
+    "config.json": ("transformers_version",),
+    "generation_config.json": ("transformers_version",),
+    "tokenizer_config.json": ("is_local", "local_files_only"),
+}
+"""What transformers writes of itself into these files."""
 
 
 def main() -> None:
@@ -79,7 +86,20 @@ def convert(file: Path, folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.load_state_dict(weights_of(tensors, config))
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers 5.17 takes the token that begins a turn for the one that ends it.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.save_pretrained(folder)
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Take out what says where and by which version of transformers a checkpoint was saved: rows know it by its files."""
+    for name, keys in SURROUNDINGS.items():
+        path = folder / name
+        told = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in told.items() if key not in keys}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def weights_of(tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tmbench.models import fingerprint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "smollm2.py"
 
@@ -49,6 +52,19 @@ def test_every_weight_finds_its_place(smollm2, tied):
     assert other(ids).logits.equal(model(ids).logits)
     with pytest.raises(KeyError):
         smollm2.weights_of({"blk.0.attn_q_bias.weight": torch.zeros(1)}, config)
+
+
+def test_a_checkpoint_does_not_tell_where_it_was_made(smollm2, tmp_path):
+    for place, version, local in (("here", "5.17.0", True), ("there", "5.24.0", False)):
+        folder = tmp_path / place
+        folder.mkdir()
+        for name in ("config.json", "generation_config.json"):
+            (folder / name).write_text(json.dumps({"bos_token_id": 1, "transformers_version": version}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "\u00fc", "local_files_only": local}))
+        smollm2.settle(folder)
+    assert fingerprint.of_folder(tmp_path / "here") == fingerprint.of_folder(tmp_path / "there")
+    assert json.loads((tmp_path / "here" / "config.json").read_text()) == {"bos_token_id": 1}
+    assert json.loads((tmp_path / "here" / "tokenizer_config.json").read_text()) == {"eos_token": "\u00fc"}
 
 
 def test_what_is_there_is_left_alone(smollm2, tmp_path, monkeypatch, capsys):
