@@ -2,8 +2,8 @@
 
 Folders are ``smollm2-135m``, ``served`` and ``equal-density``. Their commands run some at a time, on one GPU: the models are
 small, and most of an answer is the time between kernels. CUDA's Multi-Process Service lets kernels of several processes run
-at once. What a folder holds already is not measured again, so a run that was stopped is gone on with. ``--only`` takes the
-commands with a text in them, and ``--print`` shows them.
+at once. What a folder holds already of the same checkpoint is not measured again, so a run that was stopped is gone on with.
+``--only`` takes the commands with a text in them, and ``--print`` shows them.
 
 The checkpoint is ``smollm2``, where ``make smollm2`` puts it. Each command's output is in ``logs`` of the output folder.
 Ends with 1 where a command failed.
