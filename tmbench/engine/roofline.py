@@ -153,8 +153,8 @@ def gemm_throughput(device: torch.device, dtype: torch.dtype, prefill_s: float =
     """Floating-point operations per second that this device sustains now: large square products, one right after another.
 
     At least two of them are timed. A chip slows down as it heats, so what it reaches when cool would put the roofline too
-    low: measure between prefills. Some of them heat less than others, so that the products run as long as ``prefill_s``,
-    the longest, half a second at most, before as many are timed.
+    low: measure between prefills. Some prefills heat it less than others. So products first run for as long as
+    ``prefill_s``, the seconds of the longest, half a second at most, and then as many are timed.
     """
     size = 8192 if device.type == "cuda" else 2048
     generator = torch.Generator(device=device).manual_seed(0)

@@ -223,7 +223,6 @@ __device__ void produce(const Maps& maps, const Plan& p, u32 smem, Shared& share
   }
 }
 
-
 __device__ void consume(const Maps& maps, const Plan& p, u32 smem, const Shared& shared, int warpgroup, int warp) {
   const u32 barriers = smem + BARRIERS_AT, slot = smem + warpgroup * SLOT_BYTES, q_full = barriers + 8 * (Q_FULL + warpgroup);
   const int lane = threadIdx.x & 31;
