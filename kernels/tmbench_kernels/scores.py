@@ -156,8 +156,8 @@ def heaviest_count(shares: Tensor, limit: float) -> Tensor:
 def heaviest_reaching(shares: Tensor, share: float, held: Tensor | None = None) -> Tensor:
     """Which of weights ``[..., n]`` are taken to hold a share of all, heaviest first: each while those before it fall short.
 
-    Bool; weights and sums are as in ``heaviest``. ``held``, float64 ``[...]``, counts as taken before all of them; without
-    it each row holds something.
+    Bool; weights and sums are as in ``heaviest``. ``held``, float64 ``[...]``, counts as taken before all of them. What is
+    taken of a row of zeros without it differs by device: such rows are the caller's to mask.
     """
     if runs_triton(shares.device):
         # Imported when it is first used: it takes Triton.

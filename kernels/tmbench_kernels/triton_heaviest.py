@@ -1,9 +1,9 @@
 """The heaviest of probabilities, in Triton: so many, as many as fit a limit, or as it takes to reach one. Nothing is sorted.
 
 The bits of floats that are not negative are in the order of the floats. A threshold is searched for: the largest number of
-which the probabilities from it on hold more than the limit, or are as many as wanted. Its bits are found two at a time, and
-each two take one pass over the probabilities, whose sums run in float64. Those above the threshold are taken; of those that
-equal it, as many as fit, or as it takes.
+which the probabilities from it on hold more than the limit, or reach it, or are as many as wanted. Its bits are found two at
+a time, and each two take one pass over the probabilities, whose sums run in float64. Those above the threshold are taken; of
+those that equal it, as many as fit, or as it takes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tmbench_kernels import (
 )
 
 GPU = torch.cuda.is_available()
-HEADS, LENGTH = (2304, 8192) if GPU else (8, 200)
+HEADS, LENGTH = (2304, 8192) if GPU else (8, 700)
 DIM = 128 if GPU else 16
 GROUP = 4
 PATTERNS = [
