@@ -1,9 +1,9 @@
 """The heaviest of probabilities, in Triton: so many, as many as fit a limit, or as it takes to reach one. Nothing is sorted.
 
 The bits of floats that are not negative are in the order of the floats. A threshold is searched for: the largest number of
-which the probabilities from it on hold more than the limit, or reach it, or are as many as wanted. Its bits are found two at
-a time, and each two take one pass over the probabilities, whose sums run in float64. Those above the threshold are taken; of
-those that equal it, as many as fit, or as it takes.
+which the probabilities from it on hold more than the limit, or are as many as wanted. Its bits are found two at a time, and
+each two take one pass over the probabilities, whose sums run in float64. Those above the threshold are taken; of those that
+equal it, as many as fit, or as it takes.
 """
 
 from __future__ import annotations
@@ -47,11 +47,6 @@ def _count_ties(weights, threshold, ties, n, parts, PARTS: tl.constexpr, WIDE: t
     return tl.sum(larger, 0), tl.sum(equal, 0)
 
 
-@triton.jit
-def _too_much(held, limit, REACH: tl.constexpr):
-    return held >= limit if REACH else held > limit
-
-
 @triton.jit(do_not_specialize=["parts"])
 def _search(
     weights_ptr, limit_ptr, held_ptr, thresholds_ptr, fitting_ptr, counts_ptr, ties_ptr, n, parts,
@@ -90,9 +85,9 @@ def _search(
         sum_1 = tl.sum(held_1, 0)
         sum_2 = tl.sum(held_2, 0)
         sum_3 = tl.sum(held_3, 0)
-        much_1 = _too_much(sum_1, limit, REACH)
-        much_2 = _too_much(sum_2, limit, REACH)
-        much_3 = _too_much(sum_3, limit, REACH)
+        much_1 = sum_1 > limit
+        much_2 = sum_2 > limit
+        much_3 = sum_3 > limit
         # What fits is held from the next larger number on; where all three are too much, the last step's still is.
         above = tl.where(much_1, tl.where(much_2, tl.where(much_3, above, sum_3), sum_2), sum_1)
         threshold += (much_1.to(tl.int32) + much_2.to(tl.int32) + much_3.to(tl.int32)) << shift
