@@ -65,6 +65,10 @@ def test_a_figure_that_its_sentence_would_belie_is_refused(render, sources, mark
         render.filled(f"a <!-- rows: {marker} -->1<!-- /rows --> b", sources)
 
 
+def cells_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
 def skipping(hopper_ms, dense_ms=(10.0, 10.0, 10.0)):
     """``Sources`` of made lines, at 1K with none, half and all of the tiles skipped."""
     lines = []
@@ -78,9 +82,9 @@ def skipping(hopper_ms, dense_ms=(10.0, 10.0, 10.0)):
 
 def test_a_share_of_skipped_tiles_says_how_many_times_faster_that_is(render):
     made = skipping((12.0, 8.0, 4.0))
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in render.BLOCKS["skipped-tiles"](made).splitlines()]
-    assert table[3] == ["1K", "50.0%", "10.0", "8.00", "1.25", "0.80", "0.50"]
-    assert [line[1] for line in table[2:]] == ["0.0%", "50.0%", "99.8%"]
+    table = cells_of(render.BLOCKS["skipped-tiles"](made))
+    assert table[1] == ["1K", "50.0%", "10.0", "8.00", "1.25", "0.80", "0.50"]
+    assert [line[1] for line in table] == ["0.0%", "50.0%", "99.8%"]
     text = "<!-- rows: skipping-times 1K 50.0% cuda-hopper, common barrier -->?<!-- /rows -->"
     assert ">0.80<" in render.filled(text, made)
     assert render.BLOCKS["even-share"](made, "1K") == "25 %"
@@ -98,8 +102,8 @@ def test_a_correction_is_held_against_what_its_pairs_would_take_at_dense_attenti
     steps = [line("differences", 0.75, carried_by="triton"), line("differences", 2.5, carried_by="torch")]
     lines = [line("dense", 200.0, 1000, "x"), line("triangle", 2.0, 10, "cuda-hopper"), *rows, *wholes, *steps]
     made = SimpleNamespace(lines=lambda path: lines)
-    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in kernel_tables.corrections(made).splitlines()]
-    assert table[2] == ["1K", "2.00", "7.00", "4.00", "0.750", "10.0", "5.50", "2.50", "3.5"]
+    expected = ["1K", "2.00", "7.00", "4.00", "0.750", "10.0", "5.50", "2.50", "3.5"]
+    assert cells_of(kernel_tables.corrections(made)) == [expected]
     assert [kernel_tables.corrected(made, figure, "1K") for figure in ("times", "added", "least")] == ["3.5", "1.5 %", "3.0"]
     with pytest.raises(ValueError, match="0 lines have"):
         kernel_tables.corrections(SimpleNamespace(lines=lambda path: lines[:-1]))
@@ -126,10 +130,6 @@ def test_what_the_page_of_kernels_says_of_skip_softmax_is_what_its_rows_say(sour
     for about in lines:
         assert (about["heads"], about["kv_heads"], about["head_dim"], about["dtype"]) == ("32", "8", "128", "bfloat16")
         assert about["device"] == "NVIDIA H200"
-
-
-def cells_of(table):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
 
 def test_chunks_tell_selection_and_launches_where_rows_do(render):
