@@ -35,7 +35,7 @@ def _sort(
 
 
 def sorted_tokens(x: Tensor, order: Tensor, out: Tensor) -> None:
-    """``pbs.sorted_tokens``, into ``out``, its rows contiguous."""
+    """``pbs.sorted_tokens``, into ``out``, its rows contiguous, as ``order`` is altogether."""
     batch, heads, length, dim = out.shape
     _sort[(batch * heads, triton.cdiv(length, ROWS))](
         x, order, out, *x.stride(), *out.stride()[:3], order.shape[2], length,
@@ -72,7 +72,7 @@ def _merge(
 
 
 def merge(out: Tensor, lse: Tensor, others: Tensor, others_lse: Tensor) -> None:
-    """``pbs.merge``; rows of both outputs are contiguous."""
+    """``pbs.merge``; rows of both outputs are contiguous, and both log-sum-exps altogether."""
     batch, heads, queries, dim = out.shape
     _merge[(batch * heads, triton.cdiv(queries, ROWS))](
         out, lse, others, others_lse, *out.stride()[:3], *others.stride()[:3], queries,
