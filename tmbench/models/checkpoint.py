@@ -20,8 +20,11 @@ from transformers.utils import logging
 from tmbench.errors import UserError, shortened
 from tmbench.models import fingerprint
 from tmbench.models.gguf import SUFFIX
+from tmbench.models.presets import preset_names
 from tmbench.results.failures import is_out_of_memory
 
+TINY = "tiny"
+"""The name of the embedded model."""
 POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS left in place of a large one."""
 NAMES_SHOWN = 3
@@ -165,7 +168,9 @@ def loading(name: str, what: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise UserError(f"{what}--model {name} does not fit in memory: try a smaller --dtype") from error
+            free = re.search(r"GPU \d+ has a total capacity of [^,]*? free(?=\.)", str(error))
+            about = "" if free is None else f" ({free[0]})"
+            raise UserError(f"{what}--model {name} does not fit in memory{about}: try a smaller --dtype") from error
         raise UserError(f"{what}--model {name} {_why(name, error)}") from error
     finally:
         logging.set_verbosity(spoken)
@@ -177,6 +182,8 @@ def _why(name: str, error: Exception) -> str:
     if "custom code" in words or "trust_remote_code" in words:
         return f"brings {NOT_RUN}: give a model whose family and tokenizer transformers has, or {TRUST}"
     reason = first_sentence(error).rstrip(".")
+    if name in (TINY, *preset_names()):
+        return f"cannot be made: {reason}"
     if not Path(name).expanduser().is_dir():
         return (
             f"cannot be loaded: there is no folder of that name, and the Hub did not give it ({reason}); check the name, "

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from tmbench.errors import UserError, shortened
 from tmbench.methods.layer_kinds import CONVOLUTION, LINEAR, kind_words, layer_kinds
 from tmbench.models import fingerprint, parallel, sharding, structured
-from tmbench.models.checkpoint import NOT_RUN, TRUST, check_place, has_vocabulary, loading
+from tmbench.models.checkpoint import NOT_RUN, TINY, TRUST, check_place, has_vocabulary, loading
 from tmbench.models.context import check_split, split_prompts
 from tmbench.models.devices import AUTO, check_device, check_dtype, default_device, saved_dtype
 from tmbench.models.gguf import GgufFile, joined, read_options, types_of
@@ -39,7 +39,6 @@ from tmbench.models.rope_scaling import RopeScaling
 from tmbench.models.weights import check_loaded, check_planned
 from tmbench.results.files import readable
 
-TINY = "tiny"
 RANDOM_SEED = 0
 KERNELS = {"flash-linear-attention": "fla", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 """Packages whose kernels transformers takes for linear and recurrent layers and convolutions, and the modules they bring."""
