@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -18,12 +21,14 @@ from command_lines import FAST_TTFT
 from report_rows import COMMON, TTFT
 from tmbench.cli import main
 from tmbench.errors import UserError
+from tmbench.measure.attempt import attempt
 from tmbench.models import parallel
 from tmbench.models.context import check_split
 from tmbench.models.loading import load
 from tmbench.models.sharding import draw, plan_of
 from tmbench.report.settings import TtftSetting
-from tmbench.results.rows import TtftRow
+from tmbench.results.failures import describe
+from tmbench.results.rows import RulerRow, TtftRow
 from tmbench.results.tables import read_all
 
 PROGRAM = str(Path(__file__).with_name("ranks_program.py"))
@@ -109,11 +114,104 @@ def test_bad_input_is_one_sentence_for_all_ranks(tmp_path):
     done = run(*TWO, "-m", "tmbench", "ttft", "--length", "64", "--prompt", "vt", "--device", "cpu", cwd=tmp_path)
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
     assert sentence.startswith("Error: --length 64 is too short for --prompt vt")
-    # torchrun ends what is left once one rank has ended.
-    assert "exitcode  : 2" in done.stderr
+    # torchrun's long report comes last, and would leave the sentence out of sight.
+    report = done.stderr.partition("Root Cause")[2]
+    assert "exitcode  : 2" in report
+    assert f"traceback : {sentence.removeprefix('Error: ')}" in report
     assert "exitcode  : 1" not in done.stderr
     assert "UserError" not in done.stderr, "no traceback of ours"
     assert not list(tmp_path.iterdir())
+
+
+RULER = ("ruler", "--length", "1K", "--samples", "24", "--task", "niah_single_1", "--method", "dense", "--device", "cpu")
+
+
+def kept(folder: Path) -> list[str]:
+    """The samples that are there, a line each."""
+    return [line for file in folder.rglob("*.jsonl") for line in file.read_text().splitlines()]
+
+
+def interrupt(torchrun: psutil.Process, ranks: list[psutil.Process]) -> None:
+    """As a terminal does on Ctrl-C, which torchrun then passes on."""
+    for process in (torchrun, *ranks):
+        process.send_signal(signal.SIGINT)
+
+
+STOPPED = "torchrun has ended this run, as another process has gone or it was told to"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [
+        pytest.param(interrupt, "the run was interrupted", id="Ctrl-C"),
+        pytest.param(lambda torchrun, ranks: torchrun.terminate(), STOPPED, id="SIGTERM"),
+        pytest.param(lambda torchrun, ranks: ranks[1].kill(), STOPPED, id="a rank killed"),
+    ],
+)
+def test_a_run_that_is_stopped_ends_at_once_with_one_sentence_and_keeps_its_samples(tmp_path, stop, reason):
+    with (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen(
+            [*TWO, "-m", "tmbench", *RULER],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        torchrun = psutil.Process(process.pid)
+        try:
+            deadline = time.monotonic() + 120
+            while len(kept(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            ranks = sorted(torchrun.children(), key=lambda rank: int(rank.environ()["RANK"]))
+            stop(torchrun, ranks)
+            assert process.wait(20) == 1, "torchrun waits half a minute for those that do not heed it"
+        finally:
+            for left in (*torchrun.children(), torchrun) if process.poll() is None else ():
+                left.kill()
+        assert not any(rank.is_running() for rank in ranks)
+        said.seek(0)
+        lines = said.read().splitlines()
+    assert [line for line in lines if line.startswith("Error:")] == [f"Error: {reason}; what was measured before is kept"]
+    assert not [line for line in lines if "tmbench/cli" in line], "no traceback of ours"
+    before = kept(tmp_path)
+    assert 2 <= len(before) < 24
+    if stop is interrupt:
+        # One process has another row, and so other samples; ranks go on.
+        for command, samples in (((sys.executable,), 24 + len(before)), (TWO, 48)):
+            done = run(*command, "-m", "tmbench", *RULER, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert len(kept(tmp_path)) == samples
+        assert set(before) < set(kept(tmp_path))
+        rows = read_all(tmp_path / "results", RulerRow)
+        assert sorted((row.tensor_parallel_size, row.samples, row.score) for row in rows) == [(1, 24, 100), (2, 24, 100)]
+
+
+def test_what_one_rank_alone_refuses_names_it(monkeypatch):
+    told = [(0, None, ""), (0, None, "--model x does not fit")]
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "exchanged", lambda value, trouble, ended: told)
+    with pytest.raises(UserError, match=r"^on rank 1 of 2: --model x does not fit$"):
+        attempt(lambda: None)
+    told[0] = told[1]
+    with pytest.raises(UserError, match="^--model x does not fit$"):
+        attempt(lambda: None)
+
+
+def test_an_error_of_nccl_says_its_reason():
+    error = RuntimeError(
+        "NCCL error in: NCCLUtils.cpp:94, NCCL version 2.27.5\nncclUnhandledCudaError: failed.\nno such GPU"
+    )
+    assert describe(error) == "RuntimeError: NCCL error in: NCCLUtils.cpp:94, NCCL version 2.27.5; no such GPU"
+    assert describe(RuntimeError("one\ntwo")) == "RuntimeError: one"
+
+
+def test_a_prompt_of_fewer_tokens_than_ranks_is_refused():
+    loaded = replace(load("tiny", plan_only=True, device="cpu"), context_parallel_size=2)
+    loaded.check_length(2)
+    with pytest.raises(UserError, match="--length 1 has fewer tokens than the 2 GPUs .*: give 2 or more, or leave the"):
+        loaded.check_length(1)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +219,10 @@ def test_bad_input_is_one_sentence_for_all_ranks(tmp_path):
     [
         (("probe",), "torchrun is for tmbench ttft, ruler, suite, agree"),
         ((*FAST_TTFT, "--plan"), "--plan does not go with torchrun"),
-        (("agree", "--executor", "processes", "--device", "cpu"), "--executor does not go with torchrun"),
+        (
+            ("agree", "--executor", "processes", "--device", "cpu"),
+            "--executor does not go with torchrun, whose processes share one model: leave it out\n",
+        ),
         (("ttft", "--context-parallel", "--plan"), "--plan does not go with torchrun"),
     ],
 )

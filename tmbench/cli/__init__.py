@@ -93,7 +93,8 @@ def _main() -> None:
             error_console().print(Text.assemble(("Error:", "bold red"), f" {error}"), soft_wrap=True)
         except OSError:
             streams.abandon(sys.stderr)
-        sys.exit(2)
+        # Of several ranks those that say nothing are told the sentence.
+        raise SystemExit(2) from error
 
 
 def _run() -> None:

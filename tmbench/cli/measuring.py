@@ -56,8 +56,8 @@ def opened(
 def _across_ranks(source: ModelSource, name: str | None, plan_only: bool) -> tuple[Executor, LoadedModel]:
     from tmbench.executors.ranks import AcrossRanks
 
-    refuse({"executor": name}, "does not go with torchrun, whose processes share one model: leave one of them out")
-    refuse({"plan": plan_only}, "does not go with torchrun: what a run takes on several GPUs is not known before")
+    refuse({"executor": name}, "does not go with torchrun, whose processes share one model")
+    refuse({"plan": plan_only}, "does not go with torchrun, as what a run takes on several GPUs is not known before")
     executor = AcrossRanks()
     return executor, executor.open(source)
 

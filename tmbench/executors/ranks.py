@@ -19,6 +19,7 @@ from tmbench.measure.spec import ItemSpec, ModelSource
 from tmbench.models import parallel
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure, describe
+from tmbench.results.rows import OUT_OF_MEMORY
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class Stop:
     """The last order: the run has ended, with this exit code."""
 
     code: int
+    reason: str = ""
+    """The sentence that rank 0 has said; "" where it has said none."""
 
 
 class AcrossRanks:
@@ -82,24 +85,27 @@ def _together(step: Callable[[], T]) -> T:
     """What all ranks do at once; raises UserError, for whatever reason one of them fails."""
     done = attempt(step)
     if isinstance(done, Failure):
-        raise UserError(
-            f"{parallel.size()} GPUs cannot share this model, {done.error}: give it more of them, or leave torchrun out"
-        )
+        remedy = "give it more of them" if done.status == OUT_OF_MEMORY else "see that nothing else uses them"
+        raise UserError(f"{parallel.size()} GPUs cannot share this model, {done.error}: {remedy}, or leave torchrun out")
     return done
 
 
 class _EndedError(Exception):
     """Rank 0 has ended."""
 
+    def __init__(self, stop: Stop) -> None:
+        super().__init__()
+        self.stop = stop
 
-def follow() -> int:
-    """What every rank but 0 does until rank 0 ends; its exit code."""
+
+def follow() -> Stop:
+    """What every rank but 0 does until rank 0 ends, and how it does; raises GoneError where it has gone without a word."""
     loaded: LoadedModel | None = None
     while True:
         order = parallel.receive()
         try:
             if isinstance(order, Stop):
-                return order.code
+                return order
             if isinstance(order, Load):
                 loaded = _together(order.source.load)
             else:
@@ -109,10 +115,12 @@ def follow() -> int:
                 else:
                     work(order.spec, _received(), loaded, lambda message: None)
         except _EndedError as end:
-            return int(end.args[0])
+            return end.stop
         except UserError:
             # Rank 0 has the same, and says it.
             continue
+        except parallel.GoneError:
+            raise
         except Exception as error:
             # Rank 0 is elsewhere and cannot go on: what it is told ends the run.
             said = describe(error)
@@ -122,5 +130,5 @@ def follow() -> int:
 def _received() -> Iterator[Job]:
     while (job := parallel.receive()) is not None:
         if isinstance(job, Stop):
-            raise _EndedError(job.code)
+            raise _EndedError(job)
         yield job

@@ -52,10 +52,13 @@ def _of_all(failure: Failure | None, refused: str) -> Failure | None:
     said = parallel.exchanged((_inside, failure, refused), trouble, ended=True)
     places, failed_as, refusals = zip(*said, strict=True)
     if len(set(places)) > 1:
-        reason = next(filter(None, [*refusals, *(one.error for one in failed_as if one)]), "its work ended early")
-        parallel.end(f"one of {len(said)} GPUs failed where the others did not, {reason}")
-    if sentence := next(filter(None, refusals), ""):
-        raise UserError(sentence)
+        reasons = [refusal or (one.error if one else "") for refusal, one in zip(refusals, failed_as, strict=True)]
+        early = places.index(min(places)), "its work ended early"
+        rank, reason = next((one for one in enumerate(reasons) if one[1]), early)
+        parallel.end(f"rank {rank} of {len(said)} failed where the others did not, {reason}")
+    if refusal := next((one for one in enumerate(refusals) if one[1]), None):
+        rank, sentence = refusal
+        raise UserError(sentence if all(refusals) else f"on rank {rank} of {len(said)}: {sentence}")
     failed = {rank: one for rank, one in enumerate(failed_as) if one}
     if not failed:
         return None

@@ -83,7 +83,15 @@ class LoadedModel:
         return max_positions(self.model.config)
 
     def check_length(self, length: int) -> None:
-        """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter."""
+        """Raise UserError for a length past the model's positions, or one at which a layer's own window would matter.
+
+        Also for one that leaves a rank without a token.
+        """
+        if length < (ranks := self.context_parallel_size):
+            raise UserError(
+                f"--length {length} has fewer tokens than the {ranks} GPUs that --context-parallel splits prompts over: "
+                f"give {ranks} or more, or leave the option out"
+            )
         if self.max_length is not None and length > self.max_length:
             scaled = f" under --rope-scaling {self.rope_scaling}" if self.rope_scaling else ""
             others = "a larger factor, or" if scaled else "or" if obstacle(self.model.config) else "--rope-scaling, or"

@@ -6,13 +6,19 @@ What passes between ranks goes through the CPU, in a group of its own: a rank th
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tmbench.errors import UserError
 
@@ -21,12 +27,20 @@ if TYPE_CHECKING:
 
 PATIENCE = 30.0
 """Seconds that the others are given to come to where a rank has failed: out of memory they all are within moments."""
+LEAVING = 5.0
+"""Seconds that a rank whose run has failed, or was stopped, is given to take leave of the others."""
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""The exit codes of a program that Ctrl-C or SIGTERM has ended."""
 _FOR_EVER = timedelta(days=365)
 """Samples may be prepared for hours; a process that dies is torchrun's to see."""
 
 
 class OtherRankError(RuntimeError):
     """Another rank has failed in what this one is still at."""
+
+
+class GoneError(RuntimeError):
+    """Another rank can no longer be told anything."""
 
 
 @dataclass
@@ -48,6 +62,8 @@ class _Ranks:
 
 
 _HERE: _Ranks | None = None
+_LAST_WORD = threading.Lock()
+"""Held by the thread that ends the run, so that it ends with one sentence."""
 
 
 def launched() -> bool:
@@ -95,9 +111,26 @@ def start() -> None:
     store, watched = (connect(*where, is_master=False, timeout=_FOR_EVER) for _ in range(2))
     control = dist.new_group(backend="gloo", timeout=_FOR_EVER)
     _HERE = _Ranks(dist.get_rank(), dist.get_world_size(), control, store, watched)
+    _heed_signals()
     if _HERE.rank == 0:
         _HERE.watch = threading.Thread(target=_watch, args=(_HERE,), daemon=True)
         _HERE.watch.start()
+
+
+def leaving(code: int, reason: str) -> None:
+    """Say that this rank ends with this exit code, and why: torchrun's report has the reason, which "" leaves to it.
+
+    From here on SIGTERM is not heeded, by which torchrun ends those ranks that have not yet ended like the first. Where it
+    is a failure, others may still be within a layer: this rank does not wait for them for ever.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _LAST_WORD.acquire()
+    if reason:
+        _report(reason)
+    if code:
+        last = threading.Timer(LEAVING, _exit, (code,))
+        last.daemon = True
+        last.start()
 
 
 def stop() -> None:
@@ -109,7 +142,7 @@ def stop() -> None:
         _HERE.stopped.set()
         if _HERE.watch is not None:
             # A thread that is still in torch's code when the interpreter ends makes it abort.
-            _HERE.watch.join()
+            _HERE.watch.join(LEAVING)
         _HERE = None
         dist.destroy_process_group()
 
@@ -128,8 +161,19 @@ def _broadcast(orders: list[Any]) -> list[Any]:
     import torch.distributed as dist
 
     assert _HERE is not None, "there is one rank"
-    dist.broadcast_object_list(orders, src=0, group=_HERE.control)
+    with _reaching():
+        dist.broadcast_object_list(orders, src=0, group=_HERE.control)
     return orders
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo begins with a line of its own source, and goes on with advice.
+        why = re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())).partition(". ")[0]
+        raise GoneError(f"another of {size()} processes cannot be reached ({why})") from error
 
 
 def exchanged(value: Any, trouble: str = "", *, ended: bool = False) -> list[Any]:
@@ -145,10 +189,11 @@ def exchanged(value: Any, trouble: str = "", *, ended: bool = False) -> list[Any
 
     while True:
         _HERE.asked += 1
-        if trouble:
-            _HERE.store.set(_key(_HERE.asked), f"rank {_HERE.rank} of {_HERE.size} failed, {trouble}")
         said: list[Any] = [None] * _HERE.size
-        dist.all_gather_object(said, (ended, value, trouble), group=_HERE.control)
+        with _reaching():
+            if trouble:
+                _HERE.store.set(_key(_HERE.asked), f"rank {_HERE.rank} of {_HERE.size} failed, {trouble}")
+            dist.all_gather_object(said, (ended, value, trouble), group=_HERE.control)
         _HERE.done += 1
         if all(one[0] == ended for one in said):
             return [one[1] for one in said]
@@ -163,14 +208,64 @@ def summed(value: Any) -> Any:
     return value if _HERE is None else sum(exchanged(value))
 
 
-def end(reason: str) -> None:
+def end(reason: str, code: int = 1) -> NoReturn:
     """End the run in the middle, with one sentence, where the ranks cannot go on together; torchrun ends the others."""
+    _LAST_WORD.acquire()
     if rank() == 0:
-        print(f"Error: {reason}; what was measured before is kept", file=sys.stderr, flush=True)
+        # A progress bar has hidden it.
+        cursor = "\033[?25h" if sys.stderr.isatty() else ""
+        print(f"{cursor}Error: {reason}; what was measured before is kept", file=sys.stderr, flush=True)
+        _report(reason)
     else:
         # Rank 0 is to say it first.
         time.sleep(PATIENCE)
-    os._exit(1)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _report(reason: str) -> None:
+    """Tell torchrun why this rank ends: it shows that in its report, in which a sentence before it is soon out of sight."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
+
+
+def _heed_signals() -> None:
+    """Have Ctrl-C and torchrun's SIGTERM end every rank, whatever it waits for, and rank 0 say so."""
+    if rank() > 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        return
+    # A handler runs when the main thread is back from torch, which may wait for another rank that has ended.
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    threading.Thread(target=_end_on_signal, args=(heard,), daemon=True).start()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    # torchrun passes on what the terminal has sent already.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_on_signal(heard: int) -> None:
+    """End this rank when a signal wants it to: the thread of rank 0 that sees to it."""
+    while True:
+        (number,) = os.read(heard, 1)
+        if number == signal.SIGTERM:
+            end("torchrun has ended this run, as another process has gone or it was told to", TERMINATED)
+        if number == signal.SIGINT:
+            # The main thread is given time to end as one process does.
+            time.sleep(LEAVING)
+            end("the run was interrupted", INTERRUPTED)
 
 
 def _key(number: int) -> str:

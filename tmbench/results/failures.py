@@ -27,8 +27,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """The first line of an error, with its type."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """The first line of an error, with its type; of NCCL's the last one too, which alone says what was wrong."""
+    first, *more = str(error).splitlines() or [""]
+    reason = f"; {more[-1]}" if more and first.startswith("NCCL error") else ""
+    return f"{type(error).__name__}: {first}{reason}"
 
 
 def release_memory() -> None:
