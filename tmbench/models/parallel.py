@@ -112,6 +112,7 @@ def start() -> None:
     control = dist.new_group(backend="gloo", timeout=_FOR_EVER)
     _HERE = _Ranks(dist.get_rank(), dist.get_world_size(), control, store, watched)
     _heed_signals()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if _HERE.rank == 0:
         _HERE.watch = threading.Thread(target=_watch, args=(_HERE,), daemon=True)
         _HERE.watch.start()
@@ -248,6 +249,17 @@ def _heed_signals() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     threading.Thread(target=_end_on_signal, args=(heard,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this rank when torchrun has died, which then ends none, so that no GPU stays taken: the thread that sees to it."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    if rank() == 0:
+        end("torchrun has died, and its processes end with it")
+    # Rank 0 is to say it, and not that this one has gone.
+    time.sleep(LEAVING)
+    _exit(1)
 
 
 def _interrupt(number: int, frame: Any) -> None:
