@@ -11,7 +11,9 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,7 +25,9 @@ from command_lines import FAST_TTFT
 from report_rows import COMMON, TTFT
 from tmbench.cli import main
 from tmbench.errors import UserError
+from tmbench.executors.ranks import AcrossRanks
 from tmbench.measure.attempt import attempt
+from tmbench.measure.spec import Item
 from tmbench.models import parallel
 from tmbench.models.context import check_split
 from tmbench.models.loading import load
@@ -200,6 +204,24 @@ def test_a_run_that_is_stopped_ends_at_once_with_one_sentence_and_keeps_its_samp
         assert set(before) < set(kept(tmp_path))
         rows = read_all(tmp_path / "results", RulerRow)
         assert sorted((row.tensor_parallel_size, row.samples, row.score) for row in rows) == [(1, 24, 100), (2, 24, 100)]
+
+
+def test_what_rank_0_cannot_keep_ends_the_run_and_asks_no_other_rank(monkeypatch):
+    def tell(message):
+        raise UserError("--output-dir: x cannot be written")
+
+    def measure_all(given):
+        for _, worker in given:
+            attempt(partial(worker.keep, "a sample"))
+
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "send", lambda order: None)
+    monkeypatch.setattr(parallel, "exchanged", lambda *given, **more: pytest.fail("they are at work"))
+    spec: Any = SimpleNamespace(model=None, measure_all=measure_all)
+    executor = AcrossRanks()
+    monkeypatch.setattr(executor, "open", lambda source: None)
+    with pytest.raises(UserError, match="--output-dir: x cannot be written"):
+        executor.run(spec, [(0, Item(title="one"))], tell)
 
 
 def test_what_one_rank_alone_refuses_names_it(monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from tmbench.errors import UserError
 from tmbench.executors.worker_loop import Ask, Measure
 from tmbench.measure.attempt import attempt
-from tmbench.measure.executor import Job, Tell, work
+from tmbench.measure.executor import Job, Message, Tell, work
 from tmbench.measure.spec import ItemSpec, ModelSource
 from tmbench.models import parallel
 from tmbench.models.loading import LoadedModel
@@ -68,10 +68,31 @@ class AcrossRanks:
         """Have every job measured on all ranks."""
         loaded = self.open(spec.model)
         parallel.send(Measure(spec))
-        work(spec, _given(jobs), loaded, tell)
+
+        def told(message: Message) -> None:
+            try:
+                tell(message)
+            except UserError as error:
+                raise _NotKeptError(error) from error
+
+        try:
+            work(spec, _given(jobs), loaded, told)
+        except _NotKeptError as error:
+            raise error.sentence from error
 
     def close(self) -> None:
         """The others wait for orders until rank 0 ends."""
+
+
+class _NotKeptError(BaseException):
+    """What was told cannot be kept, which ends the run.
+
+    No Exception, of which an attempt would ask the other ranks: they know nothing of it, and are at work.
+    """
+
+    def __init__(self, sentence: UserError) -> None:
+        super().__init__()
+        self.sentence = sentence
 
 
 def _given(jobs: Iterable[Job | None]) -> Iterator[Job]:

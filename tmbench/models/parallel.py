@@ -248,7 +248,14 @@ def _heed_signals() -> None:
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    os.register_at_fork(after_in_child=_as_before)
     threading.Thread(target=_end_on_signal, args=(heard,), daemon=True).start()
+
+
+def _as_before() -> None:
+    """Have SIGTERM end a process that this rank has forked, and tell this rank nothing."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end_with(parent: int) -> None:
