@@ -206,6 +206,20 @@ def test_a_run_that_is_stopped_ends_at_once_with_one_sentence_and_keeps_its_samp
         assert sorted((row.tensor_parallel_size, row.samples, row.score) for row in rows) == [(1, 24, 100), (2, 24, 100)]
 
 
+@pytest.mark.slow
+def test_a_rank_ends_where_nobody_reads_what_it_says(tmp_path):
+    code = "from tmbench.models import parallel; parallel.end('enough', 3)"
+    report = {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "no folder" / "error.json")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | report, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(60) == 3
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | report, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "Error: enough; what was measured before is kept\n")
+
+
 def test_what_rank_0_cannot_keep_ends_the_run_and_asks_no_other_rank(monkeypatch):
     def tell(message):
         raise UserError("--output-dir: x cannot be written")

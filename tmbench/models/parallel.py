@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -212,28 +212,35 @@ def summed(value: Any) -> Any:
 def end(reason: str, code: int = 1) -> NoReturn:
     """End the run in the middle, with one sentence, where the ranks cannot go on together; torchrun ends the others."""
     _LAST_WORD.acquire()
-    if rank() == 0:
-        # A progress bar has hidden it.
-        cursor = "\033[?25h" if sys.stderr.isatty() else ""
-        print(f"{cursor}Error: {reason}; what was measured before is kept", file=sys.stderr, flush=True)
-        _report(reason)
-    else:
-        # Rank 0 is to say it first.
-        time.sleep(PATIENCE)
-    _exit(code)
+    try:
+        if rank() == 0:
+            # A progress bar has hidden it.
+            cursor = "\033[?25h" if sys.stderr.isatty() else ""
+            print(f"{cursor}Error: {reason}; what was measured before is kept", file=sys.stderr, flush=True)
+            _report(reason)
+        else:
+            # Rank 0 is to say it first.
+            time.sleep(PATIENCE)
+    finally:
+        _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    """Leave, also where nobody reads any more what is written."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        os._exit(code)
 
 
 def _report(reason: str) -> None:
     """Tell torchrun why this rank ends: it shows that in its report, in which a sentence before it is soon out of sight."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
+        # It was said before: a full disk is no reason to stay.
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
 
 
 def _heed_signals() -> None:
