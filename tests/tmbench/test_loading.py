@@ -255,3 +255,27 @@ def test_a_folder_comes_before_a_preset_of_its_name(checkpoint, monkeypatch):
     checkpoint.rename(checkpoint.with_name("qwen2.5-7b"))
     monkeypatch.chdir(checkpoint.parent)
     assert loading.load("qwen2.5-7b", weights="random", device="cpu").model.config.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError("CUDA error: device-side assert"), "cannot be made: CUDA error: device-side assert$"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "does not fit in memory: try a smaller --dtype"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which "
+                "1.25 GiB is free. Including non-PyTorch memory, this process has 70.00 GiB memory in use."
+            ),
+            r"memory \(GPU 1 has a total capacity of 139\.80 GiB of which 1\.25 GiB is free\): try a smaller --dtype",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["tiny", "llama-3.1-70b"])
+def test_a_model_that_is_made_here_is_not_looked_for_at_the_hub(monkeypatch, name, error, sentence):
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "_drawn", fail)
+    with pytest.raises(UserError, match=sentence):
+        loading.load(name, weights="random", device="cpu")
