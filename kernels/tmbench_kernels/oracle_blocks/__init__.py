@@ -21,7 +21,7 @@ from tmbench_kernels.flash_prefill import FlashPrefill
 from tmbench_kernels.flex_prefill import FlexPrefill
 from tmbench_kernels.parameters import Parameter, ParameterError, declared, parameter
 from tmbench_kernels.reference import causal_mask, masked_logits
-from tmbench_kernels.scores import largest, products, reaching, tiles
+from tmbench_kernels.scores import heaviest_reaching, largest, products, tiles
 from tmbench_kernels.xattention import XAttention
 
 _SMALLER = {"cpu": 256}
@@ -148,10 +148,9 @@ class OracleBlocks(BlockSparse):
 
     def _cover(self, mass: Tensor) -> Tensor:
         """The heaviest blocks of each row that hold the share."""
-        ranked, order = mass.sort(dim=3, descending=True, stable=True)
         assert self.p is not None
-        taken = reaching(ranked, self.p)
-        return torch.zeros_like(taken).scatter_(3, order, taken)
+        # Shares: the queries of a block add up to 1 each.
+        return heaviest_reaching(mass / BLOCK, self.p)
 
 
 def _mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
