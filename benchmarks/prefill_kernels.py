@@ -43,7 +43,7 @@ _ATTENDING = (
     "triangle", "lists", "skip_softmax", "_walk", "_carry", "_gather", "_combine", "_merge", "_rows", "_split",
 )  # fmt: skip
 _SELECTING = (
-    "_list", "_mean_weights", "_search", "_search_count", "_mark", "_part_key_shares", "_part_shares", "_part_sums", "_sort",
+    "_list", "_mean_weights", "_search", "_search_count", "_mark", "_part_shares", "_part_sums", "_sort",
     "_sum_strides", "_blocks", "_count", "_leave", "_order", "_path",
 )  # fmt: skip
 OWN = dict.fromkeys(_ATTENDING, ATTENTION) | dict.fromkeys(_SELECTING, SELECTION)

@@ -44,6 +44,14 @@ def _logits(q, k_tiles, batch, key_head, first, position, all_seen, BLOCK: tl.co
 
 
 @triton.jit
+def _seen(row, length, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
+    """The last key that each row sees, and how many keys every row sees: all of them, where it is not CAUSAL."""
+    if CAUSAL:
+        return length - ROWS + row, length - ROWS + 1
+    return length - 1 + row * 0, length
+
+
+@triton.jit
 def _finite(row_max):
     # A row that has seen no key has a maximum of -inf, and -inf - -inf is not a number.
     return tl.where(row_max == -float("inf"), 0.0, row_max)
@@ -56,23 +64,19 @@ def _part_sums(
     ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Some of the last queries of one head over a part of the keys: the largest logit, and the sum of powers.
-
-    Where it is not CAUSAL all of the queries see all of the keys.
-    """
+    """Some of the last queries of one head over a part of the keys: the largest logit, and the sum of powers."""
     part = tl.program_id(0)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     both = tl.program_id(2)
     batch = both // HEADS
     head = both % HEADS
-    seen = length - ROWS + 1 if CAUSAL else length
-    position = seen - 1 + (row if CAUSAL else row * 0)
+    position, all_seen = _seen(row, length, ROWS, CAUSAL)
     q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
     row_max = tl.full([BLOCK], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(part * KEYS, tl.minimum(part * KEYS + KEYS, length), BLOCK):
-        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, seen, BLOCK, BLOCK_DIM)
+        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, all_seen, BLOCK, BLOCK_DIM)
         higher = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
         shift = _finite(higher)
         row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(s * scale_log2 - shift[:, None]), 1)
@@ -82,11 +86,24 @@ def _part_sums(
     tl.store(sums_ptr + place, row_sum)
 
 
-@triton.jit
-def _row_weights(
-    maxes_ptr, sums_ptr, place, parts, counts, ROWS: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr
+@triton.jit(do_not_specialize=["before", "length", "parts"])
+def _part_shares(
+    q_ptr, k_tiles, maxes_ptr, sums_ptr, by_key_ptr, by_distance_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before,
+    length, parts, scale_log2,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of each row over all parts, and one over its sum of powers; 0 for rows that do not count."""
+    """Some of the last queries of one head over a part of the keys: what they give to these.
+
+    And to as many distances, where it is CAUSAL; else by_distance_ptr is None.
+    """
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    both = tl.program_id(2)
+    batch = both // HEADS
+    head = both % HEADS
+    position, all_seen = _seen(row, length, ROWS, CAUSAL)
+    place = both.to(tl.int64) * parts * ROWS + row[None, :]
     row_max = tl.full([BLOCK], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     for one in range(0, parts, MERGED):
@@ -97,76 +114,38 @@ def _row_weights(
         shift = _finite(higher)
         row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(part_sum * tl.exp2(part_max - shift[None, :]), 0)
         row_max = higher
-    return _finite(row_max), tl.where(counts, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), 0.0)
-
-
-@triton.jit(do_not_specialize=["before", "length", "parts"])
-def _part_shares(
-    q_ptr, k_tiles, maxes_ptr, sums_ptr, by_key_ptr, by_distance_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before,
-    length, parts, scale_log2,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
-    """Some of the last queries of one head over a part of the keys: what they give to these, and to as many distances."""
-    part = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    both = tl.program_id(2)
-    batch = both // HEADS
-    head = both % HEADS
-    position = length - ROWS + row
-    place = both.to(tl.int64) * parts * ROWS + row[None, :]
-    row_max, weight = _row_weights(maxes_ptr, sums_ptr, place, parts, row >= before, ROWS, BLOCK, MERGED)
+    row_max = _finite(row_max)
+    weight = tl.where(row >= before, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), 0.0)
 
     q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
     out = (both.to(tl.int64) * (ROWS // BLOCK) + tl.program_id(1)) * length
     column = tl.arange(0, BLOCK)
-    # A diagonal moves on by a key from query to query. By so many keys a query's shares are turned, with the last step's for
-    # those that come in at the front: then what lies on one diagonal lies in one column.
-    turn = BLOCK - 1 - tl.arange(0, BLOCK)[:, None]
-    source = (column[None, :] - turn) & (BLOCK - 1)
-    stays = column[None, :] < BLOCK - turn
-    last = tl.zeros([BLOCK, BLOCK], tl.float32)
     begin = part * KEYS
-    # A step before the part tells what goes over into it. Before the first part there are no keys, but steps that write the
-    # zeros of the distances that these queries do not reach.
-    later = ROWS - BLOCK - tl.program_id(1) * BLOCK
-    for first in range(begin - tl.where(part > 0, BLOCK, later), tl.minimum(begin + KEYS, length), BLOCK):
+    start = begin
+    if CAUSAL:
+        # A diagonal moves on by a key from query to query. By so many keys a query's shares are turned, with the last step's
+        # for those that come in at the front: then what lies on one diagonal lies in one column.
+        turn = BLOCK - 1 - tl.arange(0, BLOCK)[:, None]
+        source = (column[None, :] - turn) & (BLOCK - 1)
+        stays = column[None, :] < BLOCK - turn
+        last = tl.zeros([BLOCK, BLOCK], tl.float32)
+        # A step before the part tells what goes over into it. Before the first part there are no keys, but steps that write
+        # the zeros of the distances that these queries do not reach.
+        later = ROWS - BLOCK - tl.program_id(1) * BLOCK
+        start -= tl.where(part > 0, BLOCK, later)
+    for first in range(start, tl.minimum(begin + KEYS, length), BLOCK):
         key = first + column
-        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, length - ROWS + 1, BLOCK, BLOCK_DIM)
+        s = _logits(q, k_tiles, batch, head // GROUPS, first, position, all_seen, BLOCK, BLOCK_DIM)
         shares = tl.exp2(s * scale_log2 - row_max[:, None]) * weight[:, None]
-        turned = tl.gather(tl.where(stays, shares, last), source, 1)
-        last = shares
         own = first >= begin
         tl.store(by_key_ptr + out + key, tl.sum(shares, 0), mask=own & (key < length))
-        distance = length - 1 - later - key
-        wanted = (own | (part == 0)) & (distance >= 0) & (distance < length)
-        tl.store(by_distance_ptr + out + distance, tl.sum(turned, 0), mask=wanted)
-
-
-@triton.jit(do_not_specialize=["before", "length", "parts"])
-def _part_key_shares(
-    q_ptr, k_tiles, maxes_ptr, sums_ptr, by_key_ptr, stride_qb, stride_qh, stride_qn, stride_qd, before, length, parts,
-    scale_log2,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
-    """Some queries of one head, which see all keys, over a part of these: what they give to each."""
-    part = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    both = tl.program_id(2)
-    batch = both // HEADS
-    head = both % HEADS
-    place = both.to(tl.int64) * parts * ROWS + row[None, :]
-    row_max, weight = _row_weights(maxes_ptr, sums_ptr, place, parts, row >= before, ROWS, BLOCK, MERGED)
-    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    q = _last_queries(q_ptr, row, before, stride_qn, stride_qd, DIM, BLOCK_DIM)
-    by_key_ptr += (both.to(tl.int64) * (ROWS // BLOCK) + tl.program_id(1)) * length
-    for first in range(part * KEYS, tl.minimum(part * KEYS + KEYS, length), BLOCK):
-        s = _logits(q, k_tiles, batch, head // GROUPS, first, length - 1 + row * 0, length, BLOCK, BLOCK_DIM)
-        shares = tl.exp2(s * scale_log2 - row_max[:, None]) * weight[:, None]
-        key = first + tl.arange(0, BLOCK)
-        tl.store(by_key_ptr + key, tl.sum(shares, 0), mask=key < length)
+        if CAUSAL:
+            turned = tl.gather(tl.where(stays, shares, last), source, 1)
+            last = shares
+            distance = length - 1 - later - key
+            wanted = (own | (part == 0)) & (distance >= 0) & (distance < length)
+            tl.store(by_distance_ptr + out + distance, tl.sum(turned, 0), mask=wanted)
 
 
 def sum_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -197,14 +176,11 @@ def _sum_shares(q: Tensor, k: Tensor, scale: float, *, causal: bool) -> Tensor:
     given = (*q.stride(), whole - rows, length, parts, scale * LOG2_E)
     settings = {
         "ROWS": whole, "HEADS": heads, "GROUPS": heads // kv_heads, "DIM": dim, "BLOCK_DIM": wide, "BLOCK": BLOCK,
-        "KEYS": KEYS, "num_stages": 3 if wide <= 128 else 1,
+        "KEYS": KEYS, "CAUSAL": causal, "num_stages": 3 if wide <= 128 else 1,
     }  # fmt: skip
     grid = parts, blocks, batch * heads
-    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, CAUSAL=causal, num_warps=WARPS)
-    if causal:
-        shares = q.new_empty(2, batch, heads, blocks, length, dtype=torch.float32)
-        _part_shares[grid](q, k_tiles, maxes, sums, *shares, *given, **settings, MERGED=32, num_warps=WARPS)
-    else:
-        shares = q.new_empty(batch, heads, blocks, length, dtype=torch.float32)
-        _part_key_shares[grid](q, k_tiles, maxes, sums, shares, *given, **settings, MERGED=32, num_warps=WARPS)
+    _part_sums[grid](q, k_tiles, maxes, sums, *given, **settings, num_warps=WARPS)
+    shares = q.new_empty(*(2,) * causal, batch, heads, blocks, length, dtype=torch.float32)
+    by_key, by_distance = shares if causal else (shares, None)
+    _part_shares[grid](q, k_tiles, maxes, sums, by_key, by_distance, *given, **settings, MERGED=32, num_warps=WARPS)
     return shares.sum(-2) if blocks > 1 else shares.squeeze(-2)
