@@ -20,14 +20,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from timing import written
+from timing import measured_on, written
 from torch import Tensor
 
 from tmbench_kernels import Backend, Dense, Pattern, Triangle
@@ -223,9 +222,7 @@ def as_row(entry: Entry, sample: Sample, q: Tensor, k: Tensor, v: Tensor, dense:
     pattern = entry.pattern
     pairs = pattern.pairs(q, k)
     row: dict[str, object] = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **measured_on("cuda"),
         "triton": triton.__version__,
         "pattern": pattern.name,
         "implementation": entry.name,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 from structured_qkv import structured_qkv
-from timing import queued_ms, wall_and_host_ms, written
+from timing import measured_on, queued_ms, wall_and_host_ms, written
 from torch import Tensor
 
 from tmbench_kernels import Dense, FlashPrefill, FlexPrefill, Pattern, Triangle, VerticalSlash, XAttention
@@ -120,9 +119,7 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
                 per_pair = None if times.alone is None else 1e12 * times.alone / pairs
                 whole = per_pair if size == length else whole
                 yield {
-                    "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                    "torch": torch.__version__,
+                    **measured_on(device),
                     "pattern": pattern.name,
                     "backend": backend.name,
                     "length": length,

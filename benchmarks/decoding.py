@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import written
+from timing import measured_on, written
 from torch import Tensor
 
 from tmbench.engine.batch import Batch
@@ -65,9 +65,7 @@ def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> It
         raise SystemExit(f"{options.model} decodes one text at a time, {obstacle}")
     known = {
         "run": options.run,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **measured_on("cuda"),
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "model": options.name or options.model,

@@ -23,14 +23,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import triton
-from timing import mean_ms, written
+from timing import mean_ms, measured_on, written
 from torch import Tensor
 
 from tmbench_kernels import Backend, Dense, Triangle
@@ -104,9 +103,7 @@ def measure(length: int, options: argparse.Namespace) -> Iterator[dict[str, obje
     for entry in entries:
         median = statistics.median(entry.ms)
         yield {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if q.is_cuda else "cpu",
-            "torch": torch.__version__,
+            **measured_on(q.device.type),
             "triton": triton.__version__,
             "what": entry.what,
             "backend": entry.backend,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timing import written
+from timing import measured_on, written
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
@@ -101,9 +100,7 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, object
         for method in options.method:
             plan = MethodSpec.of(method, {}).with_layers(shape, None, None).plan(shape)
             known = {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-                "device": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
+                **measured_on("cuda"),
                 "transformers": version("transformers"),
                 "model": name,
                 "weights": options.weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -24,6 +25,15 @@ def written(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, obje
             writer.writerow(row)
             file.flush()
             yield row
+
+
+def measured_on(device: str) -> dict[str, object]:
+    """What a row says of when and where it was measured: its columns time, device and torch."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
 
 
 def mean_ms(run: Callable[[], object], launches: int, device: str) -> float:
