@@ -298,6 +298,8 @@ def hopper_against_flash_attn(sources: Sources, length: str, *patterns: str) -> 
     if low < 0 < high:
         raise ValueError(f"at {length} some of {', '.join(patterns)} take longer and some do not")
     ends = sorted({f"{abs(change):.0f}" for change in (low, high)}, key=int)
+    if ends == ["0"]:
+        return "the same"
     return f"{' to '.join(ends)} % {'more' if low > 0 else 'less'}"
 
 

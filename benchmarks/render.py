@@ -25,6 +25,7 @@ from many_tables import MANY
 from matplotlib.figure import Figure
 from model_tables import MODEL_TABLES
 from probe_figures import PROBE_FIGURES
+from roofline_tables import ROOFLINES
 from served_tables import SERVED_TABLES
 from sources import ROOT, Block, Sources
 from summary_table import SUMMARY
@@ -46,6 +47,7 @@ BLOCKS: dict[str, Block] = (
     ACCURACY
     | FIGURES
     | PROBE_FIGURES
+    | ROOFLINES
     | SERVED_TABLES
     | CHECKPOINT
     | CLAIMS

@@ -161,7 +161,7 @@ def test_kinds_of_kernels_are_parts_of_a_prefill(render):
 def test_no_name_of_a_figure_stands_for_two(render):
     names = (
         "ACCURACY", "FIGURES", "PROBE_FIGURES", "CHECKPOINT", "CLAIMS", "DECODING_TABLES", "KERNELS", "MANY",
-        "MODEL_TABLES", "SERVED_TABLES", "SUMMARY", "TRAINING", "TUNE",
+        "MODEL_TABLES", "ROOFLINES", "SERVED_TABLES", "SUMMARY", "TRAINING", "TUNE",
     )  # fmt: skip
     tables = [getattr(render, name) for name in names]
     assert sum(map(len, tables)) == len(render.BLOCKS)

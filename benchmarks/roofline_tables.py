@@ -1,0 +1,55 @@
+"""The table of docs/dynamic-kernels.md on how near whole prefills come to their rooflines, and what they lose."""
+
+from __future__ import annotations
+
+from checkpoint_tables import cell_at
+from kernel_tables import DYNAMIC
+from sources import H200, Block, Line, Sources, line_of, only, tokens
+
+from tmbench.report.table import Table, columns
+from tmbench.report.ttft import TtftCell
+from tmbench.report.words import NOTHING, significant
+from tmbench.report.writers import table_markdown
+
+
+def whole_prefills(sources: Sources, length: str) -> str:
+    """Times of Llama-3.1-8B's geometry over their rooflines, and how much of what lies above is known from one layer.
+
+    Selections take their time in one layer, times the layers. Kernels lose what their pairs take longer at their throughput
+    than at that of the matrix products at which the roofline is drawn. Both are known of methods with one dynamic pattern in
+    all layers.
+    """
+    section = only(sources.results.ttft, device=H200, model="llama-3.1-8b", weights="structured", batch_size=1)
+    count = int(tokens(length))
+    dense = cell_at(section, "dense", count)
+    lines = [line for line in sources.lines(DYNAMIC) if line["length"] == str(count)]
+    rows = []
+    for cell in section.measured():
+        if cell.row.length != count:
+            continue
+        assert cell.row.floor_s is not None
+        about = [significant(cell.seconds), f"{cell.row.ttft_over_floor:.2f}", f"{cell.seconds - cell.row.floor_s:.2f}"]
+        rows.append([cell.label, *about, *(_lost(cell, dense, lines) or (NOTHING, NOTHING))])
+    names = ("method", "TTFT, s", "over roofline", "above it, s", "selections, s", "kernels, s")
+    return table_markdown(Table("", columns(*names, texts=("method",)), rows))
+
+
+def _lost(cell: TtftCell, dense: TtftCell, lines: list[Line]) -> tuple[str, str] | None:
+    """Seconds that selections take and that kernels lose; None where no layer of this pattern was timed alone."""
+    pattern, _, backend = cell.row.backends.partition(":")
+    if cell.label == "dense" or not any((line["pattern"], line["backend"]) == (pattern, backend) for line in lines):
+        return None
+    line = line_of(lines, pattern=pattern, backend=backend)
+    assert cell.row.flop is not None
+    assert dense.row.flop is not None
+    assert cell.row.coverage is not None
+    assert cell.row.matrix_rate_flops is not None
+    whole = (dense.row.flop - cell.row.flop) / (1 - cell.row.coverage)
+    pairs = int(line["heads"]) * cell.row.length * (cell.row.length + 1) / 2
+    layers = whole / (4 * int(line["head_dim"]) * pairs)
+    attention = whole * cell.row.coverage
+    kernels = attention / (1e12 * float(line["tflops"])) - attention / cell.row.matrix_rate_flops
+    return f"{layers * float(line['select_ms']) / 1000:.2f}", f"{kernels:.2f}"
+
+
+ROOFLINES: dict[str, Block] = {"whole-prefills": whole_prefills}
