@@ -114,10 +114,13 @@ def served() -> list[str]:
 def equal_density() -> list[str]:
     """Every method at the setting nearest to one density; see equal_density.py."""
     names = ["dense", "oracle_blocks", "tri_mix_oracle_blocks", "streaming", "tri_mix", "tri_mix --layers 6-"]
+    names += [f"{name}:delta=64" for name in ("streaming", "tri_mix")]
     names += [f"{kind} --patterns {PATTERNS}" for kind in ("minference", "tri_mix_minference")]
     for name in (*DYNAMIC, *MORE):
         names += [name, mixed(name)]
     names += [f"oracle_blocks --like {name}" for name in DYNAMIC]
+    # Of the methods that do not come to 30 %.
+    names += [f"oracle_blocks --target {density}" for density in (0.36, 0.52, 0.68)]
     return [f"{BENCHMARKS / 'equal_density.py'} {name} --samples 50 --data-dir {{texts}}" for name in names]
 
 

@@ -4,7 +4,8 @@
 
 A density is the share of the causal pairs that are computed, over all layers and heads. One parameter of the method is
 searched by bisection until the mean density of each task's first prompt is nearest to the target: of those prompts
-``tmbench ruler`` counts the density. All else has its default, but for these:
+``tmbench ruler`` counts the density. Settings that follow the method's name, as in streaming:delta=64, stay as they are.
+All else has its default, but for these:
 
 - tri_mix has triangle attention in every layer, unless --layers says otherwise;
 - minference has the heads of --patterns, or the published budget in every head, each budget times one factor;
@@ -99,16 +100,17 @@ def search_of(method: str, length: int, like: str | None = None) -> Search:
         "skip_softmax": Search("threshold", 1, 1e-8, logarithmic=True),
         "oracle_blocks": Search("p", 0.001, 1),
     }
-    found = searches.get(method.removeprefix(DEEP))
+    name, _, given = method.partition(":")
+    found = searches.get(name.removeprefix(DEEP))
     if found is None:
         known = [*searches, *(f"{DEEP}{name}" for name in searches if name not in ("tri_mix", "streaming"))]
-        raise UserError(f"the density of {method} is not searched: give dense, {', '.join(known)}")
-    return found
+        raise UserError(f"the density of {name} is not searched: give dense, {', '.join(known)}")
+    return replace(found, fixed=",".join(filter(None, [found.fixed, given])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", help="a name that tmbench list has; dense is asked as it is")
+    parser.add_argument("method", help="a name that tmbench list has, and its settings; dense is asked as it is")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--target", type=float, default=0.3)
     parser.add_argument("--samples", type=int, default=50)
@@ -123,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.target <= 1:
         parser.error(f"--target {options.target:g} is a share: give more than 0 and at most 1")
-    if options.method == "tri_mix" and options.layers is None:
+    if options.method.partition(":")[0] == "tri_mix" and options.layers is None:
         options.layers = "0-"
     try:
         method = options.method if options.method == "dense" else found(options)
@@ -190,7 +192,7 @@ def bisected(search: Search, measure: Callable[[float], Setting], target: float)
 
 def measured(loaded: LoadedModel, options: argparse.Namespace, given: str, prompts: Sequence[Tensor]) -> Setting:
     """What a method with such parameters computes of prompts ``[1, tokens]``, their mean."""
-    text = f"{options.method}:{given}"
+    text = f"{options.method.partition(':')[0]}:{given}"
     plan = MethodSpec.of(text).with_layers(loaded.shape, options.layers).plan(loaded.shape)
     counts = []
     with torch.inference_mode(), running(loaded.model, plan, PLAIN) as session:

@@ -28,7 +28,7 @@ def test_every_command_is_one(accuracy_rows, tmp_path):
             for part in command.split(" && "):
                 name, *options = shlex.split(part)
                 if name.endswith("equal_density.py"):
-                    assert options[0] in METHODS
+                    assert parse_method(options[0])[0].name in METHODS
                     assert options[options.index("--data-dir") + 1] == "{texts}", "where the texts are unpacked"
                     continue
                 options = [one.replace("{texts}", str(tmp_path)).replace("{output}", str(tmp_path)) for one in options]

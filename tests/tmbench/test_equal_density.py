@@ -141,6 +141,7 @@ def test_bad_input_is_one_sentence(modules, monkeypatch, capsys, tmp_path, words
     ("words", "asked"),
     [
         (["streaming"], r"streaming:n_local=\d+"),
+        (["streaming:delta=64"], r"streaming:delta=64,n_local=\d+"),
         (["oracle_blocks", "--like", "flexprefill"], r"oracle_blocks:like=flexprefill:min_budget=128:gamma=0\.\d+"),
         (["tri_mix_minference"], r"tri_mix_minference:patterns=.*/patterns/times-0\.\d+\.json"),
     ],
