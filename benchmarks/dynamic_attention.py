@@ -4,9 +4,10 @@
 
 Every backend that serves the tensors is timed, and the fastest dense attention beside them, all interleaved: the chip slows
 as it warms, and then for all. "ms" is selection and attention together, "select_ms" the selection alone, and "attend_ms"
-attention over what was selected before. The throughput is that of attention alone, over the selected pairs. The error is
-the RMS difference from softmax in float32 over the same pairs, on sampled queries, over the RMS of the exact output. Without
-a GPU it runs on the CPU, for short lengths.
+attention over what was selected before. The throughput is that of attention alone, over the selected pairs. Of PBS-Attn the
+selection is the order of the keys and the choice of blocks, with a copy of the keys that its attention has to make too. The
+error is the RMS difference from softmax in float32 over the same pairs, on sampled queries, over the RMS of the exact
+output. Without a GPU it runs on the CPU, for short lengths.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from structured_qkv import structured_qkv
 from timing import mean_ms, written
 from torch import Tensor
 
-from tmbench_kernels import BlockLists, Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
+from tmbench_kernels import PBS, BlockLists, Dense, FlashPrefill, FlexPrefill, Pattern, VerticalSlash, XAttention
 from tmbench_kernels.block_sparse import BlockSparse
 from tmbench_kernels.block_sparse.lists import block_count
+from tmbench_kernels.pbs import sorted_tokens
 from tmbench_kernels.reference import masked_attention
+from tmbench_kernels.scores import reaching
 from tmbench_kernels.vertical_slash import Selection
 from tmbench_kernels.vertical_slash.runs import BLOCK, visible_keys
 
@@ -61,6 +64,23 @@ class RandomBlocks(BlockSparse):
         return drawn | torch.eye(blocks, dtype=torch.bool, device=q.device)
 
 
+@dataclass(frozen=True)
+class SortingXAttention(XAttention):
+    """XAttention as it was first: every row of blocks is sorted by its shares."""
+
+    name: ClassVar[str] = "xattention by sorting"
+
+    def _covers(self, mass: Tensor, rows: range) -> Tensor:
+        row = torch.arange(rows.start, rows.stop, device=mass.device)[:, None]
+        column = torch.arange(mass.shape[3], device=mass.device)
+        forced = (column == row) | (column == 0)
+        ranked, order = mass.masked_fill(forced, torch.inf).sort(dim=3, descending=True, stable=True)
+        # What is forced comes first: there infinity stands for what it holds.
+        ranked[..., :2] = mass.gather(3, order[..., :2])
+        taken = reaching(ranked, self.threshold)
+        return torch.zeros_like(taken).scatter_(3, order, taken) | forced
+
+
 def main() -> None:
     options = _options()
     rows = (row for length in options.lengths for row in measure(length, options))
@@ -74,6 +94,7 @@ def measure(length: int, options: argparse.Namespace) -> list[dict[str, object]]
     scale, causal = q.shape[-1] ** -0.5, q.shape[1] * length * (length + 1) // 2
     budgets = tuple(PUBLISHED[head % len(PUBLISHED)] for head in range(options.heads))
     patterns: list[Pattern] = [Dense(), VerticalSlash(budgets), FlexPrefill(), FlashPrefill(), XAttention()]
+    patterns += [SortingXAttention(), PBS()]
     patterns += [RandomBlocks(shares) for shares in SHARES]
     timed: list[tuple[Pattern, str, Callable[[], object], list[float]]] = []
     for pattern in patterns:
@@ -157,16 +178,42 @@ class _GivenSelection(VerticalSlash):
         return self.chosen
 
 
+@dataclass(frozen=True, eq=False)
+class _GivenOrder(PBS):
+    """The same for an order of the keys and blocks of sorted ones."""
+
+    chosen: tuple[Tensor, BlockLists] | None = None
+
+    def sort(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        assert self.chosen is not None
+        return self.chosen[0]
+
+    def lists(self, q: Tensor, keys: Tensor, scale: float, order: Tensor) -> BlockLists:
+        assert self.chosen is not None
+        return self.chosen[1]
+
+
 def _given(pattern: Pattern, q: Tensor, k: Tensor) -> Pattern:
     """The pattern with its selection made, or itself where it selects nothing."""
+    if isinstance(pattern, PBS):
+        return _GivenOrder(pattern.segment, pattern.score, _ordered(pattern, q, k))
     if isinstance(pattern, VerticalSlash):
         return _GivenSelection(pattern.budgets, pattern.select(q, k))
     return _GivenLists(pattern.select(q, k)) if isinstance(pattern, BlockSparse) else pattern
 
 
 def _select(pattern: Pattern, q: Tensor, k: Tensor) -> object:
+    if isinstance(pattern, PBS):
+        return _ordered(pattern, q, k)
     assert isinstance(pattern, VerticalSlash | BlockSparse)
     return pattern.select(q, k)
+
+
+def _ordered(pattern: PBS, q: Tensor, k: Tensor) -> tuple[Tensor, BlockLists]:
+    """The order of the keys, and the blocks of sorted ones that each block of queries sees."""
+    scale = q.shape[-1] ** -0.5
+    order = pattern.sort(q, k, scale)
+    return order, pattern.lists(q, sorted_tokens(k, order), scale, order)
 
 
 def _timed(run: Callable[[], object], device: str) -> float:
@@ -187,6 +234,13 @@ def _error(pattern: Pattern, run: Callable[[], object], q: Tensor, k: Tensor, v:
         lists = pattern.select(q, k)
         blocks = lists.to_map()
         seen = [blocks[..., number // lists.block, :].repeat_interleave(lists.block, -1)[..., :length] for number in numbers]
+    elif isinstance(pattern, PBS):
+        order, lists = _ordered(pattern, q, k)
+        blocks, whole = lists.to_map(), order.shape[2]
+        for number in numbers:
+            listed = blocks[..., number // lists.block, :].repeat_interleave(lists.block, -1)[..., :whole]
+            own = (keys >= number // pattern.segment * pattern.segment).expand(*q.shape[:2], -1)
+            seen.append(own.clone().scatter_(2, order, own.gather(2, order) | listed))
     elif isinstance(pattern, VerticalSlash):
         chosen = pattern.select(q, k)
         for number in numbers:

@@ -34,6 +34,25 @@ def whole_prefills(sources: Sources, length: str) -> str:
     return table_markdown(Table("", columns(*names, texts=("method",)), rows))
 
 
+def product_rate(sources: Sources, length: str) -> str:
+    """The throughput of matrix products at which the rooflines of that table are drawn, TFLOP/s."""
+    section = only(sources.results.ttft, device=H200, model="llama-3.1-8b", weights="structured", batch_size=1)
+    rate = cell_at(section, "dense", int(tokens(length))).row.matrix_rate_flops
+    assert rate is not None
+    return _tera(rate)
+
+
+def fastest_products(sources: Sources) -> str:
+    """The highest throughput of matrix products in any run on an H200, TFLOP/s."""
+    sections = (*sources.results.ttft, *sources.presets.ttft)
+    cells = [cell for section in sections if section.setting.device == H200 for cell in section.measured()]
+    return _tera(max(cell.row.matrix_rate_flops or 0 for cell in cells))
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:.0f}"
+
+
 def _lost(cell: TtftCell, dense: TtftCell, lines: list[Line]) -> tuple[str, str] | None:
     """Seconds that selections take and that kernels lose; None where no layer of this pattern was timed alone."""
     pattern, _, backend = cell.row.backends.partition(":")
@@ -52,4 +71,8 @@ def _lost(cell: TtftCell, dense: TtftCell, lines: list[Line]) -> tuple[str, str]
     return f"{layers * float(line['select_ms']) / 1000:.2f}", f"{kernels:.2f}"
 
 
-ROOFLINES: dict[str, Block] = {"whole-prefills": whole_prefills}
+ROOFLINES: dict[str, Block] = {
+    "whole-prefills": whole_prefills,
+    "product-rate": product_rate,
+    "fastest-products": fastest_products,
+}
