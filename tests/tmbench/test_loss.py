@@ -78,6 +78,17 @@ def test_a_methods_losses_are_those_under_its_mask(make_model, prompt):
     assert (of_answer - dense[1]).abs().max() > 0.01
 
 
+def test_the_oracle_of_key_blocks_has_losses(make_model, prompt):
+    """Of all the attention it is dense; of half of it, which leaves blocks out, it is not."""
+    model, ids = make_model("llama"), prompt(400)
+    expected = whole(model, ids, ANSWER)
+    of_prompt, of_answer, backends = under_plan.losses(model, plan_of(model, "oracle_blocks", p=1.0), ids, ANSWER)
+    torch.testing.assert_close((of_prompt, of_answer), expected, rtol=1e-4, atol=1e-4)
+    assert backends == "oracle_blocks:torch-blocks"
+    of_prompt, *_ = under_plan.losses(model, plan_of(model, "oracle_blocks", p=0.5), ids, ANSWER)
+    assert (of_prompt - expected[0])[128:].abs().max() > 0.01
+
+
 def test_what_the_model_generates_it_finds_likely(make_model, prompt):
     model, ids = make_model("llama"), prompt(30)
     config = GenerationConfig(do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
