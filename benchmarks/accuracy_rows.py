@@ -93,8 +93,11 @@ def served() -> list[str]:
     """Every way in which a prompt is fed: in one piece, in chunks, with the question asked later."""
     asked = f"{RULER} {given('task', TASKS)}"
     every = methods(("dense", "tri_mix", "minference", *DYNAMIC, "streaming"))
-    ways = [f"{every}{way}" for way in ("", " --chunk 2K", " --ask-later")]
-    ways += [f"{methods(('dense', 'tri_mix'))} --chunk 2K --prompt-length unknown"]
+    fed = ("", " --chunk 2K", " --ask-later")
+    ways = [f"{every}{way}" for way in fed]
+    ways += [f"{methods(('dense', 'tri_mix', 'flashprefill'))} --chunk 2K --prompt-length unknown"]
+    patterns = f"--patterns {PATTERNS} {methods(('minference', 'tri_mix_minference'))}"
+    others = [f"{some}{way}" for some in (methods((*map(mixed, DYNAMIC), *MORE)), patterns) for way in fed]
     tiny = "ruler --model tiny --dtype bfloat16 --batch-size 32 --offline --samples 20"
     loss = "probe --loss --dtype bfloat16 --samples 60"
     agree = "agree --dtype bfloat16 --batch-size 16 --samples 32 --new-tokens 64"
@@ -108,7 +111,10 @@ def served() -> list[str]:
         f"{agree} --model tiny --length 8K --prompt vt",
         f"{tiny} --length 16K",
     )
-    return [f"{kind} {way}" for kind in kinds for way in ways]
+    found = [f"{kind} {way}" for kind in kinds for way in ways]
+    found += [f"{asked} --samples 50 --length {length} {way}" for length in ("4K", "8K") for way in others]
+    # A prompt of 2K tokens is one chunk.
+    return found + [f"{asked} --samples 50 --length 2K {way}" for way in (*ways, *others) if "--chunk" not in way]
 
 
 def equal_density() -> list[str]:

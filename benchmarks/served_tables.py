@@ -71,14 +71,19 @@ def together(report: Report) -> str:
 
 
 def may_use(report: Report) -> str:
-    """For each way a sentence that says which methods an engine may use, and what is still open of the others."""
+    """For each way a sentence that says which methods an engine may use, and what is still open of the others.
+
+    In brackets stand the densities that a method has in one piece, over all models and lengths.
+    """
+    computed = densities(report)
     found = {key: one for key, one in pooled(report).items() if key[1] != "dense"}
     lines = []
     for read in dict.fromkeys(read for read, _ in found):
         said = {label: one for (own, label), one in found.items() if own == read}
-        kept = [f"`{label}`" for label, one in said.items() if one.verdict in KEEPS]
-        lost = [f"`{label}`" for label, one in said.items() if one.verdict == LOSS]
-        rest = [f"{-one.low:.2f} for `{label}`" for label, one in said.items() if one.verdict not in (*KEEPS, LOSS)]
+        called = {label: f"`{label}`" + (f" ({computed[label]})" if label in computed else "") for label in said}
+        kept = [called[label] for label, one in said.items() if one.verdict in KEEPS]
+        lost = [called[label] for label, one in said.items() if one.verdict == LOSS]
+        rest = [f"{-one.low:.2f} for {called[label]}" for label, one in said.items() if one.verdict not in (*KEEPS, LOSS)]
         parts = [f"an engine may use {listed(kept)}: against one piece no loss is measurable"] if kept else []
         parts += [f"{listed(lost)} {'loses' if len(lost) == 1 else 'lose'} against one piece"] if lost else []
         parts += [f"a loss is still open, of points up to {listed(rest)}"] if rest else []
@@ -99,6 +104,16 @@ def times(report: Report) -> str:
 def agreement(report: Report) -> str:
     """What the report says of token agreement as it is served."""
     return "\n\n".join(_of_report(report.agree)) or MISSING
+
+
+def densities(report: Report) -> dict[str, str]:
+    """The least and the most of the causal pairs that a label computed in one piece; only where they were counted."""
+    counted: dict[str, list[float]] = {}
+    for section in sections(report):
+        for label, density in section.densities.items():
+            counted.setdefault(label, []).append(100 * density)
+    ends = {label: dict.fromkeys(f"{end:.0f}" for end in (min(found), max(found))) for label, found in counted.items()}
+    return {label: f"{' to '.join(each)} %" for label, each in ends.items()}
 
 
 def pooled(report: Report) -> dict[tuple[str, str], Difference]:

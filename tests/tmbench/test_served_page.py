@@ -32,6 +32,8 @@ def measured(root, ways, lengths=(4096, 8192)):
             one = [float(number % 5 > 0 and task != "vt") for number in range(200)]
             for method, kept in (("dense", 1), ("streaming", 1), ("minference", 0)):
                 about = {"length": length, "n_local": 512} if method == "streaming" else {"length": length}
+                if method == "minference":
+                    about["coverage"] = 4096 / length
                 add_answers(root, method, task, one, **about)
                 for how in ways:
                     add_answers(root, method, task, one if kept else [0.0] * 200, **about, **how)
@@ -45,8 +47,8 @@ def test_words_follow_from_the_intervals_of_all_lengths_together(made, tmp_path)
     measured(tmp_path, [CHUNKS, {"ask_later": True}])
     kept = "an engine may use `streaming`: against one piece no loss is measurable"
     assert made("may-use").splitlines() == [
-        f"- **In chunks of 2K, prompt length known**: {kept}; `minference` loses against one piece.",
-        f"- **Asked later**: {kept}; `minference` loses against one piece.",
+        f"- **In chunks of 2K, prompt length known**: {kept}; `minference` (50 to 100 %) loses against one piece.",
+        f"- **Asked later**: {kept}; `minference` (50 to 100 %) loses against one piece.",
     ]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made("together").splitlines()[2:]]
     # Two tasks at each of two lengths: of vt there is nothing to lose.
