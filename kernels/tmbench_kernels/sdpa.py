@@ -8,8 +8,10 @@ neither soft-capped logits nor the log-sum-exp; ``written_out`` has both, block 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,18 +56,40 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, bias: Tensor | None =
             return _combined_chunk(q, k, v, scale)[..., :width]
         bias, causal = causal_lower_right(q.shape[2], k.shape[2]), False
     groups = q.shape[1] // k.shape[1]
-    if groups == 1 or _fuses_groups(q, bias):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=groups > 1)
-    else:
-        # One member of every group at a time: each such slice has as many heads as k.
-        slices = [
-            F.scaled_dot_product_attention(
-                q[:, member::groups], k, v, attn_mask=_slice_heads(bias, member, groups), is_causal=causal, scale=scale
+    with without_plans(q):
+        if groups == 1 or _fuses_groups(q, bias):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=groups > 1
             )
-            for member in range(groups)
-        ]
-        out = torch.stack(slices, dim=2).flatten(1, 2)
+        else:
+            # One member of every group at a time: each such slice has as many heads as k.
+            slices = [
+                F.scaled_dot_product_attention(
+                    q[:, member::groups], k, v, attn_mask=_slice_heads(bias, member, groups), is_causal=causal, scale=scale
+                )
+                for member in range(groups)
+            ]
+            out = torch.stack(slices, dim=2).flatten(1, 2)
     return out[..., :width]
+
+
+@contextmanager
+def without_plans(q: Tensor) -> Iterator[None]:
+    """Inside, torch's attention of a single query ``[batch, heads, 1, dim]`` on a GPU is not cuDNN's.
+
+    cuDNN, which torch prefers on Hopper and newer GPUs, makes a plan for each shape and stride that it has not met. For one
+    query it takes the host many times as long as the kernel takes the GPU, and every text has a length of its own.
+    """
+    if q.device.type != "cuda" or q.shape[2] > 1 or torch.compiler.is_compiling():
+        yield
+        return
+    switches: Any = torch.backends.cuda
+    before = switches.cudnn_sdp_enabled()
+    switches.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        switches.enable_cudnn_sdp(before)
 
 
 def _combined_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

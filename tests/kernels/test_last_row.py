@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from tmbench_kernels import (
     XAttention,
 )
 from tmbench_kernels.pattern import Pattern
+from tmbench_kernels.sdpa import without_plans
 
+GPU = torch.cuda.is_available()
 counts = st.one_of(st.integers(0, 12), st.integers(13, 300))
 
 
@@ -115,3 +119,33 @@ def test_a_dynamic_pattern_attends_for_few_queries(make_structured_qkv, assert_e
     q, k, v = make_structured_qkv(length)
     check(pattern, q[:, :, length - queries :], k, v, assert_exact)
     assert sum(given) <= 4 * 256
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("device", "queries", "planned"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 1, True)])
+def test_cudnn_is_switched_off_for_one_query_on_a_gpu_and_put_back(enabled, device, queries, planned):
+    now = torch.backends.cuda.cudnn_sdp_enabled
+    before = now()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        q: Any = SimpleNamespace(device=torch.device(device), shape=torch.Size((1, 4, queries, 64)))
+        with without_plans(q):
+            assert now() == (enabled and planned)
+        assert now() == enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("pattern", [Dense(), Triangle(4, 64), Triangle(4, 64, 0)], ids=str)
+def test_on_a_gpu_it_takes_no_plan(make_qkv, pattern):
+    q, k, v = (x.to("cuda") for x in make_qkv(300, heads=9, kv_heads=3, dtype=torch.bfloat16))
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.profiler.profile() as seen:
+            pattern.last_row(q, k, v)
+    finally:
+        torch.use_deterministic_algorithms(True)
+    ran = {event.key for event in seen.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention" in ran
+    assert not any("cudnn" in name for name in ran)
