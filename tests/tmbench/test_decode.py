@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tmbench
 import under_plan
 from families import FAMILIES
 from plans import plan_of
+from tmbench.engine import own_attention
 from tmbench.engine.attention import applied
 from tmbench.engine.calls import cache_name, cache_of
 from tmbench.engine.decode import Decoding, end_tokens, generate
@@ -132,6 +134,22 @@ def test_a_config_without_a_cache_changes_no_figure_and_adds_no_prefill(family, 
     model.config.use_cache = model.generation_config.use_cache = False
     assert figures() == expected
     assert prefills == [40] * 12
+
+
+def test_no_length_of_a_text_is_planned_for(make_model, prompt, monkeypatch):
+    planless = []
+
+    def noted(query):
+        planless.append(tuple(query.shape[1:3]))
+        return nullcontext()
+
+    monkeypatch.setattr(own_attention, "without_plans", noted)
+    model = make_model("llama", **FAMILIES["llama"])
+    model.generation_config.eos_token_id = None
+    with applied(model, "dense"):
+        generate(model, prompt(50), 5)
+    text = model.config
+    assert planless == [(text.num_attention_heads, 1)] * text.num_hidden_layers * 4
 
 
 def test_sequences_end_at_the_models_end_tokens_and_are_padded(make_model, prompt):

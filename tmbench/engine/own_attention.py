@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tmbench.errors import UnsupportedModelError
+from tmbench_kernels.sdpa import without_plans
 
 MADE = "_tmbench_mask"
 """The attribute of a stand-in for a mask that makes it."""
@@ -48,7 +50,9 @@ def own_attention(
         )
     if all(kwargs.get(name) is None for name in LATER):
         attend: Callable[..., tuple[Tensor, Any]] = sdpa_attention_forward
-        return attend(module, query, key, value, attention_mask, **kwargs)[0]
+        # A text that is decoded is one key longer at every step.
+        with without_plans(query) if query.shape[2] == 1 else nullcontext():
+            return attend(module, query, key, value, attention_mask, **kwargs)[0]
     plain = _plain(module)
     if plain is None:
         raise UnsupportedModelError(f"{type(module).__name__} has sinks or soft-capped logits, and no function for them")
