@@ -11,6 +11,7 @@ import plans
 import under_plan
 from tmbench.engine.chunk_kind import feeds_chunks
 from tmbench.engine.kv_cache import CacheSlot, KvCache
+from tmbench.engine.last_position import narrow
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind
 from tmbench.engine.prefill_state import PrefillState
 from tmbench.engine.session import KeptOpen, compile_ahead, running
@@ -118,9 +119,11 @@ def test_what_is_compiled_ahead_is_not_compiled_again(graphs, make_model, prompt
     assert len(graphs) == made
 
 
-def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt):
+def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt, monkeypatch):
     """What the prompt before ran says nothing of this one, and another plan is another session."""
     model = make_model("llama")
+    prepared = []
+    monkeypatch.setattr("tmbench.engine.prefill.narrow", lambda *given: prepared.append(given[2].plan) or narrow(*given))
     before = [dict(vars(module)) for module in model.modules()]
     both = [plans.plan_of(model, "dense"), plan_of(model)]
     kept = KeptOpen(model, EAGER)
@@ -134,6 +137,7 @@ def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt)
             logits.append(session.read_into(ids, slot))
             told.append(sorted(session.applied.backends))
         kept.close()
+        assert prepared == [both[0], both[1], both[0]], "once for the prompts that follow each other"
         with running(model, both[0], EAGER) as session:
             expected = session.read(prompt(40)).logits
     assert told == [["dense:sdpa"], ["dense:sdpa"], ["dense:sdpa", "triangle:torch-banded"], ["dense:sdpa"]]

@@ -37,9 +37,13 @@ class Session:
     kind: Kind
     peak: PeakMemory
     """Of the device, since the session began."""
+    ready: Prefill | None = None
+    """What the model is prepared for, of the last position alone; None where it is to be prepared for each prompt."""
 
     def prefill(self, *, every_position: bool = False) -> AbstractContextManager[Prefill]:
         """Inside, the model reads prompts and nothing else: see ``tmbench.engine.prefill.prepared``."""
+        if self.ready is not None and not every_position:
+            return nullcontext(self.ready)
         return prepared(self.model, self.applied, self.kind, every_position=every_position)
 
     def read_into(self, ids: Tensor, slot: CacheSlot, context: int = 0, prefix: Prefix | None = None) -> Tensor:
@@ -127,9 +131,9 @@ def running(model: PreTrainedModel, plan: Plan, kind: Kind, chunks: Chunks | Non
 
 
 class KeptOpen:
-    """A model's session, kept open while the prompts of one plan follow each other: opening one looks at every module.
+    """A model's session, kept open while the prompts of one plan follow each other, and the model prepared to read them.
 
-    Close it before the model is used in any other way.
+    Opening and preparing look at every module. Close it before the model is used in any other way.
     """
 
     def __init__(self, model: PreTrainedModel, kind: Kind, chunks: Chunks | None = None) -> None:
@@ -145,8 +149,9 @@ class KeptOpen:
         if self._session is None or self._plan is not plan:
             self.close()
             compile_ahead(self._model, plan, self._kind, ids, into=slot, chunks=self._chunks)
-            opened = running(self._model, plan, self._kind, self._chunks)
-            self._session, self._plan = self._stack.enter_context(opened), plan
+            opened = self._stack.enter_context(running(self._model, plan, self._kind, self._chunks))
+            ready = self._stack.enter_context(opened.prefill())
+            self._session, self._plan = replace(opened, ready=ready), plan
         self._session.applied.forget()
         return replace(self._session, peak=PeakMemory(self._model.device))
 
