@@ -7,13 +7,16 @@ spells it out, as prepared data and chat templates do, is not given a second one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 Tokenizer = Any
 """A transformers tokenizer, fast or slow: `tokenizer(text, add_special_tokens=...)["input_ids"]`."""
 
+_BATCH = 1_000_000  # characters of the texts that are encoded at a time: a core holds much for each token meanwhile
 _PROBES = (" A probe, 12345:\n\nit tells  apart what \u00e9 differs.", "Another one; 678 words")
+_SPECIAL_PROBE = " A probe, 12345:\n\nit <s> tells  apart what \u00e9 differs."
 
 
 class Encoder:
@@ -37,9 +40,30 @@ class Encoder:
 
     def ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt: what stands in front, once, if special tokens are wanted; the text; and nothing behind it."""
-        return self.joined(_ids(self.tokenizer, text, False), add_special_tokens)
+        return self._joined(_ids(self.tokenizer, text, False), add_special_tokens)
 
-    def joined(self, body: Sequence[int], add_special_tokens: bool) -> list[int]:
+    def several(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of several prompts, those of `ids`. One batch uses all cores where it can."""
+        if self._core is None or not texts:
+            return [self.ids(text, add_special_tokens=add_special_tokens) for text in texts]
+        found = self._core(list(texts), add_special_tokens=False)
+        return [self._joined(each.ids, add_special_tokens) for each in found]
+
+    @cached_property
+    def _core(self) -> Callable[..., list[Any]] | None:
+        """The batch call of a fast tokenizer's own core, or None where only the public call is sure to be right.
+
+        It gives the same tokens without what else the public call makes of each, in half of the time. A core that truncates
+        or pads, or a tokenizer whose class adds steps of its own, is found by comparing the two on a short text.
+        """
+        core = getattr(self.tokenizer, "backend_tokenizer", None) if getattr(self.tokenizer, "is_fast", False) else None
+        call: Callable[..., list[Any]] | None = getattr(core, "encode_batch_fast", None)
+        if core is None or call is None or core.truncation is not None or core.padding is not None:
+            return None
+        same = list(call([_SPECIAL_PROBE], add_special_tokens=False)[0].ids) == _ids(self.tokenizer, _SPECIAL_PROBE, False)
+        return call if same else None
+
+    def _joined(self, body: Sequence[int], add_special_tokens: bool) -> list[int]:
         """A prompt's ids from those of its text without special tokens."""
         ids = list(body)
         if self.back and tuple(ids[len(ids) - len(self.back) :]) == self.back:
@@ -62,6 +86,20 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool =
         add_special_tokens: whether the tokenizer's own tokens stand in front, where the text does not begin with them.
     """
     return Encoder(tokenizer).ids(text, add_special_tokens=add_special_tokens)
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Iterable[str], *, add_special_tokens: bool = True) -> Iterator[list[int]]:
+    """As `encode_prompt`, of several prompts in their order: short ones many at a time, which uses all cores."""
+    encoder = Encoder(tokenizer)
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH:
+            yield from encoder.several(batch, add_special_tokens=add_special_tokens)
+            batch, characters = [], 0
+    yield from encoder.several(batch, add_special_tokens=add_special_tokens)
 
 
 def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

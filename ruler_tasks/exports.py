@@ -2,7 +2,7 @@
 
 from ruler_tasks.asking import further_questions, question_start
 from ruler_tasks.dataset import read_dataset, write_dataset
-from ruler_tasks.encoding import encode_prompt
+from ruler_tasks.encoding import encode_prompt, encode_prompts
 from ruler_tasks.errors import (
     DatasetError,
     RulerError,
@@ -35,6 +35,7 @@ __all__ = [
     "WordingError",
     "count_nulls",
     "encode_prompt",
+    "encode_prompts",
     "examples",
     "further_questions",
     "get_task",

@@ -7,7 +7,7 @@ and has the finished text counted exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +28,6 @@ class TokenCounter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer)
-        self._backend = _backend_of(tokenizer)
         try:
             self._pieces, self.memo = _caches.setdefault(tokenizer, ({}, {}))
         except TypeError:  # a tokenizer that cannot be hashed or weakly referenced gets a cache of its own
@@ -36,12 +35,7 @@ class TokenCounter:
 
     def count(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
         """The exact number of tokens that `encode_prompt` makes of each text. One batch uses all cores where it can."""
-        if not texts:
-            return []
-        if self._backend is None:
-            return [len(self._encoder.ids(text, add_special_tokens=add_special_tokens)) for text in texts]
-        found = self._backend(list(texts), add_special_tokens=False)
-        return [len(self._encoder.joined(each.ids, add_special_tokens)) for each in found]
+        return list(map(len, self._encoder.several(texts, add_special_tokens=add_special_tokens)))
 
     def count_one(self, text: str, *, add_special_tokens: bool = True) -> int:
         """The exact number of tokens of one text."""
@@ -72,18 +66,3 @@ class TokenCounter:
         split = [text.replace(" ", "\0 ").split("\0") for text in texts]
         counts = iter(self.pieces([word for words in split for word in words]))
         return [sum(next(counts) for _ in words) for words in split]
-
-
-def _backend_of(tokenizer: Tokenizer) -> Callable[..., list[Any]] | None:
-    """The batch call of a fast tokenizer's own core, or None where only the public call is sure to be right.
-
-    It gives the same tokens without building lists of Python integers, twice as fast. A core that truncates or pads,
-    or a tokenizer whose class adds steps of its own, is found by comparing the two on a short text.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
-    call: Callable[..., list[Any]] | None = getattr(backend, "encode_batch_fast", None)
-    if backend is None or call is None or backend.truncation is not None or backend.padding is not None:
-        return None
-    probe = " A probe, 12345:\n\nit <s> tells  apart what \u00e9 differs."
-    same = list(call([probe], add_special_tokens=False)[0].ids) == tokenizer(probe, add_special_tokens=False)["input_ids"]
-    return call if same else None

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from ruler_tasks import TASKS, Sources, encode_prompt, examples
+from ruler_tasks import TASKS, Sources, encode_prompt, encode_prompts, examples
 from ruler_tasks.tokens import TokenCounter
 
 SPECIAL = ("<s>", "</s>", "[gMASK]", "<sop>", "<|im_start|>")
@@ -115,8 +115,20 @@ def test_what_is_counted_is_what_is_read(one: tuple[PreTrainedTokenizerFast, tup
     tokenizer, front = one
     texts = [TEXT, "".join(front) + TEXT, "<s><s>" + TEXT, "<s>", "", "  <s>" + TEXT, TEXT + "</s>"]
     for special in (True, False):
-        counted = TokenCounter(tokenizer).count(texts, add_special_tokens=special)
-        assert counted == [len(encode_prompt(tokenizer, text, add_special_tokens=special)) for text in texts]
+        read = [encode_prompt(tokenizer, text, add_special_tokens=special) for text in texts]
+        assert TokenCounter(tokenizer).count(texts, add_special_tokens=special) == list(map(len, read))
+        assert list(encode_prompts(tokenizer, texts, add_special_tokens=special)) == read
+
+
+@pytest.mark.parametrize("characters", [1, 60, 1000])
+def test_several_prompts_are_encoded_some_at_a_time_and_in_order(
+    one: tuple[PreTrainedTokenizerFast, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    tokenizer, _ = one
+    monkeypatch.setattr("ruler_tasks.encoding._BATCH", characters)
+    texts = [f"{number} {TEXT}" * number for number in range(7)]
+    assert list(encode_prompts(tokenizer, texts)) == [encode_prompt(tokenizer, text) for text in texts]
+    assert list(encode_prompts(tokenizer, [])) == []
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ruler_tasks import Example, encode_prompt
+from ruler_tasks import Example, encode_prompt, encode_prompts
 from tmbench.errors import UserError
 from tmbench.suites.chat import Chat, parse_kwargs, take_apart
 from tmbench.suites.split import shared
@@ -47,18 +47,20 @@ class ExampleSuite(Suite):
     ) -> Sequence[Sample]:
         """The samples at these places, each with the ids that the model reads."""
         special = self.chat(tokenizer).frame.add_special_tokens
+        examples = list(self.examples(task, length, places, seed, tokenizer))
+        prompts = encode_prompts(tokenizer, (example.prompt for example in examples), add_special_tokens=special)
         return [
             Sample(
                 example.index,
                 example.prompt,
-                tuple(encode_prompt(tokenizer, example.prompt, add_special_tokens=special)),
+                tuple(ids),
                 example.outputs,
                 example.max_new_tokens,
                 example.source,
                 dict(example.parameters),
                 self.question_at(example),
             )
-            for example in self.examples(task, length, places, seed, tokenizer)
+            for example, ids in zip(examples, prompts, strict=True)
         ]
 
     def question_at(self, example: Example) -> int:
