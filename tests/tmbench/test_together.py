@@ -117,6 +117,17 @@ def test_a_step_that_fails_fails_those_at_work(spec, loaded, monkeypatch):
     ] * 2
 
 
+def test_texts_of_all_tasks_are_one_batch(spec, loaded, tmp_path, monkeypatch):
+    spec = replace(spec, tasks=("vt", "niah_single_1"), samples=1, plans=spec.plans[:1])
+    expected = run(replace(spec, root=tmp_path / "alone", batch_size=None), InProcess(loaded))
+    made, real = [], answering.Together
+    monkeypatch.setattr(answering, "Together", lambda *given: made.append(given) or real(*given))
+    rows = run(spec, InProcess(loaded))
+    assert len(made) == 1
+    assert alike(rows) == alike(expected)
+    assert [(row.task, row.batch_size) for row in rows] == [("vt", 2), ("niah_single_1", 2)]
+
+
 def test_texts_of_other_sizes_are_another_batch(spec, loaded, monkeypatch):
     rooms = []
     real = Batch.__init__

@@ -62,7 +62,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
         self.suite.check(self.tasks, self.lengths, self.samples, self.seed, loaded.need_tokenizer(self.suite.title))
 
     def parts(self, loaded: LoadedModel) -> Iterator[Part[RulerRow]]:
-        """One part, task by task: every method has answered a task before the next one begins."""
+        """One part, task by task: every method has been given a task before the next one is prepared."""
         name = self.suite.title
         total = len(self.plans) * sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
         yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded), independent=True)

@@ -35,8 +35,9 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
         told(Step(part=part))
         with ExitStack() as stack:
             rounds: Iterable[Step[R] | Iterable[Step[R] | Target[R, Any] | None]] = part.rounds
-            if part.independent and executor.elsewhere:
-                rounds = [stack.enter_context(closing(ahead(_together(part.rounds))))]
+            if part.independent:
+                together = _together(part.rounds)
+                rounds = [stack.enter_context(closing(ahead(together))) if executor.elsewhere else together]
             for targets in rounds:
                 if isinstance(targets, Step):
                     told(targets)

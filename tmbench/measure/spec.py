@@ -132,9 +132,10 @@ class Part(Generic[R]):
     total: float
     """How much work it is."""
     rounds: Iterable[Step[R] | Sequence[Target[R, Any]]]
-    """A round is made once the one before has ended: it may read that one's samples. Steps say what is being prepared."""
+    """A round is made once the one before has ended, unless they are ``independent``: it may read that one's samples. Steps
+    say what is being prepared."""
     independent: bool = False
-    """Whether no round reads another's samples: one may then begin before the one before has ended."""
+    """Whether no round reads another's samples: one then begins before the one before has ended, and runs beside it."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Spec(ABC, Generic[R]):
         return ()
 
     def prepare(self) -> None:
-        """Have there what samples and rows will refer to; called before every round."""
+        """Have there what samples and rows will refer to; called before every round, and once before independent ones."""
 
     @abstractmethod
     def parts(self, loaded: LoadedModel) -> Iterator[Part[R]]:
