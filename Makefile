@@ -12,7 +12,7 @@ DEMO_RULER_LENGTH ?= 2K
 DEMO_SAMPLES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-ray install-browser install-lm-eval demo smollm2 test test-fast lint types unit figures docs dist notes lock lock-ray lock-docs clean
+.PHONY: help install install-ray install-browser install-lm-eval install-gguf demo smollm2 test test-fast lint types unit figures docs dist notes lock lock-ray lock-docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ $(VENV)/installed-lm-eval: requirements-lm-eval.lock $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-lm-eval.lock
 	@touch $@
 
+install-gguf: $(VENV)/installed-gguf  ## Add what reads GGUF files
+
+$(VENV)/installed-gguf: requirements-gguf.lock $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gguf.lock
+	@touch $@
+
 demo: install  ## Time four methods, run the 13 RULER tasks and render the report, on the embedded model
 	$(BIN)/tmbench demo --output-dir $(DEMO) $(DEMO_LENGTHS:%=--length %) $(DEMO_REPEATS:%=--repeats %) \
 	  --ruler-length $(DEMO_RULER_LENGTH) --samples $(DEMO_SAMPLES)
@@ -73,7 +79,7 @@ types: install  ## Check the types
 	$(BIN)/mypy --config-file tests/mypy.ini tests/tmbench
 	$(BIN)/mypy --config-file tests/mypy.ini tests/training
 
-unit: install install-ray  ## Run every test, on two cores
+unit: install install-ray install-gguf  ## Run every test, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 figures: install  ## Render the figures and pictures in the docs from what was measured
@@ -97,12 +103,12 @@ notes:  ## Print what CHANGELOG.md says of VERSION
 
 lock: install  ## Write requirements.lock from what is installed now
 	{ sed '/^#/!d' requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable \
-	  | grep -vxFf requirements-ray.lock | grep -vxFf requirements-browser.lock | grep -vxFf requirements-lm-eval.lock | sed -e '/^pip==/d' -e '/^nvidia-cuda-nvrtc==/d' -e 's/+cpu//' -e 's/^\(triton\|cuda-.*\)==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
+	  | grep -vxFf requirements-ray.lock | grep -vxFf requirements-browser.lock | grep -vxFf requirements-lm-eval.lock | grep -vxFf requirements-gguf.lock | sed -e '/^pip==/d' -e '/^nvidia-cuda-nvrtc==/d' -e 's/+cpu//' -e 's/^\(triton\|cuda-.*\)==.*/&; sys_platform == "linux"/'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 lock-ray: install-ray  ## Write requirements-ray.lock from what is installed now and is not in requirements.lock
 	{ sed '/^#/!d' requirements-ray.lock; $(BIN)/python -m pip freeze --exclude-editable \
-	  | grep -v "$$(sed -n 's/^\([^=]*\)==.*/^\1==/p' requirements.lock)" | grep -vxFf requirements-browser.lock | grep -vxFf requirements-lm-eval.lock | sed '/^nvidia-cuda-nvrtc==/d'; } > requirements-ray.lock.new
+	  | grep -v "$$(sed -n 's/^\([^=]*\)==.*/^\1==/p' requirements.lock)" | grep -vxFf requirements-browser.lock | grep -vxFf requirements-lm-eval.lock | grep -vxFf requirements-gguf.lock | sed '/^nvidia-cuda-nvrtc==/d'; } > requirements-ray.lock.new
 	mv requirements-ray.lock.new requirements-ray.lock
 
 lock-docs: docs  ## Write requirements-docs.lock from what is installed now
