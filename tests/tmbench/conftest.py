@@ -116,8 +116,9 @@ def graphs(monkeypatch):
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """MLPs run over 16 tokens at a time."""
+    """MLPs run over 16 tokens at a time, whatever room a GPU has for more."""
     monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 16)
+    monkeypatch.setattr("tmbench.engine.chunked_mlp.MLP_SHARE", 0)
 
 
 @pytest.fixture(scope="session")

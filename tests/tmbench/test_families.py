@@ -2,160 +2,56 @@
 
 from __future__ import annotations
 
-import csv
-from contextlib import contextmanager
-
 import pytest
 import torch
-import transformers
-from served_families import (
-    FAMILIES,
-    LATENT,
-    NO_STATIC_CACHE,
-    REFUSED,
-    ROUTED,
-    SLIDING,
-    TABLE,
-    WRAPPED,
-    found_of,
-    small,
-)
-from transformers import GenerationConfig
+from served_families import FAMILIES, LATENT, REFUSED, ROUTED, SLIDING, TABLE, WRAPPED, found_of, small
 
+from family_checks import (
+    LENGTH,
+    SERVED,
+    TRIANGLE,
+    check_dense,
+    check_generate,
+    check_prefill,
+    check_triangle,
+    masked,
+    near,
+    served_table,
+    written,
+)
 from plans import plan_of
 from tmbench import applied
 from tmbench.engine.attention import applied_plan
-from tmbench.engine.calls import cache_name
-from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind, tensors_of
+from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, tensors_of
 from tmbench.engine.prefill_kind import obstacle_of
 from tmbench.engine.session import running
 from tmbench.errors import UnsupportedModelError
-from tmbench.models.attention_modules import attention_modules
-
-TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-LENGTH = 45
-"""Longer than the windows and chunks, and than three blocks of a recurrence."""
-NEW = 5
-TRIANGLE = {"n_init": 3, "n_local": 7, "last_n": 5}
-SERVED = [*FAMILIES, *WRAPPED]
-
-
-@pytest.fixture(scope="module")
-def table():
-    """How docs/models.md says that each family is served, by its name."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return {line["family"]: line for line in csv.DictReader(file)}
-
-
-def near(got, expected):
-    """Equal up to 1e-4 of the root mean square."""
-    assert (got - expected).norm() <= 1e-4 * expected.norm()
-
-
-def triangle_mask(length, keys):
-    """The mask by its definition, pair by pair; keys beyond the prompt are those of an empty static cache."""
-    i, j = torch.arange(length)[:, None], torch.arange(keys)
-    kept = (j < TRIANGLE["n_init"]) | (i - j < TRIANGLE["n_local"]) | (i >= length - TRIANGLE["last_n"])
-    # In numbers, as some families add their masks to the logits.
-    return torch.zeros(length, keys).masked_fill(~(kept & (j <= i)), torch.finfo(torch.float32).min)[None, None]
-
-
-@contextmanager
-def masked(model, layers, keys=LENGTH):
-    """Inside, transformers' own attention of these layers sees the pairs of the triangle alone, in prompts."""
-
-    def mask(module, args, kwargs):
-        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
-        if length > 1:
-            kwargs["attention_mask"] = triangle_mask(length, keys)
-        return args, kwargs
-
-    chosen = [module for module in attention_modules(model) if module.layer_idx in layers]
-    hooks = [module.register_forward_pre_hook(mask, with_kwargs=True) for module in chosen]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def written(model, ids, **options):
-    """What transformers' own greedy decoding writes."""
-    if model.config.model_type == "llama4_text" and "cache_implementation" in options and TRANSFORMERS < (5, 18):
-        pytest.skip("transformers 5.17 fails to make the masks of Llama 4 for a static cache")
-    config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, **options)
-    return model.generate(ids, generation_config=config)[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SERVED)
 def test_dense_is_the_models_own(family, prompt):
-    model, ids = small(family), prompt(LENGTH, 2)
-    with torch.inference_mode():
-        expected = model(ids).logits
-        with applied(model, "dense") as session:
-            near(model(ids).logits, expected)
-            session.check_complete()
+    check_dense(small(family), prompt(LENGTH, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SERVED)
 def test_deep_full_layers_have_the_triangle_and_no_others(family, prompt):
-    model, ids = small(family), prompt(LENGTH, 2)
-    deep = plan_of(model, "tri_mix", **TRIANGLE)
-    layers = [layer for layer, pattern in deep.by_layer.items() if pattern.name == "triangle"]
-    assert layers, "half of the full layers, the deeper ones"
-    assert len(layers) == (len(deep.by_layer) + 1) // 2
-    with torch.inference_mode():
-        dense = model(ids).logits
-        with masked(model, layers):
-            expected = model(ids).logits
-        with applied_plan(model, deep):
-            near(model(ids).logits, expected)
-    assert (expected - dense).norm() > 0.01 * dense.norm(), "the mask must make a difference for this test to mean anything"
+    check_triangle(small(family), prompt(LENGTH, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", SERVED)
 def test_generate_reads_by_the_method_and_decodes_densely(family, cache, prompt):
-    if cache == "static" and family in NO_STATIC_CACHE:
-        pytest.skip("transformers has no such cache for it")
-    model, ids = small(family), prompt(LENGTH)
-    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
-    plan = plan_of(model, "tri_mix", **TRIANGLE)
-    layers = [layer for layer, pattern in plan.by_layer.items() if pattern.name == "triangle"]
-    with torch.inference_mode():
-        # The last token that is written is never read.
-        with masked(model, layers, keys=LENGTH if cache == "dynamic" else LENGTH + NEW - 1):
-            expected = written(model, ids, **options)
-        with applied_plan(model, plan):
-            assert written(model, ids, **options) == expected
+    check_generate(family, small(family), prompt(LENGTH), cache)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [EAGER, COMPILED])
 @pytest.mark.parametrize("family", SERVED)
-def test_prompts_are_read_alike_and_decoded_after(family, kind, prompt, graphs, short_chunks, table):
-    model, ids = small(family), prompt(LENGTH)
-    found: Kind = PLAIN if obstacle_of(model) else kind
-    assert (found == PLAIN) == table[family]["prompts"].startswith("as transformers, ")
-    plan = plan_of(model, "tri_mix", **TRIANGLE)
-    layers = [layer for layer, pattern in plan.by_layer.items() if pattern.name == "triangle"]
-    with torch.inference_mode():
-        with masked(model, layers):
-            output = model(ids, use_cache=True)
-            cache = getattr(output, "cache", None) or output.past_key_values
-            held = [tensor.clone() for tensor in tensors_of(cache)]
-            after = model(torch.tensor([[5]]), use_cache=True, **{cache_name(model): cache}).logits[:, -1]
-        with running(model, plan, found) as session:
-            decoding = session.read(ids)
-            near(decoding.logits, output.logits[:, -1])
-            kept = tensors_of(decoding.cache)
-            assert len(kept) == len(held)
-            for got, expected in zip(kept, held, strict=True):
-                near(got, expected)
-            near(decoding.read([5]), after)
+def test_prompts_are_read_alike_and_decoded_after(family, kind, prompt, graphs, short_chunks):
+    check_prefill(family, small(family), prompt(LENGTH), kind)
 
 
 HYBRIDS = [
@@ -285,7 +181,8 @@ def test_what_no_method_can_be_applied_to_is_refused_by_name(family):
 
 
 @pytest.mark.slow
-def test_the_table_says_how_each_family_is_served(table):
+def test_the_table_says_how_each_family_is_served():
+    table = served_table()
     assert list(table) == [*FAMILIES, *WRAPPED, *REFUSED]
     for family, line in table.items():
         # Transformers 5.17 has other words for layers with an indexer.
