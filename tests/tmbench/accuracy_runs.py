@@ -37,7 +37,7 @@ def answered(monkeypatch):
     """Stands in for generation: answers with the right reference for dense, with nothing for any other method."""
     asked = []
 
-    def answer(spec, loaded, item, ran):
+    def answer(spec, loaded, item, ran, last):
         method, sample = spec.plans[item.plan].method, item.sample
         asked.append((method, item.task, sample.index, sample.prompt))
         text = " ".join(sample.references) if method == "dense" else " "

@@ -165,10 +165,10 @@ def test_a_run_killed_between_its_last_answer_and_its_row_makes_the_same_row(job
 def test_a_failure_is_a_row_and_the_rest_goes_on(job, answers, monkeypatch):
     real = answering.alone
 
-    def fail(spec, loaded, item, ran):
+    def fail(spec, loaded, item, ran, last):
         if spec.plans[item.plan].method == "dense" and item.task == "vt" and item.index == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(spec, loaded, item, ran)
+        return real(spec, loaded, item, ran, last)
 
     monkeypatch.setattr(answering, "alone", fail)
     work = job()

@@ -12,6 +12,7 @@ import torch
 import under_plan
 from bound_specs import Bound
 from plans import plan_of
+from tmbench.engine.prefill import EAGER
 from tmbench.engine.session import Session
 from tmbench.errors import UserError
 from tmbench.measure import keeping
@@ -47,7 +48,7 @@ def texts(monkeypatch):
     """Stands in for decoding: dense writes 1 to 12; another method agrees up to place 4, at place 4 not, and then again."""
     asked = []
 
-    def answer(session, ids, count, text=None, context=0):
+    def answer(session, ids, count, text=None, context=0, over=None):
         asked.append((session.applied.plan.method, ids.tolist()))
         own = list(range(1, count + 1))
         return own if text is None else [token if place != 4 else 99 for place, token in enumerate(text)]
@@ -141,7 +142,7 @@ def test_an_overwrite_killed_before_its_row_leaves_no_older_agreement(job, texts
     job().run()
     before = rows_of(job().root)["streaming"]
     monkeypatch.setattr(
-        Session, "follow", lambda session, ids, count, text=None, context=0: list(text or range(1, count + 1))
+        Session, "follow", lambda session, ids, count, text=None, context=0, over=None: list(text or range(1, count + 1))
     )
     real = keeping.append
 
@@ -195,10 +196,10 @@ def test_what_dense_chose_along_another_text_is_no_text_to_follow(job, texts):
 def test_a_method_that_fails_is_a_row_and_so_are_those_that_dense_left_without_a_text(job, texts, monkeypatch):
     real = Session.follow
 
-    def fail(session, ids, count, text=None, context=0):
+    def fail(session, ids, count, text=None, context=0, over=None):
         if session.applied.plan.method == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(session, ids, count, text, context)
+        return real(session, ids, count, text, context, over)
 
     monkeypatch.setattr(Session, "follow", fail)
     failing = "streaming"
@@ -304,12 +305,12 @@ def test_rows_name_the_backends_that_ran(job, monkeypatch):
 def test_every_method_reads_the_context_before_a_question_that_is_asked_later(job, monkeypatch):
     contexts = []
 
-    def answer(session, ids, count, text=None, context=0):
+    def answer(session, ids, count, text=None, context=0, over=None):
         contexts.append((session.applied.plan.method, ids.shape[1] - context))
         return [3] * count
 
     monkeypatch.setattr(Session, "follow", answer)
-    work = job(prompt="niah_multivalue", lengths=(1000,), samples=2, ask_later=True)
+    work = job(prompt="niah_multivalue", lengths=(1000,), samples=2, ask_later=True, prefill=EAGER)
     rows = work.run()
     assert [row.ask_later for row in rows] == [True, True]
     assert [method for method, _ in contexts] == ["dense"] * 2 + ["streaming"] * 2

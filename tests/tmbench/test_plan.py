@@ -66,9 +66,9 @@ def answers(monkeypatch):
 
     real = answering.alone
 
-    def answer(spec, loaded, item, ran):
+    def answer(spec, loaded, item, ran, last):
         if not isinstance(spec, AccuracySpec):
-            return real(spec, loaded, item, ran)
+            return real(spec, loaded, item, ran, last)
         seconds = (1.0 + item.index) / (1 + item.plan)
         return spec.sample(loaded, item, Answer([5], seconds, 1.0, "dense:sdpa", None))
 
@@ -253,3 +253,28 @@ def test_durations_are_easily_read():
     assert [duration(seconds) for seconds in (1.234, 100, 300, 7000, 36_000, 3.6e9)] == [
         "1.23 s", "100 s", "5 min", "117 min", "10 h", "1,000,000 h"
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_context_that_is_read_for_several_questions_counts_once(spec, loaded, monkeypatch):
+    def answer(spec, loaded, item, ran, last):
+        return spec.sample(loaded, item, Answer([5], 1.0 if "question" in item.title else 4.0, 1.0, "dense:sdpa", None))
+
+    monkeypatch.setattr(answering, "alone", answer)
+    asking = {"tasks": ("niah_multikey_2",), "lengths": (1000,), "ask_later": True, "plans": spec().plans[:1]}
+    once, three = (spec(**asking, questions=questions) for questions in (1, 3))
+    (whole,), (all_three,) = lines(once, loaded), lines(three, loaded)
+    assert (whole[1:3], all_three[1:3]) == ((4, 0), (12, 0))
+    shape = loaded.geometry
+    weights = sum(p.numel() for p in loaded.model.parameters()) - loaded.model.get_input_embeddings().weight.numel()
+    decoding = 4 * 127 * 4 * (weights + 1000 * shape.layers * shape.kv_heads * 2 * 16) / BYTES
+    assert all_three[3] == pytest.approx(whole[3] + 2 * decoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(Estimator, "keeps_contexts", False)
+        assert lines(three, loaded)[0][3] == pytest.approx(3 * whole[3])
+    # The first question is answered already, so the second has the contexts read.
+    run(once, InProcess(loaded))
+    assert lines(three, loaded)[0][2:4] == (4, pytest.approx(4 * 4.0 * (1 + decoding / whole[3])))
+    # Times of later questions say nothing of one that has its context read.
+    run(three, InProcess(loaded))
+    assert lines(replace(once, seed=7), loaded)[0][3:] == (4 * 4.0, ("rows",))

@@ -73,9 +73,9 @@ def answers(monkeypatch):
 
     real = answering.alone
 
-    def answer(spec, loaded, item, ran):
+    def answer(spec, loaded, item, ran, last):
         if not isinstance(spec, AccuracySpec):
-            return real(spec, loaded, item, ran)
+            return real(spec, loaded, item, ran, last)
         asked.append((item.plan, item.task, item.index))
         ran.add(("dense:sdpa", "triangle:torch-banded")[item.plan > 0])
         right = " ".join(item.sample.references) if item.index % (2 + item.plan) else ""
@@ -201,10 +201,10 @@ def test_samples_that_were_taken_away_make_no_row(spec, loaded, tmp_path):
 def test_a_shard_that_fails_makes_the_row_of_a_run_that_fails_until_it_does_not(spec, loaded, tmp_path, monkeypatch):
     work, real = spec("accuracy", tmp_path, tasks=("vt",)), answering.alone
 
-    def answer(spec, loaded, item, ran):
+    def answer(spec, loaded, item, ran, last):
         if item.plan == 1 and item.index == 1:
             raise MemoryError("no more")
-        return real(spec, loaded, item, ran)
+        return real(spec, loaded, item, ran, last)
 
     monkeypatch.setattr(answering, "alone", answer)
     told = split(work, loaded)

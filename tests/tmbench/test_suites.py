@@ -84,9 +84,9 @@ def job(make_model, tmp_path):
 def test_another_suite_is_measured_kept_and_gone_on_with(job, tmp_path, monkeypatch):
     real = Session.generate
 
-    def generate(session, ids, count, context, stop):
+    def generate(session, ids, count, context, stop, over):
         """The model reads the prompt, and 44 is what it is taken to answer, which is right for one sample of four."""
-        real(session, ids, count, context, stop)
+        real(session, ids, count, context, stop, over)
         return torch.tensor([work.loaded.tokenizer(" 44", add_special_tokens=False)["input_ids"]])
 
     monkeypatch.setattr(Session, "generate", generate)

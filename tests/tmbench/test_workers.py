@@ -12,7 +12,7 @@ import pytest
 
 from tmbench.errors import UserError
 from tmbench.executors.worker_loop import Answer, Lost, Ready, serve
-from tmbench.executors.workers import Workers
+from tmbench.executors.workers import Workers, _Jobs, _Worker
 from tmbench.measure.executor import Message
 from tmbench.measure.spec import Item, ItemSpec, ModelSource
 from tmbench.models import loading
@@ -181,6 +181,38 @@ def test_an_item_that_ends_two_workers_fails_and_those_beside_it_do_not():
     assert samples == [0, 1, 3, 4, 5, 6, 7]
     assert failures == {2: "2 workers ended while measuring it, the last one killed by SIGTEST"}
     assert spec.deadly == {2: 7}
+
+
+def turns_of(spec, workers, jobs):
+    """Measures them; the indices that each call of ``measure_all`` began, by turn."""
+    ended = []
+    executor = Workers(Threads(workers))
+    executor.open(TINY)
+    executor.run(spec, iter(jobs), lambda message: ended.append(message.number) if message.ended else None)
+    executor.close()
+    assert sorted(ended) == [job[0] for job in jobs if job], "each ends, and once"
+    return [call for call in spec.calls if call]
+
+
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_the_items_of_one_turn_go_to_one_worker(held):
+    """In each of two rounds, whose turns have the same numbers."""
+    jobs: list[Any] = [(number, Item(title="", index=number, turn=(number % 24 // 3,))) for number in range(48)]
+    jobs.insert(24, None)
+    calls = turns_of(ToySpec(model=TINY, held=held), 3, jobs)
+    for first in range(0, 48, 3):
+        (own,) = [call for call in calls if first in call]
+        assert [index for index in own if index // 3 == first // 3] == [first, first + 1, first + 2]
+
+
+def test_what_a_lost_worker_was_to_be_given_next_is_measured_by_others():
+    given = _Jobs(iter([(number, Item(title="", index=number, turn=(number // 3,))) for number in range(4)]))
+    lost, other, *others = (_Worker(number, Handle(number)) for number in range(4))
+    numbers = [job and job[0] for job in map(given.next_for, (lost, other))]
+    assert numbers == [0, 3], "the two between are the first one's"
+    given.left(lost)
+    assert given.more
+    assert [job and job[0] for job in map(given.next_for, others)] == [1, 2]
 
 
 def test_no_worker_holds_items_of_two_rounds():

@@ -147,6 +147,7 @@ class Batch:
         context: int = 0,
         stop: Stop | None = None,
         prefix: Prefix | None = None,
+        over: CacheSlot | None = None,
     ) -> Text:
         """Read a prompt by the session's plan; its text has ended already where one token was enough.
 
@@ -157,6 +158,7 @@ class Batch:
             context: as ``Session.read_into`` has it.
             stop: where else than at an end token the text ends.
             prefix: what was read before of the prompt, whose other tokens are ``ids``.
+            over: a slot that holds the context already: the free one, or one that ``holds`` it.
 
         Raises:
             ValueError: a text that is too long for the batch.
@@ -167,7 +169,7 @@ class Batch:
             raise ValueError(f"{length} and {most} tokens are more than this batch has room for")
         free, before = self.free_slot, self.cache.bytes_per_slot * self.slots
         held_before, slot = held(self.model.device), free.number
-        logits = session.read_into(ids, free, context, prefix)
+        logits = session.read_into(ids, free, context, prefix, over)
         check_logits(logits, self.model, "of the prompt's last token")
         first = int(self._choices(logits, torch.tensor([[endless]], device=logits.device)))
         text = Text(slot, most, [first], session.peak.bytes, stop=stop)
@@ -186,6 +188,10 @@ class Batch:
             grown = self.cache.bytes_per_slot * self.slots - before
             self._plan(0 if held_before is None or text.peak is None else text.peak - held_before - grown)
         return text
+
+    def holds(self, slot: CacheSlot) -> bool:
+        """Whether a slot will keep what a prompt left there while texts write: that of none is written to in each step."""
+        return any(text.slot == slot.number for text in self.texts)
 
     @property
     def runs_model(self) -> bool:

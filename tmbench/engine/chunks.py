@@ -99,7 +99,8 @@ class Growing(DynamicLayer):  # type: ignore[misc]
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if end > self.room:
-            self._held = None
+            # Nor is there room again where tokens are let go of: what stays is elsewhere.
+            self._held, self.room = None, 0
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return found
         if self._held is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -50,6 +50,10 @@ class PairCounter:
             self.skipped += parallel.summed(computed.skipped)
         self.causal += q.shape[0] * heads * causal_pairs(q.shape[2], k.shape[2] - q.shape[2])
         self.seconds += time.perf_counter() - start
+
+    def copy(self) -> PairCounter:
+        """One that goes on from here, by itself and from no time."""
+        return replace(self, pairs=Counter(self.pairs), seconds=0.0)
 
     @property
     def density(self) -> float | None:

@@ -64,6 +64,13 @@ class CacheSlot:
         """Let go of the prompt before: the next one is filled in its place."""
         self._there.clear()
 
+    def begin_as(self, other: CacheSlot, tokens: int) -> None:
+        """Hold the first so many tokens that another slot of the cache holds, or this one itself; others go behind them."""
+        for number, layer in enumerate(self._cache.layers):
+            self._there[number] = tokens
+            for kept in layer if other.number != self.number else ():
+                kept[self.number, :, :tokens] = kept[other.number, :, :tokens]
+
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep a layer's keys and values behind those that it has, and return all, as transformers' caches do."""
         at = self._there[layer]

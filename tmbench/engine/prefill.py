@@ -58,7 +58,13 @@ class Prefill:
         """Tokens that were read in chunks, or before a question."""
 
     def __call__(
-        self, ids: Tensor, into: CacheSlot | None = None, mask: Tensor | None = None, context: int = 0, later: int = 0
+        self,
+        ids: Tensor,
+        into: CacheSlot | None = None,
+        mask: Tensor | None = None,
+        context: int = 0,
+        later: int = 0,
+        over: Cache | CacheSlot | None = None,
     ) -> Tensor:
         """Logits ``[batch, vocabulary]`` of the last of ``ids`` ``[batch, length]``; lets the cache before go.
 
@@ -66,8 +72,13 @@ class Prefill:
         ``ids``, 0 for padding in front of a text, is for a plain prefill, and any other refuses it so. Where the session
         feeds prompts in chunks, which a plain prefill refuses so too, it returns when the last one is read. So does it a
         ``context``: the first so many tokens, which alone the method reads, while those behind it see all keys.
-        ``ask`` is to read so many tokens ``later``.
+        ``ask`` is to read so many tokens ``later``. What ``over`` holds is the context, which is then not read.
         """
+        if over is not None:
+            assert self.session is not None, "a method has read the context"
+            check_window(self.model, ids.shape[1], self.session.plan.method)
+            self.resume(over, context)
+            return self.ask(ids[:, context:])
         if context:
             self.read(ids[:, :context], into, ids.shape[1] - context + later)
             return self.ask(ids[:, context:])
@@ -110,7 +121,7 @@ class Prefill:
         logits = output.logits[:, -1]
         return logits if self.split is None else self.split.from_last(logits)
 
-    def resume(self, cache: Cache, length: int) -> None:
+    def resume(self, cache: Cache | CacheSlot, length: int) -> None:
         """Go on from a cache that another prefill has filled with so many tokens: ``ask`` then reads over it."""
         self.cache, self._read = cache, length
 

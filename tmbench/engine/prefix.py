@@ -67,11 +67,17 @@ class Prefix:
 
 def let_go(cache: Cache, length: int) -> bool:
     """Have a cache hold its first so many tokens and no others; False where a layer keeps something else, which stays."""
-    if not all(type(layer) in (DynamicLayer, Growing) for layer in cache.layers):
+    if not lets_go(cache):
         return False
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
     return True
+
+
+def lets_go(cache: Cache) -> bool:
+    """Whether every layer of a cache keeps all of its tokens and nothing else."""
+    # MiniMax's recurrent states lie beside its layers.
+    return not hasattr(cache, "linear_cache") and all(type(layer) in (DynamicLayer, Growing) for layer in cache.layers)
 
 
 def check_prefixes(model: PreTrainedModel) -> None:

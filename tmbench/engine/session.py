@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from tmbench.engine.attention import Applied, applied_plan
 from tmbench.engine.chunks import Chunks
@@ -46,26 +46,55 @@ class Session:
             return nullcontext(self.ready)
         return prepared(self.model, self.applied, self.kind, every_position=every_position)
 
-    def read_into(self, ids: Tensor, slot: CacheSlot, context: int = 0, prefix: Prefix | None = None) -> Tensor:
+    def read_into(
+        self,
+        ids: Tensor,
+        slot: CacheSlot,
+        context: int = 0,
+        prefix: Prefix | None = None,
+        over: CacheSlot | None = None,
+    ) -> Tensor:
         """Read a prompt ``[1, length]``, its keys and values into a slot of a cache; logits ``[1, vocabulary]``.
 
-        With a ``context`` the method reads the first so many tokens, and those behind it see all keys. With a ``prefix`` the
-        slot gets that, and the prompt is what follows it.
+        With a ``context`` the method reads the first so many tokens, and those behind it see all keys; ``over`` is a slot of
+        the same cache that holds it already, this one or another. With a ``prefix`` the slot gets that, and the prompt is
+        what follows it.
         Not in a plain prefill, which fills a cache of transformers'. Raises RuntimeError where a layer was not read by its
         pattern.
         """
         with self.prefill() as prefill:
-            logits = prefill(ids, slot, context=context) if prefix is None else prefill.after(prefix, ids, into=slot)
+            if prefix is not None:
+                logits = prefill.after(prefix, ids, into=slot)
+            elif over is not None:
+                slot.begin_as(over, context)
+                logits = prefill(ids, context=context, over=slot)
+            else:
+                logits = prefill(ids, slot, context=context)
         self.applied.check_complete()
         return logits
 
-    def read(self, ids: Tensor, *, every_position: bool = False, context: int = 0) -> Decoding:
+    def read_context(self, ids: Tensor, later: int, into: CacheSlot | None = None) -> Cache | CacheSlot:
+        """Read what stands before a question of ``later`` tokens, ``[1, length]``; what holds it, for ``read`` over it.
+
+        Where no slot is given to read ``into``, that is a cache of transformers'. Raises RuntimeError as ``read``.
+        """
+        with self.prefill() as prefill:
+            prefill.read(ids, into, later)
+        self.applied.check_complete()
+        assert prefill.cache is not None
+        found: Cache | CacheSlot = prefill.cache
+        return found
+
+    def read(
+        self, ids: Tensor, *, every_position: bool = False, context: int = 0, over: Cache | CacheSlot | None = None
+    ) -> Decoding:
         """Read a prompt ``[batch, length]``, to decode after it; ``context`` as ``read_into`` has it.
 
-        Raises NotFiniteError for logits that are not finite, and RuntimeError where a layer was not read by its pattern.
+        ``over`` is a cache that holds the context already, and nothing else. Raises NotFiniteError for logits that are not
+        finite, and RuntimeError where a layer was not read by its pattern.
         """
         with self.prefill(every_position=every_position) as prefill:
-            logits = prefill(ids, context=context)
+            logits = prefill(ids, context=context, over=over)
         self.applied.check_complete()
         cache, prefill.cache = prefill.cache, None
         return Decoding(self.model, ids, logits, cache)
@@ -104,17 +133,34 @@ class Session:
         self.applied.backends.intersection_update(ran)
         return let_go(decoding.cache, decoding.length)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, context: int = 0, stop: Stop | None = None) -> Tensor:
-        """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``; a ``stop`` for one."""
-        return greedy(self.read(ids, context=context), max_new_tokens, stop)
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        context: int = 0,
+        stop: Stop | None = None,
+        over: Cache | CacheSlot | None = None,
+    ) -> Tensor:
+        """Greedy decoding after a prompt ``[batch, length]``: the new tokens alone, ``[batch, new]``; a ``stop`` for one.
 
-    def follow(self, ids: Tensor, count: int, given: Sequence[int] | None = None, context: int = 0) -> list[int]:
+        ``context`` and ``over`` are those of ``read``. What is ``over`` then holds the whole text.
+        """
+        return greedy(self.read(ids, context=context, over=over), max_new_tokens, stop)
+
+    def follow(
+        self,
+        ids: Tensor,
+        count: int,
+        given: Sequence[int] | None = None,
+        context: int = 0,
+        over: Cache | CacheSlot | None = None,
+    ) -> list[int]:
         """The likeliest tokens at each of ``count`` places behind a prompt ``[1, length]``, end tokens left out.
 
         ``given`` are ``count`` tokens that are read one by one behind the prompt; None reads the choices themselves.
-        ``context`` is that of ``read``.
+        ``context`` and ``over`` are those of ``read``. What is ``over`` then holds the whole text.
         """
-        return follow(self.read(ids, context=context), count, given)
+        return follow(self.read(ids, context=context, over=over), count, given)
 
 
 @contextmanager

@@ -65,6 +65,8 @@ class _Worker:
     """Whether it measures an item again that a worker was lost to."""
     lost: int = 0
     """How many were lost at this place since the model was last loaded here."""
+    own: deque[Job] = field(default_factory=deque)
+    """Jobs of the same turn as the last one that it was given, which no other worker is to measure."""
 
 
 class _Jobs:
@@ -76,6 +78,8 @@ class _Jobs:
         """The round of a job, and that job, which was asked for by a worker that is in another round."""
         self._round = 0
         self._again: deque[Job] = deque()
+        self._last: tuple[_Worker, int, tuple[int, ...]] | None = None
+        """Who was given the last new job, in which round and turn, unless that round has ended for it."""
         self._kept: dict[int, set[Place]] = defaultdict(set)
         self._lost: dict[int, int] = defaultdict(int)
         self._exhausted = False
@@ -87,17 +91,29 @@ class _Jobs:
 
     def next_for(self, worker: _Worker) -> Job | None:
         """The next job of a worker; None where it has to end its round first, or there is none."""
+        if worker.own:
+            return worker.own.popleft()
+        job = self._found_for(worker)
+        if job is None and self._last is not None and self._last[0] is worker:
+            self._last = None
+        return job
+
+    def _found_for(self, worker: _Worker) -> Job | None:
         begun = worker.alone or worker.round is not None
         if self._again and not worker.running:
             worker.alone = not begun
             return None if begun else self._again.popleft()
-        if worker.alone or (found := self._look()) is None:
-            return None
-        number, job = found
-        if worker.round not in (None, number):
-            return None
-        worker.round, self._next = number, None
-        return job
+        while not worker.alone and (found := self._look()) is not None:
+            (number, job), turn = found, found[1][1].turn
+            if turn and self._last is not None and self._last[0] is not worker and self._last[1:] == (number, turn):
+                self._last[0].own.append(job)
+                self._next = None
+                continue
+            if worker.round not in (None, number):
+                return None
+            worker.round, self._next, self._last = number, None, (worker, number, turn)
+            return job
+        return None
 
     def _look(self) -> tuple[int, Job] | None:
         """The job that is given out next, and its round."""
@@ -113,6 +129,12 @@ class _Jobs:
 
     def kept(self, number: int, item: Item, sample: Any) -> None:
         self._kept[number].add((item.file, sample.index))
+
+    def left(self, worker: _Worker) -> None:
+        """A worker is gone: others are given what it alone was to be given next."""
+        self._again.extend(worker.own)
+        if self._last is not None and self._last[0] is worker:
+            self._last = None
 
     def lost(self, number: int, item: Item, reason: str) -> Message | None:
         """A worker was lost while it measured this item; what is to be told of it, None where it is measured again."""
@@ -241,6 +263,8 @@ class Workers:
         self._workers.remove(worker)
         worker.handle.kill()
         again = 0
+        if given is not None:
+            given.left(worker)
         for number, item in worker.running.items():
             assert given is not None
             assert tell is not None

@@ -20,7 +20,7 @@ from tmbench.errors import UserError
 from tmbench.measure.answering import Answer, AnswerItem, AnswerSpec, Asked
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.shard import row_target
-from tmbench.measure.spec import Part, Step
+from tmbench.measure.spec import Part, Step, Turns
 from tmbench.models.loading import LoadedModel
 from tmbench.results.predictions import Prediction, kept_predictions
 from tmbench.results.rows import RulerRow, now
@@ -30,6 +30,7 @@ from tmbench.results.sample_texts import depths_of
 from tmbench.results.words import counted
 from tmbench.suites.suite import Sample, Suite
 
+Targets = RowTarget[RulerRow, Prediction] | Turns[RulerRow]
 NEW_TOKENS = 128
 """As many as an answer of RULER has at most."""
 
@@ -67,7 +68,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
         total = len(self.plans) * sum(len(self.places(self.samples, *one)) for one in product(self.lengths, self.tasks))
         yield Part(self, name, f"{name} evaluated", total, self._rounds(loaded), independent=True)
 
-    def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[RowTarget[RulerRow, Prediction]]]:
+    def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[Targets]]:
         tokenizer = loaded.need_tokenizer(self.suite.title)
         for length, task in product(self.lengths, self.tasks):
             count = self.suite.available(task, length, self.samples)
@@ -79,6 +80,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
             _check_positions(loaded, task, length, samples)
             known = self.common(loaded) | self.suite.provenance(task, length, samples, tokenizer)
             known |= {"length": length, "task": task, "samples": count}
+            together: list[RowTarget[RulerRow, Prediction]] = []
             for question in range(1, self.questions + 1):
                 asked_of = samples
                 if question > 1:
@@ -90,7 +92,17 @@ class AccuracySpec(AnswerSpec[RulerRow]):
                 if self.ask_later:
                     asked_of = self.suite.with_contexts(task, asked_of, tokenizer)
                 asked = {place: sample for place, sample in zip(places, asked_of, strict=True) if place in own}
-                yield [self._target(number, asked, known) for number in range(len(self.plans))]
+                targets = [self._target(number, asked, known) for number in range(len(self.plans))]
+                if not self._takes_turns:
+                    yield targets
+                together += targets
+            if self._takes_turns:
+                yield [Turns(together)]
+
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether a method reads a context before several questions: these are then asked one behind the other."""
+        return self.ask_later and self.questions > 1
 
     def _target(self, number: int, samples: Mapping[int, Sample], known: dict[str, Any]) -> RowTarget[RulerRow, Prediction]:
         """One method's row; ``samples`` by their place among all of the row."""
@@ -110,6 +122,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
                 count=place == 0,
                 room=room,
                 new=new,
+                turn=(number, place) if self._takes_turns else (),
             )
             for place, sample in samples.items()
         ]

@@ -19,10 +19,12 @@ from tmbench.engine.compiled_layers import Runners, compiled
 from tmbench.engine.decode import Stop
 from tmbench.engine.decode_kind import step_kind
 from tmbench.engine.density import PairCounter
+from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.prefill import COMPILED
-from tmbench.engine.session import KeptOpen, compile_ahead, running
+from tmbench.engine.session import KeptOpen, Session, compile_ahead, running
 from tmbench.errors import UserError
 from tmbench.measure.attempt import attempt
+from tmbench.measure.contexts import Context, LastContext
 from tmbench.measure.executor import Worker
 from tmbench.measure.spec import Item, PlannedSpec, R
 from tmbench.methods.plan import backends_name
@@ -66,6 +68,11 @@ class Asked:
     stop: Stop | None = None
     """Where else than at an end token the text ends; not for an endless one."""
 
+    @property
+    def before(self) -> Tensor:
+        """The context, ``[1, context]``."""
+        return self.ids[:, : self.context]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -73,7 +80,10 @@ class Answer:
 
     tokens: Sequence[int]
     seconds: float
-    """Of its prefill and of its decoding; where several decode together, of its share of that."""
+    """Of its prefill and of its decoding; where several decode together, of its share of that.
+
+    The time in which a context was read is in that of the question that it was read for, and of no other.
+    """
     density: float | None
     backends: str
     peak_memory: int | None
@@ -112,7 +122,7 @@ class AnswerSpec(PlannedSpec[R]):
 
     def measure(self, item: Any, worker: Worker) -> None:
         """Have one method continue one prompt, token by token."""
-        worker.keep(alone(self, worker.loaded, item, worker.ran))
+        worker.keep(alone(self, worker.loaded, item, worker.ran, worker.last))
 
     def measure_all(self, given: Iterable[Given]) -> None:
         """Have texts decoded together where the model and the device allow it, else one by one."""
@@ -123,10 +133,18 @@ class AnswerSpec(PlannedSpec[R]):
 
     def _measure_alike(self, loaded: LoadedModel, room: int, new: int, given: Iterable[Given]) -> None:
         batch = self._batch(loaded, room, new)
-        if batch is None:
-            super().measure_all(given)
-        else:
+        if batch is not None:
             Together(self, loaded, batch).run(given)
+            return
+        last = LastContext()
+        for item, worker in given:
+            worker.step(item.title)
+            worker.last = last
+            failure = attempt(partial(self.measure, item, worker))
+            if failure is not None:
+                # On a rank too where nothing failed: all that share a model read the same.
+                last.drop()
+            worker.end(failure)
 
     def _batch(self, loaded: LoadedModel, room: int, new: int) -> Batch | None:
         """A batch for texts of up to ``room`` tokens, ``new`` of them new; None where they are to be decoded one by one.
@@ -149,25 +167,43 @@ class AnswerSpec(PlannedSpec[R]):
 
 
 @torch.inference_mode()
-def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str]) -> Any:
+def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str], last: LastContext) -> Any:
     """One sample, decoded token by token; ``ran`` is given what ran, which is there of a failure too."""
     asked, plan = spec.asked(loaded, item), spec.plans[item.plan]
-    counter = PairCounter()
+    kept = last.take(plan, asked.before, asked.count)
     compile_ahead(loaded.model, plan, spec.prefill, asked.ids, chunks=spec.chunks)
     start = time.perf_counter()
     with running(loaded.model, plan, spec.prefill, spec.chunks) as session:
-        session.applied.observer = counter if asked.count else None
         try:
+            context, counter = _context(session, asked, kept)
+            over = None if context is None else context.held
             if asked.endless:
-                tokens = session.follow(asked.ids, asked.most, asked.given, asked.context)
+                tokens = session.follow(asked.ids, asked.most, asked.given, asked.context, over)
             else:
-                tokens = session.generate(asked.ids, asked.most, asked.context, asked.stop)[0].tolist()
+                tokens = session.generate(asked.ids, asked.most, asked.context, asked.stop, over)[0].tolist()
         finally:
             ran |= session.applied.backends
         peak = session.peak.bytes
     seconds = time.perf_counter() - start - counter.seconds
     answer = Answer(tokens, seconds, counter.density, backends_name(ran), peak, skipped_share=counter.skipped_share)
+    if context is not None:
+        last.keep(context)
     return spec.sample(loaded, item, answer)
+
+
+def _context(
+    session: Session, asked: Asked, kept: Context | None, into: CacheSlot | None = None
+) -> tuple[Context | None, PairCounter]:
+    """What the method reads before a question, now unless it is ``kept``; and what counts on from there, if it counts."""
+    applied, counter = session.applied, PairCounter()
+    if kept is not None and kept.counter is not None and asked.count:
+        counter = kept.counter.copy()
+    applied.observer = counter if asked.count else None
+    if kept is not None:
+        applied.backends |= kept.backends
+    elif asked.context:
+        kept = Context.read(session, asked.before, asked.ids.shape[1] - asked.context, into)
+    return kept, counter
 
 
 class Together:
@@ -178,6 +214,7 @@ class Together:
         self.loaded = loaded
         self.batch = batch
         self._session = KeptOpen(loaded.model, spec.prefill, spec.chunks)
+        self._last = LastContext()
         self._at_work: dict[Text, tuple[Given, PairCounter, float]] = {}
         self._again: deque[Given] = deque()
         """Begun once, and given up where memory did not suffice for as many as there were."""
@@ -216,12 +253,14 @@ class Together:
 
     def _read(self, one: Given) -> Text:
         item, worker = one
-        asked = self.spec.asked(self.loaded, item)
-        session = self._session.under(self.spec.plans[item.plan], asked.ids, self.batch.free_slot)
-        counter = PairCounter()
-        session.applied.observer = counter if asked.count else None
+        asked, plan, slot = self.spec.asked(self.loaded, item), self.spec.plans[item.plan], self.batch.free_slot
+        kept = self._last.take(plan, asked.before, asked.count)
+        session = self._session.under(plan, asked.ids, slot)
         start = time.perf_counter()
         try:
+            context, counter = _context(session, asked, kept, slot)
+            over = None if context is None else context.held
+            assert over is None or isinstance(over, CacheSlot)
             text = self.batch.read(
                 session,
                 asked.ids,
@@ -230,15 +269,20 @@ class Together:
                 given=asked.given,
                 context=asked.context,
                 stop=asked.stop,
+                over=over,
             )
         finally:
             worker.ran |= session.applied.backends
+        if context is not None:
+            self._last.keep(context, slot)
         self._at_work[text] = one, counter, time.perf_counter() - start - counter.seconds
         return text
 
     def _advance(self) -> None:
         if self.batch.runs_model:
             self._session.close()
+        if self._last.slot is not None and not self.batch.holds(self._last.slot):
+            self._last.drop()
         ended = attempt(self.batch.advance)
         if not isinstance(ended, Failure):
             for text in ended:
@@ -252,6 +296,7 @@ class Together:
 
     def _fewer(self, *also: Given) -> None:
         """Begin again with room for half as many."""
+        self._last.drop()
         dropped = [self._at_work.pop(text)[0] for text in self.batch.drop()]
         self.batch.resize(max(1, len(dropped) // 2))
         self._again.extendleft(reversed([*dropped, *also]))

@@ -17,7 +17,9 @@ from typing import Any
 from ruler_tasks import TASKS
 from tmbench.engine import roofline
 from tmbench.engine.batch import SIZES
+from tmbench.engine.calls import empty_cache
 from tmbench.engine.decode_kind import why_alone
+from tmbench.engine.prefix import lets_go
 from tmbench.measure.ttft import expected_flop
 from tmbench.methods.plan import Plan
 from tmbench.methods.table import METHODS
@@ -78,6 +80,8 @@ class Asked:
     """Tokens that are decoded."""
     batch_size: int = 1
     """How many prompts are read together: several only where their first tokens are timed."""
+    read: bool = True
+    """Whether its context is read for it, and not for another question before."""
 
 
 class Estimator:
@@ -113,10 +117,20 @@ class Estimator:
         flops = statistics.median(measured) if measured else roofline.gemm_throughput(device, dtype)
         return Rates(flops, "as tmbench ttft measured" if measured else "measured now", roofline.copy_rate(device))
 
+    @cached_property
+    def _alone(self) -> bool:
+        """Whether texts are decoded one by one."""
+        alone = (self._batch_size or 1) == 1 and self.loaded.device.type != "cuda"
+        return alone or bool(why_alone(self.loaded.model, self._reading["prefill"]))
+
+    @cached_property
+    def keeps_contexts(self) -> bool:
+        """Whether a context is read once for several questions: see ``tmbench.measure.contexts``."""
+        return not self._alone or lets_go(empty_cache(self.loaded.model))
+
     def texts(self, length: int) -> int:
         """How many texts of this length are taken to decode together."""
-        alone = (self._batch_size or 1) == 1 and self.loaded.device.type != "cuda"
-        if alone or why_alone(self.loaded.model, self._reading["prefill"]):
+        if self._alone:
             return 1
         most = self._batch_size or max(SIZES)
         left = FREE * self._environment.memory_bytes - sum(
@@ -142,7 +156,7 @@ class Estimator:
         """What the roofline counts of it."""
         geometry = self.loaded.geometry
         prompt = asked.length - (asked.new if asked.kind not in (TtftRow, AgreeRow) else 0)
-        flop = expected_flop(self.loaded, asked.plan, max(prompt, 1), asked.batch_size)
+        flop = expected_flop(self.loaded, asked.plan, max(prompt, 1), asked.batch_size) if asked.read else 0.0
         if asked.kind is ProbeRow:
             return Work(PROBE * flop)
         if asked.kind is LossRow:
@@ -197,7 +211,8 @@ class Estimator:
         _, row, plan = max((one for one in near if one[0] == least), key=lambda one: one[1].time)
         read = row.batch_size if isinstance(row, TtftRow) else 1
         there = Asked(kind, plan, row.length, _task(row), _new(row, asked.new), read)
-        here = Asked(kind, asked.plan, asked.length, asked.task, asked.new if kind is asked.kind else 0, asked.batch_size)
+        new, read = (asked.new, asked.read) if kind is asked.kind else (0, True)
+        here = Asked(kind, asked.plan, asked.length, asked.task, new, asked.batch_size, read)
         measured = seconds(row)
         assert measured is not None
         other, _, _, elsewhere = least
@@ -220,7 +235,9 @@ class Estimator:
 
     def _of_model(self, kind: type[Row]) -> list[Any]:
         about = {**self.loaded.row_fields(), "chunk": 0, "prompt_length": "", "ask_later": False, **self._reading}
-        return [row for row in self._here(kind) if all(getattr(row, name) == value for name, value in about.items())]
+        alike = [row for row in self._here(kind) if all(getattr(row, name) == value for name, value in about.items())]
+        # A later question's time is without the reading of its context, or with that of some.
+        return [row for row in alike if not row.ask_later or getattr(row, "question", 1) == 1]
 
 
 def _seconds(row: Any) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from tmbench.measure.contexts import LastContext
 from tmbench.measure.spec import Item, ItemSpec, ModelSource
 from tmbench.methods.plan import backends_name
 from tmbench.models.loading import LoadedModel
@@ -102,6 +103,8 @@ class Worker:
     tell: Tell
     ran: set[str] = field(default_factory=set)
     """What has run, as "pattern:backend"; a measurement adds to it, also where it fails."""
+    last: LastContext = field(default_factory=LastContext)
+    """What was read before, where items follow each other that may ask of one context."""
 
     def step(self, text: str = "", work: float = 0.0) -> None:
         """Say what is being done, and how much was done since the last step."""

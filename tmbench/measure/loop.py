@@ -10,8 +10,10 @@ from typing import Any, Generic
 from tmbench.measure.ahead import ahead
 from tmbench.measure.executor import Executor, Job, Message
 from tmbench.measure.keeping import Target
-from tmbench.measure.spec import Item, R, Spec, Step
+from tmbench.measure.spec import Item, R, Spec, Step, Turns
 from tmbench.results.words import counted
+
+_Told = Step[R] | Target[R, Any] | Turns[R] | None
 
 
 def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lambda step: None) -> list[R]:
@@ -34,7 +36,7 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
     for part in spec.parts(loaded):
         told(Step(part=part))
         with ExitStack() as stack:
-            rounds: Iterable[Step[R] | Iterable[Step[R] | Target[R, Any] | None]] = part.rounds
+            rounds: Iterable[Step[R] | Iterable[_Told[R]]] = part.rounds
             if part.independent:
                 together = _together(part.rounds)
                 rounds = [stack.enter_context(closing(ahead(together))) if executor.elsewhere else together]
@@ -49,18 +51,19 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
     return rows
 
 
-def _together(rounds: Iterable[Step[R] | Iterable[Target[R, Any]]]) -> Iterator[Step[R] | Target[R, Any] | None]:
+def _together(rounds: Iterable[Step[R] | Iterable[_Told[R]]]) -> Iterator[_Told[R]]:
     """The targets of all rounds as those of one, None behind each."""
     for one in rounds:
         yield from [one] if isinstance(one, Step) else [*one, None]
 
 
 class _Round(Generic[R]):
-    """Targets whose items may be measured in any order. They are opened one by one, as jobs are asked for."""
+    """Targets whose items may be measured in any order.
 
-    def __init__(
-        self, targets: Iterable[Step[R] | Target[R, Any] | None], overwrite: bool, show: Callable[[Step[R]], None]
-    ) -> None:
+    They are opened one by one, as jobs are asked for, and those that take turns at once.
+    """
+
+    def __init__(self, targets: Iterable[_Told[R]], overwrite: bool, show: Callable[[Step[R]], None]) -> None:
         self.targets = targets
         self.overwrite = overwrite
         self.show = show
@@ -73,26 +76,32 @@ class _Round(Generic[R]):
         return chain.from_iterable(self.rows[place] for place in sorted(self.rows))
 
     def jobs(self) -> Iterator[Job | None]:
-        numbers = count()
-        for place, target in enumerate(self.targets):
-            if target is None:
+        numbers, places = count(), count()
+        for told in self.targets:
+            if told is None:
                 yield None
                 continue
-            if isinstance(target, Step):
-                self._tell(place, target)
+            if isinstance(told, Step):
+                self._tell(next(places), told)
                 continue
-            there = target.open(self.overwrite)
-            before = sum(item.work for item in target.items) - sum(item.work for item in target.waiting)
-            if there or before:
-                many = f" {counted(int(before), target.unit)}" if target.waiting else ""
-                self._tell(place, Step(f"{target.title}:{many} measured before", before, tuple(there)))
-            if not there:
-                self._settle(place, target)
-            while target.waiting:
+            opened = [(next(places), target) for target in (told.targets if isinstance(told, Turns) else [told])]
+            for place, target in opened:
+                self._open(place, target)
+            while waiting := [one for one in opened if one[1].waiting]:
+                place, target = min(waiting, key=lambda one: one[1].waiting[0].turn)
                 number, item = next(numbers), target.waiting.popleft()
                 self.running[number] = place, target, item
                 target.running += 1
                 yield number, item
+
+    def _open(self, place: int, target: Target[R, Any]) -> None:
+        there = target.open(self.overwrite)
+        before = sum(item.work for item in target.items) - sum(item.work for item in target.waiting)
+        if there or before:
+            many = f" {counted(int(before), target.unit)}" if target.waiting else ""
+            self._tell(place, Step(f"{target.title}:{many} measured before", before, tuple(there)))
+        if not there:
+            self._settle(place, target)
 
     def hear(self, message: Message) -> None:
         place, target, item = self.running[message.number]

@@ -8,6 +8,7 @@ made: all decide how many.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,7 +21,7 @@ from tmbench.measure.estimate import Asked, Estimator
 from tmbench.measure.keeping import RowTarget
 from tmbench.measure.loss import LossSpec
 from tmbench.measure.probe import ProbeSpec
-from tmbench.measure.spec import RowSpec, Step
+from tmbench.measure.spec import RowSpec, Step, Turns
 from tmbench.measure.sweep import SweepSpec
 from tmbench.measure.ttft import TtftSpec
 from tmbench.measure.tune import TuneSpec
@@ -162,12 +163,19 @@ def _kept(spec: SamplesSpec, loaded: LoadedModel, estimator: Estimator) -> Itera
     one = replace(spec, shard=None) if several else replace(spec, samples=1, shard=None)
     for part in one.parts(loaded):
         for targets in part.rounds:
-            for target in () if isinstance(targets, Step) else targets:
-                assert isinstance(target, RowTarget)
-                yield from _of_target(spec, loaded, target, estimator)
+            for told in () if isinstance(targets, Step) else targets:
+                turns = isinstance(told, Turns)
+                read: dict[Any, set[int]] = defaultdict(set)
+                for target in told.targets if isinstance(told, Turns) else [told]:
+                    assert isinstance(target, RowTarget)
+                    before = read[identity(target.rows[0])] if turns and estimator.keeps_contexts else set()
+                    yield from _of_target(spec, loaded, target, estimator, before)
 
 
-def _of_target(spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, Any], estimator: Estimator) -> Iterator[Line]:
+def _of_target(
+    spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, Any], estimator: Estimator, read: set[int]
+) -> Iterator[Line]:
+    """``read`` are the samples whose contexts the same method reads for another question before; those of this one join."""
     (row,) = target.rows
     plan = _plan_of(spec, loaded, row)
     have: Any = newest(spec.root, type(row), row.device, row.method).get(row.key)
@@ -183,14 +191,18 @@ def _of_target(spec: SamplesSpec, loaded: LoadedModel, target: RowTarget[Any, An
         there = [number for number in numbers if number in samples]
         # What did not fit in memory is not tried again.
         full = have is not None and have.status == OUT_OF_MEMORY and have.samples >= count and not spec.overwrite
-        left = 0 if full else len(places) - len(there)
-        estimate = None
+        left = [] if full else [number for number in numbers if number not in samples]
+        seconds, bases = 0.0, dict[str, None]()
         if left:
             item = next(item for item in target.items if item.file == name)
             asked = Asked(type(row), plan, row.length, task or row.prompt, _new_tokens(spec, item))
-            estimate = estimator.sample(asked, [samples[number].seconds for number in there])
-        seconds, bases = (left * estimate.seconds, (estimate.basis,)) if estimate else (0.0, ())
-        yield Line(SAMPLE, row.length, plan, len(places), len(places) - left, seconds, bases)
+            over = sum(number in read for number in left)
+            for many, one in ((len(left) - over, asked), (over, replace(asked, read=False))):
+                if many:
+                    estimate = estimator.sample(one, [samples[number].seconds for number in there])
+                    seconds, bases = seconds + many * estimate.seconds, bases | {estimate.basis: None}
+            read.update(left)
+        yield Line(SAMPLE, row.length, plan, len(places), len(places) - len(left), seconds, tuple(bases))
 
 
 def _plan_of(spec: SamplesSpec, loaded: LoadedModel, row: Any) -> Plan:

@@ -105,6 +105,8 @@ class Item:
     """Which of its target's files keeps its sample."""
     obstacle: str = ""
     """Why it cannot be measured, which makes its target fail; "" where it can."""
+    turn: tuple[int, ...] = ()
+    """When it is given out among the items of targets that take turns; those of one turn go to one worker, in a row."""
 
     @property
     def work(self) -> float:
@@ -122,6 +124,13 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Turns(Generic[R]):
+    """Targets whose items are given out by turns, and not those of one target before those of the next."""
+
+    targets: Sequence[Target[R, Any]]
+
+
+@dataclass(frozen=True)
 class Part(Generic[R]):
     """A stretch of a run: rounds of targets, whose items one spec measures."""
 
@@ -131,7 +140,7 @@ class Part(Generic[R]):
     """What to show when it is done."""
     total: float
     """How much work it is."""
-    rounds: Iterable[Step[R] | Sequence[Target[R, Any]]]
+    rounds: Iterable[Step[R] | Sequence[Target[R, Any] | Turns[R]]]
     """A round is made once the one before has ended, unless they are ``independent``: it may read that one's samples. Steps
     say what is being prepared."""
     independent: bool = False

@@ -272,6 +272,7 @@ class RulerRow(Row):
     chat_template: bool
     prompt_tokens_mean: float | None = None
     seconds_per_sample: float | None = None
+    """A context that several questions are asked of is read in the time of one of them: see ``measure.answering.Answer``."""
     predictions: str = ""
     """The JSONL file of predictions, relative to the CSV's folder."""
     coverage: float | None = None
