@@ -1,12 +1,13 @@
-"""The table of docs/dynamic-kernels.md on how near whole prefills come to their rooflines, and what they lose."""
+"""What docs/dynamic-kernels.md says of whole prefills: how near they come to their rooflines, and what they lose."""
 
 from __future__ import annotations
 
 from checkpoint_tables import cell_at
 from kernel_tables import DYNAMIC
-from sources import H200, Block, Line, Sources, line_of, only, tokens
+from sources import EPYC, H200, Block, Line, Sources, line_of, only, tokens
 
 from tmbench.report.table import Table, columns
+from tmbench.report.time_intervals import time_text
 from tmbench.report.ttft import TtftCell
 from tmbench.report.words import NOTHING, significant
 from tmbench.report.writers import table_markdown
@@ -49,6 +50,14 @@ def fastest_products(sources: Sources) -> str:
     return _tera(max(cell.row.matrix_rate_flops or 0 for cell in cells))
 
 
+def cpu_cost(sources: Sources, method: str, length: str) -> str:
+    """How much longer or shorter the embedded model's time to first token is than dense attention's on two CPU cores."""
+    section = only(sources.results.ttft, device=EPYC, batch_size=1)
+    cell = cell_at(section, method, int(tokens(length)))
+    assert cell.percent_vs_dense is not None
+    return time_text(cell.percent_vs_dense, cell.percent_low, cell.percent_high, cell.verdict)
+
+
 def _tera(flops: float) -> str:
     return f"{flops / 1e12:.0f}"
 
@@ -75,4 +84,5 @@ ROOFLINES: dict[str, Block] = {
     "whole-prefills": whole_prefills,
     "product-rate": product_rate,
     "fastest-products": fastest_products,
+    "cpu-cost": cpu_cost,
 }
