@@ -209,15 +209,15 @@ class Estimator:
         least = min(rank for rank, _, _ in near)
         # Of equally near rows the newest counts: what decodes may have become faster.
         _, row, plan = max((one for one in near if one[0] == least), key=lambda one: one[1].time)
-        read = row.batch_size if isinstance(row, TtftRow) else 1
-        there = Asked(kind, plan, row.length, _task(row), _new(row, asked.new), read)
+        prompts = row.batch_size if isinstance(row, TtftRow) else 1
+        there = Asked(kind, plan, row.length, _task(row), _new(row, asked.new), prompts)
         new, read = (asked.new, asked.read) if kind is asked.kind else (0, True)
         here = Asked(kind, asked.plan, asked.length, asked.task, new, asked.batch_size, read)
         measured = seconds(row)
         assert measured is not None
         other, _, _, elsewhere = least
         words = "rows" + f" of {row.method}" * other + f" on {_task(row)}" * (elsewhere and kind is asked.kind)
-        words += f" at {batched(read)}{row.length}" * ((row.length, read) != (asked.length, asked.batch_size))
+        words += f" at {batched(prompts)}{row.length}" * ((row.length, prompts) != (asked.length, asked.batch_size))
         before, after = self.work(there), self.work(here)
         ratio = 1.0 if before == after else self._roofline(after) / self._roofline(before)
         return Estimate(measured * ratio, words)
