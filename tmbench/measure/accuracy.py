@@ -93,9 +93,10 @@ class AccuracySpec(AnswerSpec[RulerRow]):
                     asked_of = self.suite.with_contexts(task, asked_of, tokenizer)
                 asked = {place: sample for place, sample in zip(places, asked_of, strict=True) if place in own}
                 targets = [self._target(number, asked, known) for number in range(len(self.plans))]
-                if not self._takes_turns:
+                if self._takes_turns:
+                    together += targets
+                else:
                     yield targets
-                together += targets
             if self._takes_turns:
                 yield [Turns(together)]
 
