@@ -100,12 +100,11 @@ def search_of(method: str, length: int, like: str | None = None) -> Search:
         "skip_softmax": Search("threshold", 1, 1e-8, logarithmic=True),
         "oracle_blocks": Search("p", 0.001, 1),
     }
-    name, _, given = method.partition(":")
-    found = searches.get(name.removeprefix(DEEP))
+    found = searches.get(method.removeprefix(DEEP))
     if found is None:
         known = [*searches, *(f"{DEEP}{name}" for name in searches if name not in ("tri_mix", "streaming"))]
-        raise UserError(f"the density of {name} is not searched: give dense, {', '.join(known)}")
-    return replace(found, fixed=",".join(filter(None, [found.fixed, given])))
+        raise UserError(f"the density of {method} is not searched: give dense, {', '.join(known)}")
+    return found
 
 
 def main() -> None:
@@ -125,10 +124,11 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.target <= 1:
         parser.error(f"--target {options.target:g} is a share: give more than 0 and at most 1")
-    if options.method.partition(":")[0] == "tri_mix" and options.layers is None:
+    options.method, _, options.given = options.method.partition(":")
+    if options.method == "tri_mix" and options.layers is None:
         options.layers = "0-"
     try:
-        method = options.method if options.method == "dense" else found(options)
+        method = options.method if options.method == "dense" and not options.given else found(options)
     except UserError as error:
         parser.error(str(error))
     asked = ["ruler", "--method", method, "--output-dir", str(options.output_dir), "--samples", str(options.samples)]
@@ -142,6 +142,7 @@ def main() -> None:
 def found(options: argparse.Namespace) -> str:
     """The method at the target, as ``--method`` takes it; says what was found."""
     search = search_of(options.method, options.length, options.like)
+    settings = [setting for setting in (search.fixed, options.given) if setting]
     loaded = ModelSource(options.model, dtype=options.dtype).load()
     suite = Ruler(data_dir=options.data_dir, offline=True)
     suite.check(TASKS, [options.length], 1, SEED, loaded.need_tokenizer(suite.title))
@@ -157,14 +158,14 @@ def found(options: argparse.Namespace) -> str:
             given = f"{search.name}={value:.10g}"
             if search.name == "patterns":
                 given = f"patterns={write_scaled(scaled, value, Path(folder))}"
-            setting = measured(loaded, options, ",".join(filter(None, [search.fixed, given])), prompts)
+            setting = measured(loaded, options, ",".join([*settings, given]), prompts)
             print(f"{setting.method}: {setting.told:.2%}", flush=True)
             return setting
 
         best, value = bisected(search, measure, options.target)
     if search.name == "patterns":
         kept = write_scaled(scaled, value, options.output_dir / "patterns")
-        best = replace(best, method=f"{options.method}:patterns={kept}")
+        best = replace(best, method=f"{options.method}:{','.join([*settings, f'patterns={kept}'])}")
     layers = "" if options.layers is None else f" --layers {options.layers}"
     print(f"{best.method}{layers}: density {best.density:.2%}, {len(prompts)} prompts of {options.length} tokens")
     if "skip_softmax" in options.method:
@@ -192,7 +193,7 @@ def bisected(search: Search, measure: Callable[[float], Setting], target: float)
 
 def measured(loaded: LoadedModel, options: argparse.Namespace, given: str, prompts: Sequence[Tensor]) -> Setting:
     """What a method with such parameters computes of prompts ``[1, tokens]``, their mean."""
-    text = f"{options.method.partition(':')[0]}:{given}"
+    text = f"{options.method}:{given}"
     plan = MethodSpec.of(text).with_layers(loaded.shape, options.layers).plan(loaded.shape)
     counts = []
     with torch.inference_mode(), running(loaded.model, plan, PLAIN) as session:

@@ -8,7 +8,7 @@ from sources import EPYC, H200, Block, Line, Sources, line_of, only, tokens
 
 from tmbench.report.table import Table, columns
 from tmbench.report.time_intervals import time_text
-from tmbench.report.ttft import TtftCell
+from tmbench.report.ttft import TtftCell, TtftSection
 from tmbench.report.words import NOTHING, significant
 from tmbench.report.writers import table_markdown
 
@@ -20,8 +20,7 @@ def whole_prefills(sources: Sources, length: str) -> str:
     than at that of the matrix products at which the roofline is drawn. Both are known of methods with one dynamic pattern in
     all layers.
     """
-    section = only(sources.results.ttft, device=H200, model="llama-3.1-8b", weights="structured", batch_size=1)
-    count = int(tokens(length))
+    section, count = _timed(sources), int(tokens(length))
     dense = cell_at(section, "dense", count)
     lines = [line for line in sources.lines(DYNAMIC) if line["length"] == str(count)]
     rows = []
@@ -37,8 +36,7 @@ def whole_prefills(sources: Sources, length: str) -> str:
 
 def product_rate(sources: Sources, length: str) -> str:
     """The throughput of matrix products at which the rooflines of that table are drawn, TFLOP/s."""
-    section = only(sources.results.ttft, device=H200, model="llama-3.1-8b", weights="structured", batch_size=1)
-    rate = cell_at(section, "dense", int(tokens(length))).row.matrix_rate_flops
+    rate = cell_at(_timed(sources), "dense", int(tokens(length))).row.matrix_rate_flops
     assert rate is not None
     return _tera(rate)
 
@@ -56,6 +54,11 @@ def cpu_cost(sources: Sources, method: str, length: str) -> str:
     cell = cell_at(section, method, int(tokens(length)))
     assert cell.percent_vs_dense is not None
     return time_text(cell.percent_vs_dense, cell.percent_low, cell.percent_high, cell.verdict)
+
+
+def _timed(sources: Sources) -> TtftSection:
+    """Times of Llama-3.1-8B's geometry with structured weights, on an H200."""
+    return only(sources.results.ttft, device=H200, model="llama-3.1-8b", weights="structured", batch_size=1)
 
 
 def _tera(flops: float) -> str:

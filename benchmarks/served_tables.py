@@ -108,11 +108,11 @@ def agreement(report: Report) -> str:
 
 def densities(report: Report) -> dict[str, str]:
     """The least and the most of the causal pairs that a label computed in one piece; only where they were counted."""
-    counted: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     for section in sections(report):
         for label, density in section.densities.items():
-            counted.setdefault(label, []).append(100 * density)
-    ends = {label: dict.fromkeys(f"{end:.0f}" for end in (min(found), max(found))) for label, found in counted.items()}
+            shares.setdefault(label, []).append(100 * density)
+    ends = {label: dict.fromkeys(f"{end:.0f}" for end in (min(own), max(own))) for label, own in shares.items()}
     return {label: f"{' to '.join(each)} %" for label, each in ends.items()}
 
 
