@@ -94,8 +94,9 @@ COSTS = ("seconds", "batch_size", "decode", "peak_memory")
 
 
 def rows_of(work):
-    """All of the rows but when and how fast they were made, in the order in which they are printed."""
-    return [replace(row, time="", seconds_per_sample=0.0, batch_size=1, decode="") for row in work.run()]
+    """All of the rows but when they were made and at what cost, in the order in which they are printed."""
+    costs = {"time": "", "seconds_per_sample": 0.0, "peak_memory_bytes": None, "batch_size": 1, "decode": ""}
+    return [replace(row, **costs) for row in work.run()]
 
 
 def samples_of(work):
@@ -169,8 +170,8 @@ def test_a_context_with_windows_is_read_as_often_as_its_cache_asks_for(batch_siz
 @torch.inference_mode()
 def test_families_keep_what_they_have_read_or_say_that_they_cannot(family, keeps, prompt):
     """Behind a long question and a long answer comes a shorter question, and then a longer one."""
-    model, context = small(family), prompt(60)
-    asked = [torch.cat([context, prompt(length)], dim=1) for length in (20, 5, 30)]
+    model, context = small(family).to(DEVICE), prompt(60).to(DEVICE)
+    asked = [torch.cat([context, prompt(length).to(DEVICE)], dim=1) for length in (20, 5, 30)]
     plan = plan_of(model, "tri_mix", **WINDOW)
     with running(model, plan, EAGER) as session:
         expected = [session.follow(ids, 12, context=60) for ids in asked]

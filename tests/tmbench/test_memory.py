@@ -34,6 +34,7 @@ def test_the_numbers_are_those_of_torchs_own_functions(monkeypatch):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_on_a_gpu_they_are_torchs_too():
     device = torch.device("cuda", 0)
+    torch.empty(1, device=device)  # torch has no statistics of a device that it has not begun to use
     peak = PeakMemory(device)
     tensor = torch.empty(2**20, device=device)
     assert held(device) == torch.cuda.memory_allocated(device) >= tensor.nbytes
