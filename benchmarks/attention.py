@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import triton
-from timing import measured_on, written
+from timing import measured_on, queued_each, wall_and_host_ms, written
 from torch import Tensor
 
 from tmbench_kernels import Backend, Dense, Pattern, Triangle
@@ -81,8 +80,13 @@ def measure(pattern: Triangle, length: int, options: argparse.Namespace) -> list
         warm_up(entry, samples[entry.pattern.name], q, k, v)
     for _ in range(options.rounds):
         for entry in entries:
-            if not entry.note:
-                entry.ms += timed(entry.attend, q, k, v)
+            if entry.note:
+                continue
+            found = timed(entry.attend, q, k, v)
+            if found is None:
+                entry.ms, entry.note = [], "waits for the device, whose time cannot be told from the host's"
+            else:
+                entry.ms += found
     dense = min((statistics.median(entry.ms) for entry in entries if entry.pattern == Dense() and entry.ms), default=None)
     return [as_row(entry, samples[entry.pattern.name], q, k, v, dense) for entry in entries]
 
@@ -181,20 +185,15 @@ def warm_up(entry: Entry, sample: Sample, q: Tensor, k: Tensor, v: Tensor) -> No
         torch.cuda.empty_cache()
 
 
-def timed(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> list[float]:
-    """Milliseconds of each launch of one turn, after one that is not counted."""
-    first, *_ = _launches(attend, q, k, v, 1)
-    return _launches(attend, q, k, v, max(1, min(30, int(TURN_MS / max(first, 0.01)))))
+def timed(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> list[float] | None:
+    """Milliseconds that the device takes for each launch of one turn, after one that is not counted.
 
-
-def _launches(attend: Attend, q: Tensor, k: Tensor, v: Tensor, count: int) -> list[float]:
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
-    events[0].record()
-    for event in events[1:]:
-        attend(q, k, v)
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    None where a launch waits for the device, so that its time cannot be told from the host's.
+    """
+    run = partial(attend, q, k, v)
+    wall, host = wall_and_host_ms(run, q.device.type)
+    count = max(1, min(30, int(TURN_MS / max(wall, 0.01))))
+    return queued_each([run] * count, count * host if host else None, q.device.type)
 
 
 class Sample:

@@ -29,7 +29,7 @@ BUDGETS = {
 }
 SKIPPING = {"cuda-hopper": "`cuda-hopper`", "cuda-hopper, common barrier": "common barrier", "triton": "`triton`"}
 SELECTIONS = {"vertical_slash": "MInference", "flex_prefill": "FlexPrefill", "flash_prefill": "FlashPrefill"}
-SELECTIONS |= {"xattention": "XAttention, stride 16"}
+SELECTIONS |= {"xattention": "XAttention, stride 16", "xattention by sorting": "the same by sorting", "pbs": "PBS-Attn"}
 
 
 def random_blocks(sources: Sources) -> str:

@@ -59,8 +59,6 @@ BLOCKS: dict[str, Block] = (
     | TRAINING
     | TUNE
 )
-AHEAD = {"context-parallel", "workers"}
-"""Names whose rows are not there yet: no page has them."""
 SHOWN = re.compile(r"figures/([^)]*\.png)")
 MARKED = re.compile(r"<!-- rows: ([^>]+?) -->(.*?)<!-- /rows -->", re.DOTALL)
 

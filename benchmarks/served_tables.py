@@ -7,6 +7,7 @@ piece has more than ``ABOVE``. A method loses where the interval of its paired d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from claim_sources import tasks_of
 from sources import Block
@@ -21,6 +22,7 @@ from tmbench.report.table import Table, columns
 from tmbench.report.ttft import TtftSection
 from tmbench.report.words import NOTHING, interval_text
 from tmbench.report.writers import captioned, filled, table_markdown
+from tmbench.results.variants import own_label
 from tmbench.results.words import counted, length_name
 
 MISSING = "Not measured yet."
@@ -109,9 +111,10 @@ def agreement(report: Report) -> str:
 def densities(report: Report) -> dict[str, str]:
     """The least and the most of the causal pairs that a label computed in one piece; only where they were counted."""
     shares: dict[str, list[float]] = {}
-    for section in sections(report):
+    found = sections(report)
+    for section, names in zip(found, names_among(found), strict=True):
         for label, density in section.densities.items():
-            shares.setdefault(label, []).append(100 * density)
+            shares.setdefault(names[label], []).append(100 * density)
     ends = {label: dict.fromkeys(f"{end:.0f}" for end in (min(own), max(own))) for label, own in shares.items()}
     return {label: f"{' to '.join(each)} %" for label, each in ends.items()}
 
@@ -120,13 +123,24 @@ def pooled(report: Report) -> dict[tuple[str, str], Difference]:
     """By (way, method) the points against one piece over the tasks of all models and lengths, confirmed together."""
     strata: dict[tuple[str, str], list[Sequence[float]]] = {}
     order: list[str] = []
-    every = [one for section in sections(report) for one in served_scores(section, tasks_of(section, ("dense",)))]
+    found = sections(report)
+    every = [
+        replace(one, label=names[one.label])
+        for section, names in zip(found, names_among(found), strict=True)
+        for one in served_scores(section, tasks_of(section, ("dense",)))
+    ]
     for one in every:
         strata.setdefault((one.read, one.label), []).extend(one.strata)
         order += [one.label] * (one.label not in order)
     places = {read: place for place, read in enumerate(reads(every))}
     keys = sorted((key for key, own in strata.items() if own), key=lambda key: (places[key[0]], order.index(key[1])))
     return dict(zip(keys, family([strata[key] for key in keys]), strict=True))
+
+
+def names_among(found: Sequence[RulerSection]) -> list[dict[str, str]]:
+    """By each section's labels what tells a method's settings apart in any of them: a section alone names fewer."""
+    among = {label for section in found for label in section.labels}
+    return [{cell.label: own_label(cell.row, among) for cell in section.cells} for section in found]
 
 
 def reads(found: Sequence[ServedScore]) -> list[str]:

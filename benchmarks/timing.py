@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -68,7 +69,13 @@ def wall_and_host_ms(run: Callable[[], object], device: str) -> tuple[float, flo
 
 
 def queued_ms(runs: Sequence[Callable[[], object]], host_ms: float | None, device: str) -> float | None:
-    """The device's own time for these runs, one after the other, with no wait for a launch in it.
+    """The time that a device takes for all of these runs, as ``queued_each`` has it of each."""
+    each = queued_each(runs, host_ms, device)
+    return None if each is None else sum(each)
+
+
+def queued_each(runs: Sequence[Callable[[], object]], host_ms: float | None, device: str) -> list[float] | None:
+    """The device's own time for each of these runs, one after the other, with no wait for a launch in it.
 
     The device sleeps until the launches are queued, at first for twice ``host_ms``, which the host takes for them. Where a
     queue holds fewer launches than there are, the host fills it up while the device works. So no run counts before all of
@@ -77,7 +84,7 @@ def queued_ms(runs: Sequence[Callable[[], object]], host_ms: float | None, devic
     host's. On a CPU it is the time that the runs take.
     """
     if device == "cpu":
-        return sum(mean_ms(run, 1, device) for run in runs)
+        return [mean_ms(run, 1, device) for run in runs]
     sleep = max(2 * (host_ms or 0.0), 1.0)
     for _ in range(MOST_SLEEPS):
         done = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]  # type: ignore[no-untyped-call]
@@ -91,6 +98,6 @@ def queued_ms(runs: Sequence[Callable[[], object]], host_ms: float | None, devic
             waited = waited or done[number].query()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         if not waited:
-            return float(done[0].elapsed_time(done[-1]))
+            return [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(done)]
         sleep *= 2
     return None

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from tmbench.errors import UserError
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "training/README.md", *ROOT.glob("tmbench/*/*/*.md"))
 
@@ -42,7 +40,7 @@ def test_rendering_changes_no_page(render, sources):
 
 def test_a_figure_that_was_typed_over_is_rendered_anew(render, sources):
     text = "a <!-- rows: kernel ms 128K triangle cuda-hopper -->9.99<!-- /rows --> b"
-    assert render.filled(text, sources) == text.replace("9.99", "2.97")
+    assert render.filled(text, sources) == text.replace("9.99", "2.71")
 
 
 @pytest.mark.parametrize(
@@ -169,13 +167,7 @@ def test_no_name_of_a_figure_stands_for_two(render):
 
 def test_every_name_of_a_figure_is_on_a_page(render):
     marked = [name.split()[0] for page in PAGES for name, _ in render.MARKED.findall(page.read_text(encoding="utf-8"))]
-    assert set(render.BLOCKS) - set(marked) == render.AHEAD
-
-
-def test_a_name_waits_for_its_rows_and_no_longer(render, sources):
-    for name in render.AHEAD:
-        with pytest.raises((FileNotFoundError, UserError, ValueError), match=r"no results under|No such file|nothing of"):
-            render.BLOCKS[name](sources)
+    assert set(render.BLOCKS) <= set(marked)
 
 
 @pytest.mark.parametrize("text", ["<!-- rows: nonsense -->\n<!-- /rows -->", "<!-- rows: intervals -->", "<!-- /rows -->"])

@@ -81,7 +81,8 @@ def test_a_device_that_waits_for_launches_is_told_from_one_that_works(on, timing
     wall, host = timing.wall_and_host_ms(lambda: [run() for run in runs], "cuda")
     assert (wall, host) == pytest.approx((19.0, 9.0))
     assert timing.queued_ms(runs, host, "cuda") == pytest.approx(12.0)
-    assert device.sleeps == 1
+    assert timing.queued_each(runs, host, "cuda") == pytest.approx([1.0, 1.0, 10.0])
+    assert device.sleeps == 2
 
 
 def test_a_sleep_that_was_too_short_is_made_longer(on, timing):
