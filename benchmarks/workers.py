@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -97,12 +97,18 @@ def measure(options: argparse.Namespace, more: Sequence[str]) -> Iterator[dict[s
                 }
 
 
-def watched(command: Sequence[str], root: Path, timeout: float) -> Run:
-    """Run a command to its end, or to the end of its time, and see when the samples below ``root`` came."""
+def watched(command: Sequence[str], root: Path, timeout: float, env: Mapping[str, str] | None = None) -> Run:
+    """Run a command to its end, or to the end of its time, and see when the samples below ``root`` came.
+
+    ``env`` is added to this process's own.
+    """
     kept: list[tuple[float, int]] = []
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        own = {**os.environ, **(env or {})}
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=own
+        )
         try:
             running = True
             while running:
