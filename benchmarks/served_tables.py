@@ -73,7 +73,7 @@ def together(report: Report) -> str:
 
 
 def may_use(report: Report) -> str:
-    """For each way a sentence that says which methods an engine may use, and what is still open of the others.
+    """For each way which methods an engine may use, and what is still open of the others.
 
     In brackets stand the densities that a method has in one piece, over all models and lengths.
     """
@@ -85,11 +85,11 @@ def may_use(report: Report) -> str:
         called = {label: f"`{label}`" + (f" ({computed[label]})" if label in computed else "") for label in said}
         kept = [called[label] for label, one in said.items() if one.verdict in KEEPS]
         lost = [called[label] for label, one in said.items() if one.verdict == LOSS]
-        rest = [f"{-one.low:.2f} for {called[label]}" for label, one in said.items() if one.verdict not in (*KEEPS, LOSS)]
-        parts = [f"an engine may use {listed(kept)}: against one piece no loss is measurable"] if kept else []
-        parts += [f"{listed(lost)} {'loses' if len(lost) == 1 else 'lose'} against one piece"] if lost else []
-        parts += [f"a loss is still open, of points up to {listed(rest)}"] if rest else []
-        lines.append(f"- **{read[0].upper()}{read[1:]}**: {'; '.join(parts)}.")
+        rest = [f"{called[label]}, {-one.low:.2f}" for label, one in said.items() if one.verdict not in (*KEEPS, LOSS)]
+        lines.append(f"- **{read[0].upper()}{read[1:]}**")
+        lines += [f"    - An engine may use {listed(kept)}: against one piece no loss is measurable."] if kept else []
+        lines += [f"    - Against one piece {listed(lost)} {'loses' if len(lost) == 1 else 'lose'}."] if lost else []
+        lines += [f"    - A loss is still open, of up to so many points: {'; '.join(rest)}."] if rest else []
     return "\n".join(lines)
 
 

@@ -45,10 +45,15 @@ def test_without_rows_nothing_is_said(made):
 
 def test_words_follow_from_the_intervals_of_all_lengths_together(made, tmp_path):
     measured(tmp_path, [CHUNKS, {"ask_later": True}])
-    kept = "an engine may use `streaming`: against one piece no loss is measurable"
+    said = [
+        "    - An engine may use `streaming`: against one piece no loss is measurable.",
+        "    - Against one piece `minference` (50 to 100 %) loses.",
+    ]
     assert made("may-use").splitlines() == [
-        f"- **In chunks of 2K, prompt length known**: {kept}; `minference` (50 to 100 %) loses against one piece.",
-        f"- **Asked later**: {kept}; `minference` (50 to 100 %) loses against one piece.",
+        "- **In chunks of 2K, prompt length known**",
+        *said,
+        "- **Asked later**",
+        *said,
     ]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made("together").splitlines()[2:]]
     # Two tasks at each of two lengths: of vt there is nothing to lose.
@@ -66,7 +71,25 @@ def test_too_few_samples_are_no_leave(made, tmp_path):
     for how in ({}, {"ask_later": True}):
         for method in ("dense", "minference"):
             add_answers(tmp_path, method, "vt", [1.0] * 20, **how)
-    assert made("may-use") == "- **Asked later**: a loss is still open, of points up to 16.84 for `minference`."
+    assert made("may-use").splitlines() == [
+        "- **Asked later**",
+        "    - A loss is still open, of up to so many points: `minference`, 16.84.",
+    ]
+
+
+def test_settings_that_one_model_was_asked_are_told_apart_everywhere(made, tmp_path):
+    """A model that was asked one setting alone calls it by the method's name: it counts with the same of other models."""
+    for length, windows in ((4096, (256, 512)), (8192, (512,))):
+        for how in ({}, {"ask_later": True}):
+            add_answers(tmp_path, "dense", "vt", [1.0] * 20, length=length, **how)
+            for window in windows:
+                add_answers(tmp_path, "streaming", "vt", [1.0] * 20, length=length, n_local=window, **how)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made("together").splitlines()[2:]]
+    assert [(line[0], line[4]) for line in lines] == [
+        ("dense", "40"),
+        ("streaming (n_local 256)", "20"),
+        ("streaming (n_local 512)", "40"),
+    ]
 
 
 def test_times_stand_as_the_report_has_them(made, tmp_path):
