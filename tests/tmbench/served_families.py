@@ -50,6 +50,14 @@ INDEXER: dict[str, Any] = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
+NESTED: dict[str, Any] = {
+    "intermediate_size": [96] * 4,
+    "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0],
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+    "laurel_rank": 8,
+    "altup_num_inputs": 3,
+}
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 MROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 
@@ -81,6 +89,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 97,
         "num_kv_shared_layers": 2,
     },
+    "gemma3n_text": SLIDING | NESTED | {"num_kv_shared_layers": 0},
+    "gemma3n_text, with shared keys": SLIDING | NESTED | {"num_kv_shared_layers": 2},
     "llama4_text": MOE | {"attention_chunk_size": 16, "intermediate_size_mlp": 96, "no_rope_layers": [1, 0, 1, 0]},
     "deepseek_v3": ROUTED | LATENT,
     "glm4_moe": ROUTED,
