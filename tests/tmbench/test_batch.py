@@ -11,8 +11,10 @@ from tmbench.engine.batch import GRAPH, STEPPED, Batch
 from tmbench.engine.compiled_layers import compiled
 from tmbench.engine.decode import greedy
 from tmbench.engine.decode_kind import step_kind
+from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN
 from tmbench.engine.session import running
+from tmbench.errors import NotFiniteError
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -155,6 +157,51 @@ def test_a_text_whose_logits_are_not_finite_fails_alone(make_model, texts):
     assert [text.error is None for text in found] == [True, False, True]
     assert f"new token {place + 2} are not finite" in str(found[1].error)
     assert [found[0].tokens, found[2].tokens] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize("where", ["prompt", "new token"])
+def test_what_is_no_number_does_not_outlive_its_text(where, make_model, texts):
+    """The next text in its slot is shorter than it and than the one beside, so that a step passes over what is behind."""
+    model = make_model("llama", vocab_size=970).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    plan = plan_of(model, "dense")
+    beside, broken, short = texts[2], texts[0].clone(), texts[1][:, :7]
+    expected = one_by_one(model, plan, [beside, short], 20)
+    model.get_input_embeddings().weight.data[900] = torch.nan
+    given = [900] * 20 if where == "new token" else None
+    if given is None:
+        broken[0, 20] = 900
+    batch = Batch(model, 90, 20, size=2, graph=GPU)
+    with torch.inference_mode(), running(model, plan, EAGER) as session:
+        first = batch.read(session, beside, 20)
+        if given is None:
+            with pytest.raises(NotFiniteError):
+                batch.read(session, broken, 20)
+        else:
+            failing = batch.read(session, broken, 20, endless=True, given=given)
+    with torch.inference_mode():
+        if given is not None:
+            assert batch.advance() == [failing]
+            assert failing.error is not None
+        with running(model, plan, EAGER) as session:
+            second = batch.read(session, short, 20)
+        while batch.texts:
+            batch.advance()
+    assert [(text.error, text.tokens) for text in (first, second)] == [(None, tokens) for tokens in expected]
+
+
+@torch.inference_mode()
+def test_a_context_that_several_questions_follow_leaves_nothing_of_the_one_before(make_model, texts):
+    plan = plan_of(model := make_model("llama").to(DEVICE), "dense")
+    cache = KvCache(2, 70)
+    with running(model, plan, EAGER) as session:
+        for number in range(2):
+            session.read_into(texts[0], CacheSlot(cache, number))
+        for keys, values in cache.layers:
+            keys[:, :, 20:], values[:, :, 20:] = torch.nan, torch.nan
+        for number in (1, 0):
+            session.read_into(texts[0][:, :24], CacheSlot(cache, number), 20, over=CacheSlot(cache, 0))
+    assert all(torch.isfinite(tensor).all() for layer in cache.layers for tensor in layer)
 
 
 def test_room_is_made_anew_and_texts_keep_theirs(make_model, texts):

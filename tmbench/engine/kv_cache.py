@@ -38,7 +38,7 @@ class KvCache:
     def put(self, slot: int, layer: int, key: Tensor, value: Tensor, at: int = 0) -> None:
         """Copy a prompt's keys and values of one layer, ``[1, kv_heads, tokens, dim]``; layers come in their order.
 
-        ``at`` is how many tokens are there already, of a prompt that comes in chunks.
+        ``at`` is how many tokens are there already, of a prompt that comes in chunks. What the slot held before is gone.
         """
         if layer == len(self.layers):
             # What lies behind a sequence's keys is read and weighted with nothing, which only numbers survive.
@@ -46,6 +46,9 @@ class KvCache:
             self.layers.append((new[0], new[1]))
         for kept, given in zip(self.layers[layer], (key, value), strict=True):
             kept[slot, :, at : at + given.shape[2]] = given[0]
+            if not at:
+                # A text that was here before may have left what is no number.
+                kept[slot, :, given.shape[2] :] = 0
 
 
 class CacheSlot:
@@ -68,8 +71,10 @@ class CacheSlot:
         """Hold the first so many tokens that another slot of the cache holds, or this one itself; others go behind them."""
         for number, layer in enumerate(self._cache.layers):
             self._there[number] = tokens
-            for kept in layer if other.number != self.number else ():
-                kept[self.number, :, :tokens] = kept[other.number, :, :tokens]
+            for kept in layer:
+                if other.number != self.number:
+                    kept[self.number, :, :tokens] = kept[other.number, :, :tokens]
+                kept[self.number, :, tokens:] = 0
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep a layer's keys and values behind those that it has, and return all, as transformers' caches do."""
