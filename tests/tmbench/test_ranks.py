@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from served_families import small
 from torch import nn
 
 from command_lines import FAST_TTFT
@@ -30,7 +31,7 @@ from tmbench.measure.attempt import attempt
 from tmbench.measure.spec import Item
 from tmbench.models import parallel
 from tmbench.models.context import check_split
-from tmbench.models.loading import load
+from tmbench.models.loading import load, load_tokenizer
 from tmbench.models.sharding import draw, plan_of
 from tmbench.report.settings import TtftSetting
 from tmbench.results.failures import describe
@@ -93,6 +94,44 @@ def test_a_model_that_is_drawn_is_never_held_whole(monkeypatch):
     part = sum(parameter.numel() for parameter in model.parameters())
     assert part < 0.75 * whole
     assert part / 2 < max(most) <= part + largest < whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["checkpoint", "random"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen2", "qwen3", "gemma3_text", "gemma3n_text", "gemma4_text", "granite", "cohere2", "exaone4", "smollm3"],
+)
+def test_the_parts_of_a_model_make_the_whole(tmp_path, monkeypatch, family, weights):
+    """Its weights, what else a checkpoint holds, and the tables that are computed."""
+    saved = small(family)
+    with torch.no_grad():
+        # Ones and zeros would be the same if nothing were read.
+        for tensor in saved.state_dict().values():
+            tensor += 0.1 * torch.rand_like(tensor)
+    saved.save_pretrained(tmp_path)
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        model = load(str(tmp_path), weights=weights, device="cpu", dtype="float32").model
+        return dict([*model.named_parameters(), *model.named_buffers()])
+
+    whole, parts = tensors(), []
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        parts.append(tensors())
+    assert whole.keys() == parts[0].keys() == parts[1].keys()
+    split = set()
+    for name, expected in whole.items():
+        both = [part[name] for part in parts]
+        for axis in range(expected.ndim):
+            if both[0].shape[axis] < expected.shape[axis]:
+                both = [torch.cat(both, axis)]
+                split.add(name)
+        for got in both:
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=f"{name} is another one")
+    assert len(split) >= 7 * 4
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ part.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
 
 from tmbench.errors import UnsupportedModelError, UserError
 from tmbench.models import fingerprint, parallel
@@ -127,23 +129,30 @@ def split(model: Any, plan: Plan, part: nn.Module) -> None:
 
 def make_real(model: Any, part: nn.Module, device: torch.device) -> None:
     """Give what has no data yet in a module, and in those inside of it, data as transformers draws it."""
+    drawing = _drawing(model)
     for module in _children_first(part):
         if _make_room(module, device):
-            model._init_weights(module)
+            drawing[module]._init_weights(module)
 
 
 def draw(model: Any, plan: Plan, device: torch.device, seed: int) -> None:
-    """Fill a model of the meta device with the weights that one GPU would have of that seed, a module at a time."""
+    """Fill a model of the meta device, a module at a time, with the weights that one GPU would have of that seed.
+
+    Of a model that reads images too they are others, drawn alike.
+    """
     torch.manual_seed(seed)
-    for stage in dict.fromkeys((model.base_model, model)):
-        todo = [one for one in _children_first(stage) if any(own.is_meta for own in _own_tensors(one))]
-        wanted = set(todo)
+    drawing = _drawing(model)
+    left = set(drawing)
+    for stage in [module for module in _children_first(model) if isinstance(module, PreTrainedModel)]:
+        # Those without data of their own, too: some draw what modules inside of them have.
+        todo = [one for one in _children_first(stage) if one in left]
         for module in stage.modules():
-            if module in wanted:
+            if module in left:
                 _drawn_when_made(module, device)
+        left -= set(todo)
         for module in todo:
             _make_room(module, device)
-            model._init_weights(module)
+            drawing[module]._init_weights(module)
             split(model, plan, module)
     model.tie_weights()
 
@@ -166,10 +175,12 @@ def read(name: str, model: Any, plan: Plan, folder: Path | None, device: torch.d
         places = {key: folder / file for file in files for key in tensor_shapes(folder / file) or ()}
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         _read_weights(name, model, places, tied, device)
-        # What has no weights has tables that are computed.
-        for module in list(_children_first(model)):
-            if _make_room(module, device, weights=False):
-                model._init_weights(module)
+        # What is in no file is computed, in modules that may have weights too: those are not drawn over what was read.
+        drawing = _drawing(model)
+        with initialization.guard_torch_init_functions():
+            for module in list(_children_first(model)):
+                if _make_room(module, device, weights=False):
+                    drawing[module]._init_weights(module)
         model.tie_weights()
 
 
@@ -178,11 +189,11 @@ def _read_weights(name: str, model: Any, places: Mapping[str, Path], tied: set[s
 
     opened: dict[Path, Any] = {}
     for owner_name, owner in list(model.named_modules()):
-        for own, parameter in list(owner.named_parameters(recurse=False)):
+        for own, tensor in list(_saved(owner)):
             key = f"{owner_name}.{own}"
             there = next((one for one in (key, key.removeprefix(f"{model.base_model_prefix}.")) if one in places), None)
             if there is None:
-                if key in tied:
+                if key in tied or own in owner._buffers:
                     continue
                 raise UserError(
                     f"--model {name} names its weights otherwise than its family does ({key} is not there), so that they "
@@ -192,8 +203,19 @@ def _read_weights(name: str, model: Any, places: Mapping[str, Path], tied: set[s
             if path not in opened:
                 opened[path] = safe_open(path, framework="pt")
             whole = opened[path].get_slice(there)
-            part = owner.part(whole) if isinstance(owner, Shard) else whole[:]
-            setattr(owner, own, nn.Parameter(part.to(device, parameter.dtype), requires_grad=False))
+            part = (owner.part(whole) if isinstance(owner, Shard) else whole[...]).to(device, tensor.dtype)
+            read: Any = part if own in owner._buffers else nn.Parameter(part, requires_grad=False)
+            # By which transformers, too, knows what it must not draw.
+            read._is_hf_initialized = True
+            setattr(owner, own, read)
+
+
+def _saved(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own tensors that a checkpoint holds: its parameters, and those of its buffers that are no mere tables."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:
@@ -203,17 +225,20 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
+def _drawing(model: nn.Module) -> dict[nn.Module, Any]:
+    """For each module the innermost of transformers' models around it, which knows how its weights are drawn."""
+    outer_first = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return {module: owner for owner in outer_first for module in owner.modules()}
+
+
 def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _drawn_when_made(module: nn.Module, device: torch.device) -> None:
     """Draw what torch does for such a layer when it is made, before transformers draws it: what follows depends on it."""
-    how: dict[str, Any] = {"device": device}
-    if isinstance(module, nn.Linear):
-        nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=module.weight.dtype, **how)
-    elif isinstance(module, nn.Embedding):
-        nn.Embedding(module.num_embeddings, module.embedding_dim, dtype=module.weight.dtype, **how)
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
+        copy.deepcopy(module).to_empty(device=device).reset_parameters()
 
 
 def _make_room(module: nn.Module, device: torch.device, *, weights: bool = True) -> bool:
