@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from served_families import FAMILIES as ALL_FAMILIES
 from served_families import small
 from torch import nn
 
@@ -105,6 +106,8 @@ def test_a_model_that_is_drawn_is_never_held_whole(monkeypatch):
 def test_the_parts_of_a_model_make_the_whole(tmp_path, monkeypatch, family, weights):
     """Its weights, what else a checkpoint holds, and the tables that are computed."""
     saved = small(family)
+    if family == "gemma3n_text":
+        saved.config.activation_sparsity_pattern = [0.0] * 4
     with torch.no_grad():
         # Ones and zeros would be the same if nothing were read.
         for tensor in saved.state_dict().values():
@@ -403,3 +406,22 @@ def test_prompts_that_one_process_would_split_are_refused(tmbench):
 def test_heads_that_cannot_be_shared_are_refused(ranks, reason):
     with pytest.raises(UserError, match=reason):
         plan_of("tiny", load("tiny", plan_only=True, device="cpu").model, ranks)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma3n_text", {}, r"has model.layers.0.mlp.activation_sparsity, which takes together what no GPU"),
+        ("cohere", {"use_qk_norm": True}, r"has model.layers.0.self_attn.q_norm.weight, which takes together"),
+        ("gemma4_text", {"num_key_value_heads": 1, "num_global_key_value_heads": 2}, "4 query heads and 1 key heads"),
+    ],
+)
+def test_models_whose_parts_would_answer_otherwise_are_refused(make_model, family, changes, reason):
+    model = make_model(family, **(ALL_FAMILIES.get(family, {}) | changes))
+    with pytest.raises(UserError, match=reason):
+        plan_of("small", model, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma4_text", "cohere", "apertus", "nanochat"])
+def test_norms_of_single_heads_and_single_numbers_are_no_reason_to_refuse(make_model, family):
+    assert plan_of("small", make_model(family, **ALL_FAMILIES.get(family, {})), 2)

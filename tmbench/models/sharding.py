@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
 from tmbench.errors import UnsupportedModelError, UserError
+from tmbench.methods.layer_kinds import layer_kinds
 from tmbench.models import fingerprint, parallel
 from tmbench.models.attention_modules import kept_whole, self_attentions
 from tmbench.models.checkpoint import tensor_shapes
@@ -79,12 +80,14 @@ class Shard(nn.Linear):
 def plan_of(name: str, model: Any, ranks: int) -> Plan:
     """How each linear layer is split; raises UserError for a model that cannot be."""
     plan, remedy = dict(model.tp_plan or {}), "leave torchrun out"
-    family, shape = model.config.model_type, Geometry.of(model)
-    if shape.kv_heads % ranks or shape.heads % ranks:
-        raise UserError(
-            f"--model {name} has {shape.heads} query heads and {shape.kv_heads} key heads, which {ranks} GPUs cannot share "
-            "evenly: give --nproc-per-node a number that divides both"
-        )
+    family = model.config.model_type
+    # Some families have other heads in each kind of layer.
+    for shape in (Geometry.of(model), *(Geometry.of(model, layer) for layer in range(len(layer_kinds(model.config))))):
+        if shape.kv_heads % ranks or shape.heads % ranks:
+            raise UserError(
+                f"--model {name} has {shape.heads} query heads and {shape.kv_heads} key heads, which {ranks} GPUs cannot "
+                "share evenly: give --nproc-per-node a number that divides both"
+            )
     if feature := kept_whole(model):
         raise UserError(f"--model {name} has {feature}, which several GPUs do not share: {remedy}")
     linear = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -112,7 +115,32 @@ def plan_of(name: str, model: Any, ranks: int) -> Plan:
             raise UserError(
                 f"--model {name} has {features} features in {key}, which {ranks} GPUs cannot share evenly: {remedy}"
             )
+    children: dict[str, set[str]] = {}
+    for key in found:
+        holder, _, child = key.rpartition(".")
+        children.setdefault(holder, set()).add(child)
+    for holder, cut in children.items():
+        if across := _across_features(model.get_submodule(holder), cut):
+            raise UserError(
+                f"--model {name} has {holder}.{across}, which takes together what no GPU would have whole: {remedy}"
+            )
     return {linear[key]: (key, style) for key, style in found.items()}
+
+
+def _across_features(holder: nn.Module, split: Container[str]) -> str:
+    """What in a module, between the linear layers that are split, needs more than a rank's features; "" for nothing.
+
+    A norm of single heads does not, and neither does one number.
+    """
+    if getattr(holder, "activation_sparsity", 0):
+        # Gemma 3n keeps the largest activations, by their mean and deviation.
+        return "activation_sparsity"
+    each = getattr(holder, "head_dim", None)
+    for name, module in holder.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if name not in split and parameter.numel() > 1 and tuple(parameter.shape) != (each,):
+                return ".".join(filter(None, (name, own)))
+    return ""
 
 
 def split(model: Any, plan: Plan, part: nn.Module) -> None:
