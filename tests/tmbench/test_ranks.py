@@ -26,6 +26,7 @@ from torch import nn
 from command_lines import FAST_TTFT
 from report_rows import COMMON, TTFT
 from tmbench.cli import main
+from tmbench.engine.token_split import TokenSplit
 from tmbench.errors import UserError
 from tmbench.executors.ranks import AcrossRanks
 from tmbench.measure.attempt import attempt
@@ -425,3 +426,19 @@ def test_models_whose_parts_would_answer_otherwise_are_refused(make_model, famil
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma4_text", "cohere", "apertus", "nanochat"])
 def test_norms_of_single_heads_and_single_numbers_are_no_reason_to_refuse(make_model, family):
     assert plan_of("small", make_model(family, **ALL_FAMILIES.get(family, {})), 2)
+
+
+@pytest.mark.parametrize("length", [3, 5, 8])
+def test_heads_that_lie_apart_are_sent_in_one_piece(monkeypatch, length):
+    """As of a layer where queries, keys and values of a head lie together; the last of 3 ranks may have one token."""
+    sent = []
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    monkeypatch.setattr(parallel, "rank", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda found, given, *sizes: sent.append(given))
+    split = TokenSplit(length)
+    together = torch.arange(split.own * 6 * 12.0).view(1, split.own, 6, 12)
+    for x in together.transpose(1, 2).chunk(3, dim=-1):
+        split.to_heads(x)
+        assert sent[-1].is_contiguous()
+        # To each rank its two heads, token by token.
+        assert torch.equal(sent[-1].view(3, split.own, 2, 4), x[0].view(3, 2, split.own, 4).transpose(1, 2))

@@ -50,7 +50,8 @@ class TokenSplit:
         # Tokens come first, so that what arrives is in their order without a copy.
         sent = x.reshape(batch, self.ranks, part, self.own, dim).permute(1, 3, 0, 2, 4).reshape(-1, batch, part, dim)
         found = x.new_empty(self.length, batch, part, dim)
-        self._exchange(found, sent, self.sizes, [self.own] * self.ranks)
+        # Of one token it may still be a part of what the layer has projected.
+        self._exchange(found, sent.contiguous(), self.sizes, [self.own] * self.ranks)
         return found.permute(1, 2, 0, 3)
 
     def to_tokens(self, x: Tensor) -> Tensor:
