@@ -25,7 +25,8 @@ from torch import nn
 
 from command_lines import FAST_TTFT
 from report_rows import COMMON, TTFT
-from tmbench.cli import main
+from tmbench import cli
+from tmbench.cli import main, ranks
 from tmbench.engine.token_split import TokenSplit
 from tmbench.errors import UserError
 from tmbench.executors.ranks import AcrossRanks
@@ -170,6 +171,22 @@ def test_bad_input_is_one_sentence_for_all_ranks(tmp_path):
     assert "exitcode  : 1" not in done.stderr
     assert "UserError" not in done.stderr, "no traceback of ours"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("ruler", "--length", "abc"), "Invalid value for '--length': 'abc' is no number of tokens: give"),
+        (("ttft", "--no-such"), "No such option: --no-such"),
+        (("ttft", "--method", "nope"), "--method nope is unknown"),
+        (("ttft", "--help"), ""),
+    ],
+)
+def test_the_reason_that_torchrun_reports_is_whatever_was_refused(monkeypatch, capsys, arguments, reason):
+    monkeypatch.setattr("sys.argv", ["tmbench", *arguments])
+    stop = ranks._ending(cli._main)
+    assert (stop.code, stop.reason[: len(reason)]) == (2 if reason else 0, reason)
+    assert bool(stop.reason) == bool(reason)
 
 
 RULER = ("ruler", "--length", "1K", "--samples", "24", "--task", "niah_single_1", "--method", "dense", "--device", "cpu")

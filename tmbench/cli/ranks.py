@@ -57,11 +57,14 @@ def _ending(run: Callable[[], None]) -> Stop:
             return follow()
         run()
     except SystemExit as end:
-        said = end.__cause__
+        said, refused = end.__cause__, getattr(end.__context__, "format_message", None)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == parallel.INTERRUPTED:
             return Stop(code, "the run was interrupted")
-        return Stop(code, str(said) if isinstance(said, (UserError, RulerError)) else "")
+        if isinstance(said, (UserError, RulerError)):
+            return Stop(code, str(said))
+        # Of options that it does not know, or cannot read, Typer speaks by itself.
+        return Stop(code, refused() if callable(refused) else "")
     except KeyboardInterrupt:
         return Stop(parallel.INTERRUPTED, "the run was interrupted")
     except parallel.GoneError as gone:
