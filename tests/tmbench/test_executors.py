@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -225,6 +226,23 @@ def test_ray_that_is_not_installed_is_one_sentence_with_its_remedy(tmbench, monk
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     line = refused(tmbench, "agree", "--executor", "ray")
     assert line == "--executor ray needs Ray, which is not installed: pip install 'tmbench[ray]'"
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_an_address_where_no_ray_answers_is_one_sentence(by_environment, tmbench, monkeypatch):
+    from tmbench.executors import ray_actors
+
+    monkeypatch.setattr(ray_actors, "ANSWERS", 8)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = there = f"127.0.0.1:{silent.getsockname()[1]}"
+        if by_environment:
+            # As a cluster that has gone: auto is looked up, and leads to nothing.
+            monkeypatch.setenv("RAY_ADDRESS", there)
+            address = "auto"
+        line = refused(tmbench, "agree", "--executor", "ray", "--address", address)
+    assert line.startswith(f"--address {address} has no Ray cluster that can be joined (none answers within 8 s): start one")
 
 
 @pytest.mark.parametrize(

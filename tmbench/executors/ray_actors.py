@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tmbench.errors import UserError
+from tmbench.errors import UserError, shortened
 from tmbench.executors.worker_loop import Lost, Told, serve
 from tmbench.measure.spec import ModelSource
 from tmbench.results.failures import describe
@@ -34,6 +36,15 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """What Ray reads when it is imported: it would report to its makers, and write between our lines."""
+ANSWERS = 60.0
+"""Seconds that a cluster has to answer in. Ray itself tries for many minutes, and writes of each attempt."""
+ASK = """
+import sys
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient
+GcsClient(address=canonicalize_bootstrap_address(sys.argv[1]))
+"""
+"""Asks the cluster of an address for its number, which nothing but a running one knows."""
 
 
 class Actor:
@@ -100,6 +111,8 @@ class Actors:
         if address:
             _check_address(address)
         self.ray = _ray()
+        if address:
+            _check_cluster(address)
         self._join(address, workers or 1)
         has = {name: int(self.ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU")}
         unit = "GPU" if kind in ("", "cuda") and has["GPU"] else "CPU"
@@ -173,6 +186,21 @@ def _check_address(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
             raise UserError(f"--address {address} does not answer ({error}): give that of a running Ray cluster") from error
+
+
+def _check_cluster(address: str) -> None:
+    """Raise UserError where no Ray cluster answers: ``auto`` is the last one of this machine, which may be long gone."""
+    wrong = f"--address {address} has no Ray cluster that can be joined"
+    remedy = "start one with ray start --head, or use --executor processes"
+    # In a process of its own: Ray's client can neither be interrupted nor told to be silent.
+    asked = [sys.executable, "-c", ASK, address]
+    try:
+        told = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWERS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{wrong} (none answers within {ANSWERS:g} s): {remedy}") from error
+    if told.returncode:
+        lines = told.stderr.strip().splitlines() or [f"its client ended with code {told.returncode}"]
+        raise UserError(f"{wrong} ({shortened(lines[-1])}): {remedy}")
 
 
 def _ray() -> Any:
