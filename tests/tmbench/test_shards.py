@@ -189,6 +189,27 @@ def test_what_a_shard_lacks_makes_no_row_and_the_samples_are_joined(spec, loaded
     assert [row.samples for row in merge([tmp_path], tmp_path).made] == [4] * 4
 
 
+def test_a_row_that_every_shard_was_killed_in_is_waited_for(spec, loaded, tmp_path):
+    split(spec("accuracy", tmp_path), loaded)
+    for record in tmp_path.glob("shards/*/*/ruler/records/dense-*"):
+        record.unlink()
+    merged = merge([tmp_path, tmp_path], tmp_path)
+    assert len(merged.made) == 2
+    assert {str(shard) for shard in merged.missing} == {"1/3", "2/3", "3/3"}
+    assert all(
+        title.startswith("the row of cpu") and "predictions/dense/" in title
+        for titles in merged.missing.values()
+        for title in titles
+    )
+    for record in tmp_path.glob("shards/*/*/ruler/records/*"):
+        record.unlink()
+    merged = merge([tmp_path], tmp_path)
+    assert (merged.made, len(merged.missing)) == ([], 3)
+    split(spec("accuracy", tmp_path), loaded)
+    merged = merge([tmp_path], tmp_path)
+    assert (len(merged.made), merged.there, merged.missing) == (2, 2, {})
+
+
 def test_samples_that_were_taken_away_make_no_row(spec, loaded, tmp_path):
     split(spec("accuracy", tmp_path, tasks=("vt",)), loaded)
     shutil.rmtree(next(tmp_path.glob("shards/2-of-3/*/ruler/predictions/dense")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from tmbench.results.loss_samples import LossSample, kept_losses
 from tmbench.results.predictions import Prediction
 from tmbench.results.rows import OK, AgreeRow, LossRow, ProbeRow, Row
 from tmbench.results.sample_files import Kept, read_entries_of
-from tmbench.results.shards import Record, Shard, read_records
+from tmbench.results.shards import Record, Shard, read_records, sample_files
 from tmbench.results.tables import newest
 from tmbench.results.variants import identity, labels
 from tmbench.suites.suite import Suite
@@ -163,7 +163,8 @@ def merge(roots: Sequence[Path], output: Path, show: Callable[[str, int, int], N
     and for files that cannot be used.
     """
     groups = {kind: _grouped(roots, kind) for kind in KINDS}
-    if not any(groups.values()):
+    begun = dict(_begun(roots, groups))
+    if not begun and not any(groups.values()):
         folders = ", ".join(map(str, roots))
         raise UserError(
             f"there are no shards in {folders}: give the folders that runs with --shard were given as --output-dir"
@@ -171,7 +172,7 @@ def merge(roots: Sequence[Path], output: Path, show: Callable[[str, int, int], N
     for own in groups.values():
         _check_alike(own)
         _check_whole(own)
-    merged = Merged()
+    merged = Merged(missing=begun)
     done, total = 0, sum(map(len, groups.values()))
     for kind, own in groups.items():
         # Losses are held against those of dense.
@@ -192,6 +193,18 @@ def _grouped(roots: Sequence[Path], kind: type[Row]) -> list[_Group]:
     groups = [found[settings] for settings in sorted(found)]
     names = labels([group.parts[0].record.row for group in groups])
     return [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
+
+
+def _begun(roots: Sequence[Path], groups: Mapping[type[Row], Sequence[_Group]]) -> Iterator[tuple[Shard, list[str]]]:
+    """Of each shard that has samples of rows which no shard has finished: these, by the files of the samples."""
+    found: dict[Shard, list[str]] = {}
+    for kind, own in groups.items():
+        records = [part.record for group in own for part in group.parts]
+        known = {Path(record.row.device, kind.kind, name) for record in records for name in record.files.values()}
+        for shard, file in dict.fromkeys(one for root in roots for one in sample_files(root, kind)):
+            if file not in known:
+                found.setdefault(shard, []).append(f"the row of {file}")
+    yield from found.items()
 
 
 def _check_alike(groups: Iterable[_Group]) -> None:

@@ -124,6 +124,20 @@ def read_records(root: Path, kind: type[R]) -> Iterator[Record[R]]:
         yield record
 
 
+def sample_files(root: Path, kind: type[Row]) -> Iterator[tuple[Shard, Path]]:
+    """The files of samples of a kind of row that shards of a results folder have, as paths within that of the shard.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    with readable(root):
+        found = sorted(root.glob(f"{FOLDER}/*-of-*/*/{kind.kind}/**/*.jsonl"))
+    for path in found:
+        folder, *within = path.relative_to(root / FOLDER).parts
+        number, _, of = folder.partition("-of-")
+        if number.isdigit() and of.isdigit():
+            yield Shard(int(number), int(of)), Path(*within)
+
+
 def _record(entry: Any, kind: type[R]) -> Record[R]:
     texts = {str(name): str(text) for name, text in entry["row"].items()}
     if not kind.is_header(list(texts)):
