@@ -38,13 +38,8 @@ QUIET = {
 """What Ray reads when it is imported: it would report to its makers, and write between our lines."""
 ANSWERS = 60.0
 """Seconds that a cluster has to answer in. Ray itself tries for many minutes, and writes of each attempt."""
-ASK = """
-import sys
-from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import GcsClient
-GcsClient(address=canonicalize_bootstrap_address(sys.argv[1]))
-"""
-"""Asks the cluster of an address for its number, which nothing but a running one knows."""
+JOIN = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
+"""Joins a cluster as this process does, and leaves it."""
 
 
 class Actor:
@@ -191,9 +186,11 @@ def _check_address(address: str) -> None:
 def _check_cluster(address: str) -> None:
     """Raise UserError where no Ray cluster answers: ``auto`` is the last one of this machine, which may be long gone."""
     wrong = f"--address {address} has no Ray cluster that can be joined"
-    remedy = "start one with ray start --head, or use --executor processes"
+    remedy = (
+        "start one with ray start --head, set RAY_AUTH_MODE=token for one that asks for a token, or use --executor processes"
+    )
     # In a process of its own: Ray's client can neither be interrupted nor told to be silent.
-    asked = [sys.executable, "-c", ASK, address]
+    asked = [sys.executable, "-c", JOIN, address]
     try:
         told = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWERS, check=False)
     except subprocess.TimeoutExpired as error:
