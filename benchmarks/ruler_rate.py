@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from timing import written
-from workers import FAILED, OK, begun_rate, rows_of, watched
+from workers import OK, begun_text, rows_of, watched
 
 COLUMNS = (
     "time", "device", "torch", "transformers", "commit", "model", "dtype", "method", "length", "tasks", "samples", "status",
@@ -52,8 +52,7 @@ def measure(options: argparse.Namespace, more: Sequence[str]) -> Iterator[dict[s
             run = watched(command, root, options.timeout, {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
             rows = rows_of(root)
         total = sum(int(row["samples"]) for row in rows if row["score"])
-        whole = run.status == OK and rows and total == samples * len(rows)
-        rate = begun_rate(run.kept) if whole else None
+        whole = run.status == OK and bool(rows) and total == samples * len(rows)
         about = rows[0] if rows else {}
         yield {
             **{name: about.get(name, "") for name in ("time", "torch", "transformers", "dtype")},
@@ -64,9 +63,9 @@ def measure(options: argparse.Namespace, more: Sequence[str]) -> Iterator[dict[s
             "length": about.get("length", options.length),
             "tasks": len(rows),
             "samples": total,
-            "status": OK if whole else FAILED if run.status == OK else run.status,
+            "status": run.judged(whole),
             "seconds": f"{run.seconds:.2f}",
-            "begun_samples_per_minute": "" if rate is None else f"{rate:.2f}",
+            "begun_samples_per_minute": begun_text(run.kept) if whole else "",
             "model_seconds_per_sample": f"{_mean(rows):.5f}" if whole else "",
         }
 

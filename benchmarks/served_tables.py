@@ -111,8 +111,7 @@ def agreement(report: Report) -> str:
 def densities(report: Report) -> dict[str, str]:
     """The least and the most of the causal pairs that a label computed in one piece; only where they were counted."""
     shares: dict[str, list[float]] = {}
-    found = sections(report)
-    for section, names in zip(found, names_among(found), strict=True):
+    for section, names in named(report):
         for label, density in section.densities.items():
             shares.setdefault(names[label], []).append(100 * density)
     ends = {label: dict.fromkeys(f"{end:.0f}" for end in (min(own), max(own))) for label, own in shares.items()}
@@ -123,10 +122,9 @@ def pooled(report: Report) -> dict[tuple[str, str], Difference]:
     """By (way, method) the points against one piece over the tasks of all models and lengths, confirmed together."""
     strata: dict[tuple[str, str], list[Sequence[float]]] = {}
     order: list[str] = []
-    found = sections(report)
     every = [
         replace(one, label=names[one.label])
-        for section, names in zip(found, names_among(found), strict=True)
+        for section, names in named(report)
         for one in served_scores(section, tasks_of(section, ("dense",)))
     ]
     for one in every:
@@ -137,10 +135,11 @@ def pooled(report: Report) -> dict[tuple[str, str], Difference]:
     return dict(zip(keys, family([strata[key] for key in keys]), strict=True))
 
 
-def names_among(found: Sequence[RulerSection]) -> list[dict[str, str]]:
-    """By each section's labels what tells a method's settings apart in any of them: a section alone names fewer."""
-    among = {label for section in found for label in section.labels}
-    return [{cell.label: own_label(cell.row, among) for cell in section.cells} for section in found]
+def named(report: Report) -> Iterator[tuple[RulerSection, dict[str, str]]]:
+    """Sections, and by the labels of each what tells a method's settings apart in any: one alone names fewer."""
+    among = {label for section in sections(report) for label in section.labels}
+    for section in sections(report):
+        yield section, {cell.label: own_label(cell.row, among) for cell in section.cells}
 
 
 def reads(found: Sequence[ServedScore]) -> list[str]:

@@ -44,6 +44,10 @@ class Run(NamedTuple):
     kept: list[tuple[float, int]]
     """How many samples there were, in seconds after its start, whenever there were more than before."""
 
+    def judged(self, whole: bool) -> str:
+        """Its status: one that ended well without all that it was asked has failed."""
+        return OK if whole else FAILED if self.status == OK else self.status
+
 
 def main() -> None:
     options, more = _options()
@@ -72,8 +76,7 @@ def measure(options: argparse.Namespace, more: Sequence[str]) -> Iterator[dict[s
                     run = watched([sys.executable, "-m", "tmbench", *asked, *way], root, options.timeout)
                     rows = rows_of(root)
                 scores = {(row["task"], row["length"], row["method"]): row["score"] for row in rows}
-                whole = run.status == OK and run.kept and run.kept[-1][1] == total and all(scores.values())
-                status = OK if whole else FAILED if run.status == OK else run.status
+                whole = run.status == OK and bool(run.kept) and run.kept[-1][1] == total and all(scores.values())
                 first = scores if first is None and whole else first
                 about = rows[0] if rows else {}
                 yield {
@@ -89,10 +92,10 @@ def measure(options: argparse.Namespace, more: Sequence[str]) -> Iterator[dict[s
                     "executor": executor,
                     "workers": workers,
                     "round": round_,
-                    "status": status,
+                    "status": run.judged(whole),
                     "seconds": f"{run.seconds:.2f}",
                     "samples_per_minute": f"{60 * total / run.seconds:.2f}" if whole else "",
-                    "begun_samples_per_minute": _begun(run.kept) if whole else "",
+                    "begun_samples_per_minute": begun_text(run.kept) if whole else "",
                     "same_scores": ("yes" if scores == first else "no") if whole else "",
                 }
 
@@ -147,7 +150,8 @@ def begun_rate(kept: Sequence[tuple[float, int]]) -> float | None:
     return 60 * (total - count) / (last - seconds) if last > seconds else None
 
 
-def _begun(kept: Sequence[tuple[float, int]]) -> str:
+def begun_text(kept: Sequence[tuple[float, int]]) -> str:
+    """``begun_rate`` as a CSV has it."""
     rate = begun_rate(kept)
     return "" if rate is None else f"{rate:.2f}"
 

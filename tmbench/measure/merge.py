@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,7 @@ def merge(roots: Sequence[Path], output: Path, show: Callable[[str, int, int], N
     and for files that cannot be used.
     """
     groups = {kind: _grouped(roots, kind) for kind in KINDS}
-    begun = dict(_begun(roots, groups))
+    begun = _begun(roots, groups)
     if not begun and not any(groups.values()):
         folders = ", ".join(map(str, roots))
         raise UserError(
@@ -195,7 +195,7 @@ def _grouped(roots: Sequence[Path], kind: type[Row]) -> list[_Group]:
     return [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
 
 
-def _begun(roots: Sequence[Path], groups: Mapping[type[Row], Sequence[_Group]]) -> Iterator[tuple[Shard, list[str]]]:
+def _begun(roots: Sequence[Path], groups: Mapping[type[Row], Sequence[_Group]]) -> dict[Shard, list[str]]:
     """Of each shard that has samples of rows which no shard has finished: these, by the files of the samples."""
     found: dict[Shard, list[str]] = {}
     for kind, own in groups.items():
@@ -204,7 +204,7 @@ def _begun(roots: Sequence[Path], groups: Mapping[type[Row], Sequence[_Group]]) 
         for shard, file in dict.fromkeys(one for root in roots for one in sample_files(root, kind)):
             if file not in known:
                 found.setdefault(shard, []).append(f"the row of {file}")
-    yield from found.items()
+    return found
 
 
 def _check_alike(groups: Iterable[_Group]) -> None:

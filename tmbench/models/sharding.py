@@ -115,11 +115,8 @@ def plan_of(name: str, model: Any, ranks: int) -> Plan:
             raise UserError(
                 f"--model {name} has {features} features in {key}, which {ranks} GPUs cannot share evenly: {remedy}"
             )
-    children: dict[str, set[str]] = {}
-    for key in found:
-        holder, _, child = key.rpartition(".")
-        children.setdefault(holder, set()).add(child)
-    for holder, cut in children.items():
+    cut = {linear[key] for key in found}
+    for holder in dict.fromkeys(key.rpartition(".")[0] for key in found):
         if across := _across_features(model.get_submodule(holder), cut):
             raise UserError(
                 f"--model {name} has {holder}.{across}, which takes together what no GPU would have whole: {remedy}"
@@ -127,8 +124,8 @@ def plan_of(name: str, model: Any, ranks: int) -> Plan:
     return {linear[key]: (key, style) for key, style in found.items()}
 
 
-def _across_features(holder: nn.Module, split: Container[str]) -> str:
-    """What in a module, between the linear layers that are split, needs more than a rank's features; "" for nothing.
+def _across_features(holder: nn.Module, cut: Container[nn.Module]) -> str:
+    """What in a module, between the linear layers that are cut, needs more than a rank's features; "" for nothing.
 
     A norm of single heads does not, and neither does one number.
     """
@@ -138,7 +135,7 @@ def _across_features(holder: nn.Module, split: Container[str]) -> str:
     each = getattr(holder, "head_dim", None)
     for name, module in holder.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if name not in split and parameter.numel() > 1 and tuple(parameter.shape) != (each,):
+            if module not in cut and parameter.numel() > 1 and tuple(parameter.shape) != (each,):
                 return ".".join(filter(None, (name, own)))
     return ""
 
