@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tmbench_kernels import Dense, cuda
-from tmbench_kernels.dense import libraries
+from tmbench_kernels.dense import few_queries, libraries
 from tmbench_kernels.dense.libraries import CUDA_BACKENDS
 from tmbench_kernels.reference import masked_attention, masked_lse
 
@@ -118,7 +119,9 @@ def test_order_of_preference(install, gpu):
     assert chosen(*on_cuda()) == "flash-attn-3"
     install("flash-attn-4")
     assert chosen(*on_cuda()) == "flash-attn-4"
-    assert list(BACKENDS) == ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa", "triton", "torch"]
+    first, *others = BACKENDS
+    assert first == "cuda-hopper"
+    assert others == ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "sdpa", "triton", "torch"]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,31 @@ def test_what_each_serves(install, gpu, major, changes, names):
     q_k_v = on_cuda(**changes)
     assert [backend.name for backend in CUDA_BACKENDS if not backend.obstacle(Dense(), *q_k_v)] == names
     assert chosen(*q_k_v) == [*names, "sdpa"][0]
+
+
+@pytest.mark.parametrize(
+    ("major", "changes", "name"),
+    [
+        (9, {"queries": 64, "length": 8192}, "cuda-hopper"),
+        (9, {"queries": 1, "length": 4097}, "cuda-hopper"),
+        (9, {"queries": 2048, "length": 8192}, "cuda-hopper"),
+        (9, {"queries": 64, "length": 8192, "dim": 192, "v_dim": 128}, "cuda-hopper"),
+        (9, {"queries": 64, "length": 8192, "dim": 256}, "cuda-hopper"),
+        (9, {"queries": 2049, "length": 8192}, "flash-attn-4"),
+        (9, {"queries": 64, "length": 4096}, "flash-attn-4"),
+        (9, {"queries": 64, "length": 8192, "dtype": torch.float32}, "sdpa"),
+        (10, {"queries": 64, "length": 8192}, "flash-attn-4"),
+        (8, {"queries": 64, "length": 8192}, "sdpa"),
+    ],
+)
+def test_few_queries_behind_many_keys_take_a_kernel_that_splits_the_keys(install, gpu, monkeypatch, major, changes, name):
+    gpu(major)
+    install("flash-attn-4")
+    monkeypatch.setattr(few_queries, "multiprocessors", lambda device: 132)
+    first, *others = Dense.backends
+    monkeypatch.setattr(Dense, "backends", (replace(first, missing=str), *others))
+    assert chosen(*on_cuda(**changes)) == name
+    assert chosen(*on_cuda(**changes), softcap=30.0) != "cuda-hopper"
 
 
 def test_cudnn_of_an_older_version(gpu):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tmbench_kernels.cuda import for_triton, imported
+from tmbench_kernels.cuda import for_hopper, for_triton, imported
+from tmbench_kernels.dense import few_queries
 from tmbench_kernels.dense.libraries import CUDA_BACKENDS
 from tmbench_kernels.pattern import Backend, Pattern
 from tmbench_kernels.reference import causal_mask
@@ -29,16 +30,18 @@ def _attend_written_out(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: 
 class Dense(Pattern):
     """Full causal attention. Its only parameter does not change the pairs: it chooses who computes them.
 
-    ``dense_backend`` names the one backend to use, so that it is an error where that one is absent or refuses; "" takes the
-    first that serves. The last two are for what the libraries do not have, soft-capped logits and the log-sum-exp beside any
-    head size: the triangle's kernel in Triton, over a window that is never left, and softmax written out in torch. Raises
-    ValueError for a name that there is none of.
+    ``dense_backend`` names the one backend to use, so that it is an error where that one is absent or refuses; "" takes
+    the first that serves. The very first is for few queries behind many keys, and has no such name. The last two are for
+    what the libraries do not have, soft-capped logits and the log-sum-exp beside any head size: the triangle's kernel in
+    Triton, over a window that is never left, and softmax written out in torch. Raises ValueError for a name that there is
+    none of.
     """
 
     dense_backend: str = DENSE_BACKEND.field()
 
     name: ClassVar[str] = "dense"
     backends: ClassVar[tuple[Backend, ...]] = (
+        replace(for_hopper(few_queries.attend), refuses=few_queries.refuses),
         *CUDA_BACKENDS,
         Backend(_SDPA, ("cpu", "cuda"), _attend_sdpa, chunks=True),
         for_triton(imported("triangle.triton_backend", "attend_dense")),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MAX_HEADS = 16
 """Query heads in one tile. More of them would leave too few positions to a tile."""
+MAX_SPLITS = 64
 ONE_LAUNCH = 4096
 """Up to this length the last rows walk over all keys in one program: a second launch would cost more than it saves."""
 
@@ -54,7 +55,8 @@ def schedule_for(
     """Schedule for tiles of ``positions`` x ``keys``, for ``slots`` programs at a time that lose ``overhead`` tiles each.
 
     It is of a prompt of ``length`` tokens, or of its last ``queries`` alone. The last rows are split over the keys until one
-    split takes no longer than what each slot has to do altogether; short prompts' are never split.
+    split takes no longer than what each slot has to do altogether; where there are no other rows, so that slots have the
+    fewest tiles to do one after the other. Short prompts' are never split.
     """
     tile_heads = heads_per_tile(heads // kv_heads)
     head_tiles = heads // tile_heads
@@ -65,7 +67,16 @@ def schedule_for(
     steps = -(-length // keys)
     band_steps = pattern.n_local // keys + overhead
     work = batch * head_tiles * (band_tiles * band_steps + last_tiles * steps)
-    splits = 1 if length <= ONE_LAUNCH or not last_n else min(-(-steps // max(work // slots, 4)), 64)
+    splits = 1
+    if length > ONE_LAUNCH and last_n and band_tiles:
+        splits = min(-(-steps // max(work // slots, 4)), MAX_SPLITS)
+    elif length > ONE_LAUNCH and last_n:
+        programs = batch * head_tiles * last_tiles
+
+        def cost(splits: int) -> int:
+            return -(-programs * splits // slots) * (-(-steps // splits) + overhead)
+
+        splits = min(range(1, min(steps // 4, MAX_SPLITS) + 1), key=cost, default=1)
     split_keys = -(-steps // splits) * keys
     return Schedule(tile_heads, head_tiles, length - last_n, last_n, band_tiles, last_tiles, splits, split_keys, band_steps)
 

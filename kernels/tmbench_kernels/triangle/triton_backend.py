@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tmbench_kernels.dense.few_queries import as_last_rows, many
 from tmbench_kernels.launch import block_dim, loadable, logit_scales, multiprocessors, positive
 from tmbench_kernels.online_softmax import attend_tile, log_sum_exp
 from tmbench_kernels.pattern import empty_output
@@ -153,8 +154,9 @@ def _walk(
 
 
 def attend_dense(pattern: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, **asked: Any) -> Tensor:
-    """Dense attention, as a triangle whose window is as long as the prompt."""
-    return attend(Triangle(0, k.shape[2], 0), q, k, v, scale, **asked)
+    """Dense attention: a triangle whose window is as long as the prompt, or whose last rows are all that there are."""
+    rows = Triangle(0, k.shape[2], 0) if many(q, k) else as_last_rows(q)
+    return attend(rows, q, k, v, scale, **asked)
 
 
 def attend(
