@@ -1,4 +1,4 @@
-"""The table of docs/decoding.md."""
+"""The tables of docs/decoding.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tmbench.report.writers import table_markdown
 from tmbench.results.words import length_name
 
 DECODING = "benchmarks/decoding.csv"
+RATE = "benchmarks/ruler_rate.csv"
 
 
 def decoding(sources: Sources) -> str:
@@ -40,4 +41,29 @@ def _cells(line: Line, alone: Line | None) -> list[str]:
     ]  # fmt: skip
 
 
-DECODING_TABLES: dict[str, Block] = {"decoding": decoding}
+def rate(sources: Sources) -> str:
+    """RULER samples a minute of several commits, and how many times the first one's.
+
+    By whole commands once begun, and by what a sample takes in the model. Raises ValueError for a command that failed.
+    """
+    lines = sources.lines(RATE)
+    if failed := [line["commit"] for line in lines if line["status"] != "ok"]:
+        raise ValueError(f"{RATE} has commands that failed: {', '.join(failed)}")
+    texts = ("commit", "model", "GPU", "tokens")
+    heads = ("samples", "command, s", "samples a minute", "times", "in the model, s a sample", "times faster")
+    rows = [_rate_cells(line, lines[0]) for line in lines]
+    return table_markdown(Table("", columns(*texts, *heads, texts=texts), rows))
+
+
+def _rate_cells(line: Line, first: Line) -> list[str]:
+    begun, model = "begun_samples_per_minute", "model_seconds_per_sample"
+    times = [float(line[begun]) / float(first[begun]), float(first[model]) / float(line[model])]
+    shown = [f"{value:.1f}" if line is not first else "" for value in times]
+    gpu = line["device"].removeprefix("NVIDIA ").split()[0]
+    return [
+        line["commit"], line["model"], gpu, length_name(int(line["length"])), line["samples"],
+        f"{float(line['seconds']):.3g}", f"{float(line[begun]):.3g}", shown[0], f"{float(line[model]):.3g}", shown[1],
+    ]  # fmt: skip
+
+
+DECODING_TABLES: dict[str, Block] = {"decoding": decoding, "ruler-rate": rate}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,3 +73,20 @@ def test_a_command_without_a_score_has_no_rate(script, checkout):
 def test_a_checkout_is_a_folder_of_code(script, tmp_path):
     with pytest.raises(argparse.ArgumentTypeError, match="has tmbench's code"):
         script._checkout(f"now={tmp_path}")
+
+
+def test_the_table_says_how_many_times_the_first_commit_that_is(monkeypatch, pytestconfig):
+    monkeypatch.syspath_prepend(pytestconfig.rootpath / "benchmarks")
+    import decoding_tables
+
+    about = {"status": "ok", "model": "a/model", "device": "NVIDIA H200", "length": "4096", "seconds": "50"}
+    before = about | {"commit": "before", "samples": "39", "begun_samples_per_minute": "20", "model_seconds_per_sample": "3"}
+    now = about | {"commit": "now", "samples": "520", "begun_samples_per_minute": "800", "model_seconds_per_sample": "0.06"}
+    table = decoding_tables.rate(SimpleNamespace(lines=lambda path: [before, now]))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert cells == [
+        ["before", "a/model", "H200", "4K", "39", "50", "20", "", "3", ""],
+        ["now", "a/model", "H200", "4K", "520", "50", "800", "40.0", "0.06", "50.0"],
+    ]
+    with pytest.raises(ValueError, match="commands that failed: now"):
+        decoding_tables.rate(SimpleNamespace(lines=lambda path: [before, now | {"status": "failed"}]))
