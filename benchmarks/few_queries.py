@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip", nargs="+", default=[], help="Backends that are not timed.")
+    parser.add_argument("--skip", nargs="+", default=["torch"], help="Backends that are not timed.")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 

@@ -67,7 +67,7 @@ def test_the_kernel_in_triton_splits_their_keys(short, check, make_structured_qk
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), (256, 256), (192, 128)])
-@pytest.mark.parametrize(("queries", "length"), [(1, 4097), (64, 4200), (64, 70001), (500, 9001), (2000, 9001)])
+@pytest.mark.parametrize(("queries", "length"), [(1, 4097), (64, 4200), (64, 70001), (500, 9001), (1000, 9001)])
 def test_on_a_gpu_it_is_the_kernel_for_hopper(check, make_structured_qkv, queries, length, dim, v_dim):
     q, k, v = make_structured_qkv(length, heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16)
     q, k, v = q.cuda()[:, :, -queries:], k.cuda(), v.cuda()[..., :v_dim]
@@ -81,8 +81,8 @@ def test_on_a_gpu_it_is_the_kernel_for_hopper(check, make_structured_qkv, querie
 
 def test_many_queries_or_few_keys_are_refused_in_words(monkeypatch):
     monkeypatch.setattr(few_queries, "multiprocessors", lambda device: 132)
-    q, k = (torch.empty(2, 32, tokens, 16, device="meta") for tokens in (300, 5000))
-    assert few_queries.many(q, k) == "takes queries of fewer than 132 tiles of 128, not 192"
+    q, k = (torch.empty(3, 32, tokens, 16, device="meta") for tokens in (200, 5000))
+    assert few_queries.many(q, k) == "takes queries of fewer than 66 tiles of 128, not 192"
     assert few_queries.many(q[:1], k) == ""
     assert few_queries.many(q[:1], k[:, :, :4096]) == "takes more than 4096 keys, not 4096"
 

@@ -124,6 +124,21 @@ def test_layers_lengths_and_methods_share_graphs(make_model, prompt, graphs):
 
 
 @pytest.mark.slow
+def test_an_mlp_that_takes_all_tokens_is_a_part_of_the_layers_graph(make_model, prompt, graphs):
+    model = make_model("llama")
+    for length in (16, 9, 40, 12, 33):
+        ids = prompt(length)
+        expected, _ = read(model, ids, PLAIN)
+        got, _ = read(model, ids, COMPILED)
+        same(got, expected)
+    found = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    operators = [[name for name in names if name.startswith("tmbench.")] for names in found]
+    assert operators[0] == ["tmbench.attention"], "16 tokens are one chunk"
+    assert operators.count(["tmbench.attention"]) == operators.count(["tmbench.attention", "tmbench.mlp"]) == 1
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.slow
 def test_experts_of_all_layers_and_lengths_share_graphs(make_model, prompt, graphs):
     model = make_model("qwen3_moe", num_hidden_layers=10, **MOE)
     for length in (40, 61, 33):

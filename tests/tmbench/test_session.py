@@ -10,6 +10,7 @@ import torch
 import plans
 import under_plan
 from tmbench.engine.chunk_kind import feeds_chunks
+from tmbench.engine.chunks import Chunks
 from tmbench.engine.kv_cache import CacheSlot, KvCache
 from tmbench.engine.last_position import narrow
 from tmbench.engine.prefill import COMPILED, EAGER, PLAIN, Kind
@@ -117,6 +118,19 @@ def test_what_is_compiled_ahead_is_not_compiled_again(graphs, make_model, prompt
         assert len(graphs) == made
     compile_ahead(other := make_model("llama"), plan_of(other), EAGER, prompt(40))
     assert len(graphs) == made
+
+
+@pytest.mark.slow
+def test_what_takes_an_mlp_in_one_piece_is_compiled_ahead_of_its_own(graphs, make_model, prompt):
+    model = make_model("llama")
+    for length, chunks in ((40, None), (16, None), (64, Chunks(16)), (9, None), (33, None)):
+        before = len(graphs)
+        compile_ahead(model, plan_of(model), COMPILED, prompt(length), chunks=chunks)
+        made = len(graphs)
+        assert (made > before) == (length in (40, 16))
+        with torch.inference_mode(), running(model, plan_of(model), COMPILED, chunks) as session:
+            session.read(prompt(length - 1))
+        assert len(graphs) == made
 
 
 def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt, monkeypatch):

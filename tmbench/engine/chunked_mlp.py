@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ MLP_SHARE = 0.1
 def in_chunks(mlp: nn.Module, run: Callable[..., Any], x: Tensor) -> Tensor:
     """The MLP over ``[batch, length, hidden]``, in chunks of tokens of all texts where it treats these one by one."""
     tokens = x.shape[0] * x.shape[1]
-    if tokens > (chunk := _chunk(mlp, x)):
+    if tokens > (chunk := chunk_of(mlp, x)):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         inner, outer = (tensor.reshape(1, tokens, x.shape[2]) for tensor in (x, whole))
         # Of even size: a remainder of a few tokens would read all the weights once more.
@@ -43,16 +45,29 @@ def hidden_of(out: Any, x: Tensor) -> Tensor:
     return hidden
 
 
-def _chunk(mlp: nn.Module, x: Tensor) -> int:
-    """Tokens at a time. A gated MLP holds three tensors of its inner width."""
+def chunk_of(mlp: nn.Module, like: Tensor) -> int:
+    """The most tokens that an MLP works on at a time, of hidden states on this device and in this dtype.
+
+    A gated one holds three tensors of its inner width.
+    """
     if not is_plain(mlp):
         # How much experts hold is not known from outside: some yield all of their outputs for every token.
-        return 2 * CHUNK if any(map(is_experts, mlp.children())) else x.shape[0] * x.shape[1]
-    if x.device.type != "cuda":
+        return 2 * CHUNK if any(map(is_experts, mlp.children())) else sys.maxsize
+    if like.device.type != "cuda":
         return CHUNK
-    width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=x.shape[-1])
-    room = MLP_SHARE * torch.cuda.get_device_properties(x.device).total_memory
-    return max(CHUNK, int(room // (3 * width * x.element_size())))
+    width = max((part.out_features for part in mlp.children() if isinstance(part, nn.Linear)), default=like.shape[-1])
+    return max(CHUNK, int(MLP_SHARE * _memory(like.device) // (3 * width * like.element_size())))
+
+
+def common_chunk(mlps: Iterable[nn.Module | None], like: Tensor) -> int:
+    """The most tokens that each of these works on at a time which is plain; 0 where none is."""
+    return min((chunk_of(mlp, like) for mlp in mlps if mlp is not None and is_plain(mlp)), default=0)
+
+
+@cache
+def _memory(device: torch.device) -> int:
+    """Bytes of a GPU, which torch takes longer to tell than it takes to launch a kernel."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def is_plain(mlp: nn.Module) -> bool:

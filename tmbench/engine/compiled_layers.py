@@ -1,8 +1,8 @@
 """The functions that run a model's decoder layers and MLPs, compiled or not, and one layer's run with them.
 
-Compiled, the norms, rotary embeddings and residuals of all layers but the last share one graph. Attention and MLP are
-operators in it (see ``operators``), and keys and values leave it for the cache: a graph that held a cache or a layer's index
-would be compiled again for every layer.
+Compiled, the norms, rotary embeddings and residuals of all layers but the last share one graph. Attention is an operator in
+it (see ``operators``), as is an MLP that takes a prompt in chunks, and keys and values leave it for the cache: a graph that
+held a cache or a layer's index would be compiled again for every layer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from tmbench.engine import operators
 from tmbench.engine.attention import NativeSlot, Slot
 from tmbench.engine.decoder_layers import DecoderLayer
-from tmbench.engine.forwards import forward_of
+from tmbench.engine.forwards import forward_of, own_forward
 from tmbench.engine.kv_cache import CacheSlot
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def _operator_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 RunnerOf = Callable[[tuple[bool, ...]], Callable[..., Any]]
-"""What runs a layer, by which sizes of what it is given are 1: a batch, a chunk, latents of chunks before.
+"""What runs a layer, by whether its MLP is a part of its graph, and which sizes are 1: a batch, a chunk, latents of chunks
+before.
 
 torch makes graphs of their own for a size of 1 and for latents of chunks before: together with the kinds of layers that a
 model may have they would be more than it keeps of a function.
@@ -60,13 +62,13 @@ model may have they would be more than it keeps of a function.
 class Runners:
     """The functions that run a model's modules: these, or compiled ones."""
 
-    layer: RunnerOf = lambda ones: forward_of
+    layer: RunnerOf = lambda kind: forward_of
     mlp: Callable[..., Any] = forward_of
     """In chunks of tokens."""
     experts: Callable[..., Any] = forward_of
     """An MLP that chooses among experts."""
-    last_layer: RunnerOf = lambda ones: _forward_last
-    last_layer_dynamic: RunnerOf = lambda ones: _forward_last
+    last_layer: RunnerOf = lambda kind: _forward_last
+    last_layer_dynamic: RunnerOf = lambda kind: _forward_last
     """Under a dynamic pattern, which needs more queries: apart, as torch keeps no more than eight graphs of a function."""
     last_mlp: Callable[..., Any] = forward_of
     """Inside of the last layer."""
@@ -74,7 +76,7 @@ class Runners:
     """In a decoding step of so many texts."""
     narrowed: dict[nn.Module, LastPosition] = field(default_factory=dict)
     """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
-    ahead: set[tuple[bool, bool]] = field(default_factory=set)
+    ahead: set[tuple[bool, bool, bool]] = field(default_factory=set)
     """What was compiled before it was timed: see ``session.compile_ahead``."""
 
 
@@ -85,11 +87,11 @@ def compiled(model: PreTrainedModel) -> Runners:
     """What runs this model's layers and MLPs compiled; the same functions for every later prefill."""
     if model not in _COMPILED:
         _COMPILED[model] = Runners(
-            layer=cache(lambda ones: _compile_own(forward_of)),
+            layer=cache(lambda kind: _compile_own(forward_of)),
             mlp=_compile_own(forward_of),
             experts=_traced_or_not(_compile_own(forward_of)),
-            last_layer=cache(lambda ones: _compile_own(_forward_last)),
-            last_layer_dynamic=cache(lambda ones: _compile_own(_forward_last)),
+            last_layer=cache(lambda kind: _compile_own(_forward_last)),
+            last_layer_dynamic=cache(lambda kind: _compile_own(_forward_last)),
             last_mlp=_operator_mlp,
             # Apart for each size, as torch keeps no more than eight graphs of a function.
             decode_layer=cache(lambda size: _compile_own(forward_of, dynamic=False, options=ONE_ROW if size == 1 else None)),
@@ -140,11 +142,14 @@ def run_layer(
     run: RunnerOf,
     layer: DecoderLayer,
     last_row: bool,
+    traced_mlp: int,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """One layer, of which the last row alone may be wanted; what its graph gave to attention goes into the cache.
 
+    Of as many tokens as ``traced_mlp`` its MLP is a part of the layer's graph, and no operator in it, which takes the host
+    longer: of short prompts that is what takes the time.
     A layer that makes keys and values from latents has these in transformers' cache, and keys and values in a slot.
     """
     state = slot.session.prefill
@@ -157,9 +162,10 @@ def run_layer(
     state.layer.begin(last_row=last_row, dynamic=slot.pattern.dynamic, latents=latents, before=before)
     if latents:
         kwargs[layer.cache_name] = state.layer
+    mlp = layer.mlp if hidden.shape[0] * hidden.shape[1] <= traced_mlp else None
     try:
-        with operators.entered(region):
-            out = run(tuple(size == 1 for size in sizes))(layer.module, *args, **kwargs)
+        with operators.entered(region), nullcontext() if mlp is None else own_forward(mlp):
+            out = run((mlp is not None, *(size == 1 for size in sizes)))(layer.module, *args, **kwargs)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         raise RuntimeError(
             f"torch.compile gave up on {type(layer.module).__name__}, --no-compile or TORCHDYNAMO_DISABLE=1 measures "

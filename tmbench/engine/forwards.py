@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,3 +21,13 @@ def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., 
     else:
         stack.callback(delattr, module, "forward")
     module.forward = forward
+
+
+@contextmanager
+def own_forward(module: nn.Module) -> Iterator[None]:
+    """Inside, a module that was given another ``forward`` has its class's own."""
+    replaced = vars(module).pop("forward")
+    try:
+        yield
+    finally:
+        vars(module)["forward"] = replaced

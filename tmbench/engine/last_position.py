@@ -41,7 +41,7 @@ def narrow(stack: ExitStack, last: DecoderLayer, session: Applied, run: Runners)
     slot = getattr(attention, PLACE)
     region = operators.Region(partial(attend, slot), None if last.mlp is None else partial(_hidden_of_mlp, last.mlp))
     run_last = run.last_layer_dynamic if slot.pattern.dynamic else run.last_layer
-    replace_forward(stack, layer, partial(run_layer, slot, region, run_last, last, True))
+    replace_forward(stack, layer, partial(run_layer, slot, region, run_last, last, True, 0))
     queries = [getattr(attention, name, None) for name in QUERIES]
     for module in {*attention.children(), *layer.children()} - {attention}:
         if module not in run.narrowed:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,32 +44,40 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float
     return _RUNNING.get().attention(q, k, v, scale, softcap, sinks)
 
 
-# Two operators, as an operator's shape must be known before it runs.
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, float? scale, float softcap, Tensor? sinks) -> Tensor"
-_attention = torch.library.custom_op("tmbench::attention", _attend, mutates_args=(), schema=_SCHEMA)
-_last_row = torch.library.custom_op("tmbench::last_row", _attend, mutates_args=(), schema=_SCHEMA)
-
-
-@_attention.register_fake
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-
-
-@_last_row.register_fake
-def _last_row_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
-    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
-
-
-@torch.library.custom_op("tmbench::mlp", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _mlp(x: Tensor) -> Tensor:
     mlp = _RUNNING.get().mlp
     assert mlp is not None, "a layer without an MLP does not call one"
     return mlp(x)
 
 
-@_mlp.register_fake
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _last_row_shape(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, sinks: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
+
+
 def _mlp_shape(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+# Its methods have no types.
+_LIBRARY: Any = torch.library.Library("tmbench", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _define(name: str, schema: str, run: Callable[..., Tensor], shape: Callable[..., Tensor]) -> None:
+    """By torch's library itself: an operator of ``custom_op`` takes the host several times as long to call."""
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tmbench::{name}", shape, lib=_LIBRARY)
+
+
+# Two operators for attention, as an operator's shape must be known before it runs.
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, float? scale, float softcap, Tensor? sinks) -> Tensor"
+_define("attention", _SCHEMA, _attend, _attention_shape)
+_define("last_row", _SCHEMA, _attend, _last_row_shape)
+_define("mlp", "(Tensor x) -> Tensor", _mlp, _mlp_shape)
 
 
 def attention(

@@ -7,22 +7,23 @@ be compiled (``compiled_layers``). Whether a model can be read so is in ``prefil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Final, Literal
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from tmbench.engine import operators
 from tmbench.engine.attention import IMPLEMENTATION, TRACED, Applied, attend, check_window
 from tmbench.engine.calls import cache_of, empty_cache, keep_last, padded_call
-from tmbench.engine.chunked_mlp import in_chunks, is_plain, with_router
+from tmbench.engine.chunked_mlp import common_chunk, in_chunks, is_plain, with_router
 from tmbench.engine.chunks import WHOLE, Chunk, with_room
 from tmbench.engine.compiled_layers import Runners, compiled, run_layer
-from tmbench.engine.decoder_layers import decoder_layers
+from tmbench.engine.decoder_layers import DecoderLayer, decoder_layers
 from tmbench.engine.forwards import replace_forward
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.last_position import narrow
@@ -207,6 +208,7 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
             stack.callback(session.implementations.use, IMPLEMENTATION)
             session.implementations.use(TRACED)
         run = compiled(model) if kind == COMPILED else Runners()
+        traced_mlp = traced_mlp_tokens(model, layers) if kind == COMPILED else 0
         for layer in layers if every_position else layers[:-1]:
             module = layer.attention or layer.native
             traced = kind == COMPILED and module is not None
@@ -221,12 +223,18 @@ def prepared(model: PreTrainedModel, session: Applied, kind: Kind, *, every_posi
             if module is not None and (traced or layer.latents):
                 slot = getattr(module, PLACE)
                 region = operators.Region(partial(attend if layer.attention else attend_locally_cached, slot), mlp)
-                replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer, False))
+                whole = traced_mlp if layer.mlp is not None and is_plain(layer.mlp) else 0
+                replace_forward(stack, layer.module, partial(run_layer, slot, region, run.layer, layer, False, whole))
             elif layer.attention is None:
                 replace_forward(stack, layer.module, partial(run_native, session.prefill, layer))
         if not every_position:
             narrow(stack, layers[-1], session, run)
         yield prefill
+
+
+def traced_mlp_tokens(model: PreTrainedModel, layers: Sequence[DecoderLayer]) -> int:
+    """Of how many tokens, at most, MLPs of linear layers are a part of their layers' graphs, in a compiled prefill."""
+    return common_chunk((layer.mlp for layer in layers), torch.empty(0, device=model.device, dtype=model.dtype))
 
 
 def tensors_of(cache: Any) -> list[Tensor]:

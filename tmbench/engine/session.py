@@ -6,6 +6,7 @@ decoded from that prefill's own cache, densely, by the model as transformers has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from tmbench.engine.attention import Applied, applied_plan
 from tmbench.engine.chunks import Chunks
 from tmbench.engine.compiled_layers import compiled
 from tmbench.engine.decode import Decoding, Stop, follow, greedy
+from tmbench.engine.decoder_layers import decoder_layers
 from tmbench.engine.kv_cache import CacheSlot
 from tmbench.engine.memory import PeakMemory
-from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared
+from tmbench.engine.prefill import COMPILED, Kind, Prefill, prepared, traced_mlp_tokens
 from tmbench.engine.prefix import Prefix, let_go
 from tmbench.methods.plan import Plan
 from tmbench.models import parallel
+from tmbench.models.attention_modules import attention_modules
 from tmbench.models.context import splits_prompts
 
 
@@ -226,10 +229,14 @@ def compile_ahead(
     if kind != COMPILED:
         return
     last = plan.patterns[-1]
-    about = last is not None and last.dynamic, every_position
-    done = compiled(model).ahead
-    if about not in done:
-        done.add(about)
+    tokens = ids.shape[0] * (ids.shape[1] if chunks is None else min(ids.shape[1], chunks.size))
+    if splits_prompts(model):
+        tokens = math.ceil(tokens / parallel.size())
+    layers = decoder_layers(model, attention_modules(model)) or ()
+    about = last is not None and last.dynamic, every_position, tokens <= traced_mlp_tokens(model, layers)
+    runners = compiled(model)
+    if about not in runners.ahead:
+        runners.ahead.add(about)
         # Ranks that share a model fail together, or are no longer at the same place.
         failing = suppress(RuntimeError) if parallel.size() == 1 else nullcontext()
         with failing, running(model, plan, kind, chunks) as session:

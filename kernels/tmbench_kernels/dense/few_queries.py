@@ -30,7 +30,7 @@ def many(q: Tensor, k: Tensor) -> str:
     if k.shape[2] <= ONE_LAUNCH:
         return f"takes more than {ONE_LAUNCH} keys, not {k.shape[2]}"
     programs, slots = math.prod(q.shape[:2]) * -(-q.shape[2] // TILE), multiprocessors(q.device)
-    return "" if programs < slots else f"takes queries of fewer than {slots} tiles of {TILE}, not {programs}"
+    return "" if 2 * programs < slots else f"takes queries of fewer than {slots // 2} tiles of {TILE}, not {programs}"
 
 
 def refuses(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
