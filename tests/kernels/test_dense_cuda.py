@@ -162,10 +162,10 @@ def test_what_each_serves(install, gpu, major, changes, names):
     [
         (9, {"queries": 64, "length": 8192}, "cuda-hopper"),
         (9, {"queries": 1, "length": 4097}, "cuda-hopper"),
-        (9, {"queries": 2048, "length": 8192}, "cuda-hopper"),
+        (9, {"queries": 1024, "length": 8192}, "cuda-hopper"),
         (9, {"queries": 64, "length": 8192, "dim": 192, "v_dim": 128}, "cuda-hopper"),
         (9, {"queries": 64, "length": 8192, "dim": 256}, "cuda-hopper"),
-        (9, {"queries": 2049, "length": 8192}, "flash-attn-4"),
+        (9, {"queries": 1025, "length": 8192}, "flash-attn-4"),
         (9, {"queries": 64, "length": 4096}, "flash-attn-4"),
         (9, {"queries": 64, "length": 8192, "dtype": torch.float32}, "sdpa"),
         (10, {"queries": 64, "length": 8192}, "flash-attn-4"),
