@@ -62,7 +62,7 @@ def _rate_cells(line: Line, first: Line) -> list[str]:
     gpu = line["device"].removeprefix("NVIDIA ").split()[0]
     return [
         line["commit"], line["model"], gpu, length_name(int(line["length"])), line["samples"],
-        f"{float(line['seconds']):.3g}", f"{float(line[begun]):.3g}", shown[0], f"{float(line[model]):.3g}", shown[1],
+        f"{float(line['seconds']):.0f}", f"{float(line[begun]):.0f}", shown[0], f"{float(line[model]):.3g}", shown[1],
     ]  # fmt: skip
 
 

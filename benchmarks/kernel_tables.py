@@ -19,6 +19,7 @@ ATTENTION = "benchmarks/attention.csv"
 STRUCTURED = "benchmarks/structured_density.csv"
 WIDE = "benchmarks/wide_attention.csv"
 CHUNKS = "benchmarks/chunks.csv"
+FEW_QUERIES = "benchmarks/few_queries.csv"
 CORRECTIONS = "benchmarks/delta.csv"
 SKIPS = "benchmarks/skip_softmax.csv"
 BUDGETS = {
@@ -176,6 +177,18 @@ def in_chunks(sources: Sources) -> str:
     return table_markdown(Table("", columns(*names, "times the pairs", "times the cost of a pair", texts=texts), rows))
 
 
+def few_queries(sources: Sources) -> str:
+    """Milliseconds of dense attention of few queries behind many keys, by each backend that serves so many."""
+    lines = sources.lines(FEW_QUERIES)
+    backends = list(dict.fromkeys(line["backend"] for line in lines))
+    times = {(line["length"], line["queries"], line["backend"]): milliseconds(line["ms_median"]) for line in lines}
+    rows = [
+        [queries, length_name(int(length)), *(times.get((length, queries, backend), NOTHING) for backend in backends)]
+        for length, queries in dict.fromkeys((line["length"], line["queries"]) for line in lines)
+    ]
+    return table_markdown(Table("", columns("queries", "keys", *(f"`{backend}`" for backend in backends)), rows))
+
+
 def _known(ms: str) -> str:
     return milliseconds(ms) if ms else NOTHING
 
@@ -329,6 +342,7 @@ KERNELS: dict[str, Block] = {
     "of-dense": of_dense,
     "wide-heads": wide_heads,
     "in-chunks": in_chunks,
+    "few-queries": few_queries,
     "corrections": corrections,
     "corrected": corrected,
     "skipped-tiles": skipped_tiles,

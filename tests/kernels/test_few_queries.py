@@ -82,7 +82,9 @@ def test_on_a_gpu_it_is_the_kernel_for_hopper(check, make_structured_qkv, querie
 def test_many_queries_or_few_keys_are_refused_in_words(monkeypatch):
     monkeypatch.setattr(few_queries, "multiprocessors", lambda device: 132)
     q, k = (torch.empty(3, 32, tokens, 16, device="meta") for tokens in (200, 5000))
-    assert few_queries.many(q, k) == "takes queries of fewer than 66 tiles of 128, not 192"
+    assert few_queries.many(q, k) == "takes queries of fewer than 132 tiles of 128, not 192"
+    assert few_queries.many(q[:2], k) == ""
+    assert few_queries.many(q[:2], k, of=2) == "takes queries of fewer than 66 tiles of 128, not 128"
     assert few_queries.many(q[:1], k) == ""
     assert few_queries.many(q[:1], k[:, :, :4096]) == "takes more than 4096 keys, not 4096"
 

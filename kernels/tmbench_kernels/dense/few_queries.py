@@ -25,17 +25,20 @@ TILE = 128
 _attend_hopper = imported("triangle.hopper_backend", "attend")
 
 
-def many(q: Tensor, k: Tensor) -> str:
-    """ "" for few queries behind many keys, otherwise why these are not, as a backend says it."""
+def many(q: Tensor, k: Tensor, of: int = 1) -> str:
+    """ "" for few queries behind many keys, otherwise why these are not, as a backend says it.
+
+    Few have fewer tiles than one part ``of`` so many of the multiprocessors.
+    """
     if k.shape[2] <= ONE_LAUNCH:
         return f"takes more than {ONE_LAUNCH} keys, not {k.shape[2]}"
-    programs, slots = math.prod(q.shape[:2]) * -(-q.shape[2] // TILE), multiprocessors(q.device)
-    return "" if 2 * programs < slots else f"takes queries of fewer than {slots // 2} tiles of {TILE}, not {programs}"
+    programs, slots = math.prod(q.shape[:2]) * -(-q.shape[2] // TILE), multiprocessors(q.device) // of
+    return "" if programs < slots else f"takes queries of fewer than {slots} tiles of {TILE}, not {programs}"
 
 
 def refuses(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What the kernel for Hopper says of these tensors."""
-    return many(q, k) or refuses_hopper(pattern, q, k, v)
+    """What the kernel for Hopper says of these tensors. With more tiles FlashAttention 4 is as fast."""
+    return many(q, k, of=2) or refuses_hopper(pattern, q, k, v)
 
 
 def as_last_rows(q: Tensor) -> Triangle:
