@@ -113,6 +113,8 @@ def served() -> list[str]:
     )
     found = [f"{kind} {way}" for kind in kinds for way in ways]
     found += [f"{asked} --samples 50 --length {length} {way}" for length in ("4K", "8K") for way in others]
+    combined = methods((*map(mixed, ("minference", *DYNAMIC)), *MORE))
+    found += [f"{tiny} --length {length} {combined}{way}" for length in ("8K", "16K") for way in fed]
     # A prompt of 2K tokens is one chunk.
     return found + [f"{asked} --samples 50 --length 2K {way}" for way in (*ways, *others) if "--chunk" not in way]
 

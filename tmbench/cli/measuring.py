@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from tmbench.cli.options import refuse
+from tmbench.cli.options import RESULTS, refuse
 from tmbench.cli.progress import progress_bar
 from tmbench.cli.screen import print_rows, say, say_failures, say_nothing_measured
 from tmbench.models import parallel
@@ -129,9 +129,10 @@ def print_measured(
         show(rows)
     if spec.shard is not None:
         say_failures(rows)
+        there = "" if spec.root == RESULTS else f" --output-dir {spec.root}"
         say(
             f"shard {spec.shard} is measured, under {spec.root / spec.shard.folder}; once all {spec.shard.of} are, "
-            f"tmbench merge {spec.root} makes the rows"
+            f"tmbench merge {spec.root}{there} makes the rows"
         )
     if any(row.status != "ok" for row in rows):
         raise typer.Exit(1)
