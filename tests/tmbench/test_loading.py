@@ -261,13 +261,14 @@ def test_a_folder_comes_before_a_preset_of_its_name(checkpoint, monkeypatch):
     ("error", "sentence"),
     [
         (RuntimeError("CUDA error: device-side assert"), "cannot be made: CUDA error: device-side assert$"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "does not fit in memory: try a smaller --dtype"),
+        (MemoryError(), "does not fit in memory: try a smaller --dtype$"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "in memory: try a smaller --dtype, or several GPUs by torchrun$"),
         (
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 139.80 GiB of which "
                 "1.25 GiB is free. Including non-PyTorch memory, this process has 70.00 GiB memory in use."
             ),
-            r"memory \(GPU 1 has a total capacity of 139\.80 GiB of which 1\.25 GiB is free\): try a smaller --dtype",
+            r"memory \(GPU 1 has a total capacity of 139\.80 GiB of which 1\.25 GiB is free\): try a smaller --dtype, or",
         ),
     ],
 )

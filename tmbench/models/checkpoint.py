@@ -170,7 +170,8 @@ def loading(name: str, what: str = "") -> Iterator[None]:
         if is_out_of_memory(error):
             free = re.search(r"GPU \d+ has a total capacity of [^,]*? free(?=\.)", str(error))
             about = "" if free is None else f" ({free[0]})"
-            raise UserError(f"{what}--model {name} does not fit in memory{about}: try a smaller --dtype") from error
+            more = ", or several GPUs by torchrun" if isinstance(error, torch.OutOfMemoryError) else ""
+            raise UserError(f"{what}--model {name} does not fit in memory{about}: try a smaller --dtype{more}") from error
         raise UserError(f"{what}--model {name} {_why(name, error)}") from error
     finally:
         logging.set_verbosity(spoken)
