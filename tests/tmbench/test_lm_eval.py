@@ -37,7 +37,7 @@ output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: gold
-metric_list: [{metric: acc}, {metric: acc_norm}]
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: brier_score}]
 """,
     "scores": """
 output_type: loglikelihood
@@ -188,7 +188,8 @@ def test_a_larger_run_answers_what_is_missing_alone(measured, tasks, monkeypatch
     score = LmEvalSpec._score
     monkeypatch.setattr(LmEvalSpec, "_score", lambda self, item, worker: (asked.append(item), score(self, item, worker)))
     rows = read_all(tasks.parent / "results", LmEvalRow)
-    assert {(row.metric, row.samples, row.limit) for row in rows} == {("acc", 2, "2"), ("acc_norm", 2, "2")}
+    metrics = ("acc", "acc_norm", "brier_score")
+    assert {(row.metric, row.samples, row.limit) for row in rows} == {(metric, 2, "2") for metric in metrics}
     measured("chooses", "--method", "dense")
     assert sorted(request.index for item in asked for request in item.requests) == list(range(6, 12))
     # Choices share the context that was read for the first of them.

@@ -316,9 +316,10 @@ def _documents(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """A score as JSON has it: a number, a text, or a list of such."""
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    number = value.item() if hasattr(value, "item") else value
-    if isinstance(number, bool | int | float):
-        return float(number) if math.isfinite(number) else str(number)
-    return number if isinstance(number, str) else json.dumps(number, default=str)
+    # What numpy and torch have is a number or an array: a Brier score is taken of a document's array of probabilities.
+    found = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(found, list | tuple):
+        return [_plain(one) for one in found]
+    if isinstance(found, bool | int | float):
+        return float(found) if math.isfinite(found) else str(found)
+    return found if isinstance(found, str) else json.dumps(found, default=str)
