@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from report_rows import add_ttft
@@ -54,6 +56,23 @@ def test_what_is_not_known_is_not_none(line, verdicts, keeps, unknown):
 def test_a_model_without_dense_has_no_line(tmp_path):
     add_ttft(tmp_path, "tri_mix", 2048, 0.7)
     assert not summary.summary(build(tmp_path).ttft, 1.0).rows
+
+
+def test_prompts_in_chunks_and_second_turns_are_told_from_one_piece(tmp_path):
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"chunk": 2048, "prompt_length": "known"},
+        {"ask_later": True, "question_tokens": 64},
+    )
+    for way in ways:
+        add_ttft(tmp_path, "dense", 8192, 1.0, **way)
+        add_ttft(tmp_path, "tri_mix", 8192, 0.7, **way)
+    table = summary.summary(build(tmp_path).ttft, 1.0)
+    assert {cells[0] for cells in table.rows} == {
+        "a/model, checkpoint",
+        "a/model, checkpoint, in chunks of 2K, prompt length known",
+        "a/model, checkpoint, asked later, second turn of 64 tokens",
+    }
 
 
 @pytest.mark.parametrize("keys", [("method", "length"), ("task", "length", "method")])

@@ -16,7 +16,10 @@ KEPT = (NO_LOSS, GAIN)
 
 
 def summary(sections: Iterable[TtftSection], margin: float) -> Table:
-    """A line for each setting that was timed, at its longest prompt; nothing where dense was not timed there."""
+    """A line for each setting that was timed, at its longest prompt; nothing where dense was not timed there.
+
+    A line of prompts in chunks or of second turns says so.
+    """
     names = ("model", "prompt", "keeps all, fastest", "break-even", "fastest of all", "not known")
     texts = [name for name in names if name != "prompt"]
     lines = [line for section in sections if (line := _line(section))]
@@ -38,7 +41,7 @@ def _line(section: TtftSection) -> list[str] | None:
     verdicts = {cell.label: _verdict(section, cell) for cell in compared}
     kept = [cell for cell in faster if verdicts[cell.label] in KEPT]
     return [
-        f"{section.setting.model}, {section.setting.weights}",
+        f"{section.setting.model}, {section.setting.weights}{section.setting.read}",
         f"{batched(section.setting.batch_size)}{length_name(length)}",
         _named(kept[0]) if kept else "none" if set(verdicts.values()) == {LOSS} else "not known",
         section.break_even(kept[0].label)[1] if kept else NOTHING,
