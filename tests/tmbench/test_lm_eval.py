@@ -232,10 +232,15 @@ def test_what_cannot_be_asked_is_one_sentence(tmbench, tasks):
     (tasks / "draws.yaml").write_text(
         random_text.replace("max_gen_toks: 12", "max_gen_toks: 12, do_sample: true, temperature: 1")
     )
+    no_metric = (tasks / "writes.yaml").read_text().replace("task: writes", "task: measures")
+    (tasks / "measures.yaml").write_text(no_metric.replace("exact_match, aggregation: mean", "nosuchmetric"))
     for task, more, said in (
         ("draws", (), "--tasks draws draws its answers at random: --gen-kwargs do_sample=false"),
         ("writes", ("--gen-kwargs", "max_gen_toks=96"), "writes up to 96 tokens, which --length 96 leaves no prompt"),
         ("writes", ("--gen-kwargs", "num_beams=2"), "wants num_beams of generation"),
+        ("writes", ("--gen-kwargs", "max_gen_toks=many"), "--tasks writes cannot be asked, lm-eval says: invalid literal"),
+        ("writes", ("--gen-kwargs", "until=5"), "--tasks writes ends answers at 5, which is no text"),
+        ("measures", (), "--tasks measures cannot be asked, lm-eval says: KeyError"),
         ("writes", ("--apply-chat-template",), "--tasks writes cannot be asked, lm-eval says"),
     ):
         code, _, err = tmbench("lm-eval", "--tasks", task, *about, *more)

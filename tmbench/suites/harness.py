@@ -232,7 +232,10 @@ def saying(option: str, what: str = "cannot be asked") -> Iterator[None]:
         line = next(iter(str(error).splitlines()), "")
         raise UserError(f"{option} {what}, as a package is missing ({line}): pip install 'tmbench[reference]'") from error
     except Exception as error:
-        line = next(iter(str(error).splitlines()), "") or type(error).__name__
+        line = next(iter(str(error).splitlines()), "")
+        if isinstance(error, KeyError) or not line:
+            # The key alone, such as None for a metric that there is none of, says nothing.
+            line = f"{type(error).__name__} {line}".rstrip()
         raise UserError(f"{option} {what}, lm-eval says: {shortened(line, 300)}") from error
 
 
@@ -276,7 +279,8 @@ def _request(number: int, given: Any, model: HarnessModel, task: str) -> Request
 
 
 def _written(number: int, given: Any, model: HarnessModel, task: str) -> Request:
-    ids, options = model.writing(given)
+    with saying(f"--tasks {task}"):
+        ids, options = model.writing(given)
     most = int(options["max_gen_toks"])
     if options.get("do_sample"):
         raise UserError(f"--tasks {task} draws its answers at random: --gen-kwargs do_sample=false asks for the likeliest")
@@ -284,6 +288,8 @@ def _written(number: int, given: Any, model: HarnessModel, task: str) -> Request
         raise UserError(
             f"--tasks {task} wants {', '.join(other)} of generation, which greedy decoding has not: leave it out"
         )
+    if numbers := [end for end in options["until"] if not isinstance(end, str)]:
+        raise UserError(f"--tasks {task} ends answers at {numbers[0]}, which is no text: give until as one")
     room = model.max_length - most
     if room < 1 or most < 1:
         raise UserError(
