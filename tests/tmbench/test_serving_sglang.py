@@ -272,6 +272,7 @@ def test_the_command_writes_what_the_plug_in_reads(tmbench, engine):
         (("--last-n", "0"), "last_n must be 1 or more"),
         (("--layers", "none"), "layers 8- are none of this model's"),
         (("--layers", "auto"), "run tmbench probe --model tiny first"),
+        (("--model", "llama-3.1-8b"), "which a serving engine needs: give the real checkpoint"),
     ]:
         code, _, err = tmbench("serving", *given, "--output", "refused.toml")
         assert code == 2

@@ -30,10 +30,12 @@ def serving(
     from tmbench.measure.spec import ModelSource
     from tmbench.methods.layers import layers_text
     from tmbench.methods.plan import default_layers
+    from tmbench.models import loading
     from tmbench.results.files import writable, write_whole
     from tmbench.serving.settings import VARIABLE, Settings
     from tmbench.serving.sglang import NAME
 
+    loading.check_has_tokenizer(model, "a serving engine")
     loaded = ModelSource(model, **checkpoint.given).load(plan_only=True)
     shape = loaded.shape
     chosen = next(iter(attention.once().deep_layers(loaded, (), output_dir)), default_layers(shape))
