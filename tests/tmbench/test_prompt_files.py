@@ -128,6 +128,7 @@ def test_prompts_with_answers_are_read_whole(asked, tiny):
         (b'{"prompt": 7}', "line 1 has no text as its prompt"),
         (b'{"prompt": " "}', "line 1 has no text as its prompt"),
         (b'{"prompt": "a", "answer": ["b"]}', "line 1 has an answer that is no text"),
+        (b'{"prompt": "a", "question": 1}', r'line 1 has a question that is no text: give .* "question": "\.\.\."'),
         (rb'{"prompt": "a\ud800"}', r"line 1 has half a character, \\ud800"),
         (rb'{"prompt": "a\ud83d", "question": "\ude00"}', r"line 1 has half a character, \\ud83d"),
         (rb'{"prompt": "a", "answer": "\udfff"}', r"line 1 has half a character, \\udfff"),

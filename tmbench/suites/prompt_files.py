@@ -28,7 +28,7 @@ from tmbench.suites.split import shared, split
 
 CONTINUATION = 128
 """How many tokens of plain text are the answer at most, and no more than a quarter of the length."""
-FORM = 'give one JSON object a line, such as {"prompt": "...", "answer": "...", "id": "..."}'
+FORM = 'give one JSON object a line, such as {"prompt": "...", "question": "...", "answer": "...", "id": "..."}'
 Form = Literal["jsonl", "text"]
 
 
