@@ -14,7 +14,7 @@ from bound_specs import Bound
 from plans import plan_of
 from tmbench.engine.batch import Batch
 from tmbench.engine.chunks import Chunks
-from tmbench.engine.prefill import EAGER
+from tmbench.engine.prefill import COMPILED, EAGER
 from tmbench.engine.prefix import let_go
 from tmbench.engine.session import Session, running
 from tmbench.measure.accuracy import AccuracySpec
@@ -141,6 +141,29 @@ def test_texts_that_end_at_once_leave_their_context_behind(job, anew, reads, mon
         assert (rows_of(work), samples_of(work)) == (rows, samples)
         assert len(reads) == len(work.plans) * SAMPLES
         reads.clear()
+
+
+@pytest.mark.slow
+def test_what_is_compiled_for_a_longer_question_leaves_its_context_in_the_slot(job, monkeypatch):
+    """The third question's prompt is the first that an MLP takes in two pieces, and the only slot holds its context."""
+    monkeypatch.setattr("tmbench.engine.batch.SIZES", (1,))
+    monkeypatch.setattr("tmbench.engine.chunked_mlp.CHUNK", 551)
+    found, real = [], Session.read_into
+
+    def read_into(self, ids, slot, context=0, prefix=None, over=None):
+        logits = real(self, ids, slot, context, prefix, over)
+        if over is not None:
+            found.append((ids.shape[1], logits))
+        return logits
+
+    monkeypatch.setattr(Session, "read_into", read_into)
+    plans = [plan_of(job("shape").loaded.model, "tri_mix", **WINDOW)]
+    for kind in (COMPILED, EAGER):
+        assert {row.status for row in job(kind, prefill=kind, batch_size=2, plans=plans).run()} == {"ok"}
+    compiled, eager = found[: len(found) // 2], found[len(found) // 2 :]
+    assert [length > 551 for length, _ in compiled[:QUESTIONS]] == [False, False, True]
+    for (_, got), (_, expected) in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from served_families import small
 
 import plans
 import under_plan
@@ -131,6 +132,31 @@ def test_what_takes_an_mlp_in_one_piece_is_compiled_ahead_of_its_own(graphs, mak
         with torch.inference_mode(), running(model, plan_of(model), COMPILED, chunks) as session:
             session.read(prompt(length - 1))
         assert len(graphs) == made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("length", "chunks", "context", "later"),
+    [(40, None, 30, 0), (40, None, 39, 0), (40, None, 0, 3), (40, None, 0, 1), (40, None, 30, 1), (50, Chunks(20), 0, 0)],
+)
+def test_short_parts_of_a_long_prompt_are_compiled_ahead(length, chunks, context, later, family, graphs, prompt):
+    """A question, an answer that is read in one pass and the rest of a prompt in chunks: an MLP takes those in one piece."""
+    model, ids = small(family), prompt(length)
+    plan = plan_of(model)
+    # Of another prompt, which has no such part.
+    compile_ahead(model, plan, COMPILED, prompt(60), every_position=later > 0, chunks=chunks)
+    before = len(graphs)
+    about = {"every_position": later > 0, "chunks": chunks, "context": context, "later": later}
+    compile_ahead(model, plan, COMPILED, ids, **about)
+    made = len(graphs)
+    assert made > before
+    with torch.inference_mode(), running(model, plan, COMPILED, chunks) as session:
+        if later:
+            session.read_before(ids, [5] * later, context)
+        else:
+            session.read(ids, context=context)
+    assert len(graphs) == made
 
 
 def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt, monkeypatch):

@@ -76,7 +76,7 @@ class Runners:
     """In a decoding step of so many texts."""
     narrowed: dict[nn.Module, LastPosition] = field(default_factory=dict)
     """What stands in front of the last layer's modules: made once, as a graph is bound to the identity of each."""
-    ahead: set[tuple[bool, bool, bool]] = field(default_factory=set)
+    ahead: set[tuple[bool, bool, bool, bool]] = field(default_factory=set)
     """What was compiled before it was timed: see ``session.compile_ahead``."""
 
 

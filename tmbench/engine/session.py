@@ -193,11 +193,14 @@ class KeptOpen:
         self._session: Session | None = None
         self._stack = ExitStack()
 
-    def under(self, plan: Plan, ids: Tensor, slot: CacheSlot) -> Session:
-        """A session for one more prompt, ``ids`` ``[1, length]``, which is to go into ``slot``; compiles ahead for it."""
+    def under(self, plan: Plan, ids: Tensor, slot: CacheSlot, context: int = 0) -> Session:
+        """A session for one more prompt, ``ids`` ``[1, length]``, which is to go into ``slot``; compiles ahead for it.
+
+        With a ``context``, as ``Session.read`` has it, the slot may hold that already, and does so afterwards.
+        """
         if self._session is None or self._plan is not plan:
             self.close()
-            compile_ahead(self._model, plan, self._kind, ids, into=slot, chunks=self._chunks)
+            compile_ahead(self._model, plan, self._kind, ids, into=slot, chunks=self._chunks, context=context)
             opened = self._stack.enter_context(running(self._model, plan, self._kind, self._chunks))
             ready = self._stack.enter_context(opened.prefill())
             self._session, self._plan = replace(opened, ready=ready), plan
@@ -220,27 +223,36 @@ def compile_ahead(
     every_position: bool = False,
     into: CacheSlot | None = None,
     chunks: Chunks | None = None,
+    context: int = 0,
+    later: int = 0,
 ) -> None:
     """Let torch compile what such prefills need, once, so that no sample's time has it; a failure shows in the sample.
 
-    ``ids`` is the first prompt to be measured: what torch compiles, it tunes for the length that it meets first.
-    With ``into`` a prompt is read into that slot, which is to be filled anew.
+    ``ids`` is the first prompt to be measured: what torch compiles, it tunes for the length that it meets first. ``context``
+    is as ``Session.read`` has it, and so many tokens are read ``later``, every position of them, as ``Session.ask`` does.
+    With ``into`` a prompt is read into that slot, which is to be filled anew behind its context.
     """
     if kind != COMPILED:
         return
     last = plan.patterns[-1]
-    tokens = ids.shape[0] * (ids.shape[1] if chunks is None else min(ids.shape[1], chunks.size))
-    if splits_prompts(model):
-        tokens = math.ceil(tokens / parallel.size())
     layers = decoder_layers(model, attention_modules(model)) or ()
-    about = last is not None and last.dynamic, every_position, tokens <= traced_mlp_tokens(model, layers)
+    traced = traced_mlp_tokens(model, layers)
+    before = context or ids.shape[1]
+    parts = {before} if chunks is None else {chunk.end - chunk.start for chunk in chunks.of(before)}
+    parts |= {part for part in (ids.shape[1] - before, later) if part}
+    ranks = parallel.size() if splits_prompts(model) else 1
+    dynamic = last is not None and last.dynamic
+    # What torch makes a graph of its own for, see ``run_layer``.
+    about = {(dynamic, every_position, math.ceil(ids.shape[0] * part / ranks) <= traced, part == 1) for part in parts}
     runners = compiled(model)
-    if about not in runners.ahead:
-        runners.ahead.add(about)
+    if not about <= runners.ahead:
+        runners.ahead.update(about)
         # Ranks that share a model fail together, or are no longer at the same place.
         failing = suppress(RuntimeError) if parallel.size() == 1 else nullcontext()
         with failing, running(model, plan, kind, chunks) as session:
-            if into is None:
-                session.read(ids, every_position=every_position)
+            if into is not None:
+                session.read_into(ids, into, context)
+            elif later:
+                session.read_before(ids, ids[0, :1].tolist() * later, context)
             else:
-                session.read_into(ids, into)
+                session.read(ids, every_position=every_position, context=context)

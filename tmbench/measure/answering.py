@@ -171,7 +171,7 @@ def alone(spec: AnswerSpec[Any], loaded: LoadedModel, item: Any, ran: set[str], 
     """One sample, decoded token by token; ``ran`` is given what ran, which is there of a failure too."""
     asked, plan = spec.asked(loaded, item), spec.plans[item.plan]
     kept = last.take(plan, asked.before, asked.count)
-    compile_ahead(loaded.model, plan, spec.prefill, asked.ids, chunks=spec.chunks)
+    compile_ahead(loaded.model, plan, spec.prefill, asked.ids, chunks=spec.chunks, context=asked.context)
     start = time.perf_counter()
     with running(loaded.model, plan, spec.prefill, spec.chunks) as session:
         try:
@@ -255,7 +255,7 @@ class Together:
         item, worker = one
         asked, plan, slot = self.spec.asked(self.loaded, item), self.spec.plans[item.plan], self.batch.free_slot
         kept = self._last.take(plan, asked.before, asked.count)
-        session = self._session.under(plan, asked.ids, slot)
+        session = self._session.under(plan, asked.ids, slot, asked.context)
         start = time.perf_counter()
         try:
             context, counter = _context(session, asked, kept, slot)

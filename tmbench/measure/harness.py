@@ -168,8 +168,9 @@ class LmEvalSpec(AnswerSpec[LmEvalRow]):
         rolling = item.requests[0].kind == ROLLING
         first = torch.tensor([item.requests[0].context], device=loaded.device)
         at_once = feeds_chunks(loaded.model, self.prefill)
-        for whole in {rolling, rolling or at_once} if first.shape[1] else ():
-            compile_ahead(loaded.model, plan, self.prefill, first, every_position=whole, chunks=self.chunks)
+        longest = 0 if rolling or not at_once else max(len(request.parts[0][1]) for request in item.requests) - 1
+        for whole, later in {(rolling, 0), (rolling or at_once, longest)} if first.shape[1] else ():
+            compile_ahead(loaded.model, plan, self.prefill, first, every_position=whole, chunks=self.chunks, later=later)
         with running(loaded.model, plan, self.prefill, self.chunks) as session:
             session.applied.observer = counter if item.count else None
             decoding: Decoding | None = None

@@ -322,7 +322,9 @@ def loss_sample(
     """The losses of one prompt, read by a plan, and of its answer; what ran is added to ``ran``. Raises as ``losses``."""
     ids = torch.tensor([question.prompt], device=loaded.device)
     at_once = feeds_chunks(loaded.model, prefill)
-    compile_ahead(loaded.model, plan, prefill, ids, every_position=True, chunks=chunks)
+    later = len(question.answer) - 1 if at_once else 0
+    about: dict[str, Any] = {"chunks": chunks, "context": question.context, "later": later}
+    compile_ahead(loaded.model, plan, prefill, ids, every_position=True, **about)
     start = time.perf_counter()
     with running(loaded.model, plan, prefill, chunks) as session:
         try:
