@@ -159,6 +159,24 @@ def test_short_parts_of_a_long_prompt_are_compiled_ahead(length, chunks, context
     assert len(graphs) == made
 
 
+def test_a_failure_that_leaves_half_of_a_context_in_its_slot_is_told(graphs, make_model, prompt):
+    """Its question would be read over that."""
+    model, cache = make_model("llama"), KvCache(1, 50)
+    kept, calls = KeptOpen(model, COMPILED, Chunks(20)), []
+
+    def fail(module, given):
+        calls.append(module)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with torch.inference_mode():
+        handle = model.register_forward_pre_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            kept.under(plan_of(model), prompt(50), CacheSlot(cache, 0), 45)
+        handle.remove()
+    assert cache.layers[0][0][0, :, 20:45].eq(0).all()
+
+
 def test_a_session_that_is_kept_open_tells_each_prompt_apart(make_model, prompt, monkeypatch):
     """What the prompt before ran says nothing of this one, and another plan is another session."""
     model = make_model("llama")

@@ -230,7 +230,8 @@ def compile_ahead(
 
     ``ids`` is the first prompt to be measured: what torch compiles, it tunes for the length that it meets first. ``context``
     is as ``Session.read`` has it, and so many tokens are read ``later``, every position of them, as ``Session.ask`` does.
-    With ``into`` a prompt is read into that slot, which is to be filled anew behind its context.
+    With ``into`` a prompt is read into that slot, which is to be filled anew behind its context. A failure that may leave
+    it with a part of that is raised.
     """
     if kind != COMPILED:
         return
@@ -248,7 +249,7 @@ def compile_ahead(
     if not about <= runners.ahead:
         runners.ahead.update(about)
         # Ranks that share a model fail together, or are no longer at the same place.
-        failing = suppress(RuntimeError) if parallel.size() == 1 else nullcontext()
+        failing = nullcontext() if parallel.size() > 1 or (into is not None and context) else suppress(RuntimeError)
         with failing, running(model, plan, kind, chunks) as session:
             if into is not None:
                 session.read_into(ids, into, context)
