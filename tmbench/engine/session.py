@@ -236,15 +236,14 @@ def compile_ahead(
     if kind != COMPILED:
         return
     last = plan.patterns[-1]
-    layers = decoder_layers(model, attention_modules(model)) or ()
-    traced = traced_mlp_tokens(model, layers)
-    before = context or ids.shape[1]
-    parts = {before} if chunks is None else {chunk.end - chunk.start for chunk in chunks.of(before)}
-    parts |= {part for part in (ids.shape[1] - before, later) if part}
-    ranks = parallel.size() if splits_prompts(model) else 1
     dynamic = last is not None and last.dynamic
+    layers = decoder_layers(model, attention_modules(model)) or ()
+    traced, ranks = traced_mlp_tokens(model, layers), parallel.size() if splits_prompts(model) else 1
     # What torch makes a graph of its own for, see ``run_layer``.
-    about = {(dynamic, every_position, math.ceil(ids.shape[0] * part / ranks) <= traced, part == 1) for part in parts}
+    about = {
+        (dynamic, every_position, math.ceil(ids.shape[0] * part / ranks) <= traced, part == 1)
+        for part in _parts(ids.shape[1], context, later, chunks)
+    }
     runners = compiled(model)
     if not about <= runners.ahead:
         runners.ahead.update(about)
@@ -257,3 +256,10 @@ def compile_ahead(
                 session.read_before(ids, ids[0, :1].tolist() * later, context)
             else:
                 session.read(ids, every_position=every_position, context=context)
+
+
+def _parts(length: int, context: int, later: int, chunks: Chunks | None) -> set[int]:
+    """How many tokens are read at a time, of a prompt, its context and what follows it."""
+    before = context or length
+    read = [before] if chunks is None else [chunk.end - chunk.start for chunk in chunks.of(before)]
+    return {part for part in (*read, length - before, later) if part}
