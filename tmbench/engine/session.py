@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -213,6 +214,10 @@ class KeptOpen:
         self._stack.close()
 
 
+_TRACED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""``traced_mlp_tokens`` of models: every sample asks for it, and finding a model's layers takes milliseconds."""
+
+
 @torch.inference_mode()
 def compile_ahead(
     model: PreTrainedModel,
@@ -237,8 +242,9 @@ def compile_ahead(
         return
     last = plan.patterns[-1]
     dynamic = last is not None and last.dynamic
-    layers = decoder_layers(model, attention_modules(model)) or ()
-    traced, ranks = traced_mlp_tokens(model, layers), parallel.size() if splits_prompts(model) else 1
+    if model not in _TRACED:
+        _TRACED[model] = traced_mlp_tokens(model, decoder_layers(model, attention_modules(model)) or ())
+    traced, ranks = _TRACED[model], parallel.size() if splits_prompts(model) else 1
     # What torch makes a graph of its own for, see ``run_layer``.
     about = {
         (dynamic, every_position, math.ceil(ids.shape[0] * part / ranks) <= traced, part == 1)
