@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import triton
-from timing import measured_on, queued_each, wall_and_host_ms, written
+from timing import measured_on, turn_ms, written
 from torch import Tensor
 
 from tmbench_kernels import Backend, Dense, Pattern, Triangle
@@ -190,10 +190,7 @@ def timed(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> list[float] | None
 
     None where a launch waits for the device, so that its time cannot be told from the host's.
     """
-    run = partial(attend, q, k, v)
-    wall, host = wall_and_host_ms(run, q.device.type)
-    count = max(1, min(30, int(TURN_MS / max(wall, 0.01))))
-    return queued_each([run] * count, count * host if host else None, q.device.type)
+    return turn_ms(partial(attend, q, k, v), TURN_MS, q.device.type)
 
 
 class Sample:

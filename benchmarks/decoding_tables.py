@@ -33,12 +33,15 @@ def _cells(line: Line, alone: Line | None) -> list[str]:
     times = "" if alone is None or alone is line else f"{float(alone['seconds_per_sample']) / own:.1f}"
     way = "one by one" if line["way"] == "plain" else line["way"]
     same = f"{float(line['same_choices']):.1%}" if line["same_choices"] else ""
-    gpu = line["device"].removeprefix("NVIDIA ").split()[0]
     return [
-        line["model"], gpu, length_name(int(line["length"])), way, line["batch_size"], f"{own:.3g}", times,
+        line["model"], _gpu(line), length_name(int(line["length"])), way, line["batch_size"], f"{own:.3g}", times,
         f"{float(line['prefill_s']):.3g}", f"{float(line['step_ms']):.3g}", f"{float(line['weights_ms']):.3g}", same,
         line["largest_gap"],
     ]  # fmt: skip
+
+
+def _gpu(line: Line) -> str:
+    return line["device"].removeprefix("NVIDIA ").split()[0]
 
 
 def rate(sources: Sources) -> str:
@@ -59,9 +62,8 @@ def _rate_cells(line: Line, first: Line) -> list[str]:
     begun, model = "begun_samples_per_minute", "model_seconds_per_sample"
     times = [float(line[begun]) / float(first[begun]), float(first[model]) / float(line[model])]
     shown = [f"{value:.1f}" if line is not first else "" for value in times]
-    gpu = line["device"].removeprefix("NVIDIA ").split()[0]
     return [
-        line["commit"], line["model"], gpu, length_name(int(line["length"])), line["samples"],
+        line["commit"], line["model"], _gpu(line), length_name(int(line["length"])), line["samples"],
         f"{float(line['seconds']):.0f}", f"{float(line[begun]):.0f}", shown[0], f"{float(line[model]):.3g}", shown[1],
     ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from structured_qkv import structured_qkv
-from timing import measured_on, queued_each, wall_and_host_ms, written
+from timing import measured_on, turn_ms, written
 
 from tmbench_kernels import Dense
 from tmbench_kernels.reference import masked_attention
@@ -54,9 +54,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
             ms: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(options.rounds):
                 for name, run in runs.items():
-                    wall, host = wall_and_host_ms(run, device)
-                    count = max(1, min(30, int(TURN_MS / max(wall, 0.01))))
-                    found = queued_each([run] * count, count * host if host else None, device)
+                    found = turn_ms(run, TURN_MS, device)
                     if found is None:
                         raise RuntimeError(f"{name} waits for the device, whose time cannot be told from the host's")
                     ms[name] += found

@@ -101,3 +101,10 @@ def queued_each(runs: Sequence[Callable[[], object]], host_ms: float | None, dev
             return [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(done)]
         sleep *= 2
     return None
+
+
+def turn_ms(run: Callable[[], object], about_ms: float, device: str) -> list[float] | None:
+    """The device's own time for each launch of a turn of about so long, at most 30, as ``queued_each`` has it."""
+    wall, host = wall_and_host_ms(run, device)
+    count = max(1, min(30, int(about_ms / max(wall, 0.01))))
+    return queued_each([run] * count, count * host if host else None, device)

@@ -23,6 +23,14 @@ def _poison_uninitialised_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def running_sums_on_a_gpu() -> Iterator[None]:
+    """On a GPU memory is not poisoned: torch has running sums there in no order that is always the same."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
 @pytest.fixture(scope="session")
 def make_qkv() -> Callable[..., Tensors]:
     """q, k and v: views of ``[batch, length, heads, dim]``, transposed, as a projection yields them."""
@@ -106,6 +114,22 @@ def rms_errors(
 def measure_errors() -> Callable[..., tuple[float, float, float]]:
     """``rms_errors``, for a test with a bound of its own."""
     return rms_errors
+
+
+@pytest.fixture(scope="session")
+def assert_as_torch() -> Callable[..., None]:
+    """The error against float64 is at most twice that of plain torch in the same type, whatever that is.
+
+    ``note`` is what a failure says. Where torch makes next to no error, neither may the output.
+    """
+
+    def check(
+        out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, note: str = ""
+    ) -> None:
+        size, error, plain_error = rms_errors(out, q, k, v, mask, scale)
+        assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny, note
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -43,15 +43,11 @@ OVER_LISTS = {True: "flash-attn-4", False: None}
 """A library's kernel that takes whole prompts alone, by whether the pattern is dynamic."""
 
 
-@pytest.fixture(autouse=True)
-def _running_sums_on_a_gpu():
-    torch.use_deterministic_algorithms(not GPU)
-    yield
-    torch.use_deterministic_algorithms(True)
+pytestmark = pytest.mark.usefixtures("running_sums_on_a_gpu")
 
 
 @pytest.fixture
-def check(measure_errors):
+def check(assert_as_torch):
     """``check(pattern, q, k, v)`` attends by every kernel that serves, and checks outputs and log-sum-exps."""
 
     def serves(backend, pattern, *tensors):
@@ -67,8 +63,7 @@ def check(measure_errors):
         for backend in kernels:
             lse = new_lse(q) if backend.lse else None
             out = backend.attend(pattern, q, k, v, scale, **({} if lse is None else {"lse": lse}))
-            size, error, plain_error = measure_errors(out, q, k, v, mask, None)
-            assert error <= max(2 * plain_error, 1e-6 * size) + torch.finfo(torch.float32).tiny, backend.name
+            assert_as_torch(out, q, k, v, mask, note=backend.name)
             if lse is not None:
                 torch.testing.assert_close(lse.double(), masked_lse(q, k, mask), rtol=1e-3, atol=1e-3)
 

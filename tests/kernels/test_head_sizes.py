@@ -21,11 +21,7 @@ BACKENDS = [(pattern, backend) for pattern in PATTERNS for backend in pattern.ba
 SIZES = [(192, 128), (24, 16), (48, 80), (256, 256), (512, 512)]
 
 
-@pytest.fixture(autouse=True)
-def _running_sums_on_a_gpu():
-    torch.use_deterministic_algorithms(not GPU)
-    yield
-    torch.use_deterministic_algorithms(True)
+pytestmark = pytest.mark.usefixtures("running_sums_on_a_gpu")
 
 
 @pytest.mark.slow

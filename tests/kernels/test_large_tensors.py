@@ -37,11 +37,7 @@ PATTERNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _running_sums_on_a_gpu():
-    torch.use_deterministic_algorithms(not GPU)
-    yield
-    torch.use_deterministic_algorithms(True)
+pytestmark = pytest.mark.usefixtures("running_sums_on_a_gpu")
 
 
 def drawn(heads, apart):

@@ -44,11 +44,7 @@ BACKENDS = [(pattern, backend) for pattern in PATTERNS for backend in pattern.ba
 SINKS = torch.tensor([-400.0, 0.7, 6.0, 400.0])
 
 
-@pytest.fixture(autouse=True)
-def _running_sums_on_a_gpu():
-    torch.use_deterministic_algorithms(not GPU)
-    yield
-    torch.use_deterministic_algorithms(True)
+pytestmark = pytest.mark.usefixtures("running_sums_on_a_gpu")
 
 
 def runs(pattern, backend, *tensors, **asked):
