@@ -6,7 +6,7 @@ import pickle
 import threading
 import time
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -109,7 +109,7 @@ class Elsewhere(InProcess):
     def run(self, spec, jobs, tell):
         self.rounds += 1
         loaded, sent = self.open(spec.model), pickle.dumps(spec)
-        jobs = filter(None, jobs)
+        jobs = iter(jobs)
         while batch := [pickle.dumps(job) for job in islice(jobs, self.workers)]:
             for number, item in map(pickle.loads, reversed(batch)):
                 self.measured.append(item)
@@ -225,6 +225,29 @@ def test_tasks_do_not_wait_for_each_other_where_samples_are_measured_elsewhere(s
     assert [(row.task, row.method) for row in rows] == [
         (task, method) for task in ("niah_single_1", "vt") for method in ("dense", "streaming", "minference")
     ], "in the order in which they were asked for, whichever ended first"
+
+
+def test_the_next_task_is_prepared_while_the_samples_of_one_are_measured(specs, loaded, tmp_path, monkeypatch):
+    prepared, own = [], Ruler.samples
+
+    def samples(self, task, *more):
+        found = own(self, task, *more)
+        prepared.append(task)
+        return found
+
+    class Slow(Elsewhere):
+        def run(self, spec, jobs, tell):
+            given = iter(jobs)
+            first = next(given)
+            deadline = time.monotonic() + 60
+            while len(prepared) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert prepared == ["niah_single_1", "vt"], "with the first of many items still at work"
+            super().run(spec, chain([first], given), tell)
+
+    monkeypatch.setattr(Ruler, "samples", samples)
+    rows = run(specs("accuracy", tmp_path), Slow(loaded))
+    assert {row.status for row in rows} == {"ok"}
 
 
 def test_what_is_made_ahead_is_made_while_the_one_before_is_used_and_fails_behind_it():

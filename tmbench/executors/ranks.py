@@ -64,7 +64,7 @@ class AcrossRanks:
         parallel.send(Ask(question))
         return _together(partial(question, self._loaded))
 
-    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Have every job measured on all ranks."""
         loaded = self.open(spec.model)
         parallel.send(Measure(spec))
@@ -95,8 +95,8 @@ class _NotKeptError(BaseException):
         self.sentence = sentence
 
 
-def _given(jobs: Iterable[Job | None]) -> Iterator[Job]:
-    for job in filter(None, jobs):
+def _given(jobs: Iterable[Job]) -> Iterator[Job]:
+    for job in jobs:
         parallel.send(job)
         yield job
     parallel.send(None)

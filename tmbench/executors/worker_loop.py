@@ -1,7 +1,7 @@
 """What a worker of ``tmbench.executors.workers`` does, in whatever process it is, and the words that it exchanges for it.
 
-It loads the model and says so, then obeys orders: to answer a question, or to measure a round, for which it asks for one
-item after the other. To every ``Wanted`` it is given a job, or None where the round has no more for it.
+It loads the model and says so, then obeys orders: to answer a question, or to measure, for which it asks for one item after
+the other. To every ``Wanted`` it is given a job, or None where it is to end what it holds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Wanted:
 
 
 class Done:
-    """The round has ended for this worker."""
+    """What it was ordered to measure has ended for this worker."""
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@ class _Worker:
     handle: Handle
     loaded: bool = False
     working: bool = False
-    """Whether it is in a round; else it waits for an order, or loads."""
+    """Whether it has an order to measure; else it waits for one, or loads."""
+    begun: bool = False
+    """Whether it was given a job under that order."""
     running: dict[int, Item] = field(default_factory=dict)
-    round: int | None = None
-    """Of the jobs that it was given since it began to measure."""
     alone: bool = False
     """Whether it measures an item again that a worker was lost to."""
     lost: int = 0
@@ -72,14 +72,11 @@ class _Worker:
 class _Jobs:
     """The jobs of a run: those that were never given out, and those that have to be done again."""
 
-    def __init__(self, jobs: Iterable[Job | None]) -> None:
+    def __init__(self, jobs: Iterable[Job]) -> None:
         self._new = iter(jobs)
-        self._next: tuple[int, Job] | None = None
-        """The round of a job, and that job, which was asked for by a worker that is in another round."""
-        self._round = 0
         self._again: deque[Job] = deque()
-        self._last: tuple[_Worker, int, tuple[int, ...]] | None = None
-        """Who was given the last new job, in which round and turn, unless that round has ended for it."""
+        self._last: tuple[_Worker, tuple[int, ...]] | None = None
+        """Who was given the last new job, and its turn, unless that worker was told since that there is no more."""
         self._kept: dict[int, set[Place]] = defaultdict(set)
         self._lost: dict[int, int] = defaultdict(int)
         self._exhausted = False
@@ -87,45 +84,35 @@ class _Jobs:
     @property
     def more(self) -> bool:
         """Whether a worker that is free should ask."""
-        return bool(self._again) or self._next is not None or not self._exhausted
+        return bool(self._again) or not self._exhausted
 
     def next_for(self, worker: _Worker) -> Job | None:
-        """The next job of a worker; None where it has to end its round first, or there is none."""
+        """The next job of a worker; None where it has to end what it holds first, or there is none."""
         if worker.own:
             return worker.own.popleft()
         job = self._found_for(worker)
-        if job is None and self._last is not None and self._last[0] is worker:
+        if job is not None:
+            worker.begun = True
+        elif self._last is not None and self._last[0] is worker:
             self._last = None
         return job
 
     def _found_for(self, worker: _Worker) -> Job | None:
-        begun = worker.alone or worker.round is not None
         if self._again and not worker.running:
-            worker.alone = not begun
-            return None if begun else self._again.popleft()
-        while not worker.alone and (found := self._look()) is not None:
-            (number, job), turn = found, found[1][1].turn
-            if turn and self._last is not None and self._last[0] is not worker and self._last[1:] == (number, turn):
+            worker.alone = not worker.begun
+            return None if worker.begun else self._again.popleft()
+        while not worker.alone and not self._exhausted:
+            job = next(self._new, None)
+            if job is None:
+                self._exhausted = True
+                break
+            turn = job[1].turn
+            if turn and self._last is not None and self._last[0] is not worker and self._last[1] == turn:
                 self._last[0].own.append(job)
-                self._next = None
                 continue
-            if worker.round not in (None, number):
-                return None
-            worker.round, self._next, self._last = number, None, (worker, number, turn)
+            self._last = worker, turn
             return job
         return None
-
-    def _look(self) -> tuple[int, Job] | None:
-        """The job that is given out next, and its round."""
-        while self._next is None and not self._exhausted:
-            match next(self._new, self):
-                case _Jobs():
-                    self._exhausted = True
-                case None:
-                    self._round += 1
-                case job:
-                    self._next = self._round, job
-        return self._next
 
     def kept(self, number: int, item: Item, sample: Any) -> None:
         self._kept[number].add((item.file, sample.index))
@@ -202,13 +189,13 @@ class Workers:
                         return found
         raise UserError(f"{counted(TRIES, 'worker')} ended when they were asked about the model: run again")
 
-    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Have every job measured by whoever is free first."""
         given = _Jobs(jobs)
         while True:
             for worker in self._workers:
                 if worker.loaded and not worker.working and given.more:
-                    worker.working, worker.round, worker.alone = True, None, False
+                    worker.working, worker.begun, worker.alone = True, False, False
                     worker.handle.send(Measure(spec))
             if not given.more and not any(worker.working for worker in self._workers):
                 return
@@ -289,7 +276,7 @@ class Workers:
 
 
 def _hear(worker: _Worker, told: Told, given: _Jobs, tell: Tell) -> None:
-    """What a worker tells within a round."""
+    """What a worker tells while it measures."""
     if isinstance(told, Wanted):
         job = given.next_for(worker)
         if job is not None:

@@ -54,11 +54,8 @@ class Executor(Protocol):
     def ask(self, question: Callable[[LoadedModel], T]) -> T:
         """What a function that pickles says of the opened model where its weights are; raises UserError as it does."""
 
-    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
-        """Have every job measured, and return when the last one has ended; raises UserError as ``ItemSpec.measure``.
-
-        Elsewhere, None stands between rounds: others may begin the next one, and no worker holds items of both.
-        """
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
+        """Have every job measured, and return when the last one has ended; raises UserError as ``ItemSpec.measure``."""
 
     def close(self) -> None:
         """Let all workers go, whatever they are doing."""
@@ -86,9 +83,9 @@ class InProcess:
         assert self._loaded is not None, "no model was opened"
         return question(self._loaded)
 
-    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job | None], tell: Tell) -> None:
+    def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Measure every job; the next is taken when the spec has room for it, which most have when one has ended."""
-        work(spec, filter(None, jobs), self.open(spec.model), tell)
+        work(spec, jobs, self.open(spec.model), tell)
 
     def close(self) -> None:
         """There is no worker to let go."""

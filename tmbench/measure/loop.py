@@ -13,7 +13,7 @@ from tmbench.measure.keeping import Target
 from tmbench.measure.spec import Item, R, Spec, Step, Turns
 from tmbench.results.words import counted
 
-_Told = Step[R] | Target[R, Any] | Turns[R] | None
+_Told = Step[R] | Target[R, Any] | Turns[R]
 
 
 def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lambda step: None) -> list[R]:
@@ -38,8 +38,8 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
         with ExitStack() as stack:
             rounds: Iterable[Step[R] | Iterable[_Told[R]]] = part.rounds
             if part.independent:
-                together = _together(part.rounds)
-                rounds = [stack.enter_context(closing(ahead(together))) if executor.elsewhere else together]
+                # By rounds: one is made while the targets of the one before are measured, however many these are.
+                rounds = [_together(stack.enter_context(closing(ahead(rounds))) if executor.elsewhere else rounds)]
             for targets in rounds:
                 if isinstance(targets, Step):
                     told(targets)
@@ -52,9 +52,9 @@ def run(spec: Spec[R], executor: Executor, show: Callable[[Step[R]], None] = lam
 
 
 def _together(rounds: Iterable[Step[R] | Iterable[_Told[R]]]) -> Iterator[_Told[R]]:
-    """The targets of all rounds as those of one, None behind each."""
+    """The targets of all rounds as those of one."""
     for one in rounds:
-        yield from [one] if isinstance(one, Step) else [*one, None]
+        yield from [one] if isinstance(one, Step) else one
 
 
 class _Round(Generic[R]):
@@ -75,12 +75,9 @@ class _Round(Generic[R]):
         """All rows, in the order of the targets, whichever ended first."""
         return chain.from_iterable(self.rows[place] for place in sorted(self.rows))
 
-    def jobs(self) -> Iterator[Job | None]:
+    def jobs(self) -> Iterator[Job]:
         numbers, places = count(), count()
         for told in self.targets:
-            if told is None:
-                yield None
-                continue
             if isinstance(told, Step):
                 self._tell(next(places), told)
                 continue
