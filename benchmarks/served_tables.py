@@ -6,8 +6,8 @@ piece has more than ``ABOVE``. A method loses where the interval of its paired d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from claim_sources import tasks_of
 from sources import Block
@@ -22,7 +22,8 @@ from tmbench.report.table import Table, columns
 from tmbench.report.ttft import TtftSection
 from tmbench.report.words import NOTHING, interval_text
 from tmbench.report.writers import captioned, filled, table_markdown
-from tmbench.results.variants import own_label
+from tmbench.results.parameters_text import Value
+from tmbench.results.variants import Variant, identity, labels, own_label
 from tmbench.results.words import counted, length_name
 
 MISSING = "Not measured yet."
@@ -131,15 +132,38 @@ def pooled(report: Report) -> dict[tuple[str, str], Difference]:
         strata.setdefault((one.read, one.label), []).extend(one.strata)
         order += [one.label] * (one.label not in order)
     places = {read: place for place, read in enumerate(reads(every))}
-    keys = sorted((key for key, own in strata.items() if own), key=lambda key: (places[key[0]], order.index(key[1])))
+    # Settings of one method together.
+    method_of = {label: label.partition(" (")[0] for label in order}
+    methods = list(method_of.values())
+    keys = sorted(
+        (key for key, own in strata.items() if own),
+        key=lambda key: (places[key[0]], methods.index(method_of[key[1]]), order.index(key[1])),
+    )
     return dict(zip(keys, family([strata[key] for key in keys]), strict=True))
 
 
 def named(report: Report) -> Iterator[tuple[RulerSection, dict[str, str]]]:
-    """Sections, and by the labels of each what tells a method's settings apart in any: one alone names fewer."""
-    among = {label for section in sections(report) for label in section.labels}
+    """Sections, and by the labels of each what tells a method's settings apart in any, and between any two: one names fewer.
+
+    Layers are a model's own, and tell nothing apart between models.
+    """
+    rows = [cell.row for section in sections(report) for cell in section.cells]
+    anywhere = {identity(one): one for one in map(_OfAnyModel.of, rows)}
+    among = {label for section in sections(report) for label in section.labels} | set(labels(list(anywhere.values())))
     for section in sections(report):
         yield section, {cell.label: own_label(cell.row, among) for cell in section.cells}
+
+
+@dataclass(frozen=True)
+class _OfAnyModel:
+    """A method with those of its settings that models can have in common."""
+
+    method: str
+    settings: Mapping[str, Value]
+
+    @classmethod
+    def of(cls, one: Variant) -> _OfAnyModel:
+        return cls(one.method, {name: value for name, value in one.settings.items() if name != "layers"})
 
 
 def reads(found: Sequence[ServedScore]) -> list[str]:

@@ -92,6 +92,21 @@ def test_settings_that_one_model_was_asked_are_told_apart_everywhere(made, tmp_p
     ]
 
 
+def test_settings_that_no_model_was_asked_both_of_are_told_apart_too(made, tmp_path):
+    """Layers are a model's own, and make no setting of another one."""
+    for length, window, layers in ((4096, 256, "4-"), (8192, 512, "4-"), (16384, 512, "12-")):
+        for how in ({}, {"ask_later": True}):
+            add_answers(tmp_path, "dense", "vt", [1.0] * 20, length=length, **how)
+            about = {"n_local": window, "layers": layers}
+            add_answers(tmp_path, "tri_mix", "vt", [1.0] * 20, length=length, **about, **how)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made("together").splitlines()[2:]]
+    assert [(line[0], line[4]) for line in lines] == [
+        ("dense", "60"),
+        ("tri_mix (n_local 256)", "20"),
+        ("tri_mix (n_local 512)", "40"),
+    ]
+
+
 def test_times_stand_as_the_report_has_them(made, tmp_path):
     add_ttft(tmp_path, "dense", 4096, 1.0, matrix_rate_flops=1e12)
     add_ttft(tmp_path, "dense", 4096, 1.5, matrix_rate_flops=1e12, **CHUNKS)
