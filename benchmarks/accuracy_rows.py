@@ -97,7 +97,8 @@ def served() -> list[str]:
     ways = [f"{every}{way}" for way in fed]
     ways += [f"{methods(('dense', 'tri_mix', 'flashprefill'))} --chunk 2K --prompt-length unknown"]
     patterns = f"--patterns {PATTERNS} {methods(('minference', 'tri_mix_minference'))}"
-    others = [f"{some}{way}" for some in (methods((*map(mixed, DYNAMIC), *MORE)), patterns) for way in fed]
+    rest = methods((*map(mixed, MORE), "streaming:delta=64", "tri_mix:delta=64"))
+    others = [f"{some}{way}" for some in (methods((*map(mixed, DYNAMIC), *MORE)), patterns, rest) for way in fed]
     tiny = "ruler --model tiny --dtype bfloat16 --batch-size 32 --offline --samples 20"
     loss = "probe --loss --dtype bfloat16 --samples 60"
     agree = "agree --dtype bfloat16 --batch-size 16 --samples 32 --new-tokens 64"
@@ -114,7 +115,9 @@ def served() -> list[str]:
     found = [f"{kind} {way}" for kind in kinds for way in ways]
     found += [f"{asked} --samples 50 --length {length} {way}" for length in ("4K", "8K") for way in others]
     combined = methods((*map(mixed, ("minference", *DYNAMIC)), *MORE))
-    found += [f"{tiny} --length {length} {combined}{way}" for length in ("8K", "16K") for way in fed]
+    found += [
+        f"{tiny} --length {length} {some}{way}" for length in ("8K", "16K") for some in (combined, rest) for way in fed
+    ]
     # A prompt of 2K tokens is one chunk.
     return found + [f"{asked} --samples 50 --length 2K {way}" for way in (*ways, *others) if "--chunk" not in way]
 
