@@ -133,6 +133,7 @@ def test_further_questions_are_rows_of_their_own(tmbench):
         ("niah_multikey_2", 1), ("niah_multikey_2", 2), ("niah_multikey_2", 3), ("vt", 1),
     ]  # fmt: skip
     assert len({row["predictions"] for row in rows}) == 4
+    assert "--questions 3: vt at 1024 had 1 question for each context" in err
     code, out, _ = tmbench("report")
     assert "question 3 of each context" in out
     code, _, err = tmbench("ruler", "--data", ".", "--length", "1K", "--questions", "2")

@@ -140,7 +140,22 @@ def ask(
     if plan:
         show_plan(spec, loaded, where.workers)
         return
-    print_measured(spec, measure(spec, run), _show, as_json=as_json)
+    rows = measure(spec, run)
+    _say_fewer(rows, questions)
+    print_measured(spec, rows, _show, as_json=as_json)
+
+
+def _say_fewer(rows: Sequence[RulerRow], questions: int) -> None:
+    """Which tasks had fewer questions for each context than the user wished for."""
+    most: dict[tuple[int, str], int] = {}
+    for row in rows:
+        most[row.length, row.task] = max(row.question, most.get((row.length, row.task), 1))
+    fewer: dict[tuple[int, int], list[str]] = {}
+    for (length, task), many in most.items():
+        if many < questions:
+            fewer.setdefault((length, many), []).append(task)
+    for (length, many), tasks in fewer.items():
+        say(f"--questions {questions}: {', '.join(tasks)} at {length} had {counted(many, 'question')} for each context")
 
 
 def _show(rows: Sequence[RulerRow]) -> None:
