@@ -246,6 +246,21 @@ def test_an_address_where_no_ray_answers_is_one_sentence(by_environment, tmbench
 
 
 @pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("127.0.0.1:1", "RAY_ADDRESS=127.0.0.1:1 does not answer (["),
+        ("ray://there:10001", "RAY_ADDRESS=ray://there:10001 is of Ray's client"),
+        pytest.param(
+            "there", "RAY_ADDRESS=there has no Ray cluster that can be joined", marks=[needs_ray, pytest.mark.slow]
+        ),
+    ],
+)
+def test_an_address_of_the_environment_is_named_as_such(address, sentence, tmbench, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert refused(tmbench, "probe", "--executor", "ray").startswith(sentence)
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("--workers", "2"), "--workers says how many workers --executor has, which is not given: leave it out"),

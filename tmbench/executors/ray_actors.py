@@ -102,13 +102,14 @@ class Actors:
         kind, _, number = (device or "").partition(":")
         if number:
             raise UserError(f"--device {device} is one device, and Ray gives each worker its own: give --device {kind}")
+        said = f"--address {address}" if address else f"{ADDRESS}={os.environ.get(ADDRESS)}"
         address = address or os.environ.get(ADDRESS)
         if address:
-            _check_address(address)
+            _check_address(address, said)
         self.ray = _ray()
         if address:
-            _check_cluster(address)
-        self._join(address, workers or 1)
+            _check_cluster(address, said)
+        self._join(address, said, workers or 1)
         has = {name: int(self.ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU")}
         unit = "GPU" if kind in ("", "cuda") and has["GPU"] else "CPU"
         if kind == "cuda" and unit == "CPU":
@@ -121,7 +122,7 @@ class Actors:
         self._needs = {"num_gpus": 1} if unit == "GPU" else {"num_cpus": self._threads}
         self._device = "cuda" if unit == "GPU" else "cpu"
 
-    def _join(self, address: str | None, cpus: int) -> None:
+    def _join(self, address: str | None, said: str, cpus: int) -> None:
         own = {"num_cpus": max(cpus, os.cpu_count() or 1), "object_store_memory": STORE, "include_dashboard": False}
         try:
             self.ray.init(
@@ -131,7 +132,7 @@ class Actors:
                 **({} if address else own),
             )
         except (OSError, ValueError, RuntimeError) as error:
-            where = f"--address {address} has no Ray cluster that can be joined" if address else "Ray cannot be started here"
+            where = f"{said} has no Ray cluster that can be joined" if address else "Ray cannot be started here"
             raise UserError(
                 f"{where} ({describe(error)}): start one with ray start --head, or use --executor processes"
             ) from error
@@ -171,21 +172,24 @@ class Actors:
         self.ray.shutdown()
 
 
-def _check_address(address: str) -> None:
-    """Raise UserError for an address where nothing answers, for which Ray would wait minutes, or of Ray's client."""
+def _check_address(address: str, said: str) -> None:
+    """Raise UserError for an address where nothing answers, for which Ray would wait minutes, or of Ray's client.
+
+    ``said`` is how the user gave it: as ``--address``, or in the environment.
+    """
     if "://" in address:
-        raise UserError(f"--address {address} is of Ray's client, which no worker can tell through: give auto on a node")
+        raise UserError(f"{said} is of Ray's client, which no worker can tell through: give auto on a node")
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
-            raise UserError(f"--address {address} does not answer ({error}): give that of a running Ray cluster") from error
+            raise UserError(f"{said} does not answer ({error}): give that of a running Ray cluster") from error
 
 
-def _check_cluster(address: str) -> None:
+def _check_cluster(address: str, said: str) -> None:
     """Raise UserError where no Ray cluster answers: ``auto`` is the last one of this machine, which may be long gone."""
-    wrong = f"--address {address} has no Ray cluster that can be joined"
+    wrong = f"{said} has no Ray cluster that can be joined"
     remedy = (
         "start one with ray start --head, set RAY_AUTH_MODE=token for one that asks for a token, or use --executor processes"
     )
