@@ -98,6 +98,13 @@ def split(spec, loaded, of=OF, numbers=None):
     return [run(replace(spec, shard=Shard(number, of)), InProcess(loaded)) for number in numbers or range(1, of + 1)]
 
 
+def test_a_folder_that_is_not_there_is_named_beside_one_that_is_whole(spec, loaded, tmp_path):
+    split(spec("loss", tmp_path / "one"), loaded)
+    with pytest.raises(UserError, match="other is no folder: give those that runs with --shard were given as --output-dir"):
+        merge([tmp_path / "one", tmp_path / "other"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_make_the_rows_of_one_run_in_any_order_and_merged_twice_as_once(kind, spec, loaded, tmp_path):

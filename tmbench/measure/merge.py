@@ -159,9 +159,13 @@ def merge(roots: Sequence[Path], output: Path, show: Callable[[str, int, int], N
     What is in ``output`` already stays, so merging again changes nothing. ``show`` is given a title, how many rows are
     done, and how many there are.
 
-    Raises UserError for folders without shards, for shards that differ in what they measured, before anything is written,
-    and for files that cannot be used.
+    Raises UserError for a folder that is not there, for folders without shards, for shards that differ in what they
+    measured, before anything is written, and for files that cannot be used.
     """
+    for root in roots:
+        # Beside one whose shards are all there, nobody would miss what a folder with a misspelt name has.
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder: give those that runs with --shard were given as --output-dir")
     groups = {kind: _grouped(roots, kind) for kind in KINDS}
     begun = _begun(roots, groups)
     if not begun and not any(groups.values()):
