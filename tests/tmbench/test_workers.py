@@ -321,6 +321,20 @@ def test_a_sentence_of_a_worker_ends_the_run():
         run(Threads(2), Refusing(model=TINY), 4)
 
 
+def test_what_was_given_out_before_a_job_that_cannot_be_made_is_measured():
+    def jobs():
+        yield from ((number, Item(title=f"item {number}", index=number)) for number in range(3))
+        raise UserError("move the file away")
+
+    told: list[Message] = []
+    executor = Workers(Threads(1))
+    executor.open(TINY)
+    with pytest.raises(UserError, match="^move the file away$"):
+        executor.run(ToySpec(model=TINY, held=4, deadly={1: 1}), jobs(), told.append)
+    executor.close()
+    assert [message.number for message in told if message.ended] == [0, 1, 2]
+
+
 def test_a_model_that_cannot_be_loaded_is_said_once():
     with pytest.raises(UserError, match=r"^--model ./nothing-here cannot be loaded"):
         Workers(Threads(2)).open(ModelSource("./nothing-here", device="cpu"))

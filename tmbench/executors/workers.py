@@ -80,6 +80,8 @@ class _Jobs:
         self._kept: dict[int, set[Place]] = defaultdict(set)
         self._lost: dict[int, int] = defaultdict(int)
         self._exhausted = False
+        self.error: Exception | None = None
+        """Why no new one can be made any more; what was given out before is measured all the same."""
 
     @property
     def more(self) -> bool:
@@ -102,7 +104,10 @@ class _Jobs:
             worker.alone = not worker.begun
             return None if worker.begun else self._again.popleft()
         while not worker.alone and not self._exhausted:
-            job = next(self._new, None)
+            try:
+                job = next(self._new, None)
+            except Exception as error:
+                self.error, job = error, None
             if job is None:
                 self._exhausted = True
                 break
@@ -190,7 +195,7 @@ class Workers:
         raise UserError(f"{counted(TRIES, 'worker')} ended when they were asked about the model: run again")
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
-        """Have every job measured by whoever is free first."""
+        """Have every job measured by whoever is free first; what making the jobs raises, once those before it have ended."""
         given = _Jobs(jobs)
         while True:
             for worker in self._workers:
@@ -198,6 +203,8 @@ class Workers:
                     worker.working, worker.begun, worker.alone = True, False, False
                     worker.handle.send(Measure(spec))
             if not given.more and not any(worker.working for worker in self._workers):
+                if given.error is not None:
+                    raise given.error
                 return
             self._listen(given, tell)
 
