@@ -249,6 +249,13 @@ def test_texts_decode_together_as_far_as_all_that_their_slots_keep_goes(make_mod
     assert Estimator(hybrid, room, tmp_path, {"prefill": EAGER}, batch_size=64).texts(100) == 1
 
 
+def test_workers_that_share_the_cores_of_one_machine_save_no_time(tmbench):
+    asked = ("ruler", "--plan", "--length", "1K", "--task", "vt", "--samples", "4", "--method", "dense", "--device", "cpu")
+    code, out, err = tmbench(*asked, "--executor", "processes", "--workers", "4")
+    assert code == 0, err
+    assert "CPU-hours, which 4 workers would share;" in " ".join(out.split())
+
+
 def test_durations_are_easily_read():
     assert [duration(seconds) for seconds in (1.234, 100, 300, 7000, 36_000, 3.6e9)] == [
         "1.23 s", "100 s", "5 min", "117 min", "10 h", "1,000,000 h"

@@ -13,7 +13,7 @@ import pytest
 from tmbench.errors import UserError
 from tmbench.executors.worker_loop import Answer, Lost, Ready, serve
 from tmbench.executors.workers import Workers, _Jobs, _Worker
-from tmbench.measure.executor import Message
+from tmbench.measure.executor import Message, work
 from tmbench.measure.spec import Item, ItemSpec, ModelSource
 from tmbench.models import loading
 from tmbench.models.loading import LoadedModel
@@ -333,6 +333,10 @@ def test_what_was_given_out_before_a_job_that_cannot_be_made_is_measured():
         executor.run(ToySpec(model=TINY, held=4, deadly={1: 1}), jobs(), told.append)
     executor.close()
     assert [message.number for message in told if message.ended] == [0, 1, 2]
+    told.clear()
+    with pytest.raises(UserError, match="^move the file away$"):
+        work(ToySpec(model=TINY, held=4), jobs(), loading.load("tiny", device="cpu", plan_only=True), told.append)
+    assert [message.number for message in told if message.ended] == [0, 1, 2], "in one process too"
 
 
 def test_a_model_that_cannot_be_loaded_is_said_once():

@@ -46,7 +46,10 @@ def show_plan(spec: RowSpec[Any], loaded: LoadedModel, workers: int | None = Non
     if any(line.left for line in found.lines):
         place, unit = ("GPU", "GPU-hours") if loaded.device.type == "cuda" else ("CPU", "CPU-hours")
         told = f"In all {duration(found.seconds)} on one {place}, {figure(found.seconds / HOUR)} {unit}"
-        told += f", {duration(found.seconds / workers)} on {counted(workers, 'worker')}" if workers else ""
+        if workers:
+            many = counted(workers, "worker")
+            # Those of one machine share its cores, with as much done in all as by one.
+            told += f", {duration(found.seconds / workers)} on {many}" if place == "GPU" else f", which {many} would share"
         console().print(f"{told}; loading the model and making prompts come on top.", highlight=False)
     else:
         console().print("Nothing is to be measured: all was measured before.", highlight=False)

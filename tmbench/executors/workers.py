@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from tmbench.errors import UserError
 from tmbench.executors.worker_loop import Answer, Ask, Done, Lost, Measure, Ready, Refused, Told, Wanted
-from tmbench.measure.executor import Job, Message, Tell
+from tmbench.measure.executor import Job, Message, Tell, UntilError
 from tmbench.measure.spec import Item, ItemSpec, ModelSource, Place
 from tmbench.models.loading import LoadedModel
 from tmbench.results.failures import Failure
@@ -80,8 +80,6 @@ class _Jobs:
         self._kept: dict[int, set[Place]] = defaultdict(set)
         self._lost: dict[int, int] = defaultdict(int)
         self._exhausted = False
-        self.error: Exception | None = None
-        """Why no new one can be made any more; what was given out before is measured all the same."""
 
     @property
     def more(self) -> bool:
@@ -104,10 +102,7 @@ class _Jobs:
             worker.alone = not worker.begun
             return None if worker.begun else self._again.popleft()
         while not worker.alone and not self._exhausted:
-            try:
-                job = next(self._new, None)
-            except Exception as error:
-                self.error, job = error, None
+            job = next(self._new, None)
             if job is None:
                 self._exhausted = True
                 break
@@ -196,15 +191,15 @@ class Workers:
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Have every job measured by whoever is free first; what making the jobs raises, once those before it have ended."""
-        given = _Jobs(jobs)
+        until = UntilError(jobs)
+        given = _Jobs(until)
         while True:
             for worker in self._workers:
                 if worker.loaded and not worker.working and given.more:
                     worker.working, worker.begun, worker.alone = True, False, False
                     worker.handle.send(Measure(spec))
             if not given.more and not any(worker.working for worker in self._workers):
-                if given.error is not None:
-                    raise given.error
+                until.check()
                 return
             self._listen(given, tell)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -116,6 +116,34 @@ class Worker:
         self.tell(Message(self.number, sample=sample))
 
 
+class UntilError(Iterator[Job]):
+    """Jobs until one cannot be made: what was given out before, such as texts that decode together, is measured first."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._jobs = iter(jobs)
+        self._error: Exception | None = None
+
+    def __next__(self) -> Job:
+        if self._error is None:
+            try:
+                return next(self._jobs)
+            except StopIteration:
+                raise
+            except Exception as error:
+                self._error = error
+        raise StopIteration
+
+    def check(self) -> None:
+        """Raise what kept the next job from being made, once all others have ended."""
+        if self._error is not None:
+            raise self._error
+
+
 def work(spec: ItemSpec[Any], jobs: Iterable[Job], loaded: LoadedModel, tell: Tell) -> None:
-    """Measure items as they are given out, and tell of them: what every executor does where its models are."""
-    spec.measure_all((item, Worker(loaded, number, tell)) for number, item in jobs)
+    """Measure items as they are given out, and tell of them: what every executor does where its models are.
+
+    Raises what making a job raises, once the jobs before it have ended.
+    """
+    until = UntilError(jobs)
+    spec.measure_all((item, Worker(loaded, number, tell)) for number, item in until)
+    until.check()
