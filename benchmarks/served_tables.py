@@ -123,9 +123,11 @@ def pooled(report: Report) -> dict[tuple[str, str], Difference]:
     """By (way, method) the points against one piece over the tasks of all models and lengths, confirmed together."""
     strata: dict[tuple[str, str], list[Sequence[float]]] = {}
     order: list[str] = []
+    found = list(named(report))
+    method_of = {names[cell.label]: cell.row.method for section, names in found for cell in section.cells}
     every = [
         replace(one, label=names[one.label])
-        for section, names in named(report)
+        for section, names in found
         for one in served_scores(section, tasks_of(section, ("dense",)))
     ]
     for one in every:
@@ -133,8 +135,7 @@ def pooled(report: Report) -> dict[tuple[str, str], Difference]:
         order += [one.label] * (one.label not in order)
     places = {read: place for place, read in enumerate(reads(every))}
     # Settings of one method together.
-    method_of = {label: label.partition(" (")[0] for label in order}
-    methods = list(method_of.values())
+    methods = [method_of[label] for label in order]
     keys = sorted(
         (key for key, own in strata.items() if own),
         key=lambda key: (places[key[0]], methods.index(method_of[key[1]]), order.index(key[1])),
@@ -147,10 +148,10 @@ def named(report: Report) -> Iterator[tuple[RulerSection, dict[str, str]]]:
 
     Layers are a model's own, and tell nothing apart between models.
     """
-    rows = [cell.row for section in sections(report) for cell in section.cells]
-    anywhere = {identity(one): one for one in map(_OfAnyModel.of, rows)}
-    among = {label for section in sections(report) for label in section.labels} | set(labels(list(anywhere.values())))
-    for section in sections(report):
+    found = sections(report)
+    anywhere = {identity(one): one for section in found for one in (_OfAnyModel.of(cell.row) for cell in section.cells)}
+    among = {label for section in found for label in section.labels} | set(labels(list(anywhere.values())))
+    for section in found:
         yield section, {cell.label: own_label(cell.row, among) for cell in section.cells}
 
 

@@ -75,7 +75,7 @@ class _Jobs:
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._new = iter(jobs)
         self._again: deque[Job] = deque()
-        self._last: tuple[_Worker, tuple[int, ...]] | None = None
+        self._last: tuple[_Worker, tuple[int | str, ...]] | None = None
         """Who was given the last new job, and its turn, unless that worker was told since that there is no more."""
         self._kept: dict[int, set[Place]] = defaultdict(set)
         self._lost: dict[int, int] = defaultdict(int)
@@ -190,7 +190,7 @@ class Workers:
         raise UserError(f"{counted(TRIES, 'worker')} ended when they were asked about the model: run again")
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
-        """Have every job measured by whoever is free first; what making the jobs raises, once those before it have ended."""
+        """Have every job measured by whoever is free first; raises as ``Executor.run``."""
         until = UntilError(jobs)
         given = _Jobs(until)
         while True:

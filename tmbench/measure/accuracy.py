@@ -70,7 +70,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
 
     def _rounds(self, loaded: LoadedModel) -> Iterator[Step[RulerRow] | Sequence[Targets]]:
         tokenizer = loaded.need_tokenizer(self.suite.title)
-        for at, (length, task) in enumerate(product(self.lengths, self.tasks)):
+        for length, task in product(self.lengths, self.tasks):
             count = self.suite.available(task, length, self.samples)
             own = self.places(count, length, task)
             yield Step(f"{task} at {length}: preparing {counted(len(own), 'sample')}")
@@ -92,7 +92,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
                 if self.ask_later:
                     asked_of = self.suite.with_contexts(task, asked_of, tokenizer)
                 asked = {place: sample for place, sample in zip(places, asked_of, strict=True) if place in own}
-                targets = [self._target(number, asked, known, at) for number in range(len(self.plans))]
+                targets = [self._target(number, asked, known) for number in range(len(self.plans))]
                 if self._takes_turns:
                     together += targets
                 else:
@@ -105,10 +105,8 @@ class AccuracySpec(AnswerSpec[RulerRow]):
         """Whether a method reads a context before several questions: these are then asked one behind the other."""
         return self.ask_later and self.questions > 1
 
-    def _target(
-        self, number: int, samples: Mapping[int, Sample], known: dict[str, Any], at: int
-    ) -> RowTarget[RulerRow, Prediction]:
-        """One method's row; ``samples`` by their place among all of the row, ``at`` the place of length and task."""
+    def _target(self, number: int, samples: Mapping[int, Sample], known: dict[str, Any]) -> RowTarget[RulerRow, Prediction]:
+        """One method's row; ``samples`` by their place among all of the row."""
         fields: dict[str, Any] = {**known, **self.plans[number].row_fields()}
         row = self.suite.row(**fields, time=now())
         title = f"{self.labels[number]} on {row.task} at {row.length}" + f", question {row.question}" * (row.question > 1)
@@ -125,7 +123,7 @@ class AccuracySpec(AnswerSpec[RulerRow]):
                 count=place == 0,
                 room=room,
                 new=new,
-                turn=(at, number, place) if self._takes_turns else (),
+                turn=(row.length, row.task, number, place) if self._takes_turns else (),
             )
             for place, sample in samples.items()
         ]

@@ -55,7 +55,10 @@ class Executor(Protocol):
         """What a function that pickles says of the opened model where its weights are; raises UserError as it does."""
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
-        """Have every job measured, and return when the last one has ended; raises UserError as ``ItemSpec.measure``."""
+        """Have every job measured, and return when the last one has ended.
+
+        Raises UserError as ``ItemSpec.measure``, and what making a job raises once those before it have ended.
+        """
 
     def close(self) -> None:
         """Let all workers go, whatever they are doing."""

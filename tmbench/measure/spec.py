@@ -105,8 +105,9 @@ class Item:
     """Which of its target's files keeps its sample."""
     obstacle: str = ""
     """Why it cannot be measured, which makes its target fail; "" where it can."""
-    turn: tuple[int, ...] = ()
-    """When it is given out among the items of targets that take turns; those of one turn go to one worker, in a row."""
+    turn: tuple[int | str, ...] = ()
+    """When it is given out among the items of targets that take turns; those of one turn go to one worker, in a row. No two
+    rounds have the same."""
 
     @property
     def work(self) -> float:
