@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Barrier, Event, Lock, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -359,8 +359,36 @@ def test_another_worker_is_asked_about_the_model_where_one_is_lost(lost):
     if lost == 1:
         assert executor.ask(_rows_of) == loaded.row_fields()
     else:
-        with pytest.raises(UserError, match="^2 workers ended when they were asked about the model: run again$"):
+        with pytest.raises(UserError, match="^no worker is left, the last one ended, killed by SIGTEST: .+ run again$"):
             executor.ask(_rows_of)
+
+
+def test_all_workers_are_asked_at_once_and_before_they_measure():
+    both = Barrier(2, timeout=60)
+    answered: list[Thread] = []  # by whom
+    before: list[int] = []  # how many of them a worker had answered when it measured
+
+    def waits(loaded):
+        if not answered:
+            both.wait()
+        answered.append(current_thread())
+
+    class Logging(ToySpec):
+        def measure(self, item, worker):
+            before.append(answered.count(current_thread()))
+            super().measure(item, worker)
+
+    executor = Workers(Threads(2))
+    executor.open(TINY)
+    for _ in range(3):
+        executor.ask(waits)
+    ended = []
+    jobs = ((number, Item(title="", index=number)) for number in range(20))
+    spec = Logging(model=TINY, deadly={7: 1})
+    executor.run(spec, jobs, lambda message: ended.append(message.number) if message.ended else None)
+    executor.close()
+    assert sorted(ended) == list(range(20))
+    assert set(before) == {3}, "one that takes another's place too"
 
 
 def test_the_driver_has_no_weights_and_another_model_is_refused():

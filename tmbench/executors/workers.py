@@ -22,7 +22,7 @@ from tmbench.results.words import counted
 
 T = TypeVar("T")
 TRIES = 2
-"""How many workers may be lost to an item or a question, or in a row while they load the model, before no other is tried."""
+"""How many workers may be lost to an item, or in a row before they measure, before no other is tried."""
 
 
 class Handle(Protocol):
@@ -56,17 +56,24 @@ class _Worker:
     number: int
     handle: Handle
     loaded: bool = False
-    working: bool = False
-    """Whether it has an order to measure; else it waits for one, or loads."""
+    order: Ask | Measure | None = None
+    """What it is doing; None where it waits for an order, or loads."""
+    answered: int = 0
+    """How many of the run's questions."""
     begun: bool = False
     """Whether it was given a job under that order."""
     running: dict[int, Item] = field(default_factory=dict)
     alone: bool = False
     """Whether it measures an item again that a worker was lost to."""
     lost: int = 0
-    """How many were lost at this place since the model was last loaded here."""
+    """How many were lost at this place since one was last ordered to measure here."""
     own: deque[Job] = field(default_factory=deque)
     """Jobs of the same turn as the last one that it was given, which no other worker is to measure."""
+
+    def obey(self, order: Ask | Measure) -> None:
+        """Give it an order, which it has to fulfil before the next."""
+        self.order = order
+        self.handle.send(order)
 
 
 class _Jobs:
@@ -146,6 +153,8 @@ class Workers:
         self._say = say
         self._workers: list[_Worker] = []
         self._asked: ModelSource | None = None
+        self._questions: list[Callable[[LoadedModel], Any]] = []
+        """All that was asked of the model. Every worker answers them before it measures."""
         self._ready: Ready | None = None
         """Of the first that was ready."""
         self._loaded: LoadedModel | None = None
@@ -177,28 +186,29 @@ class Workers:
         return self._loaded
 
     def ask(self, question: Callable[[LoadedModel], T]) -> T:
-        """What a function says of the model where a worker has it."""
-        for _ in range(TRIES):
-            while (asked := next((worker for worker in self._workers if worker.loaded), None)) is None:
-                self._listen()
-            asked.handle.send(Ask(question))
-            while asked in self._workers:
-                for worker, answer in self._listen():
-                    if worker is asked:
-                        found: T = answer.value
-                        return found
-        raise UserError(f"{counted(TRIES, 'worker')} ended when they were asked about the model: run again")
+        """What a function says of the model, by the worker that answers first; raises UserError where none is left.
+
+        All are asked at once, since each needs what it tries for its answer: how the model decodes takes seconds.
+        """
+        self._questions.append(question)
+        while True:
+            self._question()
+            for worker, answer in self._listen():
+                if worker.answered == len(self._questions):
+                    found: T = answer.value
+                    return found
 
     def run(self, spec: ItemSpec[Any], jobs: Iterable[Job], tell: Tell) -> None:
         """Have every job measured by whoever is free first; raises as ``Executor.run``."""
         until = UntilError(jobs)
         given = _Jobs(until)
         while True:
+            self._question()
             for worker in self._workers:
-                if worker.loaded and not worker.working and given.more:
-                    worker.working, worker.begun, worker.alone = True, False, False
-                    worker.handle.send(Measure(spec))
-            if not given.more and not any(worker.working for worker in self._workers):
+                if worker.loaded and worker.order is None and given.more:
+                    worker.begun, worker.alone, worker.lost = False, False, 0
+                    worker.obey(Measure(spec))
+            if not given.more and not any(isinstance(worker.order, Measure) for worker in self._workers):
                 until.check()
                 return
             self._listen(given, tell)
@@ -209,6 +219,12 @@ class Workers:
             worker.handle.kill()
         self._workers.clear()
         self._transport.close()
+
+    def _question(self) -> None:
+        """Have whoever waits answer what it has not yet been asked."""
+        for worker in self._workers:
+            if worker.loaded and worker.order is None and worker.answered < len(self._questions):
+                worker.obey(Ask(self._questions[worker.answered]))
 
     def _listen(self, given: _Jobs | None = None, tell: Tell | None = None) -> list[tuple[_Worker, Answer]]:
         """Hear what workers tell, once one of them tells something; what is an answer to a question."""
@@ -221,15 +237,17 @@ class Workers:
                     if self._ready is None:
                         self._ready = told
                     self._check_facts(told.facts, f"worker {worker.number}")
-                    worker.loaded, worker.lost = True, 0
+                    worker.loaded = True
                 case Answer():
+                    worker.order = None
+                    worker.answered += 1
                     answers.append((worker, told))
                 case Refused(sentence) if worker.loaded or self._ready is None:
                     raise UserError(sentence)
                 case Refused(reason) | Lost(reason):
                     self._replace(worker, reason, given, tell)
                 case Done():
-                    worker.working = False
+                    worker.order = None
                 case _:
                     assert given is not None
                     assert tell is not None
