@@ -17,8 +17,9 @@ from tmbench.report.writers import table_markdown
 from tmbench.results.words import length_name
 
 WORKERS = "benchmarks/many-gpus/workers.csv"
-RUN = ("model", "device", "method", "length", "samples", "executor")
-"""What runs have in common that differ in how many workers there are."""
+RUN = ("model", "device", "method", "length", "samples")
+"""What runs have in common that differ in how many workers there are, and by which executor."""
+BEGUN = "begun_samples_per_minute"
 TEXTS = ("model", "weights", "method", "against dense")
 
 
@@ -79,27 +80,35 @@ def batches(sources: Sources) -> str:
 def workers(sources: Sources) -> str:
     """How many samples a minute several workers measure, and how many times one worker's that is.
 
-    Medians over rounds. Raises ValueError where a run's scores are not those of the others.
+    Medians over rounds, and within which bounds the rounds lie against one worker's of the same round: of the same executor
+    where there is one, else of one process. Raises ValueError where a run's scores are not those of the others.
     """
     lines = [line for line in sources.lines(WORKERS) if line["status"] == "ok"]
     if any(line["same_scores"] != "yes" for line in lines):
         raise ValueError(f"{WORKERS} has scores that differ by how many workers there were")
     runs: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        runs.setdefault(tuple(line[name] for name in (*RUN, "workers")), []).append(line)
+        runs.setdefault(tuple(line[name] for name in (*RUN, "executor", "workers")), []).append(line)
     rows = []
-    for (*about, count), own in runs.items():
-        one = runs.get((*about, "1"))
-        figures = [_median(own, name) for name in ("seconds", "samples_per_minute", "begun_samples_per_minute")]
-        times = f"{figures[-1] / _median(one, 'begun_samples_per_minute'):.2f}" if one else NOTHING
-        model, device, method, length, samples, executor = about
+    for (*about, executor, count), own in runs.items():
+        figures = [significant(_median(own, name)) for name in ("seconds", "samples_per_minute", BEGUN)]
+        one = runs.get((*about, executor, "1")) or runs.get((*about, "processes", "1"), [])
+        model, device, method, length, samples = about
         rows.append(
-            [model, device, method, length_name(int(length)), samples, executor, count, *map(significant, figures), times]
+            [model, device, method, length_name(int(length)), samples, executor, count, *figures, _times_one(own, one)]
         )
     texts = ("model", "device", "method", "executor")
     names = ("model", "device", "method", "tokens", "samples", "executor", "workers", "command, s")
     heads = ("samples a minute", "once begun", "times one worker's")
     return table_markdown(Table("", columns(*names, *heads, texts=texts), rows))
+
+
+def _times_one(lines: list[Line], one: list[Line]) -> str:
+    """The least and the most of all rounds, once where these are the same."""
+    by_round = {line["round"]: float(line[BEGUN]) for line in one}
+    times = [float(line[BEGUN]) / by_round[line["round"]] for line in lines if line["round"] in by_round]
+    bounds = dict.fromkeys(f"{bound(times):.2f}" for bound in (min, max)) if times else [NOTHING]
+    return " to ".join(bounds)
 
 
 def _on_one(setting: TtftSetting) -> TtftSetting:

@@ -84,22 +84,28 @@ def test_batches_stand_in_order_with_their_tokens_and_their_memory(made, tmp_pat
 
 
 def run_of(workers, seconds, begun, **changes):
-    about = {"executor": "processes", "workers": str(workers), "seconds": str(seconds), "same_scores": "yes"}
+    about = {"executor": "processes", "round": "1", "workers": str(workers), "seconds": str(seconds), "same_scores": "yes"}
     about |= {"samples_per_minute": str(60 * 80 / seconds), "begun_samples_per_minute": str(begun)}
     return RUN | about | changes
 
 
-def test_workers_are_held_against_one_of_the_same_executor(made):
-    lines = [run_of(1, 100, 60), run_of(2, 60, 118), run_of(1, 120, 64), run_of(2, 60, 118)]
-    lines += [run_of(2, 64, 110, executor="ray"), run_of(2, 1, 1, status="timed out", same_scores="")]
+def test_workers_are_held_against_one_of_the_same_round(made):
+    lines = [run_of(1, 100, 60), run_of(2, 60, 120), run_of(1, 120, 64, round="2"), run_of(2, 60, 116, round="2")]
+    lines += [run_of(2, 64, 114, executor="ray"), run_of(2, 1, 1, status="timed out", same_scores="")]
     found = made("workers", lines)
-    names = ("executor", "workers", "command, s", "samples a minute", "once begun", "times one worker's")
-    assert [tuple(line[name] for name in names[:5]) for line in found] == [
+    names = ("executor", "workers", "command, s", "samples a minute", "once begun")
+    assert [tuple(line[name] for name in names) for line in found] == [
         ("processes", "1", "110", "44.0", "62.0"),
         ("processes", "2", "60.0", "80.0", "118"),
-        ("ray", "2", "64.0", "75.0", "110"),
+        ("ray", "2", "64.0", "75.0", "114"),
     ]
-    assert [line["times one worker's"] for line in found] == ["1.00", "1.90", "-"]
+    assert [line["times one worker's"] for line in found] == ["1.00", "1.81 to 2.00", "1.90"]
+
+
+def test_workers_are_held_against_one_of_their_own_executor_where_there_is_one(made):
+    lines = [run_of(1, 100, 60), run_of(2, 64, 120, executor="ray"), run_of(1, 64, 80, executor="ray")]
+    assert [line["times one worker's"] for line in made("workers", lines)] == ["1.00", "1.50", "1.00"]
+    assert [line["times one worker's"] for line in made("workers", lines[1:2])] == ["-"]
 
 
 def test_workers_whose_scores_differ_have_no_table(made):

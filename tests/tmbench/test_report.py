@@ -133,7 +133,8 @@ def test_an_end_that_rounds_to_nothing_keeps_its_side_of_zero():
 
 
 @pytest.mark.parametrize(
-    ("length", "name"), [(2048, "2K"), (131072, "128K"), (1000, "1000"), (32000, "32000"), (1048576, "1024K")]
+    ("length", "name"),
+    [(2048, "2K"), (131072, "128K"), (1000, "1000"), (32000, "32000"), (1048576, "1M"), (1572864, "1536K")],
 )
 def test_length_name(length, name):
     assert length_name(length) == name

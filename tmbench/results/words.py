@@ -6,8 +6,11 @@ MINUTE, HOUR = 60, 3600
 
 
 def length_name(length: int) -> str:
-    """A number of tokens: 32768 is 32K, 1000 stays 1000."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+    """A number of tokens, as ``--length`` reads it: 32768 is 32K, 1048576 is 1M, 1000 stays 1000."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if length % size == 0:
+            return f"{length // size}{unit}"
+    return str(length)
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
