@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Bad input. The command line prints the sentence and exits with code 2; nothing measured is lost."""
 
 
+class UnfinishedError(UserError):
+    """What ended a run that had measured some of what was asked: that is kept. The exit code is 1."""
+
+
 class UnsupportedModelError(UserError):
     """A model, or a way of calling it, that a pattern cannot serve correctly. Names the layer and the feature."""
 

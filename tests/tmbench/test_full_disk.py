@@ -21,11 +21,10 @@ LIMIT = 3000
 """Bytes that a file may have in these tests; the writer of more gets an error, as on a full disk."""
 
 
-def limited():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+def start(folder, *arguments, limit=LIMIT):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-
-def start(folder, *arguments):
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-c", "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + PROGRAM[2]]
     return subprocess.run(
@@ -49,6 +48,27 @@ def measured(tmp_path):
     append(tmp_path / "results", *layers)
     (tmp_path / "heads.json").write_text(json.dumps([{"0": ["vertical_and_slash", 100, 800, 1.0]}] * 2))
     return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", [(), ("--executor", "processes", "--workers", "2")])
+def test_a_run_that_has_measured_something_has_failed_in_part(tmp_path, executor):
+    asked = ("ruler", "--model", "tiny", "--method", "dense", "--length", "1K", "--task", "niah_single_1", "--samples", "6")
+    kept = ("--save-samples", "--offline", *executor)
+    part = start(tmp_path, *asked, *kept, limit=12000)
+    assert part.returncode == 1
+    told = [line for line in part.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(told) == 1
+    assert "cannot be written" in told[0]
+    assert "what was measured before is kept" in told[0]
+    (file,) = tmp_path.glob("results/*/ruler/predictions/dense/*.jsonl")
+    before = file.read_text().splitlines()
+    assert 0 < len(before) < 6
+    none = start(tmp_path / "results", *asked, *kept, limit=400)
+    assert none.returncode == 2, "nothing was measured"
+    whole = start(tmp_path, *asked, *kept, limit=10**9)
+    assert whole.returncode == 0
+    assert set(before) < set(file.read_text().splitlines())
 
 
 @pytest.mark.slow

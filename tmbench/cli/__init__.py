@@ -32,7 +32,7 @@ from tmbench.cli import (
 )
 from tmbench.cli.option_sources import with_sources
 from tmbench.cli.screen import error_console
-from tmbench.errors import UserError
+from tmbench.errors import UnfinishedError, UserError
 from tmbench.models import parallel
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Print the version.")]
@@ -77,7 +77,10 @@ app.add_typer(patterns.app, name="patterns")
 
 
 def main() -> None:
-    """Run the command line: bad input is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    """Run the command line: bad input is one sentence and exit code 2, Ctrl-C is exit code 130.
+
+    What ends a run in its midst is one sentence too, and exit code 1, as are rows that say that something failed.
+    """
     if parallel.launched():
         ranks.across(_main)
     else:
@@ -94,7 +97,7 @@ def _main() -> None:
         except OSError:
             streams.abandon(sys.stderr)
         # Of several ranks those that say nothing are told the sentence.
-        raise SystemExit(2) from error
+        raise SystemExit(1 if isinstance(error, UnfinishedError) else 2) from error
 
 
 def _run() -> None:

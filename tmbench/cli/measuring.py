@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from ruler_tasks.errors import RulerError
 from tmbench.cli.options import RESULTS, refuse
 from tmbench.cli.progress import progress_bar
 from tmbench.cli.screen import print_rows, say, say_failures, say_nothing_measured
+from tmbench.errors import UnfinishedError, UserError
 from tmbench.models import parallel
 from tmbench.results.words import counted
 
@@ -82,6 +84,8 @@ def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = 
     """Measure what is missing; all that was asked for, as it was kept.
 
     ``nothing`` says that nothing was measured, given how many rows were there already.
+
+    Raises UserError as ``loop.run``, and UnfinishedError in its place once something was measured.
     """
     from tmbench.measure.loop import run
     from tmbench.measure.spec import RowSpec
@@ -108,6 +112,10 @@ def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = 
             say(note)
         rows = run(spec, executor, show)
         finish()
+    except (UserError, RulerError) as error:
+        if not measured:
+            raise
+        raise UnfinishedError(str(error)) from error
     finally:
         bar.stop()
         executor.close()
