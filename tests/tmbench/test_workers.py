@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Barrier, Event, Lock, Thread, current_thread
-from typing import Any
+from time import sleep
+from typing import Any, ClassVar
 
 import pytest
 
@@ -389,6 +390,29 @@ def test_all_workers_are_asked_at_once_and_before_they_measure():
     executor.close()
     assert sorted(ended) == list(range(20))
     assert set(before) == {3}, "one that takes another's place too"
+
+
+def test_times_are_taken_once_every_worker_is_ready():
+    first, answered, seen = Lock(), [], []
+
+    def slowly(loaded):
+        if not first.acquire(blocking=False):
+            sleep(1)
+        answered.append(current_thread())
+
+    class Timing(ToySpec):
+        undisturbed: ClassVar[bool] = True
+
+        def measure(self, item, worker):
+            seen.append(len(answered))
+            super().measure(item, worker)
+
+    executor = Workers(Threads(2))
+    executor.open(TINY)
+    executor.ask(slowly)
+    executor.run(Timing(model=TINY), ((number, Item(title="", index=number)) for number in range(3)), lambda message: None)
+    executor.close()
+    assert seen == [2, 2, 2]
 
 
 def test_the_driver_has_no_weights_and_another_model_is_refused():

@@ -57,7 +57,7 @@ class _Worker:
     handle: Handle
     loaded: bool = False
     order: Ask | Measure | None = None
-    """What it is doing; None where it waits for an order, or loads."""
+    """What it is doing with the model."""
     answered: int = 0
     """How many of the run's questions."""
     begun: bool = False
@@ -69,6 +69,11 @@ class _Worker:
     """How many were lost at this place since one was last ordered to measure here."""
     own: deque[Job] = field(default_factory=deque)
     """Jobs of the same turn as the last one that it was given, which no other worker is to measure."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has the model, and nothing to do."""
+        return self.loaded and self.order is None
 
     def obey(self, order: Ask | Measure) -> None:
         """Give it an order, which it has to fulfil before the next."""
@@ -191,8 +196,8 @@ class Workers:
         All are asked at once, since each needs what it tries for its answer: how the model decodes takes seconds.
         """
         self._questions.append(question)
+        self._question()
         while True:
-            self._question()
             for worker, answer in self._listen():
                 if worker.answered == len(self._questions):
                     found: T = answer.value
@@ -202,10 +207,11 @@ class Workers:
         """Have every job measured by whoever is free first; raises as ``Executor.run``."""
         until = UntilError(jobs)
         given = _Jobs(until)
+        while spec.undisturbed and not all(worker.waits for worker in self._workers):
+            self._listen()
         while True:
-            self._question()
             for worker in self._workers:
-                if worker.loaded and worker.order is None and given.more:
+                if worker.waits and given.more:
                     worker.begun, worker.alone, worker.lost = False, False, 0
                     worker.obey(Measure(spec))
             if not given.more and not any(isinstance(worker.order, Measure) for worker in self._workers):
@@ -220,14 +226,11 @@ class Workers:
         self._workers.clear()
         self._transport.close()
 
-    def _question(self) -> None:
-        """Have whoever waits answer what it has not yet been asked."""
-        for worker in self._workers:
-            if worker.loaded and worker.order is None and worker.answered < len(self._questions):
-                worker.obey(Ask(self._questions[worker.answered]))
-
     def _listen(self, given: _Jobs | None = None, tell: Tell | None = None) -> list[tuple[_Worker, Answer]]:
-        """Hear what workers tell, once one of them tells something; what is an answer to a question."""
+        """Hear what workers tell, once one of them tells something; what is an answer to a question.
+
+        Who waits when this returns has answered all questions.
+        """
         by_handle = {id(worker.handle): worker for worker in self._workers}
         answers = []
         for handle, told in self._transport.wait([worker.handle for worker in self._workers]):
@@ -252,7 +255,14 @@ class Workers:
                     assert given is not None
                     assert tell is not None
                     _hear(worker, told, given, tell)
+        self._question()
         return answers
+
+    def _question(self) -> None:
+        """Have whoever waits answer what it has not yet been asked."""
+        for worker in self._workers:
+            if worker.waits and worker.answered < len(self._questions):
+                worker.obey(Ask(self._questions[worker.answered]))
 
     def _check_facts(self, facts: dict[str, Any], who: str) -> None:
         """Raise UserError where someone's rows would differ: of another device, other versions or another model."""

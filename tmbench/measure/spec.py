@@ -192,6 +192,9 @@ class Spec(ABC, Generic[R]):
 class ItemSpec(Spec[R]):
     """A spec that measures items of its own; one without, such as a sweep, has parts of other specs."""
 
+    undisturbed: ClassVar[bool] = False
+    """Whether workers that are still loading the model would spoil it, as they would times. A round then has one item."""
+
     @abstractmethod
     def measure(self, item: Any, worker: Worker) -> None:
         """Measure one item where the model is: ``worker`` has it, and is given samples and steps.

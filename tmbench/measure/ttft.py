@@ -100,6 +100,7 @@ Shape = tuple[int, int]
 class TtftSpec(PlannedSpec[TtftRow]):
     """What one ``tmbench ttft`` measures."""
 
+    undisturbed: ClassVar[bool] = True
     lengths: Sequence[int]
     batch_sizes: Sequence[int] = (1,)
     """How many prompts are read together; each is measured at every length."""
