@@ -132,10 +132,10 @@ class Actors:
                 **({} if address else own),
             )
         except (OSError, ValueError, RuntimeError) as error:
-            where = f"{said} has no Ray cluster that can be joined" if address else "Ray cannot be started here"
-            raise UserError(
-                f"{where} ({describe(error)}): start one with ray start --head, or use --executor processes"
-            ) from error
+            reason = describe(error)
+            if address:
+                raise _not_joined(said, reason) from error
+            raise UserError(f"Ray cannot be started here ({reason}): use --executor processes") from error
 
     def start(self, number: int, source: ModelSource) -> Handle:
         """Start a worker wherever Ray has room for it."""
@@ -189,19 +189,22 @@ def _check_address(address: str, said: str) -> None:
 
 def _check_cluster(address: str, said: str) -> None:
     """Raise UserError where no Ray cluster answers: ``auto`` is the last one of this machine, which may be long gone."""
-    wrong = f"{said} has no Ray cluster that can be joined"
-    remedy = (
-        "start one with ray start --head, set RAY_AUTH_MODE=token for one that asks for a token, or use --executor processes"
-    )
     # In a process of its own: Ray's client can neither be interrupted nor told to be silent.
     asked = [sys.executable, "-c", JOIN, address]
     try:
         told = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWERS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{wrong} (none answers within {ANSWERS:g} s): {remedy}") from error
+        raise _not_joined(said, f"none answers within {ANSWERS:g} s") from error
     if told.returncode:
         lines = told.stderr.strip().splitlines() or [f"its client ended with code {told.returncode}"]
-        raise UserError(f"{wrong} ({shortened(lines[-1])}): {remedy}")
+        raise _not_joined(said, shortened(lines[-1]))
+
+
+def _not_joined(said: str, reason: str) -> UserError:
+    return UserError(
+        f"{said} has no Ray cluster that can be joined ({reason}): start one with ray start --head, set "
+        "RAY_AUTH_MODE=token for one that asks for a token, or use --executor processes"
+    )
 
 
 def _ray() -> Any:

@@ -79,8 +79,6 @@ class Shard(nn.Linear):
 
 def plan_of(name: str, model: Any, ranks: int) -> Plan:
     """How each linear layer is split; raises UserError for a model that cannot be."""
-    plan, remedy = dict(model.tp_plan or {}), "leave torchrun out"
-    family = model.config.model_type
     # Some families have other heads in each kind of layer.
     for shape in (Geometry.of(model), *(Geometry.of(model, layer) for layer in range(len(layer_kinds(model.config))))):
         if shape.kv_heads % ranks or shape.heads % ranks:
@@ -88,40 +86,44 @@ def plan_of(name: str, model: Any, ranks: int) -> Plan:
                 f"--model {name} has {shape.heads} query heads and {shape.kv_heads} key heads, which {ranks} GPUs cannot "
                 "share evenly: give --nproc-per-node a number that divides both"
             )
-    if feature := kept_whole(model):
-        raise UserError(f"--model {name} has {feature}, which several GPUs do not share: {remedy}")
-    linear = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings()
-    found: dict[str, str] = {}
+    found = _styles(model)
+    for obstacle in _obstacles(model, found, ranks):
+        raise UserError(f"--model {name} {obstacle}: leave torchrun out")
+    return {module: (key, style) for key, (module, style) in found.items()}
+
+
+def _styles(model: Any) -> dict[str, tuple[Any, str]]:
+    """What a family's plan splits, and by which style, by its full name."""
+    plan, head = dict(model.tp_plan or {}), model.get_output_embeddings()
+    found = {}
     for key, module in model.named_modules():
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", key))
-        if style is None or style in WHOLE or module is head or isinstance(module, nn.Embedding):
-            continue
-        if style not in (COLUMNS, ROWS) or key not in linear:
-            raise UserError(
-                f"--model {name} is of the family {family}, whose {key} is split as {style}, which is not served: {remedy}"
-            )
-        found[key] = style
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", key), WHOLE[0])
+        if style not in WHOLE and module is not head and not isinstance(module, nn.Embedding):
+            found[key] = module, style
+    return found
+
+
+def _obstacles(model: Any, found: Mapping[str, tuple[Any, str]], ranks: int) -> Iterator[str]:
+    """Why a model cannot be split so, in words that follow its name; none counts behind another."""
+    if feature := kept_whole(model):
+        yield f"has {feature}, which several GPUs do not share"
+    family = f"is of the family {model.config.model_type}"
+    for key, (module, style) in found.items():
+        if style not in (COLUMNS, ROWS) or not isinstance(module, nn.Linear):
+            yield f"{family}, whose {key} is split as {style}, which is not served"
     names = {module: key for key, module in model.named_modules()}
     for attention in self_attentions(model):
-        own = [style for key, style in found.items() if key.startswith(f"{names[attention]}.")]
+        own = [style for key, (_, style) in found.items() if key.startswith(f"{names[attention]}.")]
         if sorted(own) != [COLUMNS] * 3 + [ROWS]:
-            raise UserError(
-                f"--model {name} is of the family {family}, for whose attention transformers has no such plan: {remedy}"
-            )
-    for key, style in found.items():
-        features = linear[key].out_features if style == COLUMNS else linear[key].in_features
+            yield f"{family}, for whose attention transformers has no such plan"
+    for key, (module, style) in found.items():
+        features = module.out_features if style == COLUMNS else module.in_features
         if features % ranks:
-            raise UserError(
-                f"--model {name} has {features} features in {key}, which {ranks} GPUs cannot share evenly: {remedy}"
-            )
-    cut = {linear[key] for key in found}
+            yield f"has {features} features in {key}, which {ranks} GPUs cannot share evenly"
+    cut = {module for module, _ in found.values()}
     for holder in dict.fromkeys(key.rpartition(".")[0] for key in found):
         if across := _across_features(model.get_submodule(holder), cut):
-            raise UserError(
-                f"--model {name} has {holder}.{across}, which takes together what no GPU would have whole: {remedy}"
-            )
-    return {linear[key]: (key, style) for key, style in found.items()}
+            yield f"has {holder}.{across}, which takes together what no GPU would have whole"
 
 
 def _across_features(holder: nn.Module, cut: Container[nn.Module]) -> str:
