@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
+from time import sleep
+
+import pytest
+from rich.console import Console
+
 from report_rows import add_ttft
 from tmbench.cli import progress
-from tmbench.cli.progress import EVERY, Lines
+from tmbench.cli.progress import EVERY, Lines, waiting
+from tmbench.errors import UserError
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
@@ -34,6 +42,35 @@ def test_a_task_without_work_says_nothing_unless_it_took_long(capsys):
     now += EVERY
     bar.stop()
     assert capsys.readouterr().err == "waiting: 0 %, 10 s so far\n"
+
+
+def test_what_is_waited_for_says_so_now_and_then_and_not_at_all_where_it_is_done_at_once(monkeypatch, capsys):
+    with waiting("loading tiny"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+    with waiting("loading tiny"):
+        sleep(0.5)
+    told = capsys.readouterr().err.splitlines()
+    assert 1 <= len(told) <= 4
+    assert all(re.fullmatch(r"loading tiny: 0\.[1-5]\d* s so far", line) for line in told)
+    with pytest.raises(UserError), waiting("loading tiny"):
+        raise UserError("there is none")
+    assert capsys.readouterr().err == "", "nothing is said of what has ended"
+
+
+def test_on_a_terminal_what_is_waited_for_leaves_no_trace(monkeypatch):
+    screen = io.StringIO()
+    shown = Console(file=screen, force_terminal=True, color_system=None, width=60)
+    monkeypatch.setattr(progress, "error_console", lambda: shown)
+    with waiting("loading tiny"):
+        pass
+    assert screen.getvalue() == ""
+    monkeypatch.setattr(progress, "SOON", 0.0)
+    with waiting("loading tiny"):
+        sleep(0.3)
+    assert "loading tiny 0:00:00" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[1A\x1b[2K"), "the line is taken back"
 
 
 def test_a_report_says_how_far_it_is_only_when_it_takes_long(tmbench, tmp_path, monkeypatch):

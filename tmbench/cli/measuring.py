@@ -9,7 +9,7 @@ import typer
 
 from ruler_tasks.errors import RulerError
 from tmbench.cli.options import RESULTS, refuse
-from tmbench.cli.progress import progress_bar
+from tmbench.cli.progress import progress_bar, waiting
 from tmbench.cli.screen import print_rows, say, say_failures, say_nothing_measured
 from tmbench.errors import UnfinishedError, UserError
 from tmbench.models import parallel
@@ -51,8 +51,7 @@ def opened(
     if plan_only:
         loaded = source.load(plan_only=True)
         return InProcess(loaded), loaded
-    executor: Executor = InProcess() if name is None else _workers(source, name, workers, address)
-    return executor, executor.open(source)
+    return _open(InProcess() if name is None else _workers(source, name, workers, address), source)
 
 
 def _across_ranks(source: ModelSource, name: str | None, plan_only: bool) -> tuple[Executor, LoadedModel]:
@@ -60,8 +59,12 @@ def _across_ranks(source: ModelSource, name: str | None, plan_only: bool) -> tup
 
     refuse({"executor": name}, "does not go with torchrun, whose processes share one model")
     refuse({"plan": plan_only}, "does not go with torchrun, as what a run takes on several GPUs is not known before")
-    executor = AcrossRanks()
-    return executor, executor.open(source)
+    return _open(AcrossRanks(), source)
+
+
+def _open(executor: Executor, source: ModelSource) -> tuple[Executor, LoadedModel]:
+    with waiting(f"loading {source.name}"):
+        return executor, executor.open(source)
 
 
 def _workers(source: ModelSource, name: str, workers: int | None, address: str | None) -> Executor:
@@ -108,7 +111,9 @@ def measure(spec: Spec[R], executor: Executor, nothing: Callable[[int], None] = 
             bar.update(task, description=text)
 
     try:
-        for note in executor.ask(spec.notes):
+        with waiting(f"preparing {spec.model.name}"):
+            notes = executor.ask(spec.notes)
+        for note in notes:
             say(note)
         rows = run(spec, executor, show)
         finish()

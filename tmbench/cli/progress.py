@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from rich.progress import (
     BarColumn,
     Progress,
+    SpinnerColumn,
     Task,
     TaskID,
     TaskProgressColumn,
@@ -62,6 +64,33 @@ def late_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
     finally:
         bar.stop()
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Shows that something goes on of which nobody knows how long it takes, from SOON seconds on, or in lines of a log."""
+    ended = Event()
+    thread = Thread(target=_wait, args=(description, ended), name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _wait(description: str, ended: Event) -> None:
+    console, began = error_console(), time.monotonic()
+    if not console.is_terminal:
+        while not ended.wait(EVERY):
+            say(f"{description}: {duration(time.monotonic() - began)} so far")
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    bar = Progress(*columns, console=console, transient=True)
+    bar.add_task(description, total=None)
+    if not ended.wait(SOON):
+        with bar:
+            ended.wait()
 
 
 class Lines(Progress):
