@@ -218,7 +218,7 @@ def test_a_failure_is_a_row_and_the_next_run_mends_it(measured, tasks, monkeypat
     assert {metric for _, metric in rows} == {"word_perplexity", "bits_per_byte"}
     with monkeypatch.context() as patched:
         patched.setattr(harness, "_values", lambda results: {})
-        measured("rolls", "--method", "dense", code=2)
+        measured("rolls", "--method", "dense", code=1)
     rows = measured("rolls", "--method", "dense")
     assert {(row.status, row.value is None) for row in rows.values()} == {("ok", False)}
     assert len(document_likelihoods(tasks.parent / "results", rows["dense", "bits_per_byte"])) == 4
@@ -234,6 +234,7 @@ def test_what_cannot_be_asked_is_one_sentence(tmbench, tasks):
     )
     no_metric = (tasks / "writes.yaml").read_text().replace("task: writes", "task: measures")
     (tasks / "measures.yaml").write_text(no_metric.replace("exact_match, aggregation: mean", "nosuchmetric"))
+    (tasks / "averages.yaml").write_text(no_metric.replace("exact_match", "nosuchmetric").replace("measures", "averages"))
     for task, more, said in (
         ("draws", (), "--tasks draws draws its answers at random: --gen-kwargs do_sample=false"),
         ("writes", ("--gen-kwargs", "max_gen_toks=96"), "writes up to 96 tokens, which --length 96 leaves no prompt"),
@@ -241,6 +242,7 @@ def test_what_cannot_be_asked_is_one_sentence(tmbench, tasks):
         ("writes", ("--gen-kwargs", "max_gen_toks=many"), "--tasks writes cannot be asked, lm-eval says: invalid literal"),
         ("writes", ("--gen-kwargs", "until=5"), "--tasks writes ends answers at 5, which is no text"),
         ("measures", (), "--tasks measures cannot be asked, lm-eval says: KeyError"),
+        ("averages", (), "--tasks averages is scored by nosuchmetric, which neither lm-eval nor the package evaluate has"),
         ("writes", ("--apply-chat-template",), "--tasks writes cannot be asked, lm-eval says"),
     ):
         code, _, err = tmbench("lm-eval", "--tasks", task, *about, *more)

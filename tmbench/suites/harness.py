@@ -136,6 +136,7 @@ class Harness:
         """All that a task asks, in its order; raises UserError for a task that cannot be asked so."""
         from tmbench.suites.harness_model import HarnessModel, UnansweredError, key_of
 
+        _check_metrics(name, task)
         model = HarnessModel(tokenizer, length)
         with quiet(), saying(f"--tasks {name}"):
             from lm_eval.evaluator import simple_evaluate
@@ -249,6 +250,16 @@ def _manager(folder: str | None, names: tuple[str, ...]) -> Any:
         if set(names) <= set(alone.all_subtasks):
             return alone
     return TaskManager(include_path=folder)
+
+
+def _check_metrics(name: str, task: Any) -> None:
+    """Raise UserError for a metric that there is none of, which the harness itself finds out once all is answered."""
+    # A task with a function of its own for all of its metrics has none for each.
+    found = {} if task.get_config("process_results") else getattr(task, "_metric_fn_list", {})
+    if unknown := [str(metric) for metric, function in found.items() if function is None]:
+        raise UserError(
+            f"--tasks {name} is scored by {unknown[0]}, which neither lm-eval nor the package evaluate has: leave it out"
+        )
 
 
 def _seed() -> None:
