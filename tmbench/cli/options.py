@@ -16,6 +16,7 @@ from tmbench.errors import UserError, shortened
 from tmbench.methods.layers import RESULTS as RESULTS
 from tmbench.methods.table import DEFAULT_METHODS, METHODS
 from tmbench.models.presets import preset_names
+from tmbench.results.words import UNITS
 from tmbench_kernels.parameters import LARGEST_COUNT
 
 if TYPE_CHECKING:
@@ -24,12 +25,10 @@ if TYPE_CHECKING:
     from tmbench.results.shards import Shard
     from tmbench.suites.prompts import Kind
 
-UNITS = {"k": 2**10, "m": 2**20}
-
 
 def parse_length(text: str) -> int:
     """Tokens from a text such as 32768, 32K or 1M (K is 1024)."""
-    number, unit = text.strip().lower(), 1
+    number, unit = text.strip().upper(), 1
     if number[-1:] in UNITS:
         number, unit = number[:-1], UNITS[number[-1:]]
     try:

@@ -119,22 +119,18 @@ class Worker:
         self.tell(Message(self.number, sample=sample))
 
 
-class UntilError(Iterator[Job]):
+class UntilError:
     """Jobs until one cannot be made: what was given out before, such as texts that decode together, is measured first."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
-        self._jobs = iter(jobs)
+        self._jobs = jobs
         self._error: Exception | None = None
 
-    def __next__(self) -> Job:
-        if self._error is None:
-            try:
-                return next(self._jobs)
-            except StopIteration:
-                raise
-            except Exception as error:
-                self._error = error
-        raise StopIteration
+    def __iter__(self) -> Iterator[Job]:
+        try:
+            yield from self._jobs
+        except Exception as error:
+            self._error = error
 
     def check(self) -> None:
         """Raise what kept the next job from being made, once all others have ended."""

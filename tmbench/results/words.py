@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 MINUTE, HOUR = 60, 3600
+UNITS = {"K": 2**10, "M": 2**20}
+"""Of numbers of tokens."""
 
 
 def length_name(length: int) -> str:
     """A number of tokens, as ``--length`` reads it: 32768 is 32K, 1048576 is 1M, 1000 stays 1000."""
-    for unit, size in (("M", 2**20), ("K", 2**10)):
+    for unit, size in reversed(UNITS.items()):
         if length % size == 0:
             return f"{length // size}{unit}"
     return str(length)
